@@ -1,0 +1,300 @@
+"""What a run is made of: frozen, keyword-only, validated dataclasses, written to the work folder as JSON.
+
+A recipe (`configs/*.py`) is a file with `get_config() -> TrainConfig`; the command line overrides any field by
+its dotted name. A value that cannot be is refused here, before anything compiles.
+"""
+
+import dataclasses
+import importlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxmm.tasks.base import Task
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the field, the value and what is allowed."""
+
+
+def require(condition: bool, name: str, value: object, wanted: str) -> None:
+    """Raises `ConfigError` naming the field `name`, its `value` and what was `wanted`, unless `condition`."""
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; wanted {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How a picture of any size becomes a square of `size` x `size` RGB bytes."""
+
+    size: int = 224
+    """Side in pixels of the square that the model sees."""
+    train_crop: Literal["random", "pad", "center", "squash"] = "random"
+    """random: random resized crop (Inception); pad: shift by up to an eighth of the side, as for CIFAR; center: the
+    evaluation crop; squash: resize both sides, no crop."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the picture's area that a random crop covers, from and to."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of a random crop, from and to."""
+    flip: bool = True
+    """Mirror every second training picture. Not for pictures whose left and right mean something."""
+    randaugment_layers: int = 0
+    """RandAugment: how many random operations follow each other (0: none)."""
+    randaugment_magnitude: float = 10.0
+    """RandAugment: their strength on big_vision's scale, where 10 is the strongest of the paper and more goes on."""
+    eval_crop: Literal["center", "squash"] = "center"
+    """center: shorter side to `eval_resize` x `size`, then the central square; squash: resize both sides."""
+    eval_resize: float = 1.0
+    """Shorter side before the central crop, as a multiple of `size` (ImageNet's usual 256/224 is 1.143)."""
+
+    def __post_init__(self):
+        """Checks ranges."""
+        require(self.size > 0, "data.image.size", self.size, "a positive number of pixels")
+        low, high = self.scale
+        require(0 < low <= high <= 1, "data.image.scale", self.scale, "0 < from <= to <= 1")
+        low, high = self.ratio
+        require(0 < low <= high, "data.image.ratio", self.ratio, "0 < from <= to")
+        require(self.randaugment_layers >= 0, "data.image.randaugment_layers", self.randaugment_layers, ">= 0")
+        require(0 <= self.randaugment_magnitude <= 30, "data.image.randaugment_magnitude",
+                self.randaugment_magnitude, "0 to 30")
+        require(self.eval_resize >= 1, "data.image.eval_resize", self.eval_resize, ">= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Where the words' tokenizer comes from: published files, or trained on the training source's own text."""
+
+    kind: Literal["train-wordpiece", "train-bpe", "clip", "bert", "file"] = "train-wordpiece"
+    """clip: OpenAI's byte-pair encoding; bert: WordPiece from a `vocab.txt`; file: any `tokenizer.json`."""
+    file: str | None = None
+    """clip: `bpe_simple_vocab_16e6.txt.gz` or `tokenizer.json` or a folder with `vocab.json` and `merges.txt`; bert:
+    `vocab.txt`; file: `tokenizer.json`."""
+    vocab_size: int = 4096
+    """Largest vocabulary when one is trained, special tokens included."""
+    context_length: int = 77
+    """Tokens a text is cut or padded to, begin and end tokens included."""
+
+    def __post_init__(self):
+        """Checks that published kinds name a file."""
+        require(self.context_length >= 3, "data.tokenizer.context_length", self.context_length, "3 or more")
+        require(self.vocab_size >= 16, "data.tokenizer.vocab_size", self.vocab_size, "16 or more")
+        if not self.kind.startswith("train-"):
+            require(self.file is not None, "data.tokenizer.file", self.file, f"a path, for kind {self.kind!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train and validate on. A source is one string: `scenes:train`, `digits:train`, `folder:DIR`,
+    `captions:FILE.jsonl`, `coco:FILE.json`, `tfds:NAME:SPLIT`."""
+
+    train: str = "scenes:train"
+    """Source of the training pictures."""
+    val: str | None = "scenes:val"
+    """Source of the held-out pictures; None: no evaluation."""
+    batch_size: int = 64
+    """Pictures a step, over all devices and hosts."""
+    workers: int = 0
+    """Processes that decode pictures (0: threads of this process). The order of the data does not depend on it."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data sets; without it `TFDS_DATA_DIR`, else TFDS's own default."""
+    max_bad: float = 0.05
+    """A run stops when more than this share of the records it met was unreadable."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+    def __post_init__(self):
+        """Checks ranges."""
+        require(self.batch_size > 0, "data.batch_size", self.batch_size, "a positive number")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "a share from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The whole training recipe of the parameters, built into one optax chain by `training.optimizer`."""
+
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    """Peak of the schedule."""
+    schedule: Literal["cosine", "rsqrt", "linear", "constant"] = "cosine"
+    warmup: float = 0.05
+    """Linear warm-up from 0: a count of steps, or below 1 a share of all steps."""
+    cooldown: float = 0.0
+    """Linear decay to 0 at the end (for rsqrt and constant): a count of steps, or below 1 a share of all steps."""
+    final: float = 0.0
+    """Where cosine and linear end, as a share of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled, multiplied by the learning rate (AdamW of torch and optax)."""
+    decay: str = r"/(kernel|embedding)$"
+    """Regular expression of the parameter paths that weight decay touches; the rest (biases, norms, scales, class
+    tokens, position tables) is left alone."""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.9
+    """SGD's momentum."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment."""
+    clip: float | None = 1.0
+    """Largest global norm of the gradient; None: no clipping."""
+    layer_decay: float | None = None
+    """Layer-wise learning-rate decay: each layer learns this factor slower than the one above it (BEiT, MAE)."""
+    multipliers: tuple[tuple[str, float], ...] = ()
+    """(regular expression, factor) on the learning rate; the first that matches a path counts."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions of parameter paths that stay as they are: no update, no moments, no decay."""
+    average: float | None = None
+    """Decay of an exponential moving average of the parameters, kept beside them for evaluators; None: none."""
+
+    def __post_init__(self):
+        """Checks ranges and regular expressions."""
+        require(self.learning_rate >= 0, "optimizer.learning_rate", self.learning_rate, "0 or more")
+        require(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more")
+        require(self.cooldown >= 0, "optimizer.cooldown", self.cooldown, "0 or more")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "a positive norm or None")
+        for name in ("layer_decay", "average"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= 1, f"optimizer.{name}", value, "above 0, at most 1, or None")
+        for name in ("b1", "b2", "momentum"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "0 or more, below 1")
+        for name, patterns in (("decay", [self.decay]), ("freeze", self.freeze),
+                               ("multipliers", [pattern for pattern, _ in self.multipliers])):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"optimizer.{name} holds {pattern!r}; wanted a regular expression: "
+                                      f"{error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are arranged. The product is the number of devices used."""
+
+    data: int = -1
+    """Copies of the model, each with its share of the batch; -1: all devices that the other axes leave."""
+    fsdp: int = 1
+    """Shares into which parameters and optimizer state are cut; the batch is cut over them too."""
+    tensor: int = 1
+    """Devices over which heads and hidden units of one layer are spread."""
+
+    def __post_init__(self):
+        """Checks ranges."""
+        require(self.data > 0 or self.data == -1, "mesh.data", self.data, "a positive number, or -1 for the rest")
+        for name in ("fsdp", "tensor"):
+            require(getattr(self, name) > 0, f"mesh.{name}", getattr(self, name), "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved and which saves are kept."""
+
+    every: int = 500
+    """Steps between saves; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    best: str | None = None
+    """A metric such as `val/top1`: the checkpoint where it was highest is kept besides."""
+
+    def __post_init__(self):
+        """Checks ranges."""
+        require(self.every > 0, "checkpoint.every", self.every, "a positive number of steps")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """A frozen dataclass that measures a model (see `jaxmm.evals`). Base of the types a recipe can hold."""
+
+    weights: Literal["params", "average"] = "params"
+    """Which weights are measured; average: the moving average that `optimizer.average` asks for."""
+    source: str | None = None
+    """What is measured on; None: `data.val`."""
+    batch_size: int = 256
+    """Pictures or texts at a time, over all devices; rounded up to a multiple of the devices."""
+    prefix: str = "val"
+    """First part of the metrics' names."""
+
+    def __post_init__(self):
+        """Checks ranges."""
+        require(self.batch_size > 0, "evals.batch_size", self.batch_size, "a positive number")
+        require(self.weights in ("params", "average"), "evals.weights", self.weights, "'params' or 'average'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    task: Task
+    """What is learned: the model and its objective."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Of everything random: parameters, order of the data, augmentation, dropout."""
+    microbatches: int = 1
+    """Cut each batch into this many parts, one after the other: less memory, the same gradient."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evals: tuple[Evaluator, ...] = ()
+    """Measured on `data.val` every `eval_every` steps and at the end."""
+    log_every: int = 20
+    """Steps between lines of `metrics.jsonl`."""
+    eval_every: int | None = None
+    """Steps between evaluations; None: only at the end."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop the run, or skip the step and leave the state as it was."""
+    max_skips: int = 10
+    """With `skip`: give up after this many in a row."""
+
+    def __post_init__(self):
+        """Checks ranges and that the microbatches divide the batch."""
+        for name in ("steps", "microbatches", "log_every", "max_skips"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        require(self.eval_every is None or self.eval_every > 0, "eval_every", self.eval_every, "positive, or None")
+        require(self.data.batch_size % self.microbatches == 0, "microbatches", self.microbatches,
+                f"a divisor of data.batch_size = {self.data.batch_size}")
+
+
+def to_dict(value: Any) -> Any:
+    """A configuration as plain JSON values; a dataclass becomes its fields and a `type`."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": f"{type(value).__module__}.{type(value).__qualname__}"} | fields
+    if isinstance(value, (tuple, list)):
+        return [to_dict(v) for v in value]
+    return value
+
+
+def from_dict(value: Any) -> Any:
+    """The inverse of `to_dict`. Only dataclasses of jaxmm are built; unknown types and fields raise `ConfigError`."""
+    if isinstance(value, list):
+        return tuple(from_dict(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    module, _, name = value.get("type", "").rpartition(".")
+    if module != "jaxmm" and not module.startswith("jaxmm."):
+        raise ConfigError(f"type is {value.get('type')!r}; wanted a dataclass of jaxmm")
+    cls = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ConfigError(f"type is {value['type']!r}; wanted a dataclass of jaxmm")
+    fields = {k: from_dict(v) for k, v in value.items() if k != "type"}
+    unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise ConfigError(f"{value['type']} has no field {sorted(unknown)}")
+    return cls(**fields)
+
+
+def save_config(config: TrainConfig, path: Path, **notes: Any) -> None:
+    """Writes `config` and `notes` (versions, devices) to `path` as JSON."""
+    path.write_text(json.dumps({"config": to_dict(config)} | notes, indent=2) + "\n")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Reads what `save_config` wrote."""
+    return from_dict(json.loads(path.read_text())["config"])
