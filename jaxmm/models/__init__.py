@@ -1,0 +1,1 @@
+"""The models: configuration and module of each."""

@@ -1,0 +1,228 @@
+"""CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023): a picture tower and a text tower in one space."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jaxmm.config import require
+from jaxmm.models.vit import ViT, ViTConfig, transformer, vit
+from jaxmm.nn.attention import causal_mask
+from jaxmm.nn.embeddings import TokenEmbedding
+from jaxmm.nn.pooling import MapHead
+from jaxmm.nn.transformer import Stack, TransformerConfig, layer_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """A text tower. The defaults are CLIP's; SigLIP's reads both ways, has no mask and pools the last position."""
+
+    transformer: TransformerConfig
+    vocab_size: int | None = 49_408
+    """None: as many as the tokenizer of the run has."""
+    context_length: int = 77
+    """Tokens of a text, padding included."""
+    causal: bool = True
+    """Whether a token sees only what comes before it."""
+    pad_id: int | None = None
+    """Tokens of this id are hidden from attention and from mean pooling; None: every position is seen, as in CLIP
+    (whose causal mask hides what follows the end) and SigLIP (trained so)."""
+    pool: Literal["argmax", "eos", "last", "first", "mean", "map"] = "argmax"
+    """argmax: the position of the largest id, CLIP's end token; eos: the first position of `eos_id`; last: the last
+    position (SigLIP); first; mean of the positions that are not padding; map: attention pooling."""
+    eos_id: int | None = None
+    """The end token that `eos` looks for; None: as the tokenizer of the run has it."""
+
+    def __post_init__(self):
+        """Checks ranges."""
+        require(self.vocab_size is None or self.vocab_size > 0, "text.vocab_size", self.vocab_size, "positive")
+        require(self.context_length > 0, "text.context_length", self.context_length, "a positive number of tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """Two towers, the size of the space they share, and the loss's learned scale and bias."""
+
+    vision: ViTConfig
+    text: TextConfig
+    embed_dim: int = 512
+    """e, the size of the shared space."""
+    vision_projection: bool = True
+    """SigLIP takes the pooled picture as it is."""
+    text_projection_bias: bool = False
+    """SigLIP's text projection has a bias."""
+    logit_scale: float = math.log(1 / 0.07)
+    """Initial logarithm of the temperature's inverse (ln 10 for SigLIP)."""
+    logit_bias: float | None = None
+    """Initial bias of the logits; None: none (-10 for SigLIP)."""
+
+    def __post_init__(self):
+        """Checks that towers fit the space."""
+        require(self.embed_dim > 0, "embed_dim", self.embed_dim, "a positive number")
+        require(not self.vision.classes, "vision.classes", self.vision.classes, "None: a tower has no head")
+        if not self.vision_projection:
+            width = self.vision.pre_logits or self.vision.transformer.width
+            require(self.embed_dim == width, "embed_dim", self.embed_dim,
+                    f"the picture tower's {width}, where there is no vision_projection")
+
+
+class TextTower(nn.Module):
+    """A transformer over tokens, pooled to one vector."""
+
+    config: TextConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b t"], *, train: bool) -> Float[Array, "b d"]:
+        """The pooled vector of each text. Raises ValueError for texts longer than the position table."""
+        config, width = self.config, self.config.transformer.width
+        b, length = tokens.shape
+        if length > config.context_length:
+            raise ValueError(f"texts are {length} tokens long; this model reads at most {config.context_length}")
+        x = TokenEmbedding(config.vocab_size, width, name="tokens")(tokens)
+        x = x + self.param("positions", nn.initializers.normal(0.01), (config.context_length, width))[:length]
+        seen = jnp.ones((b, length), bool) if config.pad_id is None else tokens != config.pad_id
+        mask = None if config.pad_id is None else seen[:, None, None, :]
+        if config.causal:
+            mask = causal_mask(length) if mask is None else causal_mask(length) & mask
+        x = nn.Dropout(config.transformer.dropout, deterministic=not train)(x)
+        x = Stack(config.transformer, name="encoder")(x.astype(config.transformer.dtype), mask, train=train).tokens
+        x = layer_norm(config.transformer, "norm")(x)
+        match config.pool:
+            case "argmax":
+                at = tokens.argmax(axis=1)
+            case "eos":
+                at = (tokens == config.eos_id).argmax(axis=1)
+            case "last":
+                at = jnp.full((b,), length - 1)
+            case "first":
+                at = jnp.zeros((b,), int)
+            case "mean":
+                weights = (seen / seen.sum(axis=1, keepdims=True).clip(1)).astype(x.dtype)
+                return jnp.einsum("btd,bt->bd", x, weights)
+            case "map":
+                return MapHead(config.transformer, name="map_head")(x, train=train)
+        return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+
+
+class CLIPOutput(NamedTuple):
+    """Normalised embeddings, and the scale and bias that turn their products into logits."""
+
+    image: Float[Array, "b e"]
+    text: Float[Array, "b e"]
+    logit_scale: Float[Array, ""]
+    """exp of the parameter."""
+    logit_bias: Float[Array, ""]
+
+
+def normalise(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    """Rows of length 1, in fp32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+class CLIP(nn.Module):
+    """Two towers with projections into one space."""
+
+    config: CLIPConfig
+
+    def setup(self):
+        """Declares the towers."""
+        config = self.config
+        self.vision = ViT(config.vision)
+        self.text = TextTower(config.text)
+
+        def projection(width, bias):
+            return nn.Dense(config.embed_dim, use_bias=bias, kernel_init=nn.initializers.normal(width**-0.5))
+
+        vision_width = config.vision.pre_logits or config.vision.transformer.width
+        if config.vision_projection:
+            self.vision_projection = projection(vision_width, bias=False)
+        self.text_projection = projection(config.text.transformer.width, config.text_projection_bias)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(config.logit_scale), ())
+        if config.logit_bias is not None:
+            self.logit_bias = self.param("logit_bias", nn.initializers.constant(config.logit_bias), ())
+
+    def encode_image(self, image: Float[Array, "b H W c"], *, train: bool) -> Float[Array, "b e"]:
+        """Pictures in the shared space, not normalised, fp32."""
+        pooled = self.vision(image, train=train).pooled
+        x = pooled.astype(jnp.float32)
+        return self.vision_projection(x) if self.config.vision_projection else x
+
+    def encode_text(self, tokens: Int[Array, "b t"], *, train: bool) -> Float[Array, "b e"]:
+        """Texts in the shared space, not normalised, fp32."""
+        return self.text_projection(self.text(tokens, train=train).astype(jnp.float32))
+
+    def image_features(self, image: Float[Array, "b H W c"]) -> Float[Array, "b d"]:
+        """The pooled picture before the projection (what CLIP's linear probes read)."""
+        return self.vision(image, train=False).pooled.astype(jnp.float32)
+
+    def __call__(
+        self, image: Float[Array, "b H W c"], tokens: Int[Array, "b t"], *, train: bool
+    ) -> CLIPOutput:
+        """Normalised embeddings of both, with the logits' scale and bias."""
+        bias = jnp.zeros(()) if self.config.logit_bias is None else self.logit_bias
+        return CLIPOutput(normalise(self.encode_image(image, train=train)),
+                          normalise(self.encode_text(tokens, train=train)), jnp.exp(self.logit_scale), bias)
+
+
+# open_clip's and OpenAI's names: size/patch of the picture tower, picture side, text width, heads, layers, embed_dim
+CLIP_SIZES: dict[str, tuple[str, int, int, int, int, int]] = {
+    "ViT-S-32": ("S/32", 224, 384, 6, 12, 384),
+    "ViT-S-16": ("S/16", 224, 384, 6, 12, 384),
+    "ViT-M-32": ("M/32", 224, 512, 8, 12, 512),
+    "ViT-M-16": ("M/16", 224, 512, 8, 12, 512),
+    "ViT-B-32": ("B/32", 224, 512, 8, 12, 512),
+    "ViT-B-32-256": ("B/32", 256, 512, 8, 12, 512),
+    "ViT-B-16": ("B/16", 224, 512, 8, 12, 512),
+    "ViT-L-16": ("L/16", 224, 768, 12, 12, 768),
+    "ViT-L-14": ("L/14", 224, 768, 12, 12, 768),
+    "ViT-L-14-336": ("L/14", 336, 768, 12, 12, 768),
+    "ViT-H-14": ("H/14", 224, 1024, 16, 24, 1024),
+    "ViT-g-14": ("g/14", 224, 1024, 16, 24, 1024),
+    "ViT-bigG-14": ("G/14", 224, 1280, 20, 32, 1280),
+}
+
+
+def clip(name: str, *, activation: str = "gelu", stack: dict | None = None, **overrides) -> CLIPConfig:
+    """A CLIP of one of open_clip's names; `activation="quick_gelu"` for OpenAI's own weights.
+
+    `stack` holds fields of both towers' `TransformerConfig`, `overrides` fields of `CLIPConfig`.
+    """
+    require(name in CLIP_SIZES, "name", name, "one of " + ", ".join(CLIP_SIZES))
+    variant, image_size, width, heads, depth, embed_dim = CLIP_SIZES[name]
+    common = {"activation": activation, "eps": 1e-5, "init": "clip"} | (stack or {})
+    text = TransformerConfig(**{"width": width, "depth": depth, "heads": heads, "mlp_dim": 4 * width} | common)
+    vision = vit(variant, image_size=image_size, pre_norm=True, patch_bias=False, stack=common)
+    return CLIPConfig(**{"vision": vision, "text": TextConfig(transformer=text), "embed_dim": embed_dim} | overrides)
+
+
+# picture tower, text tower, patch
+SIGLIP_SIZES: dict[str, tuple[str, str, int]] = {
+    "B/16": ("B", "B", 16),
+    "L/16": ("L", "L", 16),
+    "So400m/14": ("So400m", "So400m", 14),
+    "So400m/16": ("So400m", "So400m", 16),
+    "g-opt/16": ("g-opt", "So400m", 16),
+}
+
+
+def siglip(name: str, *, image_size: int = 224, vocab_size: int = 32_000, context_length: int = 64,
+           stack: dict | None = None, **overrides) -> CLIPConfig:
+    """A SigLIP of one of the published sizes (SigLIP 2: `vocab_size=256_000`).
+
+    Pictures of So400m/14 are cut to a multiple of 14 beforehand: 384 becomes 378. `stack` holds fields of both
+    towers' `TransformerConfig`, `overrides` fields of `CLIPConfig`.
+    """
+    require(name in SIGLIP_SIZES, "name", name, "one of " + ", ".join(SIGLIP_SIZES))
+    vision_size, text_size, patch = SIGLIP_SIZES[name]
+    common = {"activation": "gelu_tanh", "eps": 1e-6} | (stack or {})
+    vision = ViTConfig(transformer=transformer(vision_size, **common), patch=patch, image_size=image_size,
+                       pool="map", class_token=False)
+    text = TextConfig(transformer=transformer(text_size, **common), vocab_size=vocab_size,
+                      context_length=context_length, causal=False, pool="last")
+    defaults = {"vision": vision, "text": text, "embed_dim": vision.transformer.width, "vision_projection": False,
+                "text_projection_bias": True, "logit_scale": math.log(10), "logit_bias": -10.0}
+    return CLIPConfig(**defaults | overrides)

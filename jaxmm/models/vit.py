@@ -1,0 +1,203 @@
+"""Vision Transformer (Dosovitskiy et al. 2021), in the variants that are published.
+
+A picture becomes patches, patches become tokens, a transformer encoder reads them, and one vector of them is
+classified. CLIP's, SigLIP's and BLIP's picture towers are configurations of the same module.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Key
+
+from jaxmm.config import require
+from jaxmm.nn.embeddings import PatchEmbedding, sincos_positions
+from jaxmm.nn.pooling import MapHead
+from jaxmm.nn.transformer import Stack, TransformerConfig, layer_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """A vision transformer. The defaults are the original's; `vit("B/16")` fills in a published size."""
+
+    transformer: TransformerConfig
+    image_size: int = 224
+    """Side in pixels of the square pictures that the position table is made for."""
+    patch: int = 16
+    """Side of a patch in pixels."""
+    pool: Literal["cls", "gap", "map"] = "cls"
+    """Which vector stands for the picture: the class token, the mean of the patches, or attention pooling."""
+    class_token: bool = True
+    """Whether there is a class token at all; `cls` needs one."""
+    positions: Literal["learned", "sincos"] = "learned"
+    """A learned table, or fixed 2-D sine-cosine positions."""
+    position_class: bool = True
+    """Whether the class token has a slot in the position table (big_vision: no)."""
+    registers: int = 0
+    """Extra learned tokens without position (Darcet et al. 2024)."""
+    pre_norm: bool = False
+    """A layer norm before the stack (CLIP)."""
+    patch_bias: bool = True
+    """CLIP's patches have no bias."""
+    pre_logits: int | None = None
+    """Size of a Dense + tanh before the head (ImageNet-21k's representation layer); None: none."""
+    classes: int | None = None
+    """Size of the classification head; None: as many as the training source has, or no head in a tower."""
+    head_init: Literal["zeros", "normal"] = "zeros"
+    """Of the head's kernel: zeros (vision_transformer, big_vision) or truncated normal, std 0.02 (timm)."""
+    head_bias: float = 0.0
+    """Initial bias of the head; -10 for sigmoid cross-entropy over many classes."""
+    patch_dropout: float = 0.0
+    """Share of the patches left out in training (FLIP, Li et al. 2023)."""
+
+    def __post_init__(self):
+        """Checks that patches tile the picture and that the pooling has what it needs."""
+        require(self.patch > 0, "patch", self.patch, "a positive number of pixels")
+        require(self.image_size > 0 and self.image_size % self.patch == 0, "image_size", self.image_size,
+                f"a multiple of patch = {self.patch}")
+        require(self.pool != "cls" or self.class_token, "pool", self.pool, "gap or map, where class_token is False")
+        require(self.positions != "sincos" or self.transformer.width % 4 == 0, "transformer.width",
+                self.transformer.width, "a multiple of 4, for sin-cos positions")
+        require(self.registers >= 0, "registers", self.registers, "0 or more")
+        require(0 <= self.patch_dropout < 1, "patch_dropout", self.patch_dropout, "0 or more, below 1")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size // self.patch, self.image_size // self.patch
+
+
+# name: width, depth, MLP, heads (facts: big_vision's decode_variant; g-opt and G-opt from the same table)
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "mu": (32, 1, 128, 2),
+    "Ti": (192, 12, 768, 3),
+    "S": (384, 12, 1536, 6),
+    "M": (512, 12, 2048, 8),
+    "B": (768, 12, 3072, 12),
+    "L": (1024, 24, 4096, 16),
+    "So400m": (1152, 27, 4304, 16),
+    "H": (1280, 32, 5120, 16),
+    "g": (1408, 40, 6144, 16),
+    "g-opt": (1536, 40, 6144, 16),
+    "G": (1664, 48, 8192, 16),
+    "G-opt": (1536, 48, 8192, 16),
+    "e": (1792, 56, 15360, 16),
+}
+
+
+def transformer(size: str, **overrides) -> TransformerConfig:
+    """The stack of a published size; `overrides` are fields of `TransformerConfig`."""
+    require(size in SIZES, "size", size, "one of " + ", ".join(SIZES))
+    width, depth, mlp_dim, heads = SIZES[size]
+    return TransformerConfig(**{"width": width, "depth": depth, "mlp_dim": mlp_dim, "heads": heads} | overrides)
+
+
+def vit(variant: str, *, stack: dict | None = None, **overrides) -> ViTConfig:
+    """`vit("B/16", image_size=384)`: a published size and patch.
+
+    `stack` holds fields of `TransformerConfig`, `overrides` fields of `ViTConfig`.
+    """
+    size, _, patch = variant.partition("/")
+    require(patch.isdigit(), "variant", variant, "SIZE/PATCH, such as B/16")
+    return ViTConfig(transformer=transformer(size, **(stack or {})), **{"patch": int(patch)} | overrides)
+
+
+class ViTOutput(NamedTuple):
+    """What a vision transformer sees, from tokens to logits."""
+
+    tokens: Float[Array, "b t d"]
+    """After the final norm: class token (where there is one), registers, patches."""
+    pooled: Float[Array, "b d"]
+    """One vector a picture."""
+    logits: Float[Array, "b classes"] | None
+    """fp32; None without a head."""
+    hidden: Float[Array, "l b t d"] | None
+    """The tokens after each layer, where asked for."""
+    attention: Float[Array, "l b h t t"] | None
+    """Each layer's attention weights, where asked for."""
+
+
+def keep_patches(x: Float[Array, "b n d"], share: float, rng: Key[Array, ""]) -> Float[Array, "b m d"]:
+    """A random subset of each picture's patches, leaving out `share` of them (FLIP, section 3)."""
+    b, n, _ = x.shape
+    kept = max(1, round(n * (1 - share)))
+    order = jnp.argsort(jax.random.uniform(rng, (b, n)), axis=1)[:, :kept]
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+class ViT(nn.Module):
+    """The vision transformer."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(
+        self, image: Float[Array, "b H W c"], *, train: bool, hidden: bool = False, attention: bool = False
+    ) -> ViTOutput:
+        """Reads normalised pictures whose sides are `config.image_size`.
+
+        Raises ValueError for pictures of another size: resize the position table (`resize_positions`) and the
+        configuration together.
+        """
+        config, width = self.config, self.config.transformer.width
+        if image.shape[1:3] != (config.image_size, config.image_size):
+            raise ValueError(f"pictures are {image.shape[1]} x {image.shape[2]}; this model's position table is for "
+                             f"{config.image_size} x {config.image_size}")
+        clip = config.transformer.init == "clip"
+        table_init = nn.initializers.normal(width**-0.5 if clip else 0.02)
+        patches = PatchEmbedding(config.patch, width, config.patch_bias, jnp.dtype(config.transformer.dtype),
+                                 name="patches")
+        x = patches(image).astype(jnp.float32)
+
+        slots = config.grid[0] * config.grid[1]
+        on_class = config.class_token and config.position_class
+        if config.positions == "learned":
+            table = self.param("positions", table_init, (slots + on_class, width))
+        else:
+            table = jnp.pad(sincos_positions(*config.grid, width), ((on_class, 0), (0, 0)))
+        x = x + table[on_class:]
+        if train and config.patch_dropout > 0:
+            x = keep_patches(x, config.patch_dropout, self.make_rng("dropout"))
+        first = []
+        if config.class_token:
+            token = self.param("class_token", table_init if clip else nn.initializers.zeros, (width,))
+            first.append((token + table[0] if on_class else token)[None])
+        if config.registers:
+            first.append(self.param("registers", nn.initializers.normal(0.02), (config.registers, width)))
+        if first:
+            first = jnp.concatenate(first)
+            x = jnp.concatenate([jnp.broadcast_to(first, (len(x), *first.shape)), x], axis=1)
+
+        x = nn.Dropout(config.transformer.dropout, deterministic=not train)(x)
+        x = x.astype(config.transformer.dtype)
+        if config.pre_norm:
+            x = layer_norm(config.transformer, "pre_norm")(x)
+        stack = Stack(config.transformer, name="encoder")(x, train=train, hidden=hidden, attention=attention)
+        tokens = layer_norm(config.transformer, "norm")(stack.tokens)
+        pooled = self._pool(tokens, train)
+        if config.pre_logits:
+            dense = nn.Dense(config.pre_logits, dtype=tokens.dtype, name="pre_logits",
+                             kernel_init=nn.initializers.xavier_uniform())
+            pooled = nn.tanh(dense(pooled))
+        logits = None
+        if config.classes:
+            kernel = {"zeros": nn.initializers.zeros, "normal": nn.initializers.truncated_normal(0.02)}
+            head = nn.Dense(config.classes, kernel_init=kernel[config.head_init],
+                            bias_init=nn.initializers.constant(config.head_bias), name="head")
+            logits = head(pooled.astype(jnp.float32))
+        return ViTOutput(tokens, pooled, logits, stack.hidden, stack.attention)
+
+    def _pool(self, tokens, train):
+        if self.config.pool == "cls":
+            return tokens[:, 0]
+        if self.config.pool == "gap":
+            skipped = int(self.config.class_token) + self.config.registers
+            return tokens[:, skipped:].mean(axis=1)
+        return MapHead(self.config.transformer, name="map_head")(tokens, train=train)
+
+
+def without_head(config: ViTConfig) -> ViTConfig:
+    """The same transformer as a tower: no classification head."""
+    return replace(config, classes=None)

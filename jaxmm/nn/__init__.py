@@ -1,0 +1,1 @@
+"""Building blocks: attention, the transformer stack, embeddings, pooling."""

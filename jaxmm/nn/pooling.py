@@ -1,0 +1,23 @@
+"""From many tokens to one vector."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from jaxmm.nn.attention import Attention
+from jaxmm.nn.transformer import Mlp, TransformerConfig, layer_norm
+
+
+class MapHead(nn.Module):
+    """Multi-head attention pooling (Zhai et al. 2022): one learned probe attends to all tokens, then an MLP."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n d"], *, train: bool) -> Float[Array, "b d"]:
+        """The probe's answer."""
+        config = self.config
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, config.width))
+        probe = jnp.broadcast_to(probe, (len(tokens), 1, config.width)).astype(tokens.dtype)
+        x, _ = Attention(config.heads, jnp.dtype(config.dtype), name="attention")(probe, tokens, train=train)
+        return (x + Mlp(config, name="mlp")(layer_norm(config, "mlp_norm")(x), train=train))[:, 0]

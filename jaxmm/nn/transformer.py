@@ -1,0 +1,218 @@
+"""The pre-norm transformer encoder (Dosovitskiy et al. 2021, eq. 2-3) as one stack of layers.
+
+Parameters are stacked along a leading layer axis whether the layers are scanned or unrolled, so a checkpoint does
+not depend on that choice.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from jaxmm.config import require
+from jaxmm.nn.attention import Attention, Mask
+from jaxmm.sharding import constrain_batch
+
+ACTIVATIONS = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """A stack of identical pre-norm layers."""
+
+    width: int
+    """d, the size of a token."""
+    depth: int
+    """Layers."""
+    heads: int
+    mlp_dim: int
+    """Hidden units of a layer's MLP."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """gelu: exact, by erf (torch's default); gelu_tanh: approximate (Flax's default, SigLIP); quick_gelu: OpenAI."""
+    eps: float = 1e-6
+    """Of every layer norm."""
+    init: Literal["xavier", "clip", "normal"] = "xavier"
+    """xavier: vision_transformer's; clip: OpenAI CLIP's, scaled by width and depth; normal: truncated, std 0.02."""
+    dropout: float = 0.0
+    """After attention, inside and after the MLP."""
+    attention_dropout: float = 0.0
+    """On the attention weights."""
+    drop_path: float = 0.0
+    """Stochastic depth: chance that the last layer's branches are skipped, falling linearly to 0 at the first."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations; parameters, norms' statistics and softmax stay fp32."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing; all but matrix products; everything inside a layer."""
+    scan: bool = True
+    """Compile one layer and loop over it, or all layers one after the other."""
+
+    def __post_init__(self):
+        """Checks that heads divide the width, and ranges."""
+        for name in ("width", "depth", "heads", "mlp_dim"):
+            require(getattr(self, name) > 0, f"transformer.{name}", getattr(self, name), "a positive number")
+        require(self.width % self.heads == 0, "transformer.heads", self.heads, f"a divisor of width = {self.width}")
+        for name in ("dropout", "attention_dropout", "drop_path"):
+            require(0 <= getattr(self, name) < 1, f"transformer.{name}", getattr(self, name), "0 or more, below 1")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether training draws random numbers."""
+        return max(self.dropout, self.attention_dropout, self.drop_path) > 0
+
+
+class Initializers(NamedTuple):
+    """Of a layer's kernels and of its MLP's biases."""
+
+    attention_in: nn.initializers.Initializer
+    attention_out: nn.initializers.Initializer
+    up: nn.initializers.Initializer
+    down: nn.initializers.Initializer
+    mlp_bias: nn.initializers.Initializer
+
+
+def initializers(config: TransformerConfig) -> Initializers:
+    """The published initial distributions that `config.init` names."""
+    normal, zeros = nn.initializers.normal, nn.initializers.zeros
+    if config.init == "xavier":
+        return Initializers(*[nn.initializers.xavier_uniform()] * 4, mlp_bias=normal(1e-6))
+    if config.init == "normal":
+        return Initializers(*[nn.initializers.truncated_normal(0.02)] * 4, mlp_bias=zeros)
+    narrow = config.width**-0.5
+    deep = narrow * (2 * config.depth) ** -0.5
+    return Initializers(normal(narrow), normal(deep), normal((2 * config.width) ** -0.5), normal(deep), zeros)
+
+
+class Mlp(nn.Module):
+    """Linear, activation, linear."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"], *, train: bool) -> Float[Array, "*b d"]:
+        """Applied to every token alike."""
+        config, init = self.config, initializers(self.config)
+        dense = partial(nn.Dense, dtype=jnp.dtype(config.dtype), bias_init=init.mlp_bias)
+        x = dense(config.mlp_dim, kernel_init=init.up, name="up")(x)
+        x = ACTIVATIONS[config.activation](x)
+        x = nn.Dropout(config.dropout, deterministic=not train)(x)
+        return dense(config.width, kernel_init=init.down, name="down")(x)
+
+
+def layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
+    """A layer norm with the stack's epsilon and dtype; its statistics are fp32."""
+    return nn.LayerNorm(epsilon=config.eps, dtype=jnp.dtype(config.dtype), name=name)
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t d"], mask: Mask | None = None, drop_path: float | Array = 0.0, *, train: bool
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t t"]]:
+        """The layer's tokens and its attention weights. `drop_path` is this layer's chance of skipping a branch."""
+        config, init = self.config, initializers(self.config)
+
+        def branch(y):
+            y = nn.Dropout(config.dropout, deterministic=not train)(y)
+            if train and config.drop_path > 0:
+                keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (len(y), 1, 1))
+                y = y * (keep / (1 - drop_path)).astype(y.dtype)
+            return y
+
+        y = layer_norm(config, "attention_norm")(x)
+        attention = Attention(config.heads, jnp.dtype(config.dtype), config.attention_dropout,
+                              init.attention_in, init.attention_out, name="attention")
+        y, weights = attention(y, y, mask, train=train)
+        x = x + branch(y)
+        y = Mlp(config, name="mlp")(layer_norm(config, "mlp_norm")(x), train=train)
+        return x + branch(y), weights
+
+
+class StackOutput(NamedTuple):
+    """What a stack returns; `hidden` and `attention` only where they were asked for."""
+
+    tokens: Float[Array, "b t d"]
+    hidden: Float[Array, "l b t d"] | None
+    """The tokens after each layer."""
+    attention: Float[Array, "l b h t t"] | None
+    """Each layer's attention weights."""
+
+
+class Stack(nn.Module):
+    """`config.depth` layers with their parameters stacked under `blocks`."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        mask: Mask | None = None,
+        *,
+        train: bool,
+        hidden: bool = False,
+        attention: bool = False,
+    ) -> StackOutput:
+        """Runs the layers one after the other; `hidden` and `attention` ask for every layer's."""
+        config = self.config
+        block = Block(config, parent=None)
+
+        def init(rng):
+            def one(key):
+                return block.init(key, jnp.zeros((1, 1, config.width)), train=False)["params"]
+            return jax.vmap(one)(jax.random.split(rng, config.depth))
+
+        params = self.param("blocks", init)
+        if self.is_initializing():
+            return StackOutput(x, None, None)
+        rates = jnp.linspace(0, config.drop_path, config.depth)
+        keys = None
+        if train and config.stochastic:
+            keys = jax.random.split(self.make_rng("dropout"), config.depth)
+
+        def layer(x, inputs):
+            params, rate, key = inputs
+            rngs = None if key is None else {"dropout": key}
+            x, weights = block.apply({"params": params}, constrain_batch(x), mask, rate, train=train, rngs=rngs)
+            x = constrain_batch(x)
+            return x, (x if hidden else None, weights if attention else None)
+
+        if config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan)
+        x = x.astype(config.dtype)
+        if config.scan:
+            x, (hiddens, weights) = jax.lax.scan(layer, x, (params, rates, keys))
+            return StackOutput(x, hiddens, weights)
+        collected = []
+        for inputs in unstack((params, rates, keys), config.depth):
+            x, extra = layer(x, inputs)
+            collected.append(extra)
+        hiddens, weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
+        return StackOutput(x, hiddens, weights)
+
+
+def unstack(tree, length: int) -> list:
+    """A list of `length` trees from one whose leaves have a leading axis of that length.
+
+    One split a leaf, whose transpose is one concatenation: indexing layer by layer would add `length` padded
+    gradients instead.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [[part[0] for part in jax.lax.split(leaf, (1,) * length, axis=0)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]

@@ -1,0 +1,134 @@
+"""Where things lie: the mesh, one ordered table of rules for parameters, and the batch.
+
+Models never mention a mesh. Parameters, optimizer moments and copies of parameters are placed by the end of their
+path, so one table serves the whole state; specs are aligned to the trailing dimensions, which leaves a leading
+layer axis alone.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxmm.config import ConfigError, MeshConfig
+
+log = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),  # [d h k]
+    (r"(query|key|value)/bias$", ("tensor", None)),  # [h k]
+    (r"attention/out/kernel$", ("tensor", None, "fsdp")),  # [h k d]
+    (r"mlp/up/kernel$", ("fsdp", "tensor")),  # [d m]
+    (r"mlp/up/bias$", ("tensor",)),  # [m]
+    (r"mlp/down/kernel$", ("tensor", "fsdp")),  # [m d]
+    (r"patches/kernel$", (None, None, None, "fsdp")),  # [p p c d]
+    (r"tokens/embedding$", ("tensor", "fsdp")),  # [v d]
+    (r"(head|pre_logits)/kernel$", ("fsdp", "tensor")),  # [d c]
+    (r"projection/kernel$", ("fsdp", None)),  # [d e]
+    (r"", ()),  # everything else is replicated
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data` x `fsdp` x `tensor` over `devices` (default: all of this run's).
+
+    Raises `ConfigError` when there are too few devices, or when they do not divide.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    inner = config.fsdp * config.tensor
+    if config.data == -1:
+        if len(devices) % inner or not len(devices) // inner:
+            raise ConfigError(f"mesh.fsdp x mesh.tensor is {config.fsdp} x {config.tensor} = {inner}; wanted a "
+                              f"divisor of the {len(devices)} devices")
+        data = len(devices) // inner
+    else:
+        data = config.data
+    if data * inner > len(devices):
+        raise ConfigError(f"mesh.data x mesh.fsdp x mesh.tensor is {data} x {config.fsdp} x {config.tensor} = "
+                          f"{data * inner} devices; this run has {len(devices)} ({devices[0].platform})")
+    chosen = devices[: data * inner]
+    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=chosen)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """`vision/blocks/mlp/up/kernel` for a key path of `jax.tree_util`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of `tree` with their paths as `path_name` writes them."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield path_name(path), leaf
+
+
+def spec(name: str, shape: Sequence[int], axes: dict[str, int]) -> PartitionSpec:
+    """The `PartitionSpec` of an array called `name`, on mesh axes of the sizes `axes`.
+
+    A dimension that its axis does not divide is replicated, and logged.
+    """
+    trailing = next(entry for pattern, entry in RULES if re.search(pattern, name))
+    if len(trailing) > len(shape):  # Adafactor's factored moments have fewer dimensions than their parameter
+        return PartitionSpec()
+    entries: list[str | None] = [None] * (len(shape) - len(trailing)) + list(trailing)
+    for i, axis in enumerate(entries):
+        if axis is not None and (axes[axis] == 1 or shape[i] % axes[axis]):
+            if shape[i] % axes[axis]:
+                log.info("%s: dimension %d of %s is not divisible by %s = %d and is replicated", name, i,
+                         tuple(shape), axis, axes[axis])
+            entries[i] = None
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A `NamedSharding` for every array (or `ShapeDtypeStruct`) of `tree`, by the rules."""
+    def place(path, leaf):
+        return NamedSharding(mesh, spec(path_name(path), leaf.shape, dict(mesh.shape)))
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over every device that holds its own examples."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch, as global arrays on the mesh."""
+    where = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
+
+
+def _constrain(x: jax.Array, where: PartitionSpec) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "data" not in mesh.axis_names or any(t != AxisType.Auto for t in mesh.axis_types):
+        return x
+    return jax.lax.with_sharding_constraint(x, where)
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Holds the leading axis of `x` to the batch's axes and the rest replicated. Outside a mesh, `x` itself."""
+    return _constrain(x, PartitionSpec(BATCH))
+
+
+def constrain_replicated(x: jax.Array) -> jax.Array:
+    """Holds all of `x` on every device. Outside a mesh, `x` itself."""
+    return _constrain(x, PartitionSpec())
