@@ -1,0 +1,1 @@
+"""Losses: pure functions of arrays over the global batch."""
