@@ -1,0 +1,108 @@
+"""Encoded pictures to RGB, the way a person sees them; what cannot be decoded is named, never guessed."""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageChops, UnidentifiedImageError
+
+from jaxmm.data.faults import BadRecord
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+MAX_PIXELS = 90_000_000
+"""Larger pictures are refused on their header alone (a 100 kB PNG can hold a gigapixel)."""
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {  # EXIF orientation -> what turns the stored picture into the seen one
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(BadRecord):
+    """A picture that cannot be decoded: empty, not an image, too large, truncated or corrupt."""
+
+
+def decode(data: bytes | np.ndarray) -> Image.Image:
+    """Turns an encoded JPEG, PNG, WebP or GIF (its first frame), or uint8 pixels, into an upright RGB picture.
+
+    16-bit grey is scaled, CMYK converted, transparency laid on white, EXIF orientation applied. Raises `BadImage`.
+    """
+    if isinstance(data, np.ndarray):
+        return _from_array(data)
+    image = _open(data)
+    try:
+        image.load()
+        return _upright(image, to_rgb(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes make the decoders raise nearly anything
+        raise BadImage(*_damage(error)) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture of any mode as 8-bit RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # convert("RGB") would clip 16-bit values at 255
+        deep = np.clip(np.asarray(image, np.float64), 0, 65535)
+        return Image.fromarray(np.rint(deep / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's, which store them inverted
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3] != (255, 255):
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _open(data: bytes) -> Image.Image:
+    """Reads the header and refuses what should not be decoded."""
+    if not data:
+        raise BadImage("empty", "0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadImage("not an image", f"begins with {data[:12]!r}; wanted JPEG, PNG, WebP or GIF") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImage("too large", str(error)) from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise BadImage(*_damage(error)) from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage("too large", f"{image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded")
+    return image
+
+
+def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
+    """Turns `image` by the EXIF orientation of the `source` it was made from."""
+    if not any(key in source.info for key in ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")):
+        return image
+    try:
+        orientation: Any = source.getexif().get(_ORIENTATION)
+    except Exception:  # garbage in the metadata does not spoil the pixels
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
+        raise BadImage("not an image", f"array {pixels.dtype}{list(pixels.shape)}; wanted uint8 [h, w, 3]")
+    if pixels.size == 0:
+        raise BadImage("empty", f"array of shape {list(pixels.shape)}")
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    return Image.fromarray(pixels).convert("RGB")
+
+
+def _damage(error: Exception) -> tuple[str, str]:
+    text = f"{error}" or type(error).__name__
+    return ("truncated" if "truncated" in text.lower() else "corrupt"), text

@@ -1,0 +1,266 @@
+"""Words into token ids: CLIP's and BERT's published vocabularies, any `tokenizer.json`, or one trained here.
+
+Everything is encoded by the `tokenizers` library. Text is data only: what looks like a special token in it is split
+into ordinary ones.
+"""
+
+import gzip
+import html
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from jaxmm.config import ConfigError, TokenizerConfig
+
+_CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+_BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_CLIP_MERGES = 49152 - 256 - 2      # lines of OpenAI's file that are used, after its header
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Turns texts into rows of `context_length` ids: `bos_id`, the text's, `eos_id`, then `pad_id`.
+
+    A text that is too long loses its end; `eos_id` always stays. Of a very long one only the first 128 characters
+    per token of context are read.
+    """
+
+    backend: tokenizers.Tokenizer
+    kind: str
+    context_length: int
+    pad_id: int
+    bos_id: int | None
+    eos_id: int
+
+    def __post_init__(self):
+        """Takes over truncation and padding, and keeps special tokens out of the reach of text."""
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+
+    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "b t"]:
+        """Ids of `texts`, cut and padded to `context_length`."""
+        if isinstance(texts, str):
+            raise TypeError(f"texts is the string {texts[:40]!r}; wanted a list of strings")
+        cleaned = [_clean(text, 128 * self.context_length, self.kind == "clip") for text in texts]
+        if len(cleaned) < 64:      # the batch call starts threads
+            encoded = [self.backend.encode(text, add_special_tokens=False) for text in cleaned]
+        else:
+            encoded = self.backend.encode_batch_fast(cleaned, add_special_tokens=False)
+        first = [] if self.bos_id is None else [self.bos_id]
+        room = self.context_length - len(first) - 1
+        out = np.full((len(cleaned), self.context_length), self.pad_id, np.int32)
+        for row, encoding in zip(out, encoded, strict=True):
+            ids = [*first, *encoding.ids[:room], self.eos_id]
+            row[: len(ids)] = ids
+        return out
+
+    def decode(self, ids: Sequence[int] | Int32[np.ndarray, " t"]) -> str:
+        """The text of one row of ids, up to its first `eos_id`, without special tokens."""
+        ids = [int(i) for i in ids]
+        if ids and ids[0] == self.bos_id:
+            ids = ids[1:]
+        if self.eos_id in ids:
+            ids = ids[: ids.index(self.eos_id)]
+        else:      # cut off before its end: what is left of the padding has no meaning
+            while ids and ids[-1] == self.pad_id:
+                ids.pop()
+        return self.backend.decode(ids, skip_special_tokens=True).strip()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("kind", "context_length", "pad_id", "bos_id", "eos_id")}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json` (as the `tokenizers` library does) and `tokenizer_settings.json` into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=False), encoding="utf-8")
+        (folder / "tokenizer_settings.json").write_text(json.dumps(self._settings(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Reads what `save` wrote."""
+        folder = Path(folder)
+        try:
+            settings = json.loads((folder / "tokenizer_settings.json").read_text())
+            return cls(_from_json(folder / "tokenizer.json"), **settings)
+        except Exception as error:      # the library raises bare Exceptions
+            raise ValueError(f"{folder} holds no tokenizer that `Tokenizer.save` wrote: {error}") from error
+
+    def __reduce__(self):
+        return _rebuild, (self.backend.to_str(), self._settings())
+
+
+def _rebuild(backend: str, settings: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(backend), **settings)
+
+
+def make_tokenizer(config: TokenizerConfig, texts: Iterable[str] | None = None) -> Tokenizer:
+    """The tokenizer that `config` names; the kinds `train-*` are trained on `texts`, and the same ones always give
+    the same tokenizer."""
+    if config.kind.startswith("train-"):
+        corpus = [_clean(text, 128 * config.context_length, False) for text in texts or ()]
+        if not any(corpus):
+            raise ConfigError(f"data.tokenizer.kind is {config.kind!r}, which learns from the training source's "
+                              "texts, and that has none; name a published tokenizer, or a source with texts")
+        train = _train_wordpiece if config.kind == "train-wordpiece" else _train_bpe
+        backend, special = train(corpus, config.vocab_size), {"pad_id": 0, "bos_id": 2, "eos_id": 3}
+    else:
+        path = Path(config.file or "")
+        read: Callable = {"clip": _read_clip, "bert": _read_bert, "file": _read_file}[config.kind]
+        try:
+            backend, special = read(path)
+        except Exception as error:      # the library raises bare Exceptions
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"data.tokenizer.file is {config.file!r}; wanted a file for kind {config.kind!r}, but "
+                              f"reading it failed: {reason}") from error
+    return Tokenizer(backend, config.kind, config.context_length, **special)
+
+
+def _clean(text: str, limit: int, clip: bool) -> str:
+    if len(text) > limit:
+        text = " ".join(text[: 8 * limit].split())[:limit]
+    if not text.isascii():      # a lone surrogate cannot be encoded
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if clip:
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = re.sub(r"\s+", " ", text).strip().lower()
+    return text
+
+
+def _read_clip(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+    """OpenAI's merges, or the vocabulary and merges that others made of them."""
+    if path.is_dir() and (path / "vocab.json").exists():
+        vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+        merges = _merges((path / "merges.txt").read_text(encoding="utf-8"))
+    elif path.is_dir() or path.suffix == ".json":
+        file = path / "tokenizer.json" if path.is_dir() else path
+        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        vocab = model["vocab"]
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    else:
+        data = path.read_bytes()
+        merges = _merges((gzip.decompress(data) if path.suffix == ".gz" else data).decode())[:_CLIP_MERGES]
+        if not merges:
+            raise ValueError("it lists no merges")
+        letters = _byte_letters()
+        names = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *_CLIP_SPECIAL]
+        vocab = {name: i for i, name in enumerate(names)}
+    bos, eos = (vocab[name] for name in _CLIP_SPECIAL)
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    space = "\u0120"      # what a space is called among the byte letters
+    backend.decoder = decoders.Sequence([decoders.Replace("</w>", space), decoders.ByteLevel()])
+    return backend, {"pad_id": 0, "bos_id": bos, "eos_id": eos}
+
+
+def _merges(text: str) -> list[tuple[str, str]]:
+    header, *lines = text.split("\n")
+    if "version" not in header:
+        lines.insert(0, header)
+    return [(left, right) for left, right in (line.split() for line in lines if line.strip())]
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's letter for each byte, printable bytes first: the order of CLIP's vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
+
+
+def _read_bert(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+    """WordPiece over lower-cased words without accents, as BERT base uncased."""
+    names = path.read_text(encoding="utf-8").split("\n")
+    vocab = {name.rstrip("\r"): i for i, name in enumerate(names) if name.rstrip("\r")}
+    missing = [name for name in _BERT_SPECIAL if name not in vocab]
+    if missing:
+        raise ValueError(f"it has no line {', '.join(missing)}")
+    return _wordpiece(vocab), {"pad_id": vocab["[PAD]"], "bos_id": vocab["[CLS]"], "eos_id": vocab["[SEP]"]}
+
+
+def _wordpiece(vocab: dict[str, int]) -> tokenizers.Tokenizer:
+    model = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100)
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return backend
+
+
+def _from_json(path: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+
+
+def _read_file(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
+    """Any `tokenizer.json`; what it puts around a text tells its begin and end tokens."""
+    backend = _from_json(path)
+    padding = backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    bare = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i:i + len(bare)] == bare]
+    before, after = (whole[:starts[0]], whole[starts[0] + len(bare):]) if bare and starts else ([], [])
+    if len(before) > 1 or len(after) > 1:
+        raise ValueError(f"it puts the ids {before} and {after} around a text; wanted at most one before and after")
+
+    def known(*names: str) -> int | None:
+        return next((i for name in names if (i := backend.token_to_id(name)) is not None), None)
+
+    eos = after[0] if after else known("</s>", "[SEP]", "<|endoftext|>", "<eos>", "<|im_end|>")
+    if eos is None:
+        raise ValueError("it has no end token")
+    pad = padding["pad_id"] if padding else known("[PAD]", "<pad>", "<|pad|>")
+    return backend, {"pad_id": eos if pad is None else pad, "bos_id": before[0] if before else None, "eos_id": eos}
+
+
+def _train_wordpiece(corpus: list[str], size: int) -> tokenizers.Tokenizer:
+    backend = _wordpiece({"[UNK]": 0})
+    counts: Counter[str] = Counter()
+    for text in corpus:
+        counts.update(backend.normalizer.normalize_str(text))
+    ordered = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    letters = sorted(ordered[: (size - len(_BERT_SPECIAL)) // 3])      # rarer ones become [UNK]
+    # The trainer numbers the "##" letters in the order of a hash map unless they are there before.
+    fixed = [*_BERT_SPECIAL, *("##" + c for c in letters)]
+    backend.train_from_iterator(corpus, trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=fixed, initial_alphabet=letters, limit_alphabet=len(letters),
+        show_progress=False))
+    return _wordpiece(backend.get_vocab(with_added_tokens=True))
+
+
+def _train_bpe(corpus: list[str], size: int) -> tokenizers.Tokenizer:
+    """Over bytes, so that nothing is unknown; needs a vocabulary of 260 or more."""
+    if size < 256 + len(_BERT_SPECIAL):
+        raise ConfigError(f"data.tokenizer.vocab_size is {size}; wanted 260 or more for kind 'train-bpe'")
+
+    def around(model: models.Model) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer(model)
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        backend.decoder = decoders.ByteLevel()
+        return backend
+
+    backend = around(models.BPE())
+    backend.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(_BERT_SPECIAL), show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    model = json.loads(backend.to_str())["model"]
+    return around(models.BPE(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]]))

@@ -1,0 +1,96 @@
+"""PIL pictures of any size to uint8 squares, on the host; mean and standard deviation are applied on the device.
+
+A crop is resized straight from the picture (`Image.resize(size, box=...)`), so that no more than the crop is ever
+made: the shorter side of a 1 x 10,000 picture at 224 would be 224 x 2,240,000 pixels.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from jaxmm.config import ImageConfig
+from jaxmm.data.augment import rand_augment
+
+BICUBIC = Image.Resampling.BICUBIC
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels of the picture."""
+
+
+def train_image(
+    image: Image.Image, config: ImageConfig, rng: np.random.Generator
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Random crop, flip and RandAugment as `config` says; all chance comes from `rng`."""
+    size = config.size
+    if config.train_crop == "random":
+        image = _resize(image, size, random_box(image.size, config.scale, config.ratio, rng))
+    elif config.train_crop == "pad":
+        shift = size // 8
+        left, top = rng.integers(-shift, shift + 1, size=2).tolist()
+        # what lies outside the picture comes out black
+        image = center_crop(image, size).crop((left, top, left + size, top + size))
+    elif config.train_crop == "center":
+        image = center_crop(image, size, config.eval_resize)
+    else:
+        image = _resize(image, size)
+    if config.flip and rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if config.randaugment_layers:
+        image = rand_augment(image, config.randaugment_layers, config.randaugment_magnitude, rng)
+    return np.asarray(image)
+
+
+def eval_image(image: Image.Image, config: ImageConfig) -> UInt8[np.ndarray, "size size 3"]:
+    """The central square, or the whole picture squashed, as `config` says."""
+    if config.eval_crop == "squash":
+        return np.asarray(_resize(image, config.size))
+    return np.asarray(center_crop(image, config.size, config.eval_resize))
+
+
+def random_box(
+    image_size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Box:
+    """Inception's random resized crop: uniform share of the area, log-uniform aspect ratio; ten tries, then centre.
+
+    The sampling is torchvision's `RandomResizedCrop`.
+    """
+    width, height = image_size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def center_crop(image: Image.Image, size: int, resize: float = 1.0) -> Image.Image:
+    """Shorter side to `resize` x `size`, then the central `size` x `size`.
+
+    Rounded where torchvision's `Resize` and `CenterCrop` round, which CLIP's and ImageNet's preprocessing use.
+    """
+    width, height = image.size
+    short = round(size * resize)
+    if width <= height:
+        wide, high = short, int(short * height / width)
+    else:
+        wide, high = int(short * width / height), short
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    if max(wide, high) <= 4 * short:
+        # bit for bit as published; with a box Pillow may take the axes in the other order and round differently
+        return image.resize((wide, high), BICUBIC).crop((left, top, left + size, top + size))
+    x, y = width / wide, height / high
+    return _resize(image, size, (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height)))
+
+
+def _resize(image: Image.Image, size: int, box: Box | None = None) -> Image.Image:
+    """Bicubic with antialiasing, Pillow's own: the reference that published models were trained with."""
+    return image.resize((size, size), BICUBIC, box=box)

@@ -1,0 +1,300 @@
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import grain
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxmm.config import DataConfig, ImageConfig
+from jaxmm.data import pipeline, transforms
+from jaxmm.data.images import decode
+from jaxmm.data.pipeline import FaultCounter, eval_batches, eval_texts, step_records, train_batches
+from jaxmm.data.sources import DataError, open_source
+
+IMAGE = ImageConfig(size=16)
+CONFIG = DataConfig(batch_size=6, image=IMAGE)
+REASONS = pipeline.REASONS
+
+
+class Letters:
+    """A tokenizer: the codes of the first 9 letters."""
+
+    def __call__(self, texts):
+        return np.array([[*map(ord, text[:9].ljust(9))] for text in texts], np.int32)
+
+    def decode(self, ids):
+        return "".join(map(chr, ids)).strip()
+
+
+def png(seed):
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(256, size=(20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "png")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """23 pictures in three classes."""
+    for i in range(23):
+        path = tmp_path / f"class{i % 3}" / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png(i))
+    return open_source(f"folder:{tmp_path}")
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """11 records: i % 3 + 1 captions; 3 and 4 show the same picture in different files; 5 says what 6 says."""
+    lines = []
+    for i in range(11):
+        (tmp_path / f"{i}.png").write_bytes(png(3 if i == 4 else i))
+        texts = ["One  Text" if i == 5 else "one text"] if i in (5, 6) else [f"text {i} {k}" for k in range(i % 3 + 1)]
+        lines.append(json.dumps({"image": f"{i}.png", "captions": texts}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    return open_source(f"captions:{tmp_path}/train.jsonl")
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def take(iterator, count):
+    batches = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return batches
+
+
+def replace(config, **changes):
+    return DataConfig(**({"batch_size": config.batch_size, "image": config.image} | changes))
+
+
+def test_every_record_once_an_epoch():
+    drawn = np.concatenate([step_records(23, 6, 5, k) for k in range(23)])    # 6 epochs of 23
+    epochs = drawn.reshape(6, 23)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.broadcast_to(np.arange(23), (6, 23)))
+    assert len({epoch.tobytes() for epoch in epochs}) == 6
+    # neighbouring seeds do not share their epochs
+    assert step_records(23, 23, 6, 0).tobytes() not in {epoch.tobytes() for epoch in epochs}
+    np.testing.assert_array_equal(step_records(1, 3, 0, 7), [0, 0, 0])
+    # one record at a time is the same order
+    np.testing.assert_array_equal(drawn[:50], np.concatenate([step_records(23, 1, 5, k) for k in range(50)]))
+
+
+def test_every_record_once_an_epoch_of_a_large_source():
+    length = 2**16 + 3
+    epochs = [step_records(length, length, 5, epoch) for epoch in range(2)]
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(length))
+        assert abs(np.corrcoef(epoch, np.arange(length))[0, 1]) < 0.02
+    assert (epochs[0] != epochs[1]).mean() > 0.99
+    across = step_records(length, 10, 5, length // 10)
+    np.testing.assert_array_equal(across, [*epochs[0][-9:], epochs[1][0]])
+
+
+def test_a_batch_is_what_its_records_say(folder):
+    batch = next(train_batches(folder, CONFIG, seed=5))
+    drawn = step_records(23, 6, 5, 0)
+    assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
+        "image": ((6, 16, 16, 3), "uint8"), "image_id": ((6, 2), "int32"), "label": ((6,), "int32"),
+        "index": ((6,), "int32"), "drawn": ((6,), "int32"), "fault": ((6,), "int32")}
+    np.testing.assert_array_equal(batch["index"], drawn)
+    np.testing.assert_array_equal(batch["drawn"], drawn)
+    np.testing.assert_array_equal(batch["label"], [folder[i]["label"] for i in drawn])
+    assert not batch["fault"].any()
+    for row, index in enumerate(drawn):
+        image = transforms.train_image(decode(folder[index]["image"]), IMAGE, np.random.default_rng((5, row, 0)))
+        np.testing.assert_array_equal(batch["image"][row], image)
+
+
+def test_augmentation_changes_from_epoch_to_epoch(folder):
+    batches = take(train_batches(folder, replace(CONFIG, batch_size=23), seed=5), 2)
+    first, second = (batch["image"][np.argsort(batch["index"])] for batch in batches)
+    assert (first != second).any((1, 2, 3)).all()
+
+
+def test_workers_and_restarts_do_not_change_the_batches(folder):
+    wanted = take(train_batches(folder, CONFIG, seed=5), 9)
+    for workers, start in ((1, 0), (2, 4)):
+        iterator = train_batches(folder, replace(CONFIG, workers=workers), seed=5)
+        iterator.set_state({"step": start})
+        for batch, theirs in zip(take(iterator, 4), wanted[start:], strict=False):
+            assert_same(batch, theirs)
+
+
+def test_hosts_share_a_batch(captions):
+    whole = train_batches(captions, CONFIG, Letters(), seed=5)
+    hosts = [train_batches(captions, CONFIG, Letters(), seed=5, shard=(host, 2)) for host in range(2)]
+    for _ in range(3):
+        parts = [next(host) for host in hosts]
+        assert_same(next(whole), {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    with pytest.raises(DataError, match="a batch of 6 does not divide over host 0 of 4"):
+        train_batches(captions, CONFIG, seed=5, shard=(0, 4))
+
+
+def test_state_resumes_exactly_and_is_json(folder):
+    iterator = train_batches(folder, CONFIG, seed=5)
+    take_three = [next(iterator) for _ in range(3)]
+    state = json.loads(json.dumps(iterator.get_state()))
+    rest = [next(iterator) for _ in range(3)]
+    iterator.set_state(state)                                             # back
+    for batch in rest:
+        assert_same(next(iterator), batch)
+    other = train_batches(folder, CONFIG, seed=5)
+    assert isinstance(other, grain.DatasetIterator)
+    other.set_state(state)
+    assert_same(next(other), rest[0])
+    other.set_state(state | {"step": 10**9})                              # at once, however far
+    assert next(other)["image"].shape == take_three[0]["image"].shape
+
+
+def test_state_of_other_data_is_refused(folder, tmp_path):
+    state = train_batches(folder, CONFIG, seed=5).get_state()
+    with pytest.raises(DataError, match="seed was 5 and is 6"):
+        train_batches(folder, CONFIG, seed=6).set_state(state)
+    with pytest.raises(DataError, match="batch_size was 6 and is 3"):
+        train_batches(folder, replace(CONFIG, batch_size=3), seed=5).set_state(state)
+    (tmp_path / "class0" / "new.png").write_bytes(png(99))
+    changed = open_source(folder.name)
+    with pytest.raises(DataError, match="is not what this run began with: records was 23 and is 24; fingerprint"):
+        train_batches(changed, CONFIG, seed=5).set_state(state)
+
+
+def test_texts_are_drawn_from_all_captions(captions):
+    seen = {}
+    for batch in take(train_batches(captions, CONFIG, Letters(), seed=5), 40):
+        for row, index in enumerate(batch["index"]):
+            text = Letters().decode(batch["tokens"][row])
+            assert text in captions.texts(index)
+            seen.setdefault(int(index), set()).add(text)
+            np.testing.assert_array_equal(batch["text_id"][row], pipeline.text_id(text))
+    assert seen == {i: set(captions.texts(i)) for i in range(11)}
+
+
+def test_ids_are_equal_where_the_picture_or_the_words_are(captions):
+    batch = next(eval_batches(captions, CONFIG, 11, Letters()))
+    same_picture = (batch["image_id"][:, None] == batch["image_id"][None]).all(-1)
+    same_words = (batch["text_id"][:, None] == batch["text_id"][None]).all(-1)
+    for same, pair in ((same_picture, (3, 4)), (same_words, (5, 6))):
+        wanted = np.eye(11, dtype=bool)
+        wanted[pair], wanted[pair[::-1]] = True, True
+        np.testing.assert_array_equal(same, wanted)
+    assert (pipeline.text_id(" A\tb ") == pipeline.text_id("a B")).all()
+
+
+def spoil(folder, tmp_path, indices=(2, 7, 11)):
+    """One damaged, one empty, one missing."""
+    for index, content in zip(indices, (b"<html>", b"", None), strict=True):
+        path = tmp_path / folder.key(index)
+        path.unlink() if content is None else path.write_bytes(content)
+    return dict(zip(indices, ("not an image", "empty", "unreadable"), strict=True))
+
+
+def test_bad_records_are_replaced_and_counted(folder, tmp_path):
+    bad = spoil(folder, tmp_path)
+    config = replace(CONFIG, batch_size=23, max_bad=0.2)
+    batches = take(train_batches(folder, config, seed=5), 3)
+    faults = FaultCounter(folder, config.max_bad, least=23)
+    for batch, again in zip(batches, take(train_batches(folder, config, seed=5), 3), strict=True):
+        assert_same(batch, again)
+        faults.update(batch)
+        assert set(batch["drawn"]) == set(range(23)) and not set(batch["index"]) & set(bad)
+        for drawn, index, fault, label in zip(*(batch[n] for n in ("drawn", "index", "fault", "label")), strict=True):
+            assert fault == (1 + REASONS.index(bad[drawn]) if drawn in bad else 0)
+            assert (index == drawn) == (fault == 0) and label == folder.labels[index]
+    assert faults.counts == {reason: 3 for reason in bad.values()} and (faults.seen, faults.bad) == (69, 9)
+    assert set(faults.examples[:3]) == {(folder.key(i), reason) for i, reason in bad.items()}
+    strict = FaultCounter(folder, 0.1, least=23)
+    with pytest.raises(DataError, match=r"3 of 23 records were bad \(1 .*data.max_bad allows a share of 0.1"):
+        strict.update(batches[0])
+    lenient = FaultCounter(folder, 0.1, least=24)
+    lenient.update(batches[0])
+    assert lenient.bad == 3
+
+
+def test_missing_captions_and_labels_are_faults(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    lines = [{"image": "0.png", "caption": "x"}, {"image": "0.png", "caption": " "}, {"image": "0.png"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_source(f"captions:{tmp_path}/a.jsonl")
+    batch = next(train_batches(source, replace(CONFIG, batch_size=3), Letters(), seed=0))
+    assert (batch["index"] == 0).all()
+    np.testing.assert_array_equal(batch["fault"][np.argsort(batch["drawn"])], [0, *[1 + REASONS.index("no text")] * 2])
+    assert not next(train_batches(source, CONFIG, seed=0))["fault"].any()  # without a tokenizer they do
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_of_broken_records_ends_with_one_message(tmp_path, workers):
+    (tmp_path / "a").mkdir()
+    for i in range(5):
+        (tmp_path / "a" / f"{i}.jpg").write_bytes(b"no picture")
+    source = open_source(f"folder:{tmp_path}")
+    message = r"50 records in a row cannot be used; the last was a/\d.jpg: not an image"
+    with pytest.raises(DataError, match=message) as error:
+        next(train_batches(source, replace(CONFIG, workers=workers), seed=0))
+    assert error.value.__cause__ is None and not getattr(error.value, "__notes__", None)
+    with pytest.raises(DataError, match=r"5 of 5 records were bad \(5 not an image; first a/0.jpg"):
+        list(eval_batches(source, CONFIG, 2))
+
+
+def test_eval_batches_are_in_order_and_filled_up(folder, tmp_path):
+    bad = spoil(folder, tmp_path)
+    batches = list(eval_batches(folder, CONFIG, 10))
+    assert [len(batch["mask"]) for batch in batches] == [10, 10, 10]
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    np.testing.assert_array_equal(whole["index"], [*range(23), *[0] * 7])
+    np.testing.assert_array_equal(whole["mask"], [i < 23 and i not in bad for i in range(30)])
+    np.testing.assert_array_equal(whole["fault"], [1 + REASONS.index(bad[i]) if i in bad else 0 for i in range(30)])
+    for i in range(30):
+        wanted = transforms.eval_image(decode(folder[i]["image"]), IMAGE) if whole["mask"][i] else 0
+        np.testing.assert_array_equal(whole["image"][i], np.broadcast_to(wanted, (16, 16, 3)))
+        assert whole["label"][i] == (folder.labels[i] if whole["mask"][i] else 0)
+
+
+def test_eval_batches_of_hosts(captions):
+    parts = [list(eval_batches(captions, CONFIG, 8, Letters(), shard=(host, 2))) for host in range(2)]
+    for whole, *shares in zip(eval_batches(captions, CONFIG, 8, Letters()), *parts, strict=True):
+        assert_same(whole, {name: np.concatenate([share[name] for share in shares]) for name in whole})
+
+
+def test_eval_texts_are_all_captions(captions, tmp_path):
+    for i in range(11):
+        (tmp_path / f"{i}.png").unlink()                                  # pictures are not read
+    batches = list(eval_texts(captions, Letters(), 4))
+    assert all(batch["tokens"].shape == (4, 9) and batch["tokens"].dtype == np.int32 for batch in batches)
+    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    owners = [i for i in range(11) for _ in captions.texts(i)]
+    np.testing.assert_array_equal(whole["mask"], np.arange(len(whole["mask"])) < len(owners))
+    np.testing.assert_array_equal(whole["owner"][whole["mask"]], owners)
+    texts = [text for i in range(11) for text in captions.texts(i)]
+    assert [Letters().decode(row) for row in whole["tokens"][whole["mask"]]] == texts
+    np.testing.assert_array_equal(whole["text_id"][whole["mask"]], np.stack([*map(pipeline.text_id, texts)]))
+
+
+def test_a_program_that_ends_without_closing_is_quiet(folder):
+    """Workers, shared memory and Grain's own clean-up leave nothing on the screen and no process behind."""
+    program = textwrap.dedent(f"""
+        from jaxmm.config import DataConfig, ImageConfig
+        from jaxmm.data.pipeline import train_batches
+        from jaxmm.data.sources import open_source
+
+        if __name__ == "__main__":
+            config = DataConfig(batch_size=3, workers=1, image=ImageConfig(size=8))
+            batches = train_batches(open_source({folder.name!r}), config, seed=0)
+            batch = next(batches)
+            print(batch["image"].shape)
+    """)
+    path = os.path.join(folder.root, "program.py")
+    with open(path, "w") as file:
+        file.write(program)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120, env=env, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(3, 8, 8, 3)\n", "")

@@ -1,0 +1,197 @@
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from jaxmm.data.sources import DataError, open_source, record_key, record_texts
+
+
+def png(value, size=(5, 3)):
+    stream = io.BytesIO()
+    Image.new("RGB", size, (value, 2 * value, 0)).save(stream, "png")
+    return stream.getvalue()
+
+
+def write(path, content=b""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_folder_is_a_class_a_folder(tmp_path):
+    for number, name in enumerate(["b/2.JPG", "b/10.png", "a/deep/er/1.webp", "a/0.gif", ".cache/x.png",
+                                   "a/.hidden.png", "a/notes.txt", "b/3.jpeg"]):
+        write(tmp_path / name, bytes([number]))
+    (tmp_path / "empty").mkdir()
+    source = open_source(f"folder:{tmp_path}")
+    assert source.classes == ("a", "b", "empty") and source.name == f"folder:{tmp_path}"
+    records = [source[i] for i in range(len(source))]
+    assert [(r["key"], r["label"], r["image"]) for r in records] == [
+        ("a/0.gif", 0, b"\3"), ("a/deep/er/1.webp", 0, b"\2"),
+        ("b/10.png", 1, b"\1"), ("b/2.JPG", 1, b"\0"), ("b/3.jpeg", 1, b"\7"),
+    ]
+    same, pickled = open_source(f"folder:{tmp_path}"), pickle.loads(pickle.dumps(source))
+    assert same.fingerprint == source.fingerprint and pickled[3] == source[3]
+    write(tmp_path / "b/4.png")
+    assert open_source(f"folder:{tmp_path}").fingerprint != source.fingerprint
+
+
+def test_captions(tmp_path):
+    write(tmp_path / "images/1.png", png(7))
+    lines = [{"image": "images/1.png", "caption": "one"}, {"image": "images/1.png", "captions": ["two", " ", "three"]},
+             {"image": "images/2.png", "texts": ["four"], "image_id": 12}, {"image": "images/2.png"}]
+    file = write(tmp_path / "train.jsonl", "\n\n".join(map(json.dumps, lines)).encode() + b"\n")
+    source = open_source(f"captions:{file}")
+    assert len(source) == 4 and source.classes is None
+    assert source[0]["image"] == png(7) and source[0]["texts"] == ("one",) and "image_id" not in source[0]
+    with pytest.raises(FileNotFoundError):
+        source[2]
+    assert [record_texts(source, i) for i in range(4)] == [("one",), ("two", "three"), ("four",), ()]
+    assert len({record_key(source, i) for i in range(4)}) == 4
+    write(tmp_path / "images/2.png", png(8))
+    assert source[2]["image_id"] == "12"
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+
+
+def test_captions_that_are_not_utf8_are_replaced(tmp_path):
+    file = write(tmp_path / "a.jsonl", b'{"image": "1.png", "caption": "caf\xe9 \xe2\x80\xa8 x"}\n')
+    assert record_texts(open_source(f"captions:{file}"), 0) == ("caf� \u2028 x",)
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"image": "1.png", "caption": ', "a.jsonl:3 is not JSON"),
+    ('["1.png"]', "a.jsonl:3: wanted an object with `image`"),
+    ('{"caption": "x"}', "a.jsonl:3: wanted an object with `image`"),
+    ('{"image": "1.png", "caption": 5}', "a.jsonl:3: wanted `caption`, a text"),
+    ('{"image": "1.png", "captions": ["x", null]}', "a.jsonl:3: wanted `caption`, a text"),
+])
+def test_a_bad_line_is_named(tmp_path, line, message):
+    file = write(tmp_path / "a.jsonl", '{"image": "1.png", "caption": "x"}\n\n' + line)
+    with pytest.raises(DataError, match=message):
+        open_source(f"captions:{file}")
+
+
+@pytest.mark.parametrize("folder", ["annotations", "annotations/images", "annotations/val", "val2017"])
+def test_coco(tmp_path, folder):
+    content = {
+        "images": [{"id": 9, "file_name": "b.png"}, {"id": 4, "file_name": "a.png"}],
+        "annotations": [{"image_id": 4, "caption": "first", "id": 1}, {"image_id": 9, "caption": "second", "id": 2},
+                        {"image_id": 4, "caption": "third", "id": 3}],
+    }
+    file = write(tmp_path / "annotations/captions.json", json.dumps(content))
+    for number, name in enumerate("ab"):
+        write(tmp_path / folder / f"{name}.png", png(number))
+    source = open_source(f"coco:{file}")
+    assert [(r["image_id"], r["texts"], r["image"]) for r in (source[0], source[1])] == [
+        ("9", ("second",), png(1)), ("4", ("first", "third"), png(0))]
+    assert record_key(source, 1).startswith("a.png")
+
+
+def test_bad_coco(tmp_path):
+    for text, message in [("{", "captions.json:1 is not JSON"), ("[]", "not COCO's captions layout"),
+                          ('{"images": []}', "KeyError 'annotations'"),
+                          ('{"images": [], "annotations": []}', "is empty"),
+                          ('{"images": [{"id": 1, "file_name": "x.png"}], "annotations": []}', "'x.png', the first")]:
+        file = write(tmp_path / "captions.json", text)
+        with pytest.raises(DataError, match=message):
+            open_source(f"coco:{file}")
+
+
+def test_digits_are_split_by_class():
+    train, test = open_source("digits:train"), open_source("digits:test")
+    assert train.classes == tuple("0123456789") and train.fingerprint != test.fingerprint
+    labels = [np.array([s[i]["label"] for i in range(len(s))]) for s in (train, test)]
+    total = np.bincount(load_digits().target)
+    np.testing.assert_array_equal(np.bincount(labels[1]), total // 5)
+    np.testing.assert_array_equal(np.bincount(labels[0]) + np.bincount(labels[1]), total)
+    rows = [{s[i]["image"].tobytes() for i in range(len(s))} for s in (train, test)]
+    assert not rows[0] & rows[1]
+    first = train[0]["image"]
+    assert first.shape == (8, 8, 3) and first.dtype == np.uint8
+    np.testing.assert_array_equal(first[..., 1], np.rint(load_digits().images[0] * 255 / 16))
+
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    """Seven pictures with labels, captions and ids."""
+
+    VERSION = tfds.core.Version("1.2.3")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=["even", "odd"]),
+            "image_id": tfds.features.Text(),
+            "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
+        }))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(7), "val": self._generate_examples(2)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"image": io.BytesIO(png(i)), "label": i % 2, "image_id": f"id{i}",
+                      "captions": [{"id": k, "text": f"caption {k} of {i}"} for k in range(1 + i % 2)]}
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    tfds.display_progress_bar(False)
+    builder = TinyPictures(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare(download_dir=folder / "downloads")
+    return folder
+
+
+def test_tfds(tfds_dir):
+    source = open_source("tfds:tiny_pictures:train", data_dir=str(tfds_dir))
+    assert len(source) == 7 and source.classes == ("even", "odd")
+    records = {r["image_id"]: r for r in (source[i] for i in range(7))}
+    assert len({r["key"] for r in records.values()}) == 7
+    for i in range(7):
+        record = records[f"id{i}"]
+        assert record["image"] == png(i) and record["label"] == i % 2
+        assert record["texts"] == tuple(f"caption {k} of {i}" for k in range(1 + i % 2))
+    assert pickle.loads(pickle.dumps(source))[3] == source[3]
+    version = open_source("tfds:tiny_pictures:1.2.3:train[3:]+val", data_dir=str(tfds_dir))
+    assert len(version) == 6 and version.fingerprint != source.fingerprint
+    folder = open_source(f"tfds:{tfds_dir}/tiny_pictures/1.2.3:val")
+    assert len(folder) == 2
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("tfds:tiny_pictures:trian", "Unknown split 'trian'. Should be one of"),
+    ("tfds:tiny_pictres:train", "TFDS has no data set 'tiny_pictres'"),
+    ("tfds:tiny_pictures", "wanted tfds:NAME:SPLIT"),
+    ("tfds:mnist:train", "is not prepared in"),
+])
+def test_bad_tfds(tfds_dir, spec, message):
+    with pytest.raises(DataError, match=message):
+        open_source(spec, data_dir=str(tfds_dir))
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("fodler:x", "unknown kind 'fodler' .did you mean 'folder'.*captions:FILE.jsonl"),
+    ("/data/pictures", "unknown kind '/data/pictures'; wanted one of"),
+    ("folder", "wanted folder:DIR"),
+    ("folder:", "wanted folder:DIR"),
+    ("folder:/no/such/place", "no folder '/no/such/place'"),
+    ("captions:/no/such/file.jsonl", "cannot read /no/such/file.jsonl: No such file"),
+    ("coco:/no/such/file.json", "cannot read /no/such/file.json: No such file"),
+    ("digits:val", "unknown split 'val'; wanted train or test"),
+])
+def test_bad_specs(spec, message):
+    with pytest.raises(DataError, match=message):
+        open_source(spec)
+
+
+def test_empty_sources(tmp_path):
+    (tmp_path / "a").mkdir()
+    file = write(tmp_path / "a.jsonl", "\n\n")
+    for spec in (f"folder:{tmp_path}", f"captions:{file}"):
+        with pytest.raises(DataError, match="is empty"):
+            open_source(spec)
