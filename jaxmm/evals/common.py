@@ -1,0 +1,204 @@
+"""What the evaluators share: their context, compiled predictions over a mesh, examples for the report."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmm.config import ConfigError, DataConfig, Evaluator, Task, require
+from jaxmm.data.images import decode
+from jaxmm.data.pipeline import eval_batches
+from jaxmm.data.sources import Source, open_source
+
+INPUTS = ("image", "tokens")
+"""Keys of a batch that the functions of `Task.predict` may read; the rest stays on the host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalContext:
+    """What an evaluator measures and with what."""
+
+    task: Task
+    params: Any
+    average: Any = None
+    """Moving average of `params`; None: the run keeps none."""
+    data: DataConfig
+    train: Source | None = None
+    val: Source | None = None
+    tokenizer: Any = None
+    """Texts to tokens int32 [n, t]; None: the task reads no texts."""
+    mesh: Mesh | None = None
+    """The batch is cut over its `data` and `fsdp` axes; None: the default device."""
+    examples: list = field(default_factory=list)
+    """Evaluators add held-out examples for the report: `RetrievalExample`, `PredictionExample`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieved:
+    """One result of a query: a text or a uint8 [h, w, 3] picture, its similarity, and whether it belongs."""
+
+    item: str | np.ndarray
+    score: float
+    right: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalExample:
+    """A query (a text or a uint8 [h, w, 3] picture) and what was found for it, best first."""
+
+    query: str | np.ndarray
+    results: tuple[Retrieved, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionExample:
+    """A uint8 [h, w, 3] picture, its true class, and the likeliest (class, probability) pairs, best first."""
+
+    image: np.ndarray
+    truth: str
+    predictions: tuple[tuple[str, float], ...]
+
+
+def chosen_weights(evaluator: Evaluator, context: EvalContext) -> Any:
+    """The parameters that `evaluator.weights` names; `ConfigError` where the run keeps no average."""
+    if evaluator.weights == "params":
+        return context.params
+    if context.average is None:
+        raise ConfigError(f"{type(evaluator).__name__}.weights is 'average'; wanted 'params', or a run that "
+                          "keeps a moving average (optimizer.average)")
+    return context.average
+
+
+def chosen_source(evaluator: Evaluator, context: EvalContext) -> Source:
+    """`evaluator.source` opened, or the run's held-out source."""
+    if evaluator.source is not None:
+        return open_source(evaluator.source, data_dir=context.data.data_dir)
+    if context.val is None:
+        raise ConfigError(f"{type(evaluator).__name__}.source and data.val are None; wanted one of them")
+    return context.val
+
+
+def check(evaluator: Evaluator, context: EvalContext, *predicts: str, tokenizer: bool = False) -> Source:
+    """The source that `evaluator` measures on; raises `ConfigError` where it cannot run in `context`."""
+    name = type(evaluator).__name__
+    missing = [p for p in predicts if p not in context.task.predict]
+    if missing:
+        raise ConfigError(f"{name} asks the task for {missing[0]!r}; {type(context.task).__name__} predicts "
+                          f"{', '.join(sorted(context.task.predict))}")
+    if tokenizer and context.tokenizer is None:
+        raise ConfigError(f"{name} reads texts; wanted a task with a tokenizer")
+    chosen_weights(evaluator, context)
+    source = chosen_source(evaluator, context)
+    require(len(source) > 0, f"{name}.source", source.name, "a source with at least one record")
+    return source
+
+
+def check_labels(evaluator: Evaluator, source: Source) -> None:
+    """Raises `ConfigError` where the records of `source` bear no label."""
+    if source.classes is None:
+        raise ConfigError(f"{type(evaluator).__name__} needs labels; {source.name!r} has none")
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(a for a in ("data", "fsdp") if a in mesh.axis_names)
+
+
+def whole_batch(batch_size: int, mesh: Mesh | None) -> int:
+    """`batch_size` rounded up to a multiple of the devices that share a batch."""
+    parts = math.prod(mesh.shape[a] for a in _batch_axes(mesh)) if mesh is not None else 1
+    return -(-batch_size // parts) * parts
+
+
+@lru_cache(maxsize=32)
+def predict_fn(task: Task, names: tuple[str, ...], mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
+    """`task.predict[name]` for each of `names`, compiled together.
+
+    Equal arguments give the same function, so that a later evaluation finds it compiled. Its results are
+    replicated: every host holds them whole.
+    """
+
+    def predict(params, batch):
+        return {name: task.predict[name](params, batch) for name in names}
+
+    return jax.jit(predict, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+
+
+def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | None
+            ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """(predictions, batch) for each of `batches`, both without the rows that `mask` leaves out.
+
+    One batch is computed while the next is prepared.
+    """
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
+
+    def real(result, batch):
+        return tuple({k: np.asarray(v)[batch["mask"]] for k, v in arrays.items()} for arrays in (result, batch))
+
+    pending = None
+    for batch in batches:
+        current = fn(params, {k: jax.device_put(batch[k], sharding) for k in INPUTS if k in batch}), batch
+        if pending is not None:
+            yield real(*pending)
+        pending = current
+    if pending is not None:
+        yield real(*pending)
+
+
+def embed(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | None
+          ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """All that `outputs` yields, joined: predictions by name, and the batches' arrays without the inputs."""
+    results, rest = [], []
+    for result, batch in outputs(fn, params, batches, mesh):
+        results.append(result)
+        rest.append({k: v for k, v in batch.items() if k not in INPUTS})
+    return tuple({k: np.concatenate([part[k] for part in parts]) for k in parts[0]} for parts in (results, rest))
+
+
+def check_features(evaluator: Evaluator, train: str | None, context: EvalContext) -> tuple[Source, Source]:
+    """The labelled sources that a frozen model is fitted on (`train`, or `data.train`) and measured on."""
+    held_out = check(evaluator, context, "features")
+    fitted = context.train if train is None else open_source(train, data_dir=context.data.data_dir)
+    name = type(evaluator).__name__
+    require(fitted is not None, f"{name}.train", train, "a source, or a run with data.train")
+    for source in (fitted, held_out):
+        check_labels(evaluator, source)
+    require(fitted.classes == held_out.classes, f"{name}.train", fitted.name,
+            f"a source with the classes of {held_out.name!r}")
+    return fitted, held_out
+
+
+def frozen_features(evaluator: Evaluator, source: Source, context: EvalContext
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """Features [n, d] and labels [n] of `source`, its pictures seen as in evaluation."""
+    batches = eval_batches(source, context.data, whole_batch(evaluator.batch_size, context.mesh))
+    fn = predict_fn(context.task, ("features",), context.mesh)
+    result, batch = embed(fn, chosen_weights(evaluator, context), batches, context.mesh)
+    return result["features"], batch["label"]
+
+
+def thumbnail(source: Source, index: int, side: int = 112) -> np.ndarray:
+    """Picture `index` of `source`, uint8 [h, w, 3], its longer side at most `side` pixels."""
+    image = decode(source[index]["image"])
+    image.thumbnail((side, side))
+    return np.asarray(image)
+
+
+def spread(n: int, count: int) -> np.ndarray:
+    """Up to `count` different numbers below `n`, evenly spaced: sources are often sorted by class."""
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
+
+
+def accuracy(scores: np.ndarray, labels: np.ndarray, ks: tuple[int, ...]) -> dict[int, float]:
+    """Share of rows of `scores` [n, classes] whose label is among the k highest, for each k.
+
+    A tie counts against the label, and so does a label whose score is not finite.
+    """
+    right = np.take_along_axis(scores, labels[:, None], axis=1)
+    above = (~(scores < right)).sum(axis=1) - 1
+    above = np.where(np.isfinite(right[:, 0]), above, scores.shape[1])
+    return {k: float(np.mean(above < k)) for k in ks}

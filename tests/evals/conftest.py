@@ -1,0 +1,112 @@
+"""A linear model, its data in memory, and meshes, small enough for numpy to repeat every number."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmm.config import DataConfig, ImageConfig, Task, TokenizerConfig
+from jaxmm.evals import EvalContext
+
+SIDE, EMBED, LENGTH, VOCABULARY, CLASSES = 4, 5, 6, 50, 7
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """Records in memory; a picture that is `bytes` is a broken one."""
+
+    images: tuple
+    captions: tuple = ()
+    labels: tuple = ()
+    image_ids: tuple = ()
+    classes: tuple | None = None
+    name: str = "memory"
+    fingerprint: str = "0"
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        record = {"key": str(i), "image": self.images[i]}
+        for key, values in (("texts", self.captions), ("label", self.labels), ("image_id", self.image_ids)):
+            if values:
+                record[key] = values[i]
+        return record
+
+
+@dataclass(frozen=True)
+class LinearTask(Task):
+    """Embeds pictures and bags of tokens by one matrix each."""
+
+    normalised: bool = True
+    traced: ClassVar[list] = []
+
+    @property
+    def predict(self):
+        def unit(x):
+            return x / jnp.linalg.norm(x, axis=-1, keepdims=True) if self.normalised else x
+
+        def pixels(batch):
+            self.traced.append(batch["image"].shape)
+            return batch["image"].reshape(len(batch["image"]), -1) / 255.0
+
+        return {
+            "features": lambda params, batch: pixels(batch) @ params["image"],
+            "image": lambda params, batch: unit(pixels(batch) @ params["image"]),
+            "text": lambda params, batch: unit(params["text"][batch["tokens"]].sum(axis=1)),
+            "logits": lambda params, batch: pixels(batch) @ params["head"],
+        }
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def __call__(self, texts):
+        rows = [[ord(c) % VOCABULARY for c in text[:LENGTH].lower().ljust(LENGTH)] for text in texts]
+        return np.array(rows, np.int32)
+
+
+def numpy_outputs(params, source, texts=()):
+    """What `LinearTask` predicts, by numpy: features of the readable pictures, logits, and texts' embeddings."""
+    x = np.stack([image for image in source.images if not isinstance(image, bytes)])
+    x = x.reshape(len(x), -1) / np.float32(255)
+    t = params["text"][Letters()(list(texts))].sum(axis=1) if len(texts) else None
+    return x @ params["image"], x @ params["head"], t
+
+
+@pytest.fixture
+def params():
+    rng = np.random.default_rng(1)
+    return {"image": rng.normal(size=(SIDE * SIDE * 3, EMBED)).astype(np.float32),
+            "text": rng.normal(size=(VOCABULARY, EMBED)).astype(np.float32),
+            "head": rng.normal(size=(SIDE * SIDE * 3, CLASSES)).astype(np.float32)}
+
+
+@pytest.fixture
+def pictures():
+    def make(n, seed=0):
+        return tuple(np.random.default_rng(seed).integers(0, 256, (n, SIDE, SIDE, 3)).astype(np.uint8))
+    return make
+
+
+@pytest.fixture
+def context(params):
+    def make(source, mesh=None, **fields):
+        data = DataConfig(image=ImageConfig(size=SIDE), tokenizer=TokenizerConfig(context_length=LENGTH))
+        if mesh is not None:
+            replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            fields = {"params": jax.device_put(params, replicated)} | fields
+        return EvalContext(**({"task": LinearTask(), "params": params, "data": data, "val": source, "mesh": mesh,
+                               "tokenizer": Letters()} | fields))
+    return make
+
+
+@pytest.fixture(params=[None, (8, 1, 1), (2, 2, 2)], ids=str)
+def mesh(request):
+    if request.param is None:
+        return None
+    return jax.make_mesh(request.param, ("data", "fsdp", "tensor"),
+                         axis_types=(jax.sharding.AxisType.Auto,) * 3)

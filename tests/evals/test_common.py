@@ -1,0 +1,105 @@
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmm.config import ConfigError
+from jaxmm.evals import KNN, Classification, Retrieval, ZeroShot
+from jaxmm.evals.common import accuracy, embed, outputs, predict_fn, spread, whole_batch
+from tests.evals.conftest import SIDE, LinearTask, MemorySource
+
+
+def ragged(pictures, size):
+    n = len(pictures)
+    for start in range(0, n, size):
+        part = list(pictures[start:start + size])
+        mask = np.arange(size) < len(part)
+        image = np.stack(part + [np.zeros_like(pictures[0])] * (size - len(part)))
+        yield {"image": image, "mask": mask, "index": np.arange(start, start + size)}
+
+
+def test_ragged_batches_are_exact_and_compile_once(mesh, params, pictures):
+    images = pictures(19)
+    task = LinearTask()
+    task.traced.clear()
+    predict_fn.cache_clear()
+    size = whole_batch(6, mesh)
+    assert size % (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    for _ in range(2):                                         # a second evaluation finds the compiled function
+        fn = predict_fn(LinearTask(), ("features",), mesh)
+        result, batch = embed(fn, params, ragged(images, size), mesh)
+    assert task.traced == [(size, SIDE, SIDE, 3)]
+    expected = np.stack(images).reshape(19, -1) / 255.0 @ params["image"]
+    np.testing.assert_allclose(result["features"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(batch["index"], np.arange(19))
+
+
+def test_batches_are_cut_over_the_data_axes_and_results_are_whole(params, pictures):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    seen = []
+
+    def fn(params, batch):
+        seen.append(batch["image"].sharding.shard_shape(batch["image"].shape))
+        return predict_fn(LinearTask(), ("features",), mesh)(params, batch)
+
+    list(outputs(fn, params, ragged(pictures(5), 8), mesh))
+    assert seen == [(2, SIDE, SIDE, 3)]
+    out = predict_fn(LinearTask(), ("features",), mesh)(params, {"image": np.zeros((8, SIDE, SIDE, 3), np.uint8)})
+    assert out["features"].sharding.is_fully_replicated
+
+
+def test_batch_size_is_rounded_up_to_the_devices(mesh):
+    assert whole_batch(10, mesh) == {None: 10, (8, 1, 1): 16, (2, 2, 2): 12}[mesh and tuple(mesh.shape.values())]
+
+
+def test_ties_and_nan_count_against_the_label():
+    scores = np.array([[3, 1, 2], [1, 1, 0], [0, np.nan, 2], [np.nan] * 3, [np.inf, 0, 1]], float)
+    labels = np.array([0, 1, 2, 0, 0])
+    # ranks: first; second (tie); second (NaN may be above); none; none (infinite)
+    assert accuracy(scores, labels, (1, 2, 3)) == {1: 1 / 5, 2: 3 / 5, 3: 3 / 5}
+
+
+def test_spread_covers_both_ends_without_repeats():
+    assert spread(100, 3).tolist() == [0, 49, 99]
+    assert spread(2, 12).tolist() == [0, 1]
+
+
+def test_weights_chooses_the_average(context, params, pictures):
+    source = MemorySource(pictures(6), labels=(0, 1, 2, 3, 4, 5), classes=tuple("abcdefg"))
+    flipped = params | {"head": -params["head"]}
+    mine, other = (dict(Classification(weights=w).run(context(source, average=flipped))) for w in ("params", "average"))
+    swapped = dict(Classification().run(context(source, params=flipped)))
+    assert other == swapped and other != mine
+
+
+@pytest.mark.parametrize("evaluator, fields, words", [
+    (Classification(weights="average"), {}, "optimizer.average"),
+    (Classification(), {"val": None}, "data.val"),
+    (Classification(), {"val": MemorySource((np.zeros((2, 2, 3), np.uint8),))}, "needs labels"),
+    (Classification(), {"train": MemorySource((), classes=("cat", "dog"))}, "classes of data.train"),
+    (ZeroShot(), {"tokenizer": None}, "tokenizer"),
+    (ZeroShot(classes=("one",)), {}, "7 names"),
+    (Retrieval(), {}, "have texts"),
+    (KNN(), {}, "data.train"),
+    (KNN(), {"train": MemorySource((), classes=("cat", "dog"))}, "classes of 'memory'"),
+])
+def test_impossible_evaluations_are_refused_before_anything_runs(evaluator, fields, words, context, pictures):
+    source = MemorySource(pictures(3), labels=(0, 1, 2), classes=tuple("abcdefg"))
+    with pytest.raises(ConfigError, match=words):
+        evaluator.check(context(source, **fields))
+
+
+def test_a_task_without_the_prediction_is_named(context, pictures):
+    class Other(LinearTask):
+        predict: ClassVar = {"features": None}
+    with pytest.raises(ConfigError, match="'logits'; Other predicts features"):
+        Classification().check(context(MemorySource(pictures(3)), task=Other()))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Retrieval(pool=1), lambda: Retrieval(ks=()), lambda: KNN(k=0), lambda: ZeroShot(templates=("a photo",)),
+    lambda: Classification(batch_size=0)])
+def test_fields_out_of_range_are_refused(make):
+    with pytest.raises(ConfigError, match="wanted"):
+        make()
