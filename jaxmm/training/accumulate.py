@@ -1,0 +1,76 @@
+"""The gradient of a whole batch, computed in parts.
+
+A contrastive loss of a batch is not the mean of the losses of its parts. So the parts are encoded without
+keeping what the backward pass needs, the loss over all outputs is differentiated with respect to them, and then
+each part is encoded again and its share of the gradient pulled back (GradCache, Gao et al. 2021).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jaxmm.sharding import constrain_batch
+from jaxmm.tasks.base import Batch, Metrics, Params, Task
+
+
+def split(tree: Any, parts: int) -> Any:
+    """[b ...] leaves as [parts, b / parts, ...]; part i holds rows i, i + parts, ...
+
+    Strided, so that each part is spread over the devices as the whole was and nothing moves.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join(tree: Any) -> Any:
+    """The inverse of `split`."""
+    return jax.tree.map(lambda x: constrain_batch(x.swapaxes(0, 1).reshape(-1, *x.shape[2:])), tree)
+
+
+def value_and_grad(
+    task: Task, params: Params, extra: Any, batch: Batch, rng: Key[Array, ""], *, microbatches: int = 1, hold=None
+) -> tuple[tuple[Float[Array, ""], tuple[Any, Metrics]], Params]:
+    """As `jax.value_and_grad(task.loss, has_aux=True)`, in `microbatches` parts one after the other.
+
+    `hold` is applied to the parameters inside the differentiated function (see `Optimizer.hold`).
+    """
+    hold = hold or (lambda tree: tree)
+    if microbatches == 1:
+        def whole(params):
+            return task.loss(hold(params), extra, batch, rng)
+        return jax.value_and_grad(whole, has_aux=True)(params)
+
+    mixing, drawing = jax.random.split(rng)
+    batch = task.prepare(batch, mixing)
+    parts = split(batch, microbatches), jax.random.split(drawing, microbatches)
+
+    def encode(params, part, key):
+        return task.encode(hold(params), jax.tree.map(constrain_batch, part), key)
+
+    if task.decomposes:
+        def one(part):
+            def loss(params):
+                return task.objective(hold(params), encode(params, *part), part[0])
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, one(part)), None), zeros, parts)
+        (loss, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
+        return (loss, (extra, metrics)), grads
+
+    outputs = join(jax.lax.map(lambda part: encode(params, *part), parts))
+
+    def objective(params, outputs):
+        return task.objective(hold(params), outputs, batch)
+
+    (loss, metrics), (grads, cotangents) = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, outputs)
+
+    def replay(total, inputs):
+        part, cotangent = inputs
+        _, pull = jax.vjp(lambda p: encode(p, *part), params)
+        return jax.tree.map(jnp.add, total, pull(cotangent)[0]), None
+
+    grads, _ = jax.lax.scan(replay, grads, (parts, split(cotangents, microbatches)))
+    return (loss, (extra, metrics)), grads

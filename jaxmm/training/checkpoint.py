@@ -1,0 +1,228 @@
+"""Checkpoints that are whole or not there.
+
+Orbax writes the arrays, asynchronously and sharded. When it is done, a manifest with the digest of every file is
+put beside them, and only a folder with a manifest counts: Orbax alone restores an array with a flipped bit without
+a word. Old checkpoints go only after the new one is whole.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from jaxmm.sharding import named_leaves
+from jaxmm.training.state import State
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, or none that can be read. The message names the folder."""
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """BLAKE2b of every file under `folder`, by its path, but of the manifest."""
+    result = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        with path.open("rb") as file:
+            result[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return result
+
+
+def shapes(state: State) -> dict[str, list]:
+    """Shape and dtype of every array, by path."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(_as_dict(state))}
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder/STEP/`."""
+
+    def __init__(self, folder: Path, *, keep: int = 2, best: bool = False):
+        """Keeps the newest `keep`, and with `best` the one with the highest metric besides."""
+        self.folder, self.keep, self.best = folder, keep, best
+        folder.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+        self._primary = jax.process_index() == 0
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, oldest first."""
+        return sorted(int(p.parent.name) for p in self.folder.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
+
+    def save(self, state: State, data: Any) -> None:
+        """Starts saving `state` and the data iterator's state `data` (JSON); returns when the arrays are copied.
+
+        Raises `CheckpointError` when this save, or the one before it, fails.
+        """
+        self.wait()
+        step = int(state.step)
+        target = self.folder / str(step)
+        if step in self.steps():
+            return
+        with _Telling(self, target):
+            if self._primary and target.exists():
+                shutil.rmtree(target)
+            needed = sum(leaf.nbytes for _, leaf in named_leaves(_as_dict(state)))
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free")
+            self._orbax.save(target / "state", args=ocp.args.StandardSave(_as_dict(state)))
+        notes = {"step": step, "data": data, "metric": None, "shapes": shapes(state)}
+        self._pending = self._worker.submit(self._finish, target, notes)
+
+    def rate(self, step: int, metric: float) -> None:
+        """Notes the metric by which the checkpoint of `step` is compared, and forgets those it outdoes."""
+        self.wait()
+        path = self.folder / str(step) / MANIFEST
+        if self._primary and path.exists():
+            write_atomically(path, json.dumps(json.loads(path.read_text()) | {"metric": metric}))
+            self._forget()
+
+    def wait(self) -> None:
+        """Returns when the last save is whole. Raises `CheckpointError` if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def restore(self, like: State) -> tuple[State, Any] | None:
+        """The newest whole checkpoint, laid out as `like` (arrays or shapes with shardings), and its data state.
+
+        None when there is no checkpoint at all. A damaged one is named, set aside as `STEP.damaged`, and the one
+        before it is used. Raises `CheckpointError` when all are damaged, or when the newest holds other arrays
+        than `like`.
+        """
+        step = self._newest()
+        if step is None:
+            return None
+        folder = self.folder / str(step)
+        notes = json.loads((folder / MANIFEST).read_text())
+        _check_shapes(folder, notes["shapes"], shapes(like))
+        restored = self._orbax.restore(folder / "state", args=ocp.args.StandardRestore(_as_dict(like)))
+        return State(**restored), notes["data"]
+
+    def _newest(self) -> int | None:
+        """The newest undamaged step, found by the first host and told to the others."""
+        steps, chosen = self.steps(), None
+        for step in reversed(steps) if self._primary else ():
+            damage = self.damage(step)
+            if damage is None:
+                chosen = step
+                break
+            folder = self.folder / str(step)
+            log.warning("checkpoint %s is damaged (%s) and is set aside; trying the one before it", folder, damage)
+            aside = folder.with_name(f"{step}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        if jax.process_count() > 1:
+            told = multihost_utils.broadcast_one_to_all(np.int64(-1 if chosen is None else chosen))
+            chosen = None if told < 0 else int(told)
+        if chosen is None and steps:
+            raise CheckpointError(f"every checkpoint in {self.folder} is damaged: {', '.join(map(str, steps))}; move "
+                                  "the folder away to start from the beginning")
+        return chosen
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the checkpoint of `step`, or None."""
+        folder = self.folder / str(step)
+        try:
+            wanted = json.loads((folder / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError) as error:
+            return f"{MANIFEST} cannot be read: {error}"
+        found = digests(folder)
+        for name, digest in wanted.items():
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != digest:
+                return f"{name} is not what was written"
+        return None
+
+    def clean(self) -> None:
+        """Removes what interrupted saves left. Only for the run that holds the work folder."""
+        whole = {str(step) for step in self.steps()}
+        for path in self.folder.iterdir():
+            if self._primary and path.is_dir() and path.name not in whole and not path.name.endswith(".damaged"):
+                log.warning("removing %s, which an interrupted save left unfinished", path)
+                shutil.rmtree(path)
+
+    def close(self) -> None:
+        """Waits for the last save and ends the threads."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+            self._orbax.close()
+
+    def _finish(self, target: Path, notes: dict) -> None:
+        with _Telling(self, target):
+            self._orbax.wait_until_finished()
+            if self._primary:
+                write_atomically(target / MANIFEST, json.dumps(notes | {"files": digests(target)}))
+                self._forget()
+
+    def _forget(self) -> None:
+        """Removes whole checkpoints that are neither among the newest nor the best."""
+        steps = self.steps()
+        kept = set(steps[-self.keep:])
+        if self.best:
+            def metric(step):
+                value = json.loads((self.folder / str(step) / MANIFEST).read_text())["metric"]
+                return -float("inf") if value is None else value
+            kept.add(max(reversed(steps), key=metric))
+        for step in set(steps) - kept:
+            (self.folder / str(step) / MANIFEST).unlink()  # first, so that a removal cut short leaves no whole one
+            shutil.rmtree(self.folder / str(step))
+
+
+class _Telling:
+    """Turns whatever goes wrong in a save into one `CheckpointError`, and removes the half-written folder."""
+
+    def __init__(self, checkpoints: Checkpoints, target: Path):
+        self.checkpoints, self.target = checkpoints, target
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception):
+            shutil.rmtree(self.target, ignore_errors=True)
+            for left in self.target.parent.glob(f"{self.target.name}*tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+            steps = self.checkpoints.steps()
+            last = f"the last whole checkpoint is of step {steps[-1]}" if steps else "there is no whole checkpoint yet"
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"saving {self.target} failed: {reason}; {last}") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes `text` so that `path` holds either what it held or all of it, whatever happens."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _as_dict(state: State) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in ("step", "params", "opt", "extra", "average", "skips")}
+
+
+def _check_shapes(folder: Path, found: dict[str, list], wanted: dict[str, list]) -> None:
+    problems = [f"{name}: the checkpoint has {found.get(name)}, this run {wanted.get(name)}"
+                for name in sorted(set(found) | set(wanted)) if found.get(name) != wanted.get(name)]
+    if problems:
+        more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise CheckpointError(f"checkpoint {folder} holds other arrays than this run:\n  "
+                              + "\n  ".join(problems[:10]) + more)

@@ -1,0 +1,333 @@
+"""A run from its configuration to its report, exactly resumable at any step."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+import numpy as np
+
+from jaxmm.config import ConfigError, TrainConfig, require, save_config, to_dict
+from jaxmm.data.pipeline import FaultCounter, TrainIterator, train_batches
+from jaxmm.data.sources import Source, open_source, record_texts
+from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
+from jaxmm.evals.common import EvalContext
+from jaxmm.sharding import batch_shards, make_mesh, place_batch, shardings
+from jaxmm.tasks.base import Task
+from jaxmm.training.checkpoint import Checkpoints
+from jaxmm.training.logs import MetricLog, Watch, duration
+from jaxmm.training.optimizer import Optimizer, make_optimizer
+from jaxmm.training.state import State, abstract_state, sharded_state
+from jaxmm.training.step import compile_step
+from jaxmm.viz import write_report
+
+INPUTS = ("image", "tokens", "label", "image_id", "text_id")
+"""What of a batch goes to the devices."""
+CORPUS = 200_000
+"""Records whose texts a tokenizer is trained on, at most."""
+FREE = ("steps", "microbatches", "log_every", "eval_every", "evals", "mesh", "checkpoint", "nonfinite", "max_skips",
+        "data.val", "data.workers", "data.data_dir", "data.max_bad")
+"""What may be changed when a run goes on; anything else would make it another run."""
+
+
+class TrainError(RuntimeError):
+    """A run that cannot go on. The message names the step and what is left."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """All that a run consists of before its first step."""
+
+    config: TrainConfig
+    workdir: Path
+    task: Task
+    optimizer: Optimizer
+    train: Source
+    val: Source | None
+    tokenizer: Tokenizer | None
+    mesh: jax.sharding.Mesh
+
+
+def train(
+    config: TrainConfig, workdir: Path | str, *, observe: Callable[[int, dict[str, np.ndarray]], None] | None = None
+) -> dict[str, float]:
+    """Runs `config` in `workdir`, from where it was left, and returns the last evaluation's metrics.
+
+    `observe(step, batch)` sees this host's batches as they are used, `index` and `fault` of each record included.
+    On SIGTERM the state is saved and {} is returned. Raises `ConfigError`, `DataError`, `CheckpointError` and
+    `TrainError`.
+    """
+    workdir = Path(workdir)
+    primary = jax.process_index() == 0
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(workdir / ".lock")
+        if primary:
+            lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ConfigError(f"workdir is {str(workdir)!r}, which another run is writing to") from None
+    except OSError as error:
+        raise ConfigError(f"workdir is {str(workdir)!r}, which cannot be written: {error}") from None
+    with lock if primary else contextlib.nullcontext():
+        setup = prepare(config, workdir)
+        with jax.set_mesh(setup.mesh), _Termination() as termination:
+            return _run(setup, termination, observe)
+
+
+def prepare(config: TrainConfig, workdir: Path) -> Setup:
+    """Opens the sources and binds the task to them; checks all that can be checked before compiling."""
+    mesh = make_mesh(config.mesh)
+    shards, part = batch_shards(mesh), config.data.batch_size // config.microbatches
+    require(part % shards == 0, "data.batch_size", config.data.batch_size,
+            f"a multiple of mesh.data x mesh.fsdp x microbatches = {shards} x {config.microbatches}")
+    source = open_source(config.data.train, data_dir=config.data.data_dir)
+    val = open_source(config.data.val, data_dir=config.data.data_dir) if config.data.val else None
+    tokenizer = _tokenizer(config, source, workdir)
+    task = config.task.bind(image_size=config.data.image.size, tokenizer=tokenizer,
+                            classes=None if source.classes is None else len(source.classes))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    optimizer = make_optimizer(config.optimizer, params, config.steps, task.bounds)
+    _same_run(config, workdir, source)
+    return Setup(config, workdir, task, optimizer, source, val, tokenizer, mesh)
+
+
+def _tokenizer(config: TrainConfig, source: Source, workdir: Path) -> Tokenizer | None:
+    """The work folder's tokenizer, else a new one saved there; None for a source without words."""
+    folder = workdir / "tokenizer"
+    if folder.exists():
+        return Tokenizer.load(folder)
+    some = next((texts for i in range(min(len(source), 100)) if (texts := _texts(source, i))), ())
+    if not some:
+        return None
+    corpus = (text for i in range(min(len(source), CORPUS)) for text in _texts(source, i))
+    tokenizer = make_tokenizer(config.data.tokenizer, corpus)
+    if jax.process_index() == 0:
+        part = folder.with_name("tokenizer.part")
+        tokenizer.save(part)
+        part.rename(folder)
+    return tokenizer
+
+
+def _texts(source: Source, index: int) -> tuple[str, ...]:
+    try:
+        return record_texts(source, index)
+    except Exception:  # the pipeline counts and names it
+        return ()
+
+
+def _same_run(config: TrainConfig, workdir: Path, source: Source) -> None:
+    """Writes `config.json`, or refuses to go on with a run that was begun with another configuration."""
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+        changes = _changes(old["config"], json.loads(json.dumps(to_dict(config))))
+        if old["fingerprint"] != source.fingerprint:
+            changes.append(f"data.train is {config.data.train!r} as before, but lists other records")
+        if changes:
+            raise ConfigError(f"workdir is {str(workdir)!r}, which holds a run with another configuration; "
+                              "wanted the same, or another folder:\n  " + "\n  ".join(changes))
+    if jax.process_index() == 0:
+        packages = ("jaxmm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+        devices = jax.devices()
+        save_config(config, path, fingerprint=source.fingerprint,
+                    versions={name: importlib.metadata.version(name) for name in packages}
+                    | {"python": platform.python_version()},
+                    devices=f"{len(devices)} x {devices[0].device_kind}", hosts=jax.process_count())
+
+
+def _changes(old: Any, new: Any, name: str = "") -> list[str]:
+    if name in FREE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [change for key in sorted(set(old) | set(new))
+                for change in _changes(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if old == new else [f"{name} was {old!r} and is {new!r}"]
+
+
+def _run(setup: Setup, termination: "_Termination", observe) -> dict[str, float]:
+    config, workdir = setup.config, setup.workdir
+    primary = jax.process_index() == 0
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
+                              best=config.checkpoint.best is not None)
+    context = EvalContext(task=setup.task, params=None, data=config.data, train=setup.train, val=setup.val,
+                          tokenizer=setup.tokenizer, mesh=setup.mesh)
+    if setup.val is not None:
+        for evaluator in config.evals:
+            evaluator.check(dataclasses.replace(context, average=setup.optimizer.average))
+    checkpoints.clean()
+    batches = train_batches(setup.train, config.data, setup.tokenizer, seed=config.seed,
+                            shard=(jax.process_index(), jax.process_count()))
+    state = _restore(setup, checkpoints, batches)
+    start = int(state.step)
+    watch = Watch(config.steps, config.data.batch_size, start, quiet=not primary)
+    metric_log = MetricLog(workdir, start) if primary else None
+    try:
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        watch.say(f"{workdir}: {count:,} parameters, {len(setup.train):,} training records, "
+                  f"mesh {dict(setup.mesh.shape)}, " + (f"going on after step {start}" if start else "from the start"))
+        state, faults = _steps(setup, state, batches, checkpoints, watch, metric_log, termination, context, observe)
+        if termination.asked:
+            watch.say(f"stopped after step {int(state.step)} as asked, everything is saved; "
+                      "the same command goes on from there")
+            return {}
+        metrics = _evaluate(setup, context, state, metric_log, watch, checkpoints)
+        if faults.bad:
+            watch.say(faults.summary())
+        if primary:
+            report = write_report(workdir, context.examples)
+            watch.say(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "no evaluation")
+            watch.say(f"report: {report}")
+        return metrics
+    finally:
+        watch.close()
+        batches.close()
+        if metric_log is not None:
+            metric_log.close()
+        checkpoints.close()
+
+
+def _restore(setup: Setup, checkpoints: Checkpoints, batches: TrainIterator) -> State:
+    """The newest whole checkpoint on this run's mesh, or a fresh state."""
+    like = abstract_state(setup.task, setup.optimizer)
+    like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+                        like, shardings(like, setup.mesh))
+    found = checkpoints.restore(like)
+    if found is None:
+        return sharded_state(setup.task, setup.optimizer, setup.config.seed, setup.mesh)
+    state, data = found
+    batches.set_state(data)
+    return state
+
+
+def _steps(setup, state, batches, checkpoints, watch, metric_log, termination, context, observe):
+    """Trains to the last step, or until asked to stop. Returns the state and the bad records met."""
+    config = setup.config
+    step_fn = compile_step(setup.task, setup.optimizer, setup.mesh, state, microbatches=config.microbatches,
+                           skip_nonfinite=config.nonfinite == "skip")
+    rng = jax.random.fold_in(jax.random.key(config.seed), 1)
+    faults = FaultCounter(setup.train, config.data.max_bad)
+    start, best = int(state.step), config.checkpoint.best
+
+    def fetch():
+        batch = next(batches)
+        faults.update(batch)
+        return batch, place_batch({name: batch[name] for name in INPUTS if name in batch}, setup.mesh)
+
+    def check(step, metrics):
+        if bool(metrics["finite"]):
+            return
+        last = checkpoints.steps()
+        what = f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
+        good = f"the last good checkpoint is of step {last[-1]}" if last else "there is no checkpoint yet"
+        if config.nonfinite == "stop":
+            raise TrainError(f"{what}; {good}. To skip such steps: --nonfinite skip")
+        watch.say(f"{what}: skipped")
+        if int(metrics["skips"]) >= config.max_skips:
+            raise TrainError(f"{what}: {config.max_skips} steps in a row were skipped; {good}")
+
+    pending, checked_loss = None, None
+    upcoming = fetch() if start < config.steps else None
+    for step in range(start + 1, config.steps + 1):
+        (host_batch, batch), position = upcoming, batches.get_state()
+        state, metrics = step_fn(state, batch, rng)
+        if observe is not None:
+            observe(step, host_batch)
+        upcoming = fetch() if step < config.steps else None
+        if pending is not None:  # one step late, so that the device never waits for the host
+            check(*pending)
+        pending = step, metrics
+        evaluating = config.eval_every and step % config.eval_every == 0 and step < config.steps
+        logging = step % config.log_every == 0 or step == config.steps
+        saving = (step % config.checkpoint.every == 0 or step == config.steps or termination.asked
+                  or bool(evaluating and best))
+        if logging or saving or evaluating:
+            check(*pending)
+            pending = None
+        watch.step(step, checked_loss)
+        if logging:
+            values = {f"train/{name}": float(value) for name, value in metrics.items() if name != "finite"}
+            checked_loss = values["train/loss"]
+            values |= {"train/pictures_per_second": watch.rate(step) * config.data.batch_size,
+                       "data/bad_records": faults.bad}
+            if metric_log is not None:
+                metric_log.write(step, values)
+        if saving:
+            checkpoints.save(state, position)
+        if termination.asked:
+            checkpoints.wait()
+            break
+        if evaluating:
+            _evaluate(setup, context, state, metric_log, watch, checkpoints)
+    checkpoints.wait()
+    return state, faults
+
+
+def _evaluate(setup, context, state, metric_log, watch, checkpoints) -> dict[str, float]:
+    """Runs the evaluators on the held-out source and writes down what they yield."""
+    if setup.val is None:
+        return {}
+    begun, step = time.monotonic(), int(state.step)
+    context.examples.clear()
+    context = dataclasses.replace(context, params=state.params, average=state.average)
+    metrics = {name: value for evaluator in setup.config.evals for name, value in evaluator.run(context)}
+    if metric_log is not None and metrics:
+        metric_log.write(step, metrics)
+    best = setup.config.checkpoint.best
+    if best is not None:
+        require(best in metrics, "checkpoint.best", best, f"one of {', '.join(metrics) or 'no metrics'}")
+        checkpoints.rate(step, metrics[best])
+    spent = time.monotonic() - begun
+    watch.pause(spent)
+    if step < setup.config.steps:
+        watch.say(f"step {step}, evaluated in {duration(spent)}: "
+                  + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return metrics
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Keeps compiled programs in `folder`, so that the next start is fast.
+
+    Whoever can write there can run code as this user: a folder that others may write is refused with `ConfigError`.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
+        raise ConfigError(f"the compilation cache {folder} can be written by others; wanted a folder that only you "
+                          "can write (chmod 700)")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+class _Termination:
+    """Notices SIGTERM; a second one ends the process at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        try:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # signals reach the main thread only
+            self._before = None
+        return self
+
+    def __exit__(self, *_):
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True

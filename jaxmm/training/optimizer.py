@@ -1,0 +1,167 @@
+"""The training recipe of the parameters, as one optax chain."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmm.config import ConfigError, OptimizerConfig, require
+from jaxmm.sharding import named_leaves, path_name
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optax transformation of a run, and the parts of the recipe that are not one."""
+
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    """Learning rate at a step, before any factor of a layer."""
+    freeze: tuple[str, ...] = ()
+    average: float | None = None
+
+    def hold(self, params: Any) -> Any:
+        """`params` with no gradient through the frozen ones, so that nothing is computed for them."""
+        if not self.freeze:
+            return params
+        frozen = matching(params, self.freeze)
+        return jax.tree.map(lambda held, p: jax.lax.stop_gradient(p) if held else p, frozen, params)
+
+
+def matching(params: Any, patterns: tuple[str, ...]) -> Any:
+    """A pytree like `params` of bools: whether any of `patterns` is found in the leaf's path."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(re.search(pattern, path_name(path)) for pattern in patterns), params
+    )
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, the schedule itself, linear cool-down to 0 over the last steps of `steps`.
+
+    rsqrt falls as sqrt(w / t) after a warm-up of w steps (Zhai et al. 2022, section 3.5).
+    """
+    def count(value):
+        return round(value * steps) if value < 1 else round(value)
+
+    warmup, cooldown = count(config.warmup), count(config.cooldown)
+    require(warmup + cooldown <= steps, "optimizer.warmup + optimizer.cooldown", warmup + cooldown,
+            f"at most steps = {steps}")
+    length = max(1, steps - warmup)
+    after = {
+        "constant": optax.constant_schedule(1.0),
+        "linear": optax.linear_schedule(1.0, config.final, length),
+        "cosine": optax.cosine_decay_schedule(1.0, length, config.final),
+        "rsqrt": lambda step: jnp.sqrt(max(warmup, 1) / (step + max(warmup, 1))),
+    }[config.schedule]
+
+    def schedule(step):
+        rate = jnp.where(step < warmup, step / max(1, warmup), after(jnp.maximum(step - warmup, 0)))
+        if cooldown:
+            rate = rate * jnp.clip((steps - step) / cooldown, 0, 1)
+        return config.learning_rate * rate
+
+    return schedule
+
+
+def bound(bounds: tuple[tuple[str, float, float], ...]) -> optax.GradientTransformation:
+    """Cuts updates so that parameters whose path matches a pattern stay within (lowest, highest)."""
+    def update(updates, state, params):
+        def cut(path, u, p):
+            for pattern, low, high in bounds:
+                if re.search(pattern, path_name(path)):
+                    return jnp.clip(p + u, low, high) - p
+            return u
+        return jax.tree_util.tree_map_with_path(cut, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def layer_scales(params: Any, factor: float) -> Any:
+    """Layer-wise learning-rate factors (BEiT, appendix): `factor` to the number of layers above.
+
+    Stacked layers get a vector along their leading axis; what comes before the stack counts as below its first
+    layer, what comes after it (norm, head, projections) as the top.
+    """
+    depths: dict[str, int] = {}
+    for name, leaf in named_leaves(params):
+        tower, found, _ = name.partition("encoder/blocks/")
+        if found:
+            depths[tower] = leaf.shape[0]
+    below = re.compile(r"(patches|tokens)/|(positions|class_token|registers)$|pre_norm/")
+
+    def scale(path, leaf):
+        name = path_name(path)
+        for tower, depth in sorted(depths.items(), key=lambda item: -len(item[0])):
+            if not name.startswith(tower):
+                continue
+            if name.startswith(tower + "encoder/blocks/"):
+                factors = factor ** (depth - jnp.arange(depth, dtype=jnp.float32))
+                return factors.reshape(-1, *[1] * (leaf.ndim - 1))
+            if below.match(name.removeprefix(tower)):
+                return jnp.float32(factor ** (depth + 1))
+        return jnp.float32(1.0)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def scale_by_layer(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
+    """Layer-wise decay times the recipe's own multipliers."""
+    scales = layer_scales(params, config.layer_decay or 1.0)
+
+    def multiplied(path, scale):
+        hit = (m for pattern, m in config.multipliers if re.search(pattern, path_name(path)))
+        return scale * next(hit, 1.0)
+
+    scales = jax.tree_util.tree_map_with_path(multiplied, scales)
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales))
+
+
+def make_optimizer(
+    config: OptimizerConfig, params: Any, steps: int, bounds: tuple[tuple[str, float, float], ...] = ()
+) -> Optimizer:
+    """The chain: clip, precondition, decay, learning rate, per-layer factors, bounds; nothing for frozen parameters.
+
+    `params` may be abstract. Raises `ConfigError` when a pattern of `freeze` or `multipliers` matches no parameter,
+    or when everything is frozen.
+    """
+    names = [name for name, _ in named_leaves(params)]
+    for field, patterns in (("freeze", config.freeze), ("multipliers", [p for p, _ in config.multipliers])):
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in names):
+                raise ConfigError(f"optimizer.{field} has {pattern!r}, which matches none of the {len(names)} "
+                                  f"parameters, such as {names[0]}")
+    frozen = matching(params, config.freeze)
+    if all(jax.tree.leaves(frozen)):
+        raise ConfigError(f"optimizer.freeze is {config.freeze}, which leaves nothing to train")
+
+    schedule = learning_rate(config, steps)
+    moment_dtype = jnp.dtype(config.moment_dtype)
+    precondition = {
+        "adamw": partial(optax.scale_by_adam, config.b1, config.b2, config.eps, mu_dtype=moment_dtype),
+        "lion": partial(optax.scale_by_lion, config.b1, config.b2, mu_dtype=moment_dtype),
+        "adafactor": partial(_adafactor, config.b1, moment_dtype),
+        "sgd": partial(optax.trace, config.momentum, accumulator_dtype=moment_dtype),
+    }[config.name]()
+    parts = [optax.clip_by_global_norm(config.clip)] if config.clip is not None else []
+    parts.append(precondition)
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, lambda tree: matching(tree, (config.decay,))))
+    parts.append(optax.scale_by_learning_rate(schedule))
+    if config.layer_decay or config.multipliers:
+        parts.append(scale_by_layer(config, params))
+    if bounds:
+        parts.append(bound(bounds))
+    tx = optax.chain(*parts)
+    if config.freeze:
+        labels = jax.tree.map(lambda held: "frozen" if held else "trained", frozen)
+        tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+    return Optimizer(tx, schedule, config.freeze, config.average)
+
+
+def _adafactor(b1: float, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """Adafactor as Zhai et al. 2022 (section 3.4) use it: factored second moment, first moment, clipped updates."""
+    return optax.chain(optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=128),
+                       optax.clip_by_block_rms(1.0), optax.ema(b1, debias=False, accumulator_dtype=dtype))

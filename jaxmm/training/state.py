@@ -1,0 +1,48 @@
+"""Everything that a step changes and a checkpoint holds."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key
+
+from jaxmm.sharding import shardings
+from jaxmm.tasks.base import Task
+from jaxmm.training.optimizer import Optimizer
+
+
+class State(struct.PyTreeNode):
+    """The state of a run after `step` steps."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt: Any
+    extra: Any
+    """The task's own: momentum copies, queues."""
+    average: Any
+    """Moving average of the parameters; None where the recipe keeps none."""
+    skips: Int[Array, ""]
+    """Steps skipped in a row because their loss or gradient was not finite."""
+
+
+def init_state(task: Task, optimizer: Optimizer, rng: Key[Array, ""]) -> State:
+    """Parameters, then what is derived from them, then the optimizer's state."""
+    params_rng, extra_rng = jax.random.split(rng)
+    params = task.init(params_rng)
+    zero = jnp.zeros((), jnp.int32)
+    average = jax.tree.map(jnp.copy, params) if optimizer.average else None
+    return State(step=zero, params=params, opt=optimizer.tx.init(params), extra=task.init_extra(params, extra_rng),
+                 average=average, skips=zero)
+
+
+def abstract_state(task: Task, optimizer: Optimizer) -> State:
+    """Shapes and dtypes of the state; nothing is computed."""
+    return jax.eval_shape(lambda rng: init_state(task, optimizer, rng), jax.random.key(0))
+
+
+def sharded_state(task: Task, optimizer: Optimizer, seed: int, mesh: Mesh) -> State:
+    """A fresh state, each device making its own share: the whole never exists in one place."""
+    where = shardings(abstract_state(task, optimizer), mesh)
+    return jax.jit(lambda rng: init_state(task, optimizer, rng), out_shardings=where)(jax.random.key(seed))

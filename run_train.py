@@ -1,0 +1,97 @@
+"""Trains a model: `python run_train.py [--config configs/X.py] [--workdir DIR] [--any.field value]`.
+
+Without arguments it trains CLIP on generated scenes. The same command with the same `--workdir` goes on where the
+run was left.
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from jaxmm.config import ConfigError, TrainConfig
+from jaxmm.data.sources import DataError
+from jaxmm.training.checkpoint import CheckpointError
+from jaxmm.training.loop import TrainError, train, use_compilation_cache
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is not part of the recipe."""
+
+    config: Path = HERE / "configs" / "clip_scenes.py"
+    """The recipe: a Python file with `get_config()`. Its fields are the options below."""
+    workdir: Path | None = None
+    """Where everything is written: config.json, metrics.jsonl, checkpoints/, report.html. A folder that holds a run
+    is continued. Default: a new folder in runs/."""
+    distributed: bool = False
+    """Call `jax.distributed.initialize()` first: on every host of a TPU pod or a GPU cluster."""
+    cache: Path | None = None
+    """Where compiled programs are kept between runs. Default: jaxmm/xla in the user's cache folder."""
+
+
+def load_recipe(path: Path) -> TrainConfig:
+    """The configuration that the file at `path` returns."""
+    if not path.is_file():
+        known = ", ".join(sorted(p.name for p in (HERE / "configs").glob("*.py")))
+        raise ConfigError(f"config is {str(path)!r}, which is no file; configs/ holds {known}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"config is {str(path)!r}, which has no get_config()")
+    return module.get_config()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Run):
+    """The whole command line."""
+
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+def parse(args: list[str]) -> Command:
+    """The command line: first which recipe, then everything with that recipe's values as defaults."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", type=Path, default=Run.config)
+    try:
+        recipe = load_recipe(first.parse_known_args(args)[0].config)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    return tyro.cli(Command, args=args, default=Command(train=recipe), description=__doc__,
+                    config=(tyro.conf.AvoidSubcommands,))
+
+
+def new_workdir(recipe: Path) -> Path:
+    """A folder in runs/ named after the recipe and the time."""
+    return Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def main(args: list[str]) -> int:
+    """Parses, trains, and turns what can go wrong into one line; the exit status."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        command = parse(args)
+        if command.distributed:
+            jax.distributed.initialize()
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxmm" / "xla"
+        use_compilation_cache(command.cache or cache)
+        train(command.train, command.workdir or new_workdir(command.config))
+    except (ConfigError, DataError, CheckpointError, TrainError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
