@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,13 +131,14 @@ def eval_texts(source: Source, tokenizer: Any, batch_size: int) -> Iterator[Batc
 
 def image_id(record: Record) -> Int[np.ndarray, "2"]:
     """64 bits that are the same for the same picture: of its `image_id`, else of its bytes."""
-    value = record.get("image_id", record["image"])
-    return _hash(value.encode(errors="replace") if isinstance(value, str) else value)
+    if "image_id" in record:
+        return _hash(hashlib.blake2b, record["image_id"].encode(errors="replace"))
+    return _hash(hashlib.sha1, record["image"])  # twice as fast as BLAKE2 on processors that have it built in
 
 
 def text_id(text: str) -> Int[np.ndarray, "2"]:
     """64 bits that are the same for the same words, whatever their case and white space."""
-    return _hash(" ".join(text.lower().split()).encode(errors="replace"))
+    return _hash(hashlib.blake2b, " ".join(text.lower().split()).encode(errors="replace"))
 
 
 class TrainIterator(grain.DatasetIterator):
@@ -329,5 +330,5 @@ def _batch_bytes(rows: range, config: ImageConfig) -> int:
     return len(rows) * config.size**2 * 3
 
 
-def _hash(data: bytes | np.ndarray) -> Int[np.ndarray, "2"]:
-    return np.frombuffer(hashlib.blake2b(data, digest_size=8).digest(), "<i4").astype(np.int32)
+def _hash(function: Callable, data: bytes | np.ndarray) -> Int[np.ndarray, "2"]:
+    return np.frombuffer(function(data, usedforsecurity=False).digest()[:8], "<i4").astype(np.int32)

@@ -14,7 +14,7 @@ from jaxmm.config import ImageConfig
 from jaxmm.data.augment import rand_augment
 
 BICUBIC = Image.Resampling.BICUBIC
-Box = tuple[float, float, float, float]
+Box = tuple[int | float, int | float, int | float, int | float]
 """Left, top, right, bottom in pixels of the picture."""
 
 

@@ -1,0 +1,35 @@
+r"""CLIP from scratch on your own pictures and captions: JSON lines with `image` (a path) and `caption`.
+
+    python run_train.py --config configs/clip_captions.py \
+        --data.train captions:train.jsonl --data.val captions:test.jsonl
+
+Made for a few thousand small pictures; the tokenizer is trained on the captions. Held-out recall is of all against
+all, and depends on the data.
+"""
+
+from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from jaxmm.evals import Retrieval
+from jaxmm.models.clip import CLIPConfig, TextConfig
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.tasks.contrastive import Contrastive
+
+
+def get_config() -> TrainConfig:
+    """The recipe."""
+    vision = ViTConfig(
+        transformer=TransformerConfig(width=128, depth=4, heads=4, mlp_dim=384, drop_path=0.1),
+        image_size=64, patch=8, pool="gap", class_token=False)
+    text = TextConfig(
+        transformer=TransformerConfig(width=128, depth=2, heads=4, mlp_dim=384, dropout=0.1),
+        vocab_size=None, context_length=24, causal=False, pool="mean", pad_id=0)
+    return TrainConfig(
+        task=Contrastive(model=CLIPConfig(vision=vision, text=text, embed_dim=128)),
+        steps=1500,
+        data=DataConfig(
+            train="captions:data/train.jsonl", val="captions:data/test.jsonl", batch_size=128,
+            image=ImageConfig(size=64, train_crop="random", scale=(0.6, 1.0), flip=False, eval_crop="squash"),
+            tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=1500, context_length=24)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup=100, b2=0.98, average=0.99),
+        evals=(Retrieval(weights="average"),),
+        eval_every=500, log_every=25)

@@ -1,0 +1,35 @@
+r"""Locked-image tuning (LiT, Zhai et al. 2022): a text tower learns to read a picture tower that stays as it is.
+
+    python run_train.py --config configs/lit_b16.py --workdir runs/lit --data.train tfds:MY_PAIRS:train \
+        --data.tokenizer.file vocab.txt
+
+Every parameter under `vision/` is frozen: no gradient is computed for it and no optimizer state is kept. Its worth is
+that of the picture tower it starts from. The tower has no projection and the text tower is projected onto it, as in
+the paper's B/16 models.
+"""
+
+from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from jaxmm.evals import Retrieval
+from jaxmm.models.clip import CLIPConfig, TextConfig
+from jaxmm.models.vit import transformer, vit
+from jaxmm.nn.pixels import INCEPTION
+from jaxmm.tasks.contrastive import Contrastive
+
+
+def get_config() -> TrainConfig:
+    """The recipe."""
+    stack = {"activation": "gelu_tanh", "dtype": "bfloat16"}
+    text = TextConfig(transformer=transformer("B", **stack), vocab_size=None, context_length=16,
+                      causal=False, pad_id=0, pool="first")
+    model = CLIPConfig(vision=vit("B/16", stack=stack), text=text, embed_dim=768, vision_projection=False,
+                       text_projection_bias=True)
+    return TrainConfig(
+        task=Contrastive(model=model, pixels=INCEPTION),
+        steps=55_000,
+        data=DataConfig(
+            train="tfds:pairs:train", val="tfds:pairs:validation", batch_size=16_384, workers=32,
+            image=ImageConfig(flip=False, scale=(0.5, 1.0)),
+            tokenizer=TokenizerConfig(kind="bert", file="vocab.txt", context_length=16)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup=10_000, freeze=("^vision/",)),
+        evals=(Retrieval(pool=1000, captions="first"),),
+        eval_every=5_000, log_every=50)

@@ -1,0 +1,30 @@
+"""ViT-B/16 on ImageNet-1k from scratch: "How to train your ViT?" (AugReg, Steiner et al. 2022), strength medium2.
+
+    python run_train.py --config configs/vit_b16_imagenet.py --workdir runs/b16
+
+The values are those of big_vision's vit_i1k configuration for B/16, which states no result; we have not run it. Needs
+`imagenet2012` prepared by TFDS as ArrayRecord. Weight decay as in vit_s16_imagenet.
+"""
+
+from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
+from jaxmm.evals import Classification
+from jaxmm.models.vit import vit
+from jaxmm.tasks.classify import Classify
+
+EPOCHS, BATCH, PICTURES = 300, 4096, 1_268_355  # train[:99%] of 1,281,167
+
+
+def get_config() -> TrainConfig:
+    """The recipe."""
+    model = vit("B/16", position_class=False, pre_logits=768, stack={"activation": "gelu_tanh", "dtype": "bfloat16"})
+    return TrainConfig(
+        task=Classify(model=model, mixup=0.5),
+        steps=EPOCHS * PICTURES // BATCH,
+        data=DataConfig(
+            train="tfds:imagenet2012:train[:99%]", val="tfds:imagenet2012:validation", batch_size=BATCH, workers=16,
+            image=ImageConfig(scale=(0.05, 1.0), randaugment_layers=2, randaugment_magnitude=15,
+                              eval_resize=256 / 224)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, decay="/kernel$", warmup=10_000,
+                                  moment_dtype="bfloat16"),
+        evals=(Classification(batch_size=1024),),
+        eval_every=2_500, log_every=50)

@@ -1,0 +1,27 @@
+"""ViT from scratch on scikit-learn's 1,797 scanned digits of 8 x 8 pixels.
+
+    python run_train.py --config configs/vit_digits.py
+
+Expect a held-out top-1 accuracy above 0.97 within two minutes on two CPU cores.
+"""
+
+from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
+from jaxmm.evals import KNN, Classification
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.tasks.classify import Classify
+
+
+def get_config() -> TrainConfig:
+    """The recipe."""
+    model = ViTConfig(
+        transformer=TransformerConfig(width=64, depth=4, heads=4, mlp_dim=192, drop_path=0.1),
+        image_size=8, patch=2, pool="gap", class_token=False)
+    return TrainConfig(
+        task=Classify(model=model, label_smoothing=0.1),
+        steps=800,
+        data=DataConfig(train="digits:train", val="digits:test", batch_size=128,
+                        image=ImageConfig(size=8, train_crop="pad", eval_crop="squash", flip=False)),
+        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05, warmup=0.1),
+        evals=(Classification(), KNN(k=5)),
+        eval_every=400, log_every=25)

@@ -1,0 +1,29 @@
+"""ViT from scratch on your own pictures, a folder a class.
+
+    python run_train.py --config configs/vit_folder.py --data.train folder:DIR/train --data.val folder:DIR/test
+
+Made for small pictures and few of them. On 5,000 CIFAR-10 pictures, 500 a class, expect a held-out top-1 accuracy
+above 0.5 in a quarter of an hour on two CPU cores. For larger pictures raise `--data.image.size`, with
+`--task.model.image-size` and `--task.model.patch` to match.
+"""
+
+from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
+from jaxmm.evals import Classification
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.tasks.classify import Classify
+
+
+def get_config() -> TrainConfig:
+    """The recipe."""
+    model = ViTConfig(
+        transformer=TransformerConfig(width=128, depth=5, heads=4, mlp_dim=384, drop_path=0.05),
+        image_size=32, patch=4, pool="gap", class_token=False, positions="sincos")
+    return TrainConfig(
+        task=Classify(model=model, label_smoothing=0.1, mixup=0.2),
+        steps=5000,
+        data=DataConfig(train="folder:data/train", val="folder:data/test", batch_size=64,
+                        image=ImageConfig(size=32, train_crop="pad", randaugment_layers=1, randaugment_magnitude=9)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05, warmup=0.1, average=0.995),
+        evals=(Classification(weights="average"),),
+        eval_every=1000, log_every=50)
