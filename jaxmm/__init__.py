@@ -1,15 +1,29 @@
-"""jaxmm: models that connect pictures and words, in JAX."""
+"""jaxmm: models that connect pictures and words, in JAX.
 
-from jaxmm.config import ConfigError, TrainConfig
-from jaxmm.data.sources import DataError, open_source
-from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig, clip, siglip
-from jaxmm.models.vit import ViT, ViTConfig, vit
-from jaxmm.tasks.classify import Classify
-from jaxmm.tasks.contrastive import Contrastive
-from jaxmm.training.loop import TrainError, train
-from jaxmm.training.step import train_step
+Names are imported when they are first used, so that a process that only reads data does not load the models.
+"""
 
-__all__ = [
-    "CLIP", "CLIPConfig", "Classify", "ConfigError", "Contrastive", "DataError", "TextConfig", "TrainConfig",
-    "TrainError", "ViT", "ViTConfig", "clip", "open_source", "siglip", "train", "train_step", "vit",
-]
+import importlib
+
+_HOMES = {
+    "CLIP": "models.clip", "CLIPConfig": "models.clip", "TextConfig": "models.clip", "clip": "models.clip",
+    "siglip": "models.clip", "ViT": "models.vit", "ViTConfig": "models.vit", "vit": "models.vit",
+    "Classify": "tasks.classify", "Contrastive": "tasks.contrastive",
+    "TrainConfig": "config", "ConfigError": "config", "DataError": "data.sources", "open_source": "data.sources",
+    "CheckpointError": "training.checkpoint", "TrainError": "training.loop", "train": "training.loop",
+    "train_step": "training.step",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    """The public name, from where it is defined."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxmm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"jaxmm.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    """The public names."""
+    return __all__

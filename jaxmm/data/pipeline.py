@@ -133,7 +133,8 @@ def image_id(record: Record) -> Int[np.ndarray, "2"]:
     """64 bits that are the same for the same picture: of its `image_id`, else of its bytes."""
     if "image_id" in record:
         return _hash(hashlib.blake2b, record["image_id"].encode(errors="replace"))
-    return _hash(hashlib.sha1, record["image"])  # twice as fast as BLAKE2 on processors that have it built in
+    data = record["image"]  # SHA-1 is twice as fast as BLAKE2 on processors that have it built in
+    return _hash(hashlib.sha1, data.tobytes() if isinstance(data, np.ndarray) else data)
 
 
 def text_id(text: str) -> Int[np.ndarray, "2"]:
@@ -330,5 +331,5 @@ def _batch_bytes(rows: range, config: ImageConfig) -> int:
     return len(rows) * config.size**2 * 3
 
 
-def _hash(function: Callable, data: bytes | np.ndarray) -> Int[np.ndarray, "2"]:
+def _hash(function: Callable, data: bytes) -> Int[np.ndarray, "2"]:
     return np.frombuffer(function(data, usedforsecurity=False).digest()[:8], "<i4").astype(np.int32)

@@ -84,9 +84,9 @@ class TextTower(nn.Module):
         x = TokenEmbedding(config.vocab_size, width, name="tokens")(tokens)
         x = x + self.param("positions", nn.initializers.normal(0.01), (config.context_length, width))[:length]
         seen = jnp.ones((b, length), bool) if config.pad_id is None else tokens != config.pad_id
-        mask = None if config.pad_id is None else seen[:, None, None, :]
+        mask = real = None if config.pad_id is None else seen[:, None, None, :]
         if config.causal:
-            mask = causal_mask(length) if mask is None else causal_mask(length) & mask
+            mask = causal_mask(length) if real is None else causal_mask(length) & real
         x = nn.Dropout(config.transformer.dropout, deterministic=not train)(x)
         x = Stack(config.transformer, name="encoder")(x.astype(config.transformer.dtype), mask, train=train).tokens
         x = layer_norm(config.transformer, "norm")(x)
@@ -103,7 +103,7 @@ class TextTower(nn.Module):
                 weights = (seen / seen.sum(axis=1, keepdims=True).clip(1)).astype(x.dtype)
                 return jnp.einsum("btd,bt->bd", x, weights)
             case "map":
-                return MapHead(config.transformer, name="map_head")(x, train=train)
+                return MapHead(config.transformer, name="map_head")(x, real, train=train)
         return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
 
 

@@ -46,7 +46,7 @@ class ViTConfig:
     classes: int | None = None
     """Size of the classification head; None: as many as the training source has, or no head in a tower."""
     head_init: Literal["zeros", "normal"] = "zeros"
-    """Of the head's kernel: zeros (vision_transformer, big_vision) or truncated normal, std 0.02 (timm)."""
+    """Of the head's kernel: zeros (vision_transformer, big_vision) or normal, std 0.02 (timm)."""
     head_bias: float = 0.0
     """Initial bias of the head; -10 for sigmoid cross-entropy over many classes."""
     patch_dropout: float = 0.0
@@ -183,7 +183,7 @@ class ViT(nn.Module):
             pooled = nn.tanh(dense(pooled))
         logits = None
         if config.classes:
-            kernel = {"zeros": nn.initializers.zeros, "normal": nn.initializers.truncated_normal(0.02)}
+            kernel = {"zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)}
             head = nn.Dense(config.classes, kernel_init=kernel[config.head_init],
                             bias_init=nn.initializers.constant(config.head_bias), name="head")
             logits = head(pooled.astype(jnp.float32))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 Initializer = Callable[..., Array]
@@ -51,7 +52,7 @@ class Attention(nn.Module):
     """Multi-head attention of `x` over `context`, with biased projections of width `d = h * k`."""
 
     heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     dropout: float = 0.0
     init_in: Initializer = nn.initializers.xavier_uniform()
     init_out: Initializer = nn.initializers.xavier_uniform()

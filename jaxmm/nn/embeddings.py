@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxmm.sharding import constrain_batch, constrain_replicated
@@ -27,7 +28,7 @@ class PatchEmbedding(nn.Module):
     patch: int
     width: int
     bias: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
 
     @nn.compact

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from jaxmm.nn.attention import Attention
+from jaxmm.nn.attention import Attention, Mask
 from jaxmm.nn.transformer import Mlp, TransformerConfig, layer_norm
 
 
@@ -14,10 +14,13 @@ class MapHead(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "b n d"], *, train: bool) -> Float[Array, "b d"]:
-        """The probe's answer."""
+    def __call__(
+        self, tokens: Float[Array, "b n d"], mask: Mask | None = None, *, train: bool
+    ) -> Float[Array, "b d"]:
+        """The probe's answer, blind to tokens where `mask` is False."""
         config = self.config
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, config.width))
         probe = jnp.broadcast_to(probe, (len(tokens), 1, config.width)).astype(tokens.dtype)
-        x, _ = Attention(config.heads, jnp.dtype(config.dtype), name="attention")(probe, tokens, train=train)
+        attention = Attention(config.heads, jnp.dtype(config.dtype), name="attention")
+        x, _ = attention(probe, tokens, mask, train=train)
         return (x + Mlp(config, name="mlp")(layer_norm(config, "mlp_norm")(x), train=train))[:, 0]

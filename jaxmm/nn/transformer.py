@@ -45,7 +45,7 @@ class TransformerConfig:
     eps: float = 1e-6
     """Of every layer norm."""
     init: Literal["xavier", "clip", "normal"] = "xavier"
-    """xavier: vision_transformer's; clip: OpenAI CLIP's, scaled by width and depth; normal: truncated, std 0.02."""
+    """xavier: vision_transformer's; clip: OpenAI CLIP's, scaled by width and depth; normal: std 0.02 (timm)."""
     dropout: float = 0.0
     """After attention, inside and after the MLP."""
     attention_dropout: float = 0.0
@@ -89,7 +89,7 @@ def initializers(config: TransformerConfig) -> Initializers:
     if config.init == "xavier":
         return Initializers(*[nn.initializers.xavier_uniform()] * 4, mlp_bias=normal(1e-6))
     if config.init == "normal":
-        return Initializers(*[nn.initializers.truncated_normal(0.02)] * 4, mlp_bias=zeros)
+        return Initializers(*[normal(0.02)] * 4, mlp_bias=zeros)
     narrow = config.width**-0.5
     deep = narrow * (2 * config.depth) ** -0.5
     return Initializers(normal(narrow), normal(deep), normal((2 * config.width) ** -0.5), normal(deep), zeros)

@@ -8,6 +8,7 @@ a word. Old checkpoints go only after the new one is whole.
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -87,7 +88,7 @@ class Checkpoints:
         self.wait()
         path = self.folder / str(step) / MANIFEST
         if self._primary and path.exists():
-            write_atomically(path, json.dumps(json.loads(path.read_text()) | {"metric": metric}))
+            write_atomically(path, _sealed(_notes(path.parent) | {"metric": metric}))
             self._forget()
 
     def wait(self) -> None:
@@ -107,24 +108,26 @@ class Checkpoints:
         if step is None:
             return None
         folder = self.folder / str(step)
-        notes = json.loads((folder / MANIFEST).read_text())
+        notes = _notes(folder)
         _check_shapes(folder, notes["shapes"], shapes(like))
         restored = self._orbax.restore(folder / "state", args=ocp.args.StandardRestore(_as_dict(like)))
         return State(**restored), notes["data"]
 
     def _newest(self) -> int | None:
         """The newest undamaged step, found by the first host and told to the others."""
-        steps, chosen = self.steps(), None
+        steps, chosen, damaged = self.steps(), None, []
         for step in reversed(steps) if self._primary else ():
             damage = self.damage(step)
             if damage is None:
                 chosen = step
                 break
-            folder = self.folder / str(step)
-            log.warning("checkpoint %s is damaged (%s) and is set aside; trying the one before it", folder, damage)
-            aside = folder.with_name(f"{step}.damaged")
+            log.warning("checkpoint %s is damaged: %s", self.folder / str(step), damage)
+            damaged.append(step)
+        for step in damaged if chosen is not None else ():  # with none to go on from, they stay where they are
+            aside = self.folder / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            (self.folder / str(step)).rename(aside)
+            log.warning("going on from step %d; the damaged one is now %s", chosen, aside)
         if jax.process_count() > 1:
             told = multihost_utils.broadcast_one_to_all(np.int64(-1 if chosen is None else chosen))
             chosen = None if told < 0 else int(told)
@@ -137,8 +140,8 @@ class Checkpoints:
         """What is wrong with the checkpoint of `step`, or None."""
         folder = self.folder / str(step)
         try:
-            wanted = json.loads((folder / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError) as error:
+            wanted = _notes(folder)["files"]
+        except (OSError, ValueError) as error:
             return f"{MANIFEST} cannot be read: {error}"
         found = digests(folder)
         for name, digest in wanted.items():
@@ -168,8 +171,9 @@ class Checkpoints:
         with _Telling(self, target):
             self._orbax.wait_until_finished()
             if self._primary:
-                write_atomically(target / MANIFEST, json.dumps(notes | {"files": digests(target)}))
-                self._forget()
+                write_atomically(target / MANIFEST, _sealed(notes | {"files": digests(target)}))
+        if self._primary:
+            self._forget()
 
     def _forget(self) -> None:
         """Removes whole checkpoints that are neither among the newest nor the best."""
@@ -177,12 +181,19 @@ class Checkpoints:
         kept = set(steps[-self.keep:])
         if self.best:
             def metric(step):
-                value = json.loads((self.folder / str(step) / MANIFEST).read_text())["metric"]
-                return -float("inf") if value is None else value
+                try:
+                    value = _notes(self.folder / str(step))["metric"]
+                except ValueError:  # damaged
+                    value = None
+                return -math.inf if value is None or math.isnan(value) else value
             kept.add(max(reversed(steps), key=metric))
         for step in set(steps) - kept:
-            (self.folder / str(step) / MANIFEST).unlink()  # first, so that a removal cut short leaves no whole one
-            shutil.rmtree(self.folder / str(step))
+            folder = self.folder / str(step)
+            try:
+                (folder / MANIFEST).unlink()  # first, so that a removal cut short leaves no whole one
+                shutil.rmtree(folder)
+            except OSError as error:
+                log.warning("the old checkpoint %s could not be removed: %s", folder, error)
 
 
 class _Telling:
@@ -213,6 +224,21 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def _sealed(notes: dict[str, Any]) -> str:
+    """A manifest's text, with a digest of what it says."""
+    notes = {name: value for name, value in notes.items() if name != "seal"}
+    digest = hashlib.blake2b(json.dumps(notes, sort_keys=True).encode()).hexdigest()
+    return json.dumps(notes | {"seal": digest})
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """What the manifest in `folder` says. Raises ValueError when that is not what was written."""
+    notes = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(notes, dict) or _sealed(notes) != json.dumps(notes):
+        raise ValueError("it is not what was written")
+    return notes
 
 
 def _as_dict(state: State) -> dict[str, Any]:

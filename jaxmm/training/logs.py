@@ -41,7 +41,7 @@ class MetricLog:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing it
         return math.inf
 

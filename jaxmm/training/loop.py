@@ -71,14 +71,12 @@ def train(
     primary = jax.process_index() == 0
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(workdir / ".lock")
-        if primary:
-            lock.acquire(blocking=False)
+        lock = filelock.FileLock(workdir / ".lock").acquire(blocking=False) if primary else contextlib.nullcontext()
     except filelock.Timeout:
         raise ConfigError(f"workdir is {str(workdir)!r}, which another run is writing to") from None
     except OSError as error:
         raise ConfigError(f"workdir is {str(workdir)!r}, which cannot be written: {error}") from None
-    with lock if primary else contextlib.nullcontext():
+    with lock:
         setup = prepare(config, workdir)
         with jax.set_mesh(setup.mesh), _Termination() as termination:
             return _run(setup, termination, observe)
@@ -92,6 +90,10 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
             f"a multiple of mesh.data x mesh.fsdp x microbatches = {shards} x {config.microbatches}")
     source = open_source(config.data.train, data_dir=config.data.data_dir)
     val = open_source(config.data.val, data_dir=config.data.data_dir) if config.data.val else None
+    if val is not None and None not in (source.classes, val.classes) and source.classes != val.classes:
+        odd = sorted(set(source.classes) ^ set(val.classes))
+        raise ConfigError(f"data.val is {config.data.val!r}, whose classes are not those of {config.data.train!r}: "
+                          f"{', '.join(odd[:10])} only in one of them")
     tokenizer = _tokenizer(config, source, workdir)
     task = config.task.bind(image_size=config.data.image.size, tokenizer=tokenizer,
                             classes=None if source.classes is None else len(source.classes))
@@ -142,10 +144,12 @@ def _same_run(config: TrainConfig, workdir: Path, source: Source) -> None:
     if jax.process_index() == 0:
         packages = ("jaxmm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
         devices = jax.devices()
-        save_config(config, path, fingerprint=source.fingerprint,
+        part = path.with_name("config.json.part")
+        save_config(config, part, fingerprint=source.fingerprint,
                     versions={name: importlib.metadata.version(name) for name in packages}
                     | {"python": platform.python_version()},
                     devices=f"{len(devices)} x {devices[0].device_kind}", hosts=jax.process_count())
+        part.replace(path)
 
 
 def _changes(old: Any, new: Any, name: str = "") -> list[str]:
@@ -229,6 +233,7 @@ def _steps(setup, state, batches, checkpoints, watch, metric_log, termination, c
     def check(step, metrics):
         if bool(metrics["finite"]):
             return
+        checkpoints.wait()
         last = checkpoints.steps()
         what = f"step {step}: loss {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}"
         good = f"the last good checkpoint is of step {last[-1]}" if last else "there is no checkpoint yet"
@@ -250,8 +255,9 @@ def _steps(setup, state, batches, checkpoints, watch, metric_log, termination, c
             check(*pending)
         pending = step, metrics
         evaluating = config.eval_every and step % config.eval_every == 0 and step < config.steps
+        stopping = termination.asked  # read once: the signal may come at any line
         logging = step % config.log_every == 0 or step == config.steps
-        saving = (step % config.checkpoint.every == 0 or step == config.steps or termination.asked
+        saving = (step % config.checkpoint.every == 0 or step == config.steps or stopping
                   or bool(evaluating and best))
         if logging or saving or evaluating:
             check(*pending)
@@ -266,7 +272,7 @@ def _steps(setup, state, batches, checkpoints, watch, metric_log, termination, c
                 metric_log.write(step, values)
         if saving:
             checkpoints.save(state, position)
-        if termination.asked:
+        if stopping:
             checkpoints.wait()
             break
         if evaluating:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
 from jaxmm.sharding import shardings
 from jaxmm.tasks.base import Task
@@ -14,17 +14,18 @@ from jaxmm.training.optimizer import Optimizer
 
 
 class State(struct.PyTreeNode):
-    """The state of a run after `step` steps."""
+    """The state of a run after `step` steps: arrays, or in their places their shapes or shardings."""
 
-    step: Int[Array, ""]
+    step: Any
+    """int32 scalar."""
     params: Any
     opt: Any
     extra: Any
     """The task's own: momentum copies, queues."""
     average: Any
     """Moving average of the parameters; None where the recipe keeps none."""
-    skips: Int[Array, ""]
-    """Steps skipped in a row because their loss or gradient was not finite."""
+    skips: Any
+    """int32 scalar: steps skipped in a row because their loss or gradient was not finite."""
 
 
 def init_state(task: Task, optimizer: Optimizer, rng: Key[Array, ""]) -> State:

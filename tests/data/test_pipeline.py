@@ -108,9 +108,9 @@ def test_a_batch_is_what_its_records_say(folder):
         "index": ((6,), "int32"), "drawn": ((6,), "int32"), "fault": ((6,), "int32")}
     np.testing.assert_array_equal(batch["index"], drawn)
     np.testing.assert_array_equal(batch["drawn"], drawn)
-    np.testing.assert_array_equal(batch["label"], [folder[i]["label"] for i in drawn])
+    np.testing.assert_array_equal(batch["label"], [folder[i]["label"] for i in drawn.tolist()])
     assert not batch["fault"].any()
-    for row, index in enumerate(drawn):
+    for row, index in enumerate(drawn.tolist()):
         image = transforms.train_image(decode(folder[index]["image"]), IMAGE, np.random.default_rng((5, row, 0)))
         np.testing.assert_array_equal(batch["image"][row], image)
 
@@ -122,12 +122,11 @@ def test_augmentation_changes_from_epoch_to_epoch(folder):
 
 
 def test_workers_and_restarts_do_not_change_the_batches(folder):
-    wanted = take(train_batches(folder, CONFIG, seed=5), 9)
-    for workers, start in ((1, 0), (2, 4)):
-        iterator = train_batches(folder, replace(CONFIG, workers=workers), seed=5)
-        iterator.set_state({"step": start})
-        for batch, theirs in zip(take(iterator, 4), wanted[start:], strict=False):
-            assert_same(batch, theirs)
+    wanted = take(train_batches(folder, CONFIG, seed=5), 7)
+    iterator = train_batches(folder, replace(CONFIG, workers=2), seed=5)
+    iterator.set_state({"step": 3})
+    for batch, theirs in zip(take(iterator, 4), wanted[3:], strict=True):
+        assert_same(batch, theirs)
 
 
 def test_hosts_share_a_batch(captions):
@@ -171,10 +170,10 @@ def test_state_of_other_data_is_refused(folder, tmp_path):
 def test_texts_are_drawn_from_all_captions(captions):
     seen = {}
     for batch in take(train_batches(captions, CONFIG, Letters(), seed=5), 40):
-        for row, index in enumerate(batch["index"]):
+        for row, index in enumerate(batch["index"].tolist()):
             text = Letters().decode(batch["tokens"][row])
             assert text in captions.texts(index)
-            seen.setdefault(int(index), set()).add(text)
+            seen.setdefault(index, set()).add(text)
             np.testing.assert_array_equal(batch["text_id"][row], pipeline.text_id(text))
     assert seen == {i: set(captions.texts(i)) for i in range(11)}
 

@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from jaxmm.data.scenes.picture import COLORS, SHAPES, SIZES, Object, Scene, cell, draw, random_scene, relation
 from jaxmm.data.scenes.words import NOISE, Question, captions, describe, questions, web_caption
+from jaxmm.data.sources import DataError
 
 __all__ = ["COLORS", "NOISE", "SHAPES", "SIZES", "Object", "Question", "Scene", "ScenesSource", "captions",
            "cell", "describe", "draw", "open_scenes", "prepare", "questions", "random_scene", "relation",
@@ -92,12 +93,12 @@ def prepare(config: str = "default", data_dir: str | None = None) -> Any:
 
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or None
     if config not in Scenes.builder_configs:
-        raise ValueError(f"scenes has no configuration {config!r}; wanted one of "
-                         f"{', '.join(Scenes.builder_configs)}")
+        raise DataError(f"scenes has no configuration {config!r}; wanted one of "
+                        f"{', '.join(Scenes.builder_configs)}")
     builder = Scenes(config=config, data_dir=data_dir, file_format="array_record")
     if not tfds.core.Path(builder.data_dir).exists():
         if "://" in builder.data_dir:      # no locks there
-            raise ValueError(f"{builder.data_dir} is not there; draw scenes into a local data_dir and copy it")
+            raise DataError(f"{builder.data_dir} is not there; draw scenes into a local data_dir and copy it")
         folder = Path(builder.data_dir)      # TFDS draws into another beside it, and renames that when it is whole
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / "prepare.lock"):
@@ -120,13 +121,13 @@ def open_scenes(split: str, data_dir: str | None = None) -> ScenesSource:
     """
     config, _, name = split.rpartition("/")
     if name not in SPLITS:
-        raise ValueError(f"scenes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
+        raise DataError(f"scenes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
     builder = prepare(config or "default", data_dir)
     info = builder.info.splits.get(name)
     try:
         source = ScenesSource(str(builder.data_dir), name, f"scenes:{split}", info.num_examples)
         source[-1]
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{builder.data_dir} is not a whole copy of scenes ({error}); remove that folder, and it "
-                         "will be drawn again") from error
+        raise DataError(f"{builder.data_dir} is not a whole copy of scenes ({error}); remove that folder, and it "
+                        "will be drawn again") from error
     return source

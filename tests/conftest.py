@@ -1,0 +1,31 @@
+"""Eight CPU devices, annotations checked at every call, and compiled programs kept from one run to the next."""
+
+import os
+import stat
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _private_cache() -> Path | None:
+    """A folder that nobody else can write, or None: who writes there runs code here."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmm" / "xla-tests"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError:
+        return None
+    ours = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    return folder if ours and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
+
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (cache := _private_cache()):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+install_import_hook("jaxmm", "beartype.beartype")

@@ -1,0 +1,124 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmm.losses.contrastive import (
+    contrastive_logits,
+    equal_ids,
+    positives,
+    sigmoid_contrastive,
+    softmax_contrastive,
+)
+from tests.reference import arrays, fp64
+
+B, E = 5, 3
+# Pictures 0 and 3 are the same; texts 1 and 3 have the same words; the second halves of ids count as well.
+IMAGE_IDS = jnp.asarray([[1, 7], [2, 7], [1, 8], [1, 7], [2, 9]])
+TEXT_IDS = jnp.asarray([[5, 5], [6, 6], [5, 6], [6, 6], [7, 7]])
+PAIRS = {(0, 3), (3, 0), (1, 3), (3, 1)} | {(i, i) for i in range(B)}
+POSITIVE = np.array([[(i, j) in PAIRS for j in range(B)] for i in range(B)])
+
+
+def brute_softmax(logits, positive):
+    logits = fp64(logits)
+    total = 0.0
+    for matrix, same in ((logits, positive), (logits.T, positive.T)):
+        for row, mine in zip(matrix, same, strict=True):
+            probabilities = np.exp(row) / np.exp(row).sum()
+            total += np.mean([-np.log(p) for p, yes in zip(probabilities, mine, strict=True) if yes])
+    return total / (2 * len(logits))
+
+
+def brute_sigmoid(logits, positive):
+    total = 0.0
+    for logit, yes in zip(fp64(logits).ravel(), positive.ravel(), strict=True):
+        total -= np.log(1 / (1 + np.exp(-logit if yes else logit)))
+    return total / len(logits)
+
+
+LOSSES = {"softmax": (softmax_contrastive, brute_softmax), "sigmoid": (sigmoid_contrastive, brute_sigmoid)}
+
+
+def embeddings(seed=0):
+    image, text = arrays((B, E), (B, E), seed=seed)
+    return image, text
+
+
+def whole(image, text, loss, image_ids=IMAGE_IDS, text_ids=TEXT_IDS):
+    logits = contrastive_logits(image, text, jnp.float32(2.5), jnp.float32(-0.5))
+    return loss(logits, positives(image_ids, text_ids, B))
+
+
+def test_equal_ids_needs_both_halves():
+    expected = [[i == j or {i, j} == {0, 3} for j in range(B)] for i in range(B)]
+    np.testing.assert_array_equal(equal_ids(IMAGE_IDS), expected)
+
+
+def test_positives():
+    np.testing.assert_array_equal(positives(IMAGE_IDS, TEXT_IDS, B), POSITIVE)
+    np.testing.assert_array_equal(positives(None, None, B), np.eye(B, dtype=bool))
+    np.testing.assert_array_equal(positives(IMAGE_IDS, None, B), equal_ids(IMAGE_IDS))
+    np.testing.assert_array_equal(positives(None, TEXT_IDS, B), equal_ids(TEXT_IDS))
+
+
+def test_logits():
+    image, text = embeddings()
+    expected = [[2.5 * fp64(x) @ fp64(y) - 0.5 for y in text] for x in image]
+    logits = contrastive_logits(image, text, jnp.float32(2.5), jnp.float32(-0.5))
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+
+
+class Variants(chex.TestCase):
+    """Each loss, from embeddings and ids on, with jit, without and under pmap equals brute force."""
+
+    def check(self, kind):
+        loss, brute = LOSSES[kind]
+        image, text = embeddings()
+        run = self.variant(lambda *inputs: whole(*inputs[:2], loss, *inputs[2:]), n_devices=2)
+        expected = brute(2.5 * fp64(image) @ fp64(text).T - 0.5, POSITIVE)
+        np.testing.assert_allclose(run(image, text, IMAGE_IDS, TEXT_IDS), expected, rtol=1e-5)
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    def test_softmax(self):
+        self.check("softmax")
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    def test_sigmoid(self):
+        self.check("sigmoid")
+
+
+def test_hand_computed():
+    logits, one = jnp.zeros((4, 4)), jnp.eye(4, dtype=bool)
+    np.testing.assert_allclose(softmax_contrastive(logits, one), np.log(4), rtol=1e-6)
+    np.testing.assert_allclose(sigmoid_contrastive(logits, one), 4 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(sigmoid_contrastive(logits - 10, one), 10 + 4 * np.log1p(np.exp(-10)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_order_of_pairs_does_not_matter(kind):
+    image, text = embeddings()
+    order = jnp.asarray([3, 1, 4, 0, 2])
+    run = jax.jit(lambda *inputs: whole(*inputs[:2], LOSSES[kind][0], *inputs[2:]))
+    one = run(image, text, IMAGE_IDS, TEXT_IDS)
+    other = run(*(x[order] for x in (image, text, IMAGE_IDS, TEXT_IDS)))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_duplicates_are_not_pushed_apart(kind):
+    """Two pairs of the same picture and words: their cross logits pull like the diagonal, not away from it."""
+    ids = jnp.asarray([[1, 1], [1, 1], [2, 2], [3, 3], [4, 4]])
+    logits, = arrays((B, B))
+    grad = jax.jit(jax.grad(LOSSES[kind][0]))(logits, positives(ids, None, B))
+    plain = jax.jit(jax.grad(LOSSES[kind][0]))(logits, positives(None, None, B))
+    assert plain[0, 1] > 0 and grad[0, 1] < plain[0, 1]
+    np.testing.assert_allclose(grad[2:, 2:], plain[2:, 2:], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_large_logits_are_finite(kind):
+    grad, = jax.jit(jax.grad(lambda x: LOSSES[kind][0](x, positives(IMAGE_IDS, TEXT_IDS, B)), (0,)))(
+        embeddings()[0] @ embeddings()[1].T * 1e4)
+    assert np.isfinite(grad).all()

@@ -1,0 +1,279 @@
+import itertools
+import json
+import os
+import signal
+from dataclasses import replace
+
+import filelock
+import jax
+import numpy as np
+import pytest
+
+from jaxmm.config import CheckpointConfig, ConfigError, DataConfig, ImageConfig, MeshConfig, load_config
+from jaxmm.data.sources import DataError
+from jaxmm.evals import Classification
+from jaxmm.training import loop
+from jaxmm.training.checkpoint import CheckpointError, Checkpoints
+from jaxmm.training.loop import TrainError, train, use_compilation_cache
+from tests.training.common import LINEAR, Linear, lines, poison, vit_run
+
+
+def final(workdir, step):
+    """The digests of the files of a checkpoint's arrays say whether two are the same; here, their parameters."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(workdir / "checkpoints" / str(step) / "state")
+
+
+def same(one, other):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run of 12 steps."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train(LINEAR, workdir)
+    return workdir
+
+
+def test_a_work_folder_holds_what_it_should(whole):
+    assert {p.name for p in whole.iterdir()} >= {"config.json", "metrics.jsonl", "tensorboard", "checkpoints",
+                                                 "report.html"}
+    notes = json.loads((whole / "config.json").read_text())
+    assert notes["versions"]["jax"] == jax.__version__ and notes["fingerprint"] and "cpu" in notes["devices"]
+    rows = lines(whole)
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert set(rows[0]) == {"step", "train/loss", "train/grad_norm", "train/learning_rate", "train/skips",
+                            "train/pictures_per_second", "data/bad_records"}
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    assert Checkpoints(whole / "checkpoints").steps() == [4, 8, 12]
+    assert list(whole.glob("*.part")) == []
+
+
+def test_config_json_is_the_recipe(tmp_path):
+    config = vit_run(steps=1)
+    train(config, tmp_path)
+    assert load_config(tmp_path / "config.json") == config
+
+
+def test_every_batch_is_seen_once_and_in_order(tmp_path):
+    seen = []
+    train(replace(LINEAR, steps=5, log_every=2), tmp_path, observe=lambda step, batch: seen.append((step, batch)))
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
+    records = np.concatenate([batch["index"] for _, batch in seen])
+    assert len(set(records.tolist())) == 5 * 16
+    assert [row["step"] for row in lines(tmp_path)] == [2, 4, 5]           # and the last, whatever `log_every`
+
+
+def test_evaluations_are_logged_and_choose_what_is_kept(tmp_path):
+    model = vit_run(steps=6, eval_every=2, checkpoint=CheckpointConfig(every=3, keep=1, best="val/top1"),
+                    evals=(Classification(),))
+    model = replace(model, data=replace(model.data, val="digits:test"))
+    last = train(model, tmp_path)
+    accuracy = dict(lines(tmp_path, "val/top1"))
+    assert list(accuracy) == [2, 4, 6] and last["val/top1"] == accuracy[6]
+    best = max(sorted(accuracy, reverse=True), key=accuracy.get)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == sorted({best, 6})
+
+
+def test_a_metric_that_no_evaluator_yields_is_named(tmp_path):
+    config = vit_run(steps=1, checkpoint=CheckpointConfig(best="val/top2"), evals=(Classification(),))
+    with pytest.raises(ConfigError, match=r"checkpoint.best is 'val/top2'; wanted one of .*val/top1"):
+        train(replace(config, data=replace(config.data, val="digits:test")), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    for log_every in (1, 100):                                             # the check may come a step late
+        workdir = tmp_path / str(log_every)
+        with pytest.raises(TrainError, match=r"^step 6: loss nan, gradient norm nan; the last good checkpoint is of "
+                                             r"step 4\. To skip such steps: --nonfinite skip$"):
+            train(replace(poison(LINEAR, 6), log_every=log_every), workdir)
+        assert Checkpoints(workdir / "checkpoints").steps() == [4]
+    with pytest.raises(TrainError, match=r"^step 8: .* step 4\."):         # a bad state is not saved
+        train(replace(poison(LINEAR, 8), log_every=100), tmp_path / "saving")
+    with pytest.raises(TrainError, match=r"^step 2: .*there is no checkpoint yet"):
+        train(poison(LINEAR, 2), tmp_path / "early")
+
+
+def test_skipping_goes_on_and_gives_up_after_too_many_in_a_row(tmp_path, capsys):
+    skipping = replace(LINEAR, nonfinite="skip", max_skips=3)
+    train(poison(skipping, 5, 6, 9), tmp_path / "few")
+    assert lines(tmp_path / "few", "train/skips") == [(step, {5: 1, 6: 2, 9: 1}.get(step, 0)) for step in range(1, 13)]
+    assert [step for step, loss in lines(tmp_path / "few", "train/loss") if loss is None] == [5, 6, 9]
+    assert "step 6: loss nan" in capsys.readouterr().err
+    with pytest.raises(TrainError, match="step 7: .*3 steps in a row were skipped; the last good checkpoint is of "
+                                         "step 4"):
+        train(poison(skipping, 5, 6, 7, 8), tmp_path / "many")
+
+
+def test_skips_are_counted_over_a_resume(tmp_path):
+    config = poison(replace(LINEAR, nonfinite="skip", max_skips=3), 3, 4, 5)
+    train(replace(config, steps=4), tmp_path)
+    with pytest.raises(TrainError, match="step 5: .*3 steps in a row"):
+        train(config, tmp_path)
+
+
+def test_a_run_goes_on_exactly(whole, tmp_path):
+    for steps in (3, 8, 12, 12):                                           # the last has nothing left to do
+        assert train(replace(LINEAR, steps=steps), tmp_path) == {}
+    assert lines(tmp_path, "train/loss") == lines(whole, "train/loss")
+    assert same(final(tmp_path, 12), final(whole, 12))
+
+
+def test_sigterm_saves_and_the_run_goes_on_exactly(whole, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask(step, batch):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(LINEAR, tmp_path, observe=ask) == {}
+    assert "stopped after step 6 as asked, everything is saved" in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 6]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "report.html").exists()
+    train(LINEAR, tmp_path)
+    assert lines(tmp_path, "train/loss") == lines(whole, "train/loss")
+    assert same(final(tmp_path, 12), final(whole, 12))
+
+
+def test_sigterm_at_any_line_of_the_loop_saves_the_last_step(tmp_path, monkeypatch):
+    """The signal may come after it was decided whether to save."""
+    plain = loop.MetricLog.write
+
+    def write(self, step, metrics):
+        plain(self, step, metrics)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.MetricLog, "write", write)
+    train(LINEAR, tmp_path)
+    rows = [row["step"] for row in lines(tmp_path)]
+    assert len(rows) < 12 and Checkpoints(tmp_path / "checkpoints").steps() == [rows[-1]]
+
+
+def test_two_runs_do_not_share_a_folder(whole):
+    other = filelock.FileLock(whole / ".lock")
+    with other, pytest.raises(ConfigError, match=f"workdir is '{whole}', which another run is writing to"):
+        train(LINEAR, whole)
+    with pytest.raises(TrainError) as held:                                # an error, kept, does not hold the folder
+        train(poison(LINEAR, 1), whole.parent / "held")
+    with pytest.raises(TrainError):
+        train(poison(LINEAR, 1), whole.parent / "held")
+    assert "step 1" in str(held.value)
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="workdir is .*file/run.*cannot be written"):
+        train(LINEAR, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"seed": 4}, "seed was 3 and is 4"),
+    ({"data": replace(LINEAR.data, batch_size=24)}, "data.batch_size was 16 and is 24"),
+    ({"data": replace(LINEAR.data, image=replace(LINEAR.data.image, flip=True))},
+     "data.image.flip was False and is True"),
+    ({"optimizer": replace(LINEAR.optimizer, learning_rate=0.5)}, "optimizer.learning_rate was 0.001 and is 0.5"),
+    ({"task": Linear(width=5)}, "task.width was 3 and is 5"),
+], ids=lambda value: "" if isinstance(value, dict) else value)
+def test_another_configuration_is_refused(whole, change, message):
+    untouched = (whole / "config.json").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        train(replace(LINEAR, **change), whole)
+    text = str(caught.value)
+    assert text.splitlines()[1:] == [f"  {message}"] and str(whole) in text
+    assert (whole / "config.json").read_bytes() == untouched
+
+
+def test_what_is_free_may_change(whole, tmp_path):
+    train(replace(LINEAR, steps=4), tmp_path)
+    free = {"microbatches": 2, "log_every": 3, "mesh": MeshConfig(data=2), "nonfinite": "skip", "max_skips": 7,
+            "eval_every": 5, "checkpoint": CheckpointConfig(every=5), "steps": 9,
+            "data": replace(LINEAR.data, val="digits:test", max_bad=0.5)}
+    train(replace(LINEAR, **free), tmp_path)
+    assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4, 6, 9]
+    np.testing.assert_allclose(lines(tmp_path, "train/loss")[-2:],
+                               [pair for pair in lines(whole, "train/loss") if pair[0] in (6, 9)], rtol=1e-5)
+
+
+def test_a_training_source_that_changed_is_refused(tmp_path):
+    from PIL import Image
+
+    pictures = tmp_path / "pictures"
+    for label, number in itertools.product("ab", range(8)):
+        (pictures / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (number, 0, 0)).save(pictures / label / f"{number}.png")
+    config = replace(LINEAR, steps=1, data=DataConfig(train=f"folder:{pictures}", val=None, batch_size=8,
+                                                      image=ImageConfig(size=8)))
+    train(config, tmp_path / "run")
+    (pictures / "a" / "3.png").unlink()
+    with pytest.raises(ConfigError, match="lists other records"):
+        train(replace(config, steps=2), tmp_path / "run")
+
+
+def test_a_work_folder_with_a_broken_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": ')
+    with pytest.raises(ConfigError, match=r"config.json cannot be read"):
+        train(LINEAR, tmp_path)
+
+
+def test_batches_that_do_not_divide_are_refused_before_anything_is_written(tmp_path):
+    config = replace(LINEAR, mesh=MeshConfig(data=2, fsdp=4), microbatches=4)
+    with pytest.raises(ConfigError, match=r"data.batch_size is 16; wanted a multiple of .* = 8 x 4"):
+        train(config, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] in ([], [".lock"])
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    train(replace(LINEAR, steps=4), tmp_path)
+
+    def fail(self):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.wait_until_finished", fail)
+    with pytest.raises(CheckpointError, match="saving .*8 failed: No space left on device; the last whole checkpoint "
+                                              "is of step 4"):
+        train(LINEAR, tmp_path)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+    train(LINEAR, tmp_path)
+    assert [row["step"] for row in lines(tmp_path)] == list(range(1, 13))
+
+
+def test_too_many_bad_records_stop_the_run(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "pictures" / "a"
+    folder.mkdir(parents=True)
+    for number in range(40):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number:02}.png")
+    for number in range(4):
+        (folder / f"broken{number}.png").write_bytes(b"<html>")
+    config = replace(LINEAR, steps=40, data=DataConfig(
+        train=f"folder:{folder.parent}", val=None, batch_size=16, image=ImageConfig(size=8), max_bad=0.01))
+    with pytest.raises(DataError, match=r"records were bad .*not an image.*data.max_bad allows a share of 0.01"):
+        train(config, tmp_path / "run")
+
+
+@pytest.fixture
+def cache_dir():
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_where_nobody_else_can_write(tmp_path, cache_dir):
+    private, shared = tmp_path / "new" / "private", tmp_path / "shared"
+    use_compilation_cache(private)
+    assert jax.config.jax_compilation_cache_dir == str(private)
+    assert private.stat().st_mode & 0o777 == 0o700
+    for mode in (0o777, 0o770, 0o1777):
+        shared.mkdir(exist_ok=True)
+        shared.chmod(mode)
+        with pytest.raises(ConfigError, match=f"compilation cache {shared} can be written by others"):
+            use_compilation_cache(shared)
+    assert jax.config.jax_compilation_cache_dir == str(private)
