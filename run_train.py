@@ -45,8 +45,9 @@ def load_recipe(path: Path) -> TrainConfig:
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in (HERE / "configs").glob("*.py")))
         raise ConfigError(f"config is {str(path)!r}, which is no file; configs/ holds {known}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses that it defines are looked up
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config is {str(path)!r}, which has no get_config()")

@@ -14,7 +14,7 @@ _HOMES = {
     "train_step": "training.step",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):

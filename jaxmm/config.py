@@ -4,6 +4,7 @@ A recipe (`configs/*.py`) is a file with `get_config() -> TrainConfig`; the comm
 its dotted name. A value that cannot be is refused here, before anything compiles.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -277,12 +278,13 @@ def from_dict(value: Any) -> Any:
         return tuple(from_dict(v) for v in value)
     if not isinstance(value, dict):
         return value
-    module, _, name = value.get("type", "").rpartition(".")
-    if module != "jaxmm" and not module.startswith("jaxmm."):
-        raise ConfigError(f"type is {value.get('type')!r}; wanted a dataclass of jaxmm")
-    cls = getattr(importlib.import_module(module), name, None)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise ConfigError(f"type is {value['type']!r}; wanted a dataclass of jaxmm")
+    module, _, name = str(value.get("type")).rpartition(".")
+    cls = None
+    if module.split(".")[0] == "jaxmm":
+        with contextlib.suppress(ModuleNotFoundError):
+            cls = getattr(importlib.import_module(module), name, None)
+    require(isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module, "type",
+            value.get("type"), "a dataclass of jaxmm")
     fields = {k: from_dict(v) for k, v in value.items() if k != "type"}
     unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
     if unknown:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
+import tests.typecheck  # noqa: F401  (the hook names it but does not import it)
+
 DEVICES = "--xla_force_host_platform_device_count=8"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
@@ -28,4 +30,4 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (cache := _private_cache())
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-install_import_hook("jaxmm", "beartype.beartype")
+install_import_hook("jaxmm", "tests.typecheck.typechecked")

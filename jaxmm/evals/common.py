@@ -14,6 +14,7 @@ from jaxmm.config import ConfigError, DataConfig, Evaluator, Task, require
 from jaxmm.data.images import decode
 from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source, open_source
+from jaxmm.training.step import compiler_options
 
 INPUTS = ("image", "tokens")
 """Keys of a batch that the functions of `Task.predict` may read; the rest stays on the host."""
@@ -125,7 +126,9 @@ def predict_fn(task: Task, names: tuple[str, ...], mesh: Mesh | None) -> Callabl
     def predict(params, batch):
         return {name: task.predict[name](params, batch) for name in names}
 
-    return jax.jit(predict, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return jax.jit(predict, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+                   compiler_options=compiler_options(platform))
 
 
 def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | None

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxmm.data.sources import Source
 from sklearn.neighbors import KNeighborsClassifier
 
 from jaxmm.config import Evaluator, require
+from jaxmm.data.sources import Source
 from jaxmm.evals.common import EvalContext, check_features, frozen_features
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxmm.data.sources import Source
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
 from jaxmm.config import Evaluator, require
+from jaxmm.data.sources import Source
 from jaxmm.evals.common import EvalContext, check_features, frozen_features
 
 

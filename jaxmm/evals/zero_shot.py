@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxmm.data.pipeline import eval_batches
-from jaxmm.data.sources import Source
 from jaxtyping import Float
 
 from jaxmm.config import ConfigError, Evaluator, require
+from jaxmm.data.pipeline import eval_batches
+from jaxmm.data.sources import Source
 from jaxmm.evals.classification import score
 from jaxmm.evals.common import (
     EvalContext,

@@ -209,7 +209,7 @@ SIGLIP_SIZES: dict[str, tuple[str, str, int]] = {
 }
 
 
-def siglip(name: str, *, image_size: int = 224, vocab_size: int = 32_000, context_length: int = 64,
+def siglip(name: str, *, image_size: int = 224, vocab_size: int | None = 32_000, context_length: int = 64,
            stack: dict | None = None, **overrides) -> CLIPConfig:
     """A SigLIP of one of the published sizes (SigLIP 2: `vocab_size=256_000`).
 

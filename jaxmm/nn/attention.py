@@ -1,10 +1,12 @@
 """Scaled dot-product attention (Vaswani et al. 2017, eq. 1): a pure function, and the module that projects into it."""
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
@@ -48,6 +50,90 @@ def attend(
     return jnp.einsum("bhts,bshk->bthk", used.astype(value.dtype), value), weights
 
 
+@jax.custom_vjp
+def fused_attend(
+    query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], value: Float[Array, "b s h k"],
+    mask: Mask | None = None,
+) -> Float[Array, "b t h k"]:
+    """The attended values of `attend`, for which no weights are kept.
+
+    The backward pass computes them again from the logarithm of their sums (FlashAttention, Dao et al. 2022,
+    section 3.1), and the forward pass divides by the sums after the product with the values, which is smaller.
+    """
+    return _fused_forward(query, key, value, mask)[0]
+
+
+def _by_head(x: Float[Array, "b t h k"]) -> Float[Array, "b h t k"]:
+    return x.swapaxes(1, 2)
+
+
+def _fused_forward(query, key, value, mask):
+    query, k, v = _by_head(query * query.shape[-1] ** -0.5), _by_head(key), _by_head(value)
+    scores = jnp.einsum("bhtk,bhsk->bhts", query, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    highest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), v, preferred_element_type=jnp.float32) / total
+    out = checkpoint_name(_by_head(out).astype(value.dtype), "attention")
+    log_total = checkpoint_name((highest + jnp.log(total))[..., 0], "attention")
+    return out, (log_total, mask)
+
+
+def _fused_residuals(query, key, value, mask):
+    out, (log_total, mask) = _fused_forward(query, key, value, mask)
+    return out, (query, key, value, out, log_total, mask)
+
+
+def _fused_backward(residuals, gradient):
+    """Scores are laid out [b h s t] here: what multiplies them then needs no transposed copy of them."""
+    query, key, value, out, log_total, mask = residuals
+    dtype, scale = query.dtype, query.shape[-1] ** -0.5
+    fp32 = {"preferred_element_type": jnp.float32}
+    delta = (gradient.astype(jnp.float32) * out).sum(axis=-1).swapaxes(1, 2)  # [b h t]
+    q, k, v, g = _by_head(query * scale), _by_head(key), _by_head(value), _by_head(gradient)
+    weights = jnp.exp(jnp.einsum("bhsk,bhtk->bhst", k, q, **fp32) - log_total[:, :, None])
+    if mask is not None:
+        weights = jnp.where(mask.swapaxes(-1, -2), weights, 0.0)
+    d_value = jnp.einsum("bhst,bhtk->bhsk", weights.astype(dtype), g)
+    d_scores = weights * (jnp.einsum("bhsk,bhtk->bhst", v, g, **fp32) - delta[:, :, None])
+    d_scores = d_scores.astype(dtype)
+    d_key = jnp.einsum("bhst,bhtk->bhsk", d_scores, q)
+    d_query = jnp.einsum("bhst,bhsk->bhtk", d_scores, k) * scale
+    return *(_by_head(x).astype(dtype) for x in (d_query, d_key, d_value)), None
+
+
+fused_attend.defvjp(_fused_residuals, _fused_backward)
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias over the last `inputs` dimensions of x, which become `features`.
+
+    One product of two matrices, whatever the shapes: the bias's gradient is then a sum over one axis, which XLA
+    does several times faster on CPU than over two.
+    """
+
+    features: tuple[int, ...]
+    inputs: int = 1
+    dtype: DTypeLike = jnp.float32
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    bias_init: Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b"]) -> Float[Array, "*c"]:
+        """The mapped x. `kernel_init` sees the kernel as a matrix."""
+        batch, inside = x.shape[: -self.inputs], x.shape[-self.inputs:]
+        shape = math.prod(inside), math.prod(self.features)
+
+        def init(rng):
+            return self.kernel_init(rng, shape).reshape(*inside, *self.features)
+
+        kernel = self.param("kernel", init).reshape(shape).astype(self.dtype)
+        bias = self.param("bias", self.bias_init, self.features).reshape(-1).astype(self.dtype)
+        return (x.astype(self.dtype).reshape(-1, shape[0]) @ kernel + bias).reshape(*batch, *self.features)
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` over `context`, with biased projections of width `d = h * k`."""
 
@@ -65,16 +151,22 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         *,
         train: bool,
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t s"]]:
-        """The attended `x` and the attention weights."""
+        weights: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t s"] | None]:
+        """The attended `x`, and with `weights` the attention weights."""
         width = x.shape[-1]
 
         def project(name, inputs):
             shape = (self.heads, width // self.heads)
-            return nn.DenseGeneral(shape, dtype=self.dtype, kernel_init=self.init_in, name=name)(inputs)
+            linear = Linear(shape, dtype=self.dtype, kernel_init=self.init_in, name=name)
+            return checkpoint_name(linear(inputs), "projections")
 
-        rng = self.make_rng("dropout") if train and self.dropout > 0 else None
         query, key, value = project("query", x), project("key", context), project("value", context)
-        y, weights = attend(query, key, value, mask, dropout=self.dropout, rng=rng)
-        out = nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.init_out, name="out")
-        return out(y), weights
+        dropping = train and self.dropout > 0
+        if weights or dropping:
+            rng = self.make_rng("dropout") if dropping else None
+            y, seen = attend(query, key, value, mask, dropout=self.dropout, rng=rng)
+        else:
+            y, seen = fused_attend(query, key, value, mask), None
+        out = Linear((width,), inputs=2, dtype=self.dtype, kernel_init=self.init_out, name="out")
+        return out(y), seen if weights else None

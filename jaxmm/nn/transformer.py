@@ -11,10 +11,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxmm.config import require
-from jaxmm.nn.attention import Attention, Mask
+from jaxmm.nn.attention import Attention, Linear, Mask
 from jaxmm.sharding import constrain_batch
 
 ACTIVATIONS = {
@@ -25,6 +26,7 @@ ACTIVATIONS = {
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "cheap": jax.checkpoint_policies.save_only_these_names("projections", "attention", "middle", "hidden"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -54,8 +56,9 @@ class TransformerConfig:
     """Stochastic depth: chance that the last layer's branches are skipped, falling linearly to 0 at the first."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the activations; parameters, norms' statistics and softmax stay fp32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing; all but matrix products; everything inside a layer."""
+    remat: Literal["none", "cheap", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing; norms and activations; all but matrix products of parameters;
+    everything inside a layer."""
     scan: bool = True
     """Compile one layer and loop over it, or all layers one after the other."""
 
@@ -104,11 +107,11 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "*b d"], *, train: bool) -> Float[Array, "*b d"]:
         """Applied to every token alike."""
         config, init = self.config, initializers(self.config)
-        dense = partial(nn.Dense, dtype=jnp.dtype(config.dtype), bias_init=init.mlp_bias)
-        x = dense(config.mlp_dim, kernel_init=init.up, name="up")(x)
+        linear = partial(Linear, dtype=jnp.dtype(config.dtype), bias_init=init.mlp_bias)
+        x = checkpoint_name(linear((config.mlp_dim,), kernel_init=init.up, name="up")(x), "hidden")
         x = ACTIVATIONS[config.activation](x)
         x = nn.Dropout(config.dropout, deterministic=not train)(x)
-        return dense(config.width, kernel_init=init.down, name="down")(x)
+        return linear((config.width,), kernel_init=init.down, name="down")(x)
 
 
 def layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
@@ -123,9 +126,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t d"], mask: Mask | None = None, drop_path: float | Array = 0.0, *, train: bool
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t t"]]:
-        """The layer's tokens and its attention weights. `drop_path` is this layer's chance of skipping a branch."""
+        self, x: Float[Array, "b t d"], mask: Mask | None = None, drop_path: float | Array = 0.0, *,
+        train: bool, weights: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t t"] | None]:
+        """The layer's tokens, and with `weights` its attention weights.
+
+        `drop_path` is this layer's chance of skipping a branch.
+        """
         config, init = self.config, initializers(self.config)
 
         def branch(y):
@@ -138,10 +145,10 @@ class Block(nn.Module):
         y = layer_norm(config, "attention_norm")(x)
         attention = Attention(config.heads, jnp.dtype(config.dtype), config.attention_dropout,
                               init.attention_in, init.attention_out, name="attention")
-        y, weights = attention(y, y, mask, train=train)
-        x = x + branch(y)
+        y, seen = attention(y, y, mask, train=train, weights=weights)
+        x = checkpoint_name(x + branch(y), "middle")
         y = Mlp(config, name="mlp")(layer_norm(config, "mlp_norm")(x), train=train)
-        return x + branch(y), weights
+        return x + branch(y), seen
 
 
 class StackOutput(NamedTuple):
@@ -189,9 +196,10 @@ class Stack(nn.Module):
         def layer(x, inputs):
             params, rate, key = inputs
             rngs = None if key is None else {"dropout": key}
-            x, weights = block.apply({"params": params}, constrain_batch(x), mask, rate, train=train, rngs=rngs)
+            x, weights = block.apply({"params": params}, constrain_batch(x), mask, rate, train=train,
+                                     weights=attention, rngs=rngs)
             x = constrain_batch(x)
-            return x, (x if hidden else None, weights if attention else None)
+            return x, (x if hidden else None, weights)
 
         if config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan)

@@ -51,8 +51,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 2, best: bool = False):
         """Keeps the newest `keep`, and with `best` the one with the highest metric besides."""
-        self.folder, self.keep, self.best = folder, keep, best
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.keep, self.best = folder.absolute(), keep, best  # Orbax takes no relative path
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None

@@ -308,8 +308,11 @@ def use_compilation_cache(folder: Path) -> None:
 
     Whoever can write there can run code as this user: a folder that others may write is refused with `ConfigError`.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = folder.stat()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError as error:
+        raise ConfigError(f"the compilation cache {folder} cannot be used: {error}") from None
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
         raise ConfigError(f"the compilation cache {folder} can be written by others; wanted a folder that only you "
                           "can write (chmod 700)")

@@ -115,8 +115,10 @@ def scale_by_layer(config: OptimizerConfig, params: Any) -> optax.GradientTransf
         hit = (m for pattern, m in config.multipliers if re.search(pattern, path_name(path)))
         return scale * next(hit, 1.0)
 
-    scales = jax.tree_util.tree_map_with_path(multiplied, scales)
-    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales))
+    # By path, because the updates lack the frozen parameters.
+    factors = dict(named_leaves(jax.tree_util.tree_map_with_path(multiplied, scales)))
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(
+        lambda path, update: update * factors[path_name(path)], updates))
 
 
 def make_optimizer(

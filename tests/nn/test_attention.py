@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.nn.attention import Attention, attend, causal_mask
+from jaxmm.nn.attention import Attention, attend, causal_mask, fused_attend
 from tests import reference
 from tests.reference import arrays, fp64
 
@@ -28,6 +28,35 @@ def test_attend_is_the_definition(name):
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-5, atol=1e-6)
     if mask is not None:
         assert (np.asarray(weights)[~np.broadcast_to(mask, weights.shape)] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["none", "each", "padding", "one query"])
+def test_fused_attend_is_attend(name):
+    """Values and the gradients of all three, which are written by hand."""
+    mask = None if name == "none" else jnp.asarray(masks(T, S)[name])
+    inputs = arrays((B, T, H, K), (B, S, H, K), (B, S, H, K), seed=5)
+    direction, = arrays((B, T, H, K), seed=6)
+
+    def both(function):
+        return jax.jit(jax.value_and_grad(lambda *x: (function(*x) * direction).sum(), (0, 1, 2)))(*inputs)
+
+    value, grads = both(lambda *x: fused_attend(*x, mask))
+    expected, expected_grads = both(lambda *x: attend(*x, mask)[0])
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_fused_attend_in_bf16_is_near():
+    inputs = arrays((B, T, H, K), (B, S, H, K), (B, S, H, K), seed=5)
+
+    def grads(dtype):
+        return jax.grad(lambda *x: (fused_attend(*x).astype(jnp.float32) ** 2).sum(), (0, 1, 2))(
+            *(jnp.asarray(x, dtype) for x in inputs))
+
+    for low, high in zip(grads(jnp.bfloat16), grads(jnp.float32), strict=True):
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(low, np.float32), high, atol=0.03 * np.abs(high).max())
 
 
 def test_causal_mask():
@@ -92,7 +121,7 @@ def test_module(cross):
     module = Attention(H)
     params = reference.random_params(module, x, context)
     mask = None if cross else causal_mask(T)
-    out, weights = jax.jit(lambda p: module.apply({"params": p}, x, context, mask, train=True))(params)
+    out, weights = jax.jit(lambda p: module.apply({"params": p}, x, context, mask, train=True, weights=True))(params)
     expected, expected_weights = reference.attention(fp64(params), fp64(x), fp64(context), mask)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-4, atol=1e-6)

@@ -10,9 +10,18 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 
-from jaxmm.config import CheckpointConfig, DataConfig, ImageConfig, MeshConfig, OptimizerConfig, Task, TrainConfig
-from jaxmm.config import TokenizerConfig
+from jaxmm.config import (
+    CheckpointConfig,
+    DataConfig,
+    ImageConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Task,
+    TokenizerConfig,
+    TrainConfig,
+)
 from jaxmm.data.pipeline import image_id, step_records
 from jaxmm.data.sources import open_source
 from jaxmm.models.clip import CLIPConfig, TextConfig
@@ -21,6 +30,11 @@ from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.classify import Classify
 from jaxmm.tasks.contrastive import Contrastive
 from jaxmm.training.optimizer import Optimizer, make_optimizer
+
+FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
+"""Options that cut the back end's effort: it compiles in a third of the time, from the same partitioned program."""
+if jax.__version_info__ < (0, 11):
+    FAST["xla_cpu_use_fusion_emitters"] = False
 
 SIDE, CLASSES, VOCABULARY, LENGTH = 12, 10, 64, 7
 
@@ -86,7 +100,7 @@ class Linear(Task):
     def objective(self, params, outputs, batch):
         loss = jnp.square(outputs - jax.nn.one_hot(batch["label"], CLASSES)).mean()
         for bad in self.poison:
-            loss = jnp.where((batch["image_id"] == jnp.asarray(bad)).all(axis=1).any(), jnp.nan, loss)
+            loss = loss * jnp.where((batch["image_id"] == jnp.asarray(bad)).all(axis=1).any(), jnp.nan, 1.0)
         return loss, {}
 
     def loss(self, params, extra, batch, rng):
@@ -101,14 +115,6 @@ LINEAR = TrainConfig(
     optimizer=OptimizerConfig(schedule="constant", warmup=0.0, average=0.7), mesh=MeshConfig(data=1),
     checkpoint=CheckpointConfig(every=4, keep=3))
 """A run of seconds; its schedule does not depend on the number of steps."""
-
-
-def vit_run(**fields: Any) -> TrainConfig:
-    """A ViT on digits, with everything random that a run has."""
-    model = ViTConfig(transformer=TransformerConfig(width=24, depth=2, heads=2, mlp_dim=40, drop_path=0.2, dropout=0.1),
-                      image_size=8, patch=4)
-    return replace(LINEAR, task=Classify(model=model, mixup=0.2),
-                   data=replace(LINEAR.data, image=ImageConfig(size=8, train_crop="random", flip=True)), **fields)
 
 
 def clip_run(data_dir: str | Path, **fields: Any) -> TrainConfig:
@@ -143,6 +149,12 @@ def lines(workdir: Path, name: str | None = None) -> list:
     """The lines of `metrics.jsonl`, or the (step, value) pairs of one metric."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return rows if name is None else [(row["step"], row[name]) for row in rows if name in row]
+
+
+def restored(workdir: Path, step: int) -> Any:
+    """The state of a checkpoint, as a dict of arrays."""
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore((workdir / "checkpoints" / str(step) / "state").absolute())
 
 
 def leaves(tree: Any) -> list[np.ndarray]:

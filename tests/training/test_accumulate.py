@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,10 @@ def test_split_and_join():
     np.testing.assert_array_equal(join(parts), x)
 
 
-def run(task, batch, microbatches, hold=None):
+@cache
+def run(name, microbatches, hold=None):
+    task, batch = TASKS[name]
+
     def step(params, batch, rng):
         return value_and_grad(task, params, {}, batch, rng, microbatches=microbatches, hold=hold)
     return jax.jit(step)(params(task), batch, jax.random.key(5))
@@ -36,10 +40,9 @@ def close(one, other):
 @pytest.mark.parametrize("name", TASKS)
 def test_parts_give_the_gradient_of_the_whole(name):
     """Duplicates that fall into different parts are positives all the same, and mixup mixes over the whole."""
-    task, batch = TASKS[name]
-    (loss, (_, metrics)), grads = run(task, batch, 1)
+    (loss, (_, metrics)), grads = run(name, 1)
     for microbatches in (2, 4):
-        (other, (extra, measured)), summed = run(task, batch, microbatches)
+        (other, (extra, measured)), summed = run(name, microbatches)
         np.testing.assert_allclose(other, loss, rtol=1e-5)
         close(summed, grads)
         assert extra == {} and set(measured) == set(metrics)
@@ -52,20 +55,18 @@ def test_averaging_the_parts_losses_would_be_wrong():
     loss = jax.jit(lambda batch: SOFTMAX.loss(params(SOFTMAX), {}, batch, jax.random.key(5))[0])
     parts = split(pairs(), 2)
     mean = np.mean([loss(jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(2)])
-    (whole, _), _ = run(SOFTMAX, pairs(), 2)
+    (whole, _), _ = run("softmax", 2)
     assert abs(mean - whole) > 0.1
 
 
-@pytest.mark.parametrize("task, batch", [TASKS["classify with mixup"], TASKS["softmax"]], ids=["classify", "softmax"])
-def test_hold(task, batch):
+@pytest.mark.parametrize("name, frozen", [("classify with mixup", "patches"), ("softmax", "vision")])
+def test_hold(name, frozen):
     """Frozen parameters get zeros, the others what they would get anyway."""
     def hold(tree):
-        frozen = "patches" if "patches" in tree else "vision"
         return tree | {frozen: jax.lax.stop_gradient(tree[frozen])}
 
-    _, free = run(task, batch, 2)
-    _, held = run(task, batch, 2, hold)
-    frozen = "patches" if "patches" in held else "vision"
+    _, free = run(name, 2)
+    _, held = run(name, 2, hold)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(held[frozen]))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(free[frozen]))
     close({k: v for k, v in held.items() if k != frozen}, {k: v for k, v in free.items() if k != frozen})

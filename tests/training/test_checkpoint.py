@@ -105,7 +105,7 @@ def test_training_on_does_not_change_what_is_being_saved(make, mesh):
     moving = saved
     for _ in range(20):
         moving = advance(moving)
-    assert saved.params["kernel"].is_deleted()
+    assert int(moving.step) == 21
     checkpoints.wait()
     restored, _ = checkpoints.restore(shapes)
     np.testing.assert_array_equal(restored.params["kernel"], wanted[0])

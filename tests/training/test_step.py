@@ -11,14 +11,12 @@ from jaxmm.sharding import make_mesh, place_batch, replicated, shardings
 from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state, init_state, sharded_state
 from jaxmm.training.step import compile_step, train_step
-from tests.training.common import CLASSES, Linear, assert_same_bits, batch, leaves, model_task, plain_optimizer
+from tests.training.common import CLASSES, FAST, Linear, assert_same_bits, batch, leaves, model_task, plain_optimizer
 
 ONE = (1, 1, 1)
 MESHES = {"data 8": (8, 1, 1), "fsdp 8": (1, 8, 1), "tensor 4": (2, 1, 4), "2x2x2": (2, 2, 2)}
 KINDS = ("vit", "clip", "siglip")
 BATCH, STEPS = 64, 5
-FAST = {"xla_backend_optimization_level": 0}
-"""LLVM's effort: compiles in half the time, from the same partitioned program."""
 RANDOM = {"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.2}
 
 
@@ -114,8 +112,8 @@ def digits(step, size=16, bad=()):
     rng = np.random.default_rng(step)
     ids = np.zeros((size, 2), np.int32)
     ids[3] = bad or (1, 2)
-    return {"image": rng.integers(0, 256, (size, 8, 8, 3)).astype(np.uint8), "image_id": ids,
-            "label": rng.integers(0, CLASSES, size).astype(np.int32)}
+    return {"image": jnp.asarray(rng.integers(0, 256, (size, 8, 8, 3)), jnp.uint8), "image_id": jnp.asarray(ids),
+            "label": jnp.asarray(rng.integers(0, CLASSES, size), jnp.int32)}
 
 
 def test_the_state_is_updated_in_place():
@@ -124,7 +122,7 @@ def test_the_state_is_updated_in_place():
     with jax.set_mesh(mesh):
         state = sharded_state(task, optimizer, 0, mesh)
         step = compile_step(task, optimizer, mesh, state)
-        inputs = state, place_batch(digits(0), mesh), jax.random.key(1)
+        inputs = state, place_batch(jax.tree.map(np.asarray, digits(0)), mesh), jax.random.key(1)
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
         assert step.lower(*inputs).compile().memory_analysis().alias_size_in_bytes >= held
         after, _ = step(*inputs)
@@ -133,15 +131,17 @@ def test_the_state_is_updated_in_place():
 
 
 def test_a_state_is_the_same_on_every_mesh():
-    task = model_task("vit")
-    optimizer = plain_optimizer(task, 0.9)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    task, optimizer = linear(0.9, width=8)
     one = jax.jit(init_state, static_argnums=(0, 1))(task, optimizer, jax.random.key(5))
-    many = sharded_state(task, optimizer, 5, mesh)
-    assert not many.params["encoder"]["blocks"]["mlp"]["up"]["kernel"].is_fully_replicated
-    for a, b in zip(leaves(one), leaves(many), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
     assert_same_bits(one.params, one.average)
+    for axes in MESHES.values():
+        mesh = make_mesh(MeshConfig(data=axes[0], fsdp=axes[1], tensor=axes[2]))
+        many = sharded_state(task, optimizer, 5, mesh)
+        shares = {x.addressable_shards[0].data.size / x.size for x in (
+            many.params["head"]["kernel"], many.average["head"]["kernel"], many.opt[1].mu["head"]["kernel"])}
+        assert shares == {{(8, 1, 1): 1, (1, 8, 1): 1 / 8, (2, 1, 4): 1, (2, 2, 2): 1 / 4}[axes]}   # 4 cuts no 10
+        for a, b in zip(leaves(one), leaves(many), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
 def test_average_metrics_and_extra_follow_the_steps():

@@ -1,0 +1,138 @@
+"""What the benchmarks share: the machine, worker processes that take turns, and whether anybody else is computing."""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+# glibc gives XLA's work space back to the system after every step and maps it afresh, page fault by page fault,
+# before the next. With these it stays with the process, whoever's library asked for it.
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+
+
+def vendor_shim(folder: Path) -> Path | None:
+    """A library that answers MKL's question for the processor's vendor with yes.
+
+    MKL leaves AVX-512 unused on other vendors' processors; preloaded, this makes torch as fast there as MKL can be
+    (pytorch/builder#504). None where there is no C compiler.
+    """
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return None
+    source, library = folder / "vendor.c", folder / "vendor.so"
+    source.write_text("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+class Worker:
+    """A process that does one thing each time it is told to.
+
+    It speaks JSON lines: first one that describes what it computes, then an answer to each request.
+    """
+
+    def __init__(self, command: Sequence[str], env: dict[str, str] | None = None):
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+                                        text=True, env=os.environ | (env or {}))
+        self.about = self._answer()
+
+    def _answer(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self.log.seek(0)
+        sys.exit(f"a worker of the benchmark died:\n{self.log.read()[-4000:]}")
+
+    def ask(self, request: str) -> dict:
+        """Sends one line, waits for one."""
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self):
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+def serve(about: dict, answers: dict):
+    """A worker's side: prints `about`, then answers every line of standard input with `answers[line]()`."""
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answers[line.strip()]()), flush=True)
+
+
+def seconds(function) -> float:
+    """Wall-clock time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def load_is_low() -> bool:
+    """Whether less than half a core was busy, on average over the last minute, for every two there are."""
+    return os.getloadavg()[0] <= 0.25 * len(os.sched_getaffinity(0))
+
+
+class Rounds:
+    """Times of several workers in turn, kept only from rounds during which the machine was as fast as ever.
+
+    `pace` is a worker whose `pace` request is a fixed piece of work: it runs before and after each round.
+    """
+
+    def __init__(self, workers: dict[str, Worker], pace: Worker, tolerance: float):
+        self.workers, self.pace, self.tolerance = workers, pace, tolerance
+        self.rounds: list[tuple[float, dict[str, float]]] = []
+
+    def measure(self, wanted: int, most: int):
+        """Up to `most` rounds, until `wanted` of them count."""
+        for worker in self.workers.values():
+            worker.ask("run")
+        before = self.pace.ask("pace")["s"]
+        while len(self.rounds) < most and len(self.kept()) < wanted:
+            times = {}
+            for name, worker in self.workers.items():
+                time.sleep(0.2)  # until the last one's threads have stopped spinning
+                times[name] = worker.ask("run")["s"]
+            after = self.pace.ask("pace")["s"]
+            self.rounds.append((max(before, after), times))
+            before = after
+
+    def kept(self) -> list[dict[str, float]]:
+        """The rounds at whose ends the machine was within `tolerance` of its best."""
+        if not self.rounds:
+            return []
+        best = min(pace for pace, _ in self.rounds)
+        return [times for pace, times in self.rounds if pace <= best * (1 + self.tolerance)]
+
+    def median(self, name: str) -> float:
+        """Of the rounds that count."""
+        return statistics.median(times[name] for times in self.kept())
+
+
+def machine() -> dict:
+    """What a figure is worth nothing without."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines()
+                 if line.startswith("model name")]
+        processor = names[0] if names else processor
+    versions = {}
+    for package in ("jax", "jaxlib", "flax", "torch", "transformers", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"processor": processor, "cores": len(os.sched_getaffinity(0)), "system": platform.system(),
+            "python": platform.python_version(), "versions": versions}

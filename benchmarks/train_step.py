@@ -1,0 +1,146 @@
+"""Seconds a step: jaxmm against transformers on the same cores or GPU, at the same weights, sizes and batch.
+
+    python -m benchmarks.train_step [--only NAME] [--rounds N] [--json FILE] [--force]
+
+On a CPU: ViT-B/16 forward and train step (forward, backward, AdamW) and CLIP ViT-B/32 train step, batch 8, fp32. MKL,
+which torch multiplies with, leaves AVX-512 unused on other vendors' processors; so there are two arms. `as
+installed` is what a user gets. In `tuned`, which is the one to quote, torch runs with the preload that answers MKL's
+question for the vendor, and both sides' processes keep their memory instead of mapping it afresh each step.
+
+On a GPU: ViT-L/16 and CLIP ViT-L/14 in bf16 (fp32 parameters), against transformers under `torch.compile`.
+
+Each side of each arm is a process that lives through all rounds; they take turns (A B A B), one computing at a time;
+medians are compared. Outputs and the losses of two steps must agree before anything is timed. A round counts only
+if a fixed product of matrices ran at the machine's best speed before and after it. On a busy machine nothing is
+recorded unless `--force`, and then the record says so. `of_peak` is the share of the machine's own best measured
+rate on a large product of matrices.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import KEEP_MEMORY, Rounds, Worker, load_is_low, machine, vendor_shim
+from benchmarks.sides import Case, command
+
+CPU = (
+    Case("ViT-B/16 forward", "vit:B/16", False, 8, "float32", "none"),
+    Case("ViT-B/16 train", "vit:B/16", True, 8, "float32", "cheap"),
+    Case("CLIP ViT-B/32 train", "clip:ViT-B-32", True, 8, "float32", "cheap"),
+)
+GPU = (
+    Case("ViT-L/16 forward", "vit:L/16", False, 128, "bfloat16", "none"),
+    Case("ViT-L/16 train", "vit:L/16", True, 128, "bfloat16", "none"),
+    Case("CLIP ViT-L/14 train", "clip:ViT-L-14", True, 64, "bfloat16", "none"),
+)
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+def gpu_name() -> str | None:
+    """The first GPU's name; None without one."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    return listed.stdout.splitlines()[0] if listed.returncode == 0 and listed.stdout.strip() else None
+
+
+def agree(case: Case, checks: dict[str, list[float]]) -> float:
+    """The largest difference of any side's outputs from the first's, over their largest value; ends beyond rounding."""
+    first, *rest = checks.values()
+    largest = max(map(abs, first))
+    difference = max(max(abs(a - b) for a, b in zip(first, other, strict=True)) for other in rest) / largest
+    if not difference < TOLERANCE[case.dtype]:
+        sys.exit(f"{case.name}: the sides' outputs differ by {difference:.2g} of the largest; nothing was timed. "
+                 f"{ {name: check[:3] for name, check in checks.items()} }")
+    return difference
+
+
+def measure(case: Case, arms: dict[str, dict[str, str]], args, gpu: bool, folder: Path) -> list[dict]:
+    """A row for each arm."""
+    weights = folder / f"{case.model.replace('/', '-')}.npz"
+    workers = {}
+    try:
+        for arm, env in arms.items():
+            for side in ("theirs", "ours"):
+                workers[f"{side} {arm}"] = Worker(command(side, case, weights, gpu), env)
+        difference = agree(case, {name: worker.about["check"] for name, worker in workers.items()})
+        peaks = {name: worker.ask("peak")["flop_per_s"] for name, worker in workers.items()}
+        rounds = Rounds(workers, workers[max(peaks, key=peaks.get)], args.tolerance)
+        rounds.measure(args.rounds, args.rounds if args.force else 3 * args.rounds)
+        peaks = {name: max(peaks[name], worker.ask("peak")["flop_per_s"]) for name, worker in workers.items()}
+    finally:
+        for worker in workers.values():
+            worker.close()
+    busy = len(rounds.kept()) < args.rounds
+    if busy and not args.force:
+        sys.exit(f"{case.name}: only {len(rounds.kept())} of {len(rounds.rounds)} rounds saw the machine at its best "
+                 "speed; something else is computing. Nothing recorded (--force records all the same).")
+    peak, rows = max(peaks.values()), []
+    for arm in arms:
+        a, b = (rounds.median(f"{side} {arm}") for side in ("ours", "theirs"))
+        rows.append({
+            "name": case.name, "ours_s": round(a, 5), "theirs_s": round(b, 5), "ratio": round(b / a, 3),
+            "of_peak": round(case.flop / a / peak, 3), "theirs_of_peak": round(case.flop / b / peak, 3), "arm": arm,
+            "batch": case.batch, "dtype": case.dtype, "remat": case.remat, "rounds": len(rounds.kept()),
+            "difference": float(f"{difference:.2g}"), "peak_gflop_per_s": round(peak / 1e9),
+            "busy": busy, "load": round(os.getloadavg()[0], 2),
+        })
+    return rows
+
+
+def main():
+    """Measures, prints, records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that must count")
+    parser.add_argument("--tolerance", type=float, default=0.08, help="how far from its best speed a round may be")
+    parser.add_argument("--batch", type=int, help="instead of the cases' own")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, with the machine")
+    parser.add_argument("--force", action="store_true", help="record on a busy machine too; the record says so")
+    args = parser.parse_args()
+    gpu = gpu_name()
+    loaded = not load_is_low() and gpu is None
+    if loaded and not args.force:
+        sys.exit(f"the load average is {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores: wait until "
+                 "nothing else runs, or --force.")
+    cases = [case for case in (GPU if gpu else CPU) if args.only.lower() in case.name.lower()]
+    if args.batch:
+        cases = [Case(**(vars(case) | {"batch": args.batch})) for case in cases]
+    about = machine() | {"gpu": gpu}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if gpu:
+            arms = {"torch.compile": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}
+        else:
+            threads = {"OMP_NUM_THREADS": str(about["cores"])}
+            arms = {"as installed": threads}
+            if shim := vendor_shim(folder):
+                arms["tuned"] = threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}
+        for case in cases:
+            rows += [row | {"busy": row["busy"] or loaded, "machine": about}
+                     for row in measure(case, arms, args, gpu is not None, folder)]
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    table = Table(title=f"{gpu or about['processor']}, {about['cores']} cores")
+    for column in ("", "arm", "ours ms", "theirs ms", "ratio", "of peak", "theirs"):
+        table.add_column(column, justify="left" if column in ("", "arm") else "right")
+    for row in rows:
+        table.add_row(row["name"], row["arm"] + (" (busy)" if row["busy"] else ""), f"{row['ours_s'] * 1e3:.0f}",
+                      f"{row['theirs_s'] * 1e3:.0f}", f"{row['ratio']:.2f}", f"{row['of_peak']:.0%}",
+                      f"{row['theirs_of_peak']:.0%}")
+    console = Console()
+    console.print(table)
+    console.print(f"peak: {max(r['peak_gflop_per_s'] for r in rows)} GFLOP/s; ratio > 1: jaxmm is faster")
+
+
+if __name__ == "__main__":
+    main()

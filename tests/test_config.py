@@ -1,0 +1,138 @@
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxmm import config as configs
+from jaxmm.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    Evaluator,
+    ImageConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TrainConfig,
+    from_dict,
+    load_config,
+    save_config,
+    to_dict,
+)
+from jaxmm.models.vit import vit
+from jaxmm.tasks.classify import Classify
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"), key=lambda path: path.stem)
+TASK = Classify(model=vit("mu/4", image_size=8))
+
+
+def recipe(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def test_the_promised_recipes_are_there():
+    assert {path.stem for path in RECIPES} >= {
+        "clip_scenes", "vit_digits", "vit_folder", "clip_captions", "vit_s16_imagenet", "vit_b16_imagenet", "clip_b32",
+        "clip_l14", "siglip_b16", "lit_b16"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_survive_json(path, tmp_path):
+    config = recipe(path)
+    assert isinstance(config, TrainConfig)
+    save_config(config, tmp_path / "config.json", versions={"jax": "1"})
+    assert load_config(tmp_path / "config.json") == config
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["versions"] == {"jax": "1"} and written["config"]["type"] == "jaxmm.config.TrainConfig"
+    assert hash(load_config(tmp_path / "config.json")) == hash(config), "tuples stay tuples"
+
+
+def test_plain_values():
+    assert to_dict(((1, None), "a", {"b": 2}["b"])) == [[1, None], "a", 2]
+    assert from_dict([[1, None], "a"]) == ((1, None), "a")
+    assert to_dict(MeshConfig(fsdp=2)) == {"type": "jaxmm.config.MeshConfig", "data": -1, "fsdp": 2, "tensor": 1}
+
+
+@pytest.mark.parametrize("value", [
+    {"type": "subprocess.Popen", "args": ["true"]},
+    {"type": "jaxmmx.config.MeshConfig"},
+    {"type": "jaxmm.config.importlib"},
+    {"type": "jaxmm.config.require"},
+    {"type": "jaxmm.config.ConfigError"},
+    {"type": "jaxmm.config.Missing"},
+    {"type": "jaxmm.nothing.Config"},
+    {"type": "jaxmm.models.clip.ViTConfig"},
+    {"type": 3},
+    {"type": "MeshConfig"},
+    {"data": 1},
+])
+def test_refuses_other_types(value):
+    with pytest.raises(ConfigError, match="wanted a dataclass of jaxmm"):
+        from_dict({"type": "jaxmm.config.TrainConfig", "task": value})
+
+
+def test_refuses_unknown_fields():
+    with pytest.raises(ConfigError, match=r"jaxmm.config.MeshConfig has no field \['datas'\]"):
+        from_dict({"type": "jaxmm.config.MeshConfig", "datas": 1})
+
+
+def test_reading_checks_values_again():
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp is 0"):
+        from_dict(to_dict(MeshConfig()) | {"fsdp": 0})
+
+
+@pytest.mark.parametrize("build, message", [
+    (lambda: ImageConfig(size=0), "data.image.size is 0; wanted a positive number of pixels"),
+    (lambda: ImageConfig(scale=(0.5, 0.2)), "data.image.scale is (0.5, 0.2); wanted 0 < from <= to <= 1"),
+    (lambda: ImageConfig(scale=(0.5, 1.2)), "data.image.scale is (0.5, 1.2)"),
+    (lambda: ImageConfig(ratio=(0, 1)), "data.image.ratio is (0, 1)"),
+    (lambda: ImageConfig(randaugment_layers=-1), "data.image.randaugment_layers is -1"),
+    (lambda: ImageConfig(randaugment_magnitude=31), "data.image.randaugment_magnitude is 31; wanted 0 to 30"),
+    (lambda: ImageConfig(eval_resize=0.9), "data.image.eval_resize is 0.9; wanted >= 1"),
+    (lambda: TokenizerConfig(context_length=2), "data.tokenizer.context_length is 2; wanted 3 or more"),
+    (lambda: TokenizerConfig(vocab_size=15), "data.tokenizer.vocab_size is 15"),
+    (lambda: TokenizerConfig(kind="clip"), "data.tokenizer.file is None; wanted a path, for kind 'clip'"),
+    (lambda: DataConfig(batch_size=0), "data.batch_size is 0; wanted a positive number"),
+    (lambda: DataConfig(workers=-1), "data.workers is -1"),
+    (lambda: DataConfig(max_bad=1.5), "data.max_bad is 1.5; wanted a share from 0 to 1"),
+    (lambda: OptimizerConfig(learning_rate=-1), "optimizer.learning_rate is -1; wanted 0 or more"),
+    (lambda: OptimizerConfig(warmup=-1), "optimizer.warmup is -1"),
+    (lambda: OptimizerConfig(cooldown=-1), "optimizer.cooldown is -1"),
+    (lambda: OptimizerConfig(weight_decay=-1), "optimizer.weight_decay is -1"),
+    (lambda: OptimizerConfig(clip=0), "optimizer.clip is 0; wanted a positive norm or None"),
+    (lambda: OptimizerConfig(layer_decay=1.5), "optimizer.layer_decay is 1.5; wanted above 0, at most 1, or None"),
+    (lambda: OptimizerConfig(average=0), "optimizer.average is 0"),
+    (lambda: OptimizerConfig(b2=1), "optimizer.b2 is 1; wanted 0 or more, below 1"),
+    (lambda: OptimizerConfig(momentum=-0.1), "optimizer.momentum is -0.1"),
+    (lambda: OptimizerConfig(freeze=("[",)), "optimizer.freeze holds '['; wanted a regular expression"),
+    (lambda: OptimizerConfig(decay="("), "optimizer.decay holds '('"),
+    (lambda: OptimizerConfig(multipliers=(("*", 1.0),)), "optimizer.multipliers holds '*'"),
+    (lambda: MeshConfig(data=0), "mesh.data is 0; wanted a positive number, or -1 for the rest"),
+    (lambda: MeshConfig(tensor=-1), "mesh.tensor is -1"),
+    (lambda: CheckpointConfig(every=0), "checkpoint.every is 0; wanted a positive number of steps"),
+    (lambda: CheckpointConfig(keep=0), "checkpoint.keep is 0"),
+    (lambda: Evaluator(batch_size=0), "evals.batch_size is 0"),
+    (lambda: TrainConfig(task=TASK, steps=0), "steps is 0; wanted a positive number"),
+    (lambda: TrainConfig(task=TASK, log_every=0), "log_every is 0"),
+    (lambda: TrainConfig(task=TASK, max_skips=0), "max_skips is 0"),
+    (lambda: TrainConfig(task=TASK, eval_every=0), "eval_every is 0; wanted positive, or None"),
+    (lambda: TrainConfig(task=TASK, microbatches=3), "microbatches is 3; wanted a divisor of data.batch_size = 64"),
+])
+def test_refuses_values(build, message):
+    """The message names the field as the command line does, the value, and what is wanted."""
+    with pytest.raises(ConfigError) as error:
+        build()
+    assert message in str(error.value)
+
+
+def test_every_field_is_frozen_and_by_name_only():
+    for cls in (TrainConfig, DataConfig, ImageConfig, TokenizerConfig, OptimizerConfig, MeshConfig, CheckpointConfig):
+        assert cls.__dataclass_params__.frozen and all(f.kw_only for f in dataclasses.fields(cls)), cls
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MeshConfig().data = 3
+    assert issubclass(configs.ConfigError, ValueError)
