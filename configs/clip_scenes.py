@@ -16,19 +16,19 @@ from jaxmm.tasks.contrastive import Contrastive
 def get_config() -> TrainConfig:
     """The recipe."""
     vision = ViTConfig(
-        transformer=TransformerConfig(width=128, depth=4, heads=4, mlp_dim=384),
+        transformer=TransformerConfig(width=128, depth=4, heads=4, mlp_dim=384, remat="cheap"),
         image_size=64, patch=8, pool="gap", class_token=False)
     text = TextConfig(
-        transformer=TransformerConfig(width=128, depth=3, heads=4, mlp_dim=384),
+        transformer=TransformerConfig(width=128, depth=3, heads=4, mlp_dim=384, remat="cheap"),
         vocab_size=None, context_length=32, causal=False, pool="mean", pad_id=0)
     return TrainConfig(
         task=Contrastive(model=CLIPConfig(vision=vision, text=text, embed_dim=128)),
-        steps=900,
+        steps=420,
         data=DataConfig(
             train="scenes:train", val="scenes:val", batch_size=128,
             # No crop and no mirror image: the captions speak of sizes, left and right.
             image=ImageConfig(size=64, train_crop="squash", eval_crop="squash", flip=False),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=32)),
-        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05, warmup=100, b2=0.98),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.05, warmup=50, b2=0.98),
         evals=(Retrieval(pool=100, captions="first"),),
-        eval_every=300, log_every=25)
+        eval_every=210, log_every=25)

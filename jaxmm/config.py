@@ -20,8 +20,8 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message names the field, the value and what is allowed."""
 
 
-def require(condition: bool, name: str, value: object, wanted: str) -> None:
-    """Raises `ConfigError` naming the field `name`, its `value` and what was `wanted`, unless `condition`."""
+def require(condition: object, name: str, value: object, wanted: str) -> None:
+    """Raises `ConfigError` naming the field `name`, its `value` and what was `wanted`, unless `condition` is true."""
     if not condition:
         raise ConfigError(f"{name} is {value!r}; wanted {wanted}")
 

@@ -16,6 +16,7 @@ from jaxmm.config import require
 from jaxmm.nn.embeddings import PatchEmbedding, sincos_positions
 from jaxmm.nn.pooling import MapHead
 from jaxmm.nn.transformer import Stack, TransformerConfig, layer_norm
+from jaxmm.sharding import constrain_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +187,8 @@ class ViT(nn.Module):
             kernel = {"zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)}
             head = nn.Dense(config.classes, kernel_init=kernel[config.head_init],
                             bias_init=nn.initializers.constant(config.head_bias), name="head")
-            logits = head(pooled.astype(jnp.float32))
+            # Held here, or XLA's partitioner gives wrong gradients below a pre-logits layer on data x fsdp x tensor.
+            logits = constrain_batch(head(pooled.astype(jnp.float32)))
         return ViTOutput(tokens, pooled, logits, stack.hidden, stack.attention)
 
     def _pool(self, tokens, train):

@@ -18,8 +18,17 @@ from jaxmm.config import require
 from jaxmm.nn.attention import Attention, Linear, Mask
 from jaxmm.sharding import constrain_batch
 
+
+def exact_gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """x times the normal distribution's function, by erf as torch computes it (Hendrycks and Gimpel 2016).
+
+    `jax.nn.gelu` goes through erfc, which made a whole train step on CPU 1.6 times slower.
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 ACTIVATIONS = {
-    "gelu": partial(nn.gelu, approximate=False),
+    "gelu": exact_gelu,
     "gelu_tanh": partial(nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }

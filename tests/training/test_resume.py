@@ -30,11 +30,12 @@ class Trainer:
         workdir.mkdir(exist_ok=True)
         self.workdir, self.output = workdir, workdir / "output.txt"
         flags = {**FAST, "xla_force_host_platform_device_count": devices}
+        flags = " ".join(f"--{name}={value}" for name, value in flags.items())
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.training.process", workdir, shared / "data", "--cache", shared / "cache",
                  *map(str, options)], cwd=ROOT, stdout=file, stderr=file,
-                env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in flags.items())})
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
 
     def wait_for(self, condition):
         """Returns once `condition` is true; fails when the process ends first, or after `PATIENCE`."""
