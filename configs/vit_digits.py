@@ -16,12 +16,12 @@ def get_config() -> TrainConfig:
     """The recipe."""
     model = ViTConfig(
         transformer=TransformerConfig(width=64, depth=4, heads=4, mlp_dim=192, drop_path=0.1),
-        image_size=8, patch=2, pool="gap", class_token=False)
+        image_size=8, patch=2, pool="map", class_token=False)
     return TrainConfig(
-        task=Classify(model=model, label_smoothing=0.1),
-        steps=800,
+        task=Classify(model=model, label_smoothing=0.1, mixup=0.3),
+        steps=2000,
         data=DataConfig(train="digits:train", val="digits:test", batch_size=128,
                         image=ImageConfig(size=8, train_crop="pad", eval_crop="squash", flip=False)),
-        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05, warmup=0.1),
+        optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05, warmup=0.1, b2=0.98),
         evals=(Classification(), KNN(k=5)),
-        eval_every=400, log_every=25)
+        eval_every=1000, log_every=50)
