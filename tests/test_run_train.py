@@ -112,7 +112,7 @@ def test_without_a_work_folder_a_new_one_is_named_after_the_recipe(command, reci
     (("--mesh.tensor", "0"), ["mesh.tensor is 0"]),
     (("--optimizer.freeze", "encoder/block/"), ["optimizer.freeze", "encoder/block/", "matches none"]),
     (("--optimizer.decay", "("), ["optimizer.decay", "regular expression"]),
-    (("--optimizer.warmup", "900"), ["warmup", "900", "steps = 800"]),
+    (("--steps", "800", "--optimizer.warmup", "900"), ["warmup", "900", "steps = 800"]),
     (("--data.train", "didgits:train"), ["didgits", "did you mean 'digits'"]),
     (("--data.train", "digits:trian"), ["digits:trian", "train or test"]),
     (("--data.train", "digits"), ["digits:SPLIT"]),

@@ -73,6 +73,10 @@ def same_tree(ours, config_init):
     assert jax.tree.map(np.shape, ours) == shapes
 
 
+def as_arrays(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
 def test_vit():
     config = transformers.ViTConfig(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
                                     intermediate_size=MLP, image_size=20, patch_size=5, layer_norm_eps=1e-12,
@@ -99,7 +103,7 @@ def test_vit():
                          image_size=20, patch=5, classes=7))
     image = RNG.standard_normal((2, 20, 20, 3), np.float32)
     same_tree(params, lambda: ours.init(jax.random.key(0), jnp.asarray(image), train=False)["params"])
-    out = ours.apply({"params": params}, image, train=False, hidden=True)
+    out = ours.apply(as_arrays({"params": params}), jnp.asarray(image), train=False, hidden=True)
     with torch.no_grad():
         want = theirs(torch.tensor(image.transpose(0, 3, 1, 2)), output_hidden_states=True)
     assert np.abs(out.logits - want.logits.numpy()).max() < 1e-4
@@ -134,7 +138,7 @@ def pictures():
 def compare(params, config, theirs, image, ids):
     ours = CLIP(config)
     same_tree(params, lambda: ours.init(jax.random.key(0), jnp.asarray(image), jnp.asarray(ids), train=False)["params"])
-    out = ours.apply({"params": params}, image, ids, train=False)
+    out = ours.apply(as_arrays({"params": params}), jnp.asarray(image), jnp.asarray(ids), train=False)
     with torch.no_grad():
         want = theirs(pixel_values=torch.tensor(image.transpose(0, 3, 1, 2)), input_ids=torch.tensor(ids).long())
     assert np.abs(out.image - want.image_embeds.numpy()).max() < 2e-5
