@@ -17,7 +17,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxmm.config import ConfigError, TrainConfig
+from jaxmm.config import ConfigError, TrainConfig, require
 from jaxmm.data.sources import DataError
 from jaxmm.training.checkpoint import CheckpointError
 from jaxmm.training.loop import TrainError, train, use_compilation_cache
@@ -35,7 +35,8 @@ class Run:
     """Where everything is written: config.json, metrics.jsonl, checkpoints/, report.html. A folder that holds a run
     is continued. Default: a new folder in runs/."""
     distributed: bool = False
-    """Call `jax.distributed.initialize()` first: on every host of a TPU pod or a GPU cluster."""
+    """Call `jax.distributed.initialize()` first: on every host of a TPU pod or a GPU cluster. Needs `--workdir`, a
+    folder that all of them see."""
     cache: Path | None = None
     """Where compiled programs are kept between runs. Default: jaxmm/xla in the user's cache folder."""
 
@@ -78,17 +79,26 @@ def new_workdir(recipe: Path) -> Path:
     return Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
+def start_distributed(workdir: Path | None) -> None:
+    """Joins this process to the others of the run. Raises `ConfigError` where they cannot be found."""
+    require(workdir is not None, "workdir", workdir, "with --distributed one folder for all hosts")
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"distributed is True, but there is no cluster to join: {error}") from None
+
+
 def main(args: list[str]) -> int:
     """Parses, trains, and turns what can go wrong into one line; the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         command = parse(args)
         if command.distributed:
-            jax.distributed.initialize()
+            start_distributed(command.workdir)
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxmm" / "xla"
         use_compilation_cache(command.cache or cache)
         train(command.train, command.workdir or new_workdir(command.config))
-    except (ConfigError, DataError, CheckpointError, TrainError) as error:
+    except (ConfigError, DataError, CheckpointError, TrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0

@@ -25,7 +25,8 @@ def get_config() -> TrainConfig:
             train="tfds:pairs:train", val="tfds:pairs:validation", batch_size=BATCH, workers=32,
             image=ImageConfig(scale=(0.9, 1.0), flip=False),
             tokenizer=TokenizerConfig(kind="clip", file="bpe_simple_vocab_16e6.txt.gz", context_length=77)),
-        optimizer=OptimizerConfig(learning_rate=4e-4, weight_decay=0.2, warmup=2_000, b1=0.9, b2=0.98, eps=1e-6),
+        optimizer=OptimizerConfig(learning_rate=4e-4, weight_decay=0.2, warmup=2_000, b1=0.9, b2=0.98, eps=1e-6,
+                                  clip=None),
         mesh=MeshConfig(fsdp=16),
         evals=(Retrieval(pool=1000, captions="first"),),
         eval_every=5_000, log_every=50)

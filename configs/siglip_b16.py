@@ -11,6 +11,7 @@ text tower. Learning rate, decay and batch follow the paper's section 4; we have
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Retrieval
 from jaxmm.models.clip import siglip
+from jaxmm.nn.pixels import INCEPTION
 from jaxmm.tasks.contrastive import Contrastive
 
 BATCH = 32_768
@@ -20,7 +21,7 @@ def get_config() -> TrainConfig:
     """The recipe."""
     model = siglip("B/16", vocab_size=None, stack={"dtype": "bfloat16", "remat": "dots"})
     return TrainConfig(
-        task=Contrastive(model=model, kind="sigmoid"),
+        task=Contrastive(model=model, pixels=INCEPTION, kind="sigmoid"),
         steps=4_000_000_000 // BATCH,
         data=DataConfig(
             train="tfds:pairs:train", val="tfds:pairs:validation", batch_size=BATCH, workers=32,

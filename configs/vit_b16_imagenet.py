@@ -16,7 +16,8 @@ EPOCHS, BATCH, PICTURES = 300, 4096, 1_268_355  # train[:99%] of 1,281,167
 
 def get_config() -> TrainConfig:
     """The recipe."""
-    model = vit("B/16", position_class=False, pre_logits=768, stack={"activation": "gelu_tanh", "dtype": "bfloat16"})
+    model = vit("B/16", position_class=False, positions_std=None, pre_logits=768,
+                stack={"activation": "gelu_tanh", "dtype": "bfloat16"})
     return TrainConfig(
         task=Classify(model=model, mixup=0.5),
         steps=EPOCHS * PICTURES // BATCH,

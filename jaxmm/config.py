@@ -9,6 +9,8 @@ import dataclasses
 import importlib
 import json
 import re
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,43 @@ def require(condition: object, name: str, value: object, wanted: str) -> None:
     """Raises `ConfigError` naming the field `name`, its `value` and what was `wanted`, unless `condition` is true."""
     if not condition:
         raise ConfigError(f"{name} is {value!r}; wanted {wanted}")
+
+
+def check_types(config: Any, name: str = "") -> None:
+    """Raises `ConfigError` where a field of the dataclass `config` holds what its annotation does not allow.
+
+    The command line checks what is typed there; this is for recipes, which are Python. `name` comes before the
+    fields' names in messages.
+    """
+    hints = typing.get_type_hints(type(config))
+    for part in dataclasses.fields(config):
+        hint, value = hints[part.name], getattr(config, part.name)
+        require(_allows(hint, value), f"{name}.{part.name}".lstrip("."), value, _wanted(hint))
+
+
+def _allows(hint: Any, value: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or hint is None:
+        return hint is Any or value is None
+    if origin is Literal:
+        return value in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(_allows(part, value) for part in inner)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        parts = [inner[0]] * len(value) if inner[-1:] == (...,) else inner
+        return len(parts) == len(value) and all(map(_allows, parts, value))
+    if hint in (int, float):
+        number = (int,) if hint is int else (int, float)
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _wanted(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +91,7 @@ class ImageConfig:
 
     def __post_init__(self):
         """Checks ranges."""
+        check_types(self, "data.image")
         require(self.size > 0, "data.image.size", self.size, "a positive number of pixels")
         low, high = self.scale
         require(0 < low <= high <= 1, "data.image.scale", self.scale, "0 < from <= to <= 1")
@@ -79,6 +119,7 @@ class TokenizerConfig:
 
     def __post_init__(self):
         """Checks that published kinds name a file."""
+        check_types(self, "data.tokenizer")
         require(self.context_length >= 3, "data.tokenizer.context_length", self.context_length, "3 or more")
         require(self.vocab_size >= 16, "data.tokenizer.vocab_size", self.vocab_size, "16 or more")
         if not self.kind.startswith("train-"):
@@ -107,6 +148,7 @@ class DataConfig:
 
     def __post_init__(self):
         """Checks ranges."""
+        check_types(self, "data")
         require(self.batch_size > 0, "data.batch_size", self.batch_size, "a positive number")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "a share from 0 to 1")
@@ -151,6 +193,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         """Checks ranges and regular expressions."""
+        check_types(self, "optimizer")
         require(self.learning_rate >= 0, "optimizer.learning_rate", self.learning_rate, "0 or more")
         require(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more")
         require(self.cooldown >= 0, "optimizer.cooldown", self.cooldown, "0 or more")
@@ -185,6 +228,7 @@ class MeshConfig:
 
     def __post_init__(self):
         """Checks ranges."""
+        check_types(self, "mesh")
         require(self.data > 0 or self.data == -1, "mesh.data", self.data, "a positive number, or -1 for the rest")
         for name in ("fsdp", "tensor"):
             require(getattr(self, name) > 0, f"mesh.{name}", getattr(self, name), "a positive number")
@@ -199,10 +243,11 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints to keep."""
     best: str | None = None
-    """A metric such as `val/top1`: the checkpoint where it was highest is kept besides."""
+    """A metric such as `val/top1`: the checkpoint where it was highest (a loss: lowest) is kept besides."""
 
     def __post_init__(self):
         """Checks ranges."""
+        check_types(self, "checkpoint")
         require(self.every > 0, "checkpoint.every", self.every, "a positive number of steps")
         require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
 
@@ -220,10 +265,14 @@ class Evaluator:
     prefix: str = "val"
     """First part of the metrics' names."""
 
+    def metrics(self, context: Any) -> tuple[str, ...]:
+        """The names that `run` yields in `context` (see `jaxmm.evals.common.EvalContext`)."""
+        raise NotImplementedError
+
     def __post_init__(self):
         """Checks ranges."""
+        check_types(self, "evals")
         require(self.batch_size > 0, "evals.batch_size", self.batch_size, "a positive number")
-        require(self.weights in ("params", "average"), "evals.weights", self.weights, "'params' or 'average'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +304,7 @@ class TrainConfig:
 
     def __post_init__(self):
         """Checks ranges and that the microbatches divide the batch."""
+        check_types(self)
         for name in ("steps", "microbatches", "log_every", "max_skips"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         require(self.eval_every is None or self.eval_every > 0, "eval_every", self.eval_every, "positive, or None")

@@ -5,7 +5,6 @@ path, so one table serves the whole state; specs are aligned to the trailing dim
 layer axis alone.
 """
 
-import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -17,12 +16,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmm.config import ConfigError, MeshConfig
 
-log = logging.getLogger(__name__)
-
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(^|/)v_(row|col)/", ()),  # Adafactor's factored moments lack a dimension of their parameter, and are small
     (r"(query|key|value)/kernel$", ("fsdp", "tensor", None)),  # [d h k]
     (r"(query|key|value)/bias$", ("tensor", None)),  # [h k]
     (r"attention/out/kernel$", ("tensor", None, "fsdp")),  # [h k d]
@@ -69,24 +67,32 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
         yield path_name(path), leaf
 
 
+def _wanted(name: str, shape: Sequence[int]) -> list[str | None]:
+    """The axis that the rules give each dimension."""
+    trailing = next(entry for pattern, entry in RULES if re.search(pattern, name))
+    if len(trailing) > len(shape):  # a placeholder of the optimizer's
+        return [None] * len(shape)
+    return [None] * (len(shape) - len(trailing)) + list(trailing)
+
+
 def spec(name: str, shape: Sequence[int], axes: dict[str, int]) -> PartitionSpec:
     """The `PartitionSpec` of an array called `name`, on mesh axes of the sizes `axes`.
 
-    A dimension that its axis does not divide is replicated, and logged.
+    A dimension that its axis does not divide is replicated (see `undivided`).
     """
-    trailing = next(entry for pattern, entry in RULES if re.search(pattern, name))
-    if len(trailing) > len(shape):  # Adafactor's factored moments have fewer dimensions than their parameter
-        return PartitionSpec()
-    entries: list[str | None] = [None] * (len(shape) - len(trailing)) + list(trailing)
-    for i, axis in enumerate(entries):
-        if axis is not None and (axes[axis] == 1 or shape[i] % axes[axis]):
-            if shape[i] % axes[axis]:
-                log.info("%s: dimension %d of %s is not divisible by %s = %d and is replicated", name, i,
-                         tuple(shape), axis, axes[axis])
-            entries[i] = None
+    entries = [None if axis is None or axes[axis] == 1 or size % axes[axis] else axis
+               for axis, size in zip(_wanted(name, shape), shape, strict=True)]
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
+
+
+def undivided(tree: Any, mesh: Mesh) -> list[str]:
+    """What is replicated in `tree` although a rule would cut it, a line for each dimension."""
+    return [f"{name}: dimension {i} of {tuple(leaf.shape)} is not divisible by {axis} = {mesh.shape[axis]} and is "
+            "replicated"
+            for name, leaf in named_leaves(tree) for i, axis in enumerate(_wanted(name, leaf.shape))
+            if axis is not None and leaf.shape[i] % mesh.shape[axis]]
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -16,6 +17,7 @@ from jaxmm.config import (
     OptimizerConfig,
     TokenizerConfig,
     TrainConfig,
+    check_types,
     from_dict,
     load_config,
     save_config,
@@ -127,6 +129,29 @@ def test_refuses_values(build, message):
     """The message names the field as the command line does, the value, and what is wanted."""
     with pytest.raises(ConfigError) as error:
         build()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("config, field, value, message", [
+    (ImageConfig(), "train_crop", "centre", "train_crop is 'centre'; wanted one of 'random', 'pad', 'center'"),
+    (ImageConfig(), "scale", (0.1, 0.5, 1.0), "scale is (0.1, 0.5, 1.0); wanted tuple[float, float]"),
+    (OptimizerConfig(), "name", "adam", "name is 'adam'; wanted one of 'adamw', 'adafactor', 'lion', 'sgd'"),
+    (OptimizerConfig(), "average", "yes", "average is 'yes'; wanted float | None"),
+    (OptimizerConfig(), "multipliers", (("a", "b"),), "multipliers is (('a', 'b'),)"),
+    (OptimizerConfig(), "freeze", ["a"], "freeze is ['a']"),
+    (TASK.model, "pool", "avg", "pool is 'avg'; wanted one of 'cls', 'gap', 'map'"),
+    (TASK.model.transformer, "init", "trunc", "init is 'trunc'; wanted one of 'xavier', 'clip', 'torch', 'normal'"),
+    (TrainConfig(task=TASK), "nonfinite", "raise", "nonfinite is 'raise'; wanted one of 'stop', 'skip'"),
+    (TrainConfig(task=TASK), "steps", 10.5, "steps is 10.5; wanted int"),
+    (TrainConfig(task=TASK), "steps", True, "steps is True; wanted int"),
+    (TrainConfig(task=TASK), "data", None, "data is None; wanted DataConfig"),
+])
+def test_types_are_checked_in_recipes_too(config, field, value, message):
+    check_types(config)
+    config = copy.copy(config)
+    object.__setattr__(config, field, value)                    # as if written so in a recipe: the tests' hook refuses
+    with pytest.raises(ConfigError) as error:
+        config.__post_init__()                                  # is where recipes meet the check
     assert message in str(error.value)
 
 

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 import run_train
-from jaxmm.config import ConfigError
 from jaxmm.training import loop
 from jaxmm.training.checkpoint import MANIFEST
 from tests.training.common import LINEAR, lines
@@ -39,7 +38,9 @@ def command(tmp_path, capsys, monkeypatch):
 def recipe(tmp_path):
     """A configuration file that trains in a second."""
     path = tmp_path / "linear.py"
-    path.write_text("from tests.training.common import LINEAR\n\ndef get_config():\n    return LINEAR\n")
+    path.write_text("from dataclasses import replace\n"
+                    "from tests.training.common import LINEAR, Plain\n\n"
+                    "def get_config():\n    return replace(LINEAR, task=Plain())\n")
     return path
 
 
@@ -201,7 +202,26 @@ def test_a_cache_that_others_can_write(command, recipe, tmp_path):
     assert status == 2 and "can be written by others" in text and len(text.splitlines()) == 1
 
 
-def test_a_cache_that_cannot_be(tmp_path):
+def test_a_cache_that_cannot_be(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"compilation cache .*file/cache"):
+    before = jax.config.jax_compilation_cache_dir
+    with caplog.at_level("WARNING"):
         loop.use_compilation_cache(tmp_path / "file" / "cache")
+    assert "compiled programs are not kept" in caplog.text and "file/cache" in caplog.text
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_hosts_need_one_folder_and_a_cluster(command, recipe, tmp_path):
+    status, text = command("--config", recipe, "--distributed")
+    assert status == 2 and "workdir is None; wanted with --distributed one folder for all hosts" in text
+    status, text = command("--config", recipe, "--distributed", "--workdir", tmp_path / "run")
+    assert status == 2 and "there is no cluster to join" in text and len(text.splitlines()) == 1
+
+
+def test_a_disk_that_fills_up_is_one_message(command, recipe, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.MetricLog, "write", fail)
+    status, text = command("--config", recipe, "--workdir", tmp_path / "run", "--mesh.data", 1)
+    assert status == 1 and "No space left on device" in text and "Traceback" not in text

@@ -21,6 +21,7 @@ from jaxmm.sharding import (
     place_batch,
     shardings,
     spec,
+    undivided,
 )
 from jaxmm.tasks.classify import Classify
 from jaxmm.tasks.contrastive import Contrastive
@@ -76,13 +77,15 @@ def test_rules(name, shape, expected):
     assert spec(name, shape, AXES) == expected
 
 
-def test_dimensions_that_do_not_divide_are_replicated(caplog):
-    with caplog.at_level("INFO"):
-        assert spec("mlp/up/kernel", (8, 9), AXES) == P("fsdp")
-        assert spec("mlp/up/kernel", (7, 10), AXES) == P(None, "tensor")
-        assert spec("mlp/up/kernel", (7, 9), AXES) == P()
-    assert "mlp/up/kernel: dimension 1 of (8, 9) is not divisible by tensor = 2 and is replicated" in caplog.text
-    assert len(caplog.records) == 4
+def test_dimensions_that_do_not_divide_are_replicated_and_told():
+    assert spec("mlp/up/kernel", (8, 9), AXES) == P("fsdp")
+    assert spec("mlp/up/kernel", (7, 10), AXES) == P(None, "tensor")
+    assert spec("mlp/up/kernel", (7, 9), AXES) == P()
+    mesh = make_mesh(MeshConfig(**AXES))
+    assert undivided({"mlp": {"up": {"kernel": jnp.zeros((8, 9))}}}, mesh) == [
+        "mlp/up/kernel: dimension 1 of (8, 9) is not divisible by tensor = 2 and is replicated"]
+    assert len(undivided({"mlp": {"up": {"kernel": jnp.zeros((7, 9))}}}, mesh)) == 2
+    assert undivided({"mlp": {"up": {"kernel": jnp.zeros((8, 10)), "bias": jnp.zeros(10)}}}, mesh) == []
 
 
 def test_axes_of_one_device_are_left_out():
@@ -91,7 +94,7 @@ def test_axes_of_one_device_are_left_out():
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
 def test_moments_lie_where_their_parameters_lie(name):
-    """Copies of a parameter anywhere in the optimizer's state get its spec; factored moments are replicated."""
+    """Copies of a parameter anywhere in the optimizer's state get its spec."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = jax.eval_shape(SOFTMAX.init, jax.random.key(0))
     optimizer = make_optimizer(OptimizerConfig(name=name, freeze=("^vision/patches/",)), params, 10, SOFTMAX.bounds)
@@ -106,6 +109,18 @@ def test_moments_lie_where_their_parameters_lie(name):
             copies += 1
     trained = len([name for name in wanted if not name.startswith("vision/patches/")])
     assert copies == trained * (2 if name in ("adamw", "adafactor") else 1)
+
+
+def test_factored_moments_are_replicated():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    params = {"encoder": {"blocks": {"mlp": {"up": {"kernel": jnp.zeros((2, 64, 128))}}}}}
+    optimizer = make_optimizer(OptimizerConfig(name="adafactor"), params, 10)
+    state = jax.eval_shape(optimizer.tx.init, params)
+    where = dict(zip((name for name, _ in named_leaves(state)), jax.tree.leaves(shardings(state, mesh)), strict=True))
+    factored = {name: leaf.shape for name, leaf in named_leaves(state) if "/v_row/" in name or "/v_col/" in name}
+    assert sorted(factored.values()) == [(2, 64), (2, 128)]
+    assert all(where[name].spec == P() for name in factored)
+    assert P(None, "fsdp", "tensor") in [place.spec for place in where.values()]       # the first moment
 
 
 def test_shards_are_what_the_spec_says():

@@ -1,6 +1,7 @@
 """Records that cannot be used: why, how many, and when they are too many."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,15 @@ class FaultCounter:
                 self.examples.append((record_key(self.source, int(batch["drawn"][row])), reason))
         if self.seen >= self.least and self.bad > self.max_bad * self.seen:
             raise DataError(f"{self.summary()}; data.max_bad allows a share of {self.max_bad}")
+
+    def get_state(self) -> dict[str, Any]:
+        """What `set_state` takes, as plain JSON values."""
+        return {"seen": self.seen, "counts": dict(self.counts), "examples": list(self.examples)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on counting from what `get_state` gave."""
+        self.seen, self.counts = state["seen"], Counter(state["counts"])
+        self.examples = [tuple(example) for example in state["examples"]]
 
     @property
     def bad(self) -> int:

@@ -8,6 +8,7 @@ paid once a batch, and any step is reached at once.
 
 import functools
 import hashlib
+import logging
 import os
 import signal
 import threading
@@ -27,6 +28,8 @@ from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.data import images, transforms
 from jaxmm.data.faults import REASONS, BadRecord, Batch, FaultCounter
 from jaxmm.data.sources import DataError, Record, Source, record_key, record_texts
+
+log = logging.getLogger(__name__)
 
 Shard = tuple[int, int]
 """(this host, hosts): host h of H gets the h-th of H equal runs of rows of every batch."""
@@ -62,19 +65,19 @@ def _epoch_seed(seed: int, epoch: int) -> np.random.SeedSequence:
 
 
 def train_batches(
-    source: Source, config: DataConfig, tokenizer: Any = None, *, seed: int, shard: Shard = (0, 1)
+    source: Source, config: DataConfig, tokenizer: Any = None, *, seed: int, shard: Shard = (0, 1), labels: bool = True
 ) -> "TrainIterator":
     """Endless training batches, starting at step 0; `set_state({"step": k})` goes to step k at once.
 
     A batch has `image` uint8 [b, size, size, 3], `image_id` int32 [b, 2], `index`, `drawn` and `fault` int32 [b]; with
-    a tokenizer `tokens` int32 [b, t] and `text_id` int32 [b, 2] of one caption of each picture, drawn by chance; if
-    the source has classes `label` int32 [b]. `drawn` is the record whose turn it was and `index` the one in the
-    batch: another one, drawn by chance, where `fault` says that the first was bad.
+    a tokenizer `tokens` int32 [b, t] and `text_id` int32 [b, 2] of one caption of each picture, drawn by chance; with
+    `labels`, if the source has classes, `label` int32 [b]. `drawn` is the record whose turn it was and `index` the one
+    in the batch: another one, drawn by chance, where `fault` says that the first was bad.
 
     Raises `DataError` when the batch does not divide over the hosts; the iterator raises it when `TRIES` records in a
     row are bad.
     """
-    return TrainIterator(TrainBatch(source, config, tokenizer, seed, _rows(config.batch_size, shard)))
+    return TrainIterator(TrainBatch(source, config, tokenizer, seed, _rows(config.batch_size, shard), labels))
 
 
 def eval_batches(
@@ -93,6 +96,8 @@ def eval_batches(
         yield batch
     if faults.seen and faults.bad == faults.seen:
         raise DataError(faults.summary())
+    if faults.bad:
+        log.warning("%s; they are left out", faults.summary())
 
 
 def eval_texts(source: Source, tokenizer: Any, batch_size: int) -> Iterator[Batch]:
@@ -197,6 +202,7 @@ class TrainBatch:
     tokenizer: Any
     seed: int
     rows: range
+    labels: bool
 
     def __call__(self, step: int) -> Batch:
         """Loads batch `step`."""
@@ -211,7 +217,7 @@ class TrainBatch:
             rng = np.random.default_rng((self.seed, position, attempt))
             index = int(rng.integers(len(self.source))) if attempt else drawn
             try:
-                row = _load(self.source, index, self.tokenizer is not None, rng)
+                row = _load(self.source, index, self.tokenizer is not None, self.labels, rng)
                 row["image"] = transforms.train_image(row["image"], self.config.image, rng)
             except BadRecord as error:
                 fault, last = fault or 1 + REASONS.index(error.reason), error
@@ -238,7 +244,7 @@ class EvalBatch:
 
     def _row(self, index: int) -> dict[str, Any]:
         try:
-            row = _load(self.source, index, self.tokenizer is not None, None)
+            row = _load(self.source, index, self.tokenizer is not None, True, None)
         except BadRecord as error:
             return self._blank(index) | {"fault": 1 + REASONS.index(error.reason)}
         row["image"] = transforms.eval_image(row["image"], self.image)
@@ -252,7 +258,8 @@ class EvalBatch:
         return row | ({"text": ""} if self.tokenizer is not None else {})
 
 
-def _load(source: Source, index: int, with_text: bool, rng: np.random.Generator | None) -> dict[str, Any]:
+def _load(source: Source, index: int, with_text: bool, with_label: bool, rng: np.random.Generator | None
+          ) -> dict[str, Any]:
     """Reads and decodes a record and takes one of its captions: by chance, or the first. Raises `BadRecord`."""
     try:
         record = source[index]
@@ -266,7 +273,7 @@ def _load(source: Source, index: int, with_text: bool, rng: np.random.Generator 
         if not texts:
             raise BadRecord("no text", "it has no caption")
         row["text"] = texts[rng.integers(len(texts)) if rng is not None and len(texts) > 1 else 0]
-    if source.classes is not None:
+    if with_label and source.classes is not None:
         if not 0 <= record.get("label", -1) < len(source.classes):
             raise BadRecord("no label", f"label {record.get('label')} of {len(source.classes)} classes")
         row["label"] = record["label"]
@@ -294,6 +301,7 @@ def _iterate(batches: grain.MapDataset, batch_bytes: int, workers: int = 0) -> g
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts workers
             flags.FLAGS.mark_as_parsed()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        workers = min(workers, most)
         buffer = max(1, min(4, most // workers))
         return iter(batches.to_iter_dataset(options).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer), _start_worker))

@@ -39,6 +39,10 @@ class Classification(Evaluator):
                 f"a source with the classes of data.train: {known}")
         return source
 
+    def metrics(self, context: EvalContext) -> tuple[str, ...]:
+        """The names that `run` yields."""
+        return tuple(f"{self.prefix}/{name}" for name in score_names(len(self.check(context).classes)))
+
     def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
         """Yields metric names and values."""
         source, params = self.check(context), chosen_weights(self, context)
@@ -47,6 +51,11 @@ class Classification(Evaluator):
         logits = ((result["logits"], batch) for result, batch in outputs(fn, params, batches, context.mesh))
         for name, value in score(logits, source, source.classes, context, self.examples):
             yield f"{self.prefix}/{name}", value
+
+
+def score_names(classes: int) -> tuple[str, ...]:
+    """What `score` yields for this many classes."""
+    return ("top1", "top5", "loss") if classes > 5 else ("top1", "loss")
 
 
 def score(logits: Iterable[tuple[np.ndarray, dict]], source: Source, classes: tuple[str, ...],

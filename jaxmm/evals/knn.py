@@ -32,6 +32,10 @@ class KNN(Evaluator):
         """The sources of the neighbours and of the queries; raises `ConfigError` where this cannot run."""
         return check_features(self, self.train, context)
 
+    def metrics(self, context: EvalContext) -> tuple[str, ...]:
+        """The names that `run` yields."""
+        return (f"{self.prefix}/knn_top1",)
+
     def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
         """Yields metric names and values."""
         train, held_out = (frozen_features(self, source, context) for source in self.check(context))

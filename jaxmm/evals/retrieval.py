@@ -62,6 +62,10 @@ class Retrieval(Evaluator):
                 f"at most the {len(source)} pictures of {source.name!r}")
         return source
 
+    def metrics(self, context: EvalContext) -> tuple[str, ...]:
+        """The names that `run` yields."""
+        return tuple(f"{self.prefix}/{way}_recall@{k}" for way in ("i2t", "t2i") for k in self.ks)
+
     def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
         """Yields metric names and values."""
         source, params = self.check(context), chosen_weights(self, context)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from jaxmm.config import ConfigError, Evaluator, require
+from jaxmm.config import Evaluator, require
 from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source
-from jaxmm.evals.classification import score
+from jaxmm.evals.classification import score, score_names
 from jaxmm.evals.common import (
     EvalContext,
     check,
@@ -50,12 +50,14 @@ class ZeroShot(Evaluator):
         """The source measured on; raises `ConfigError` where this cannot run."""
         source = check(self, context, "image", "text", tokenizer=True)
         check_labels(self, source)
-        if self.classes is None and source.classes is None:
-            raise ConfigError(f"ZeroShot.classes is None and {source.name!r} names no classes; wanted names")
-        if self.classes is not None and source.classes is not None:
-            require(len(self.classes) == len(source.classes), "ZeroShot.classes", self.classes,
-                    f"{len(source.classes)} names, as {source.name!r} has")
+        require(self.classes is None or len(self.classes) == len(source.classes), "ZeroShot.classes", self.classes,
+                f"{len(source.classes)} names, as {source.name!r} has")
         return source
+
+    def metrics(self, context: EvalContext) -> tuple[str, ...]:
+        """The names that `run` yields."""
+        names = score_names(len(self.check(context).classes))
+        return tuple(f"{self.prefix}/zero_shot_{name}" for name in names if name != "loss")
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
         """Yields metric names and values."""

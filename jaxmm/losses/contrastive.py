@@ -25,7 +25,7 @@ def positives(image_ids: Ids | None, text_ids: Ids | None, size: int) -> Bool[Ar
     for ids in (image_ids, text_ids):
         if ids is not None:
             same = same | equal_ids(ids)
-    return same
+    return constrain_batch(same)
 
 
 def contrastive_logits(

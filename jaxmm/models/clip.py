@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jaxmm.config import require
+from jaxmm.config import check_types, require
 from jaxmm.models.vit import ViT, ViTConfig, transformer, vit
 from jaxmm.nn.attention import causal_mask
 from jaxmm.nn.embeddings import TokenEmbedding
@@ -38,6 +38,7 @@ class TextConfig:
 
     def __post_init__(self):
         """Checks ranges."""
+        check_types(self, "text")
         require(self.vocab_size is None or self.vocab_size > 0, "text.vocab_size", self.vocab_size, "positive")
         require(self.context_length > 0, "text.context_length", self.context_length, "a positive number of tokens")
 
@@ -61,6 +62,7 @@ class CLIPConfig:
 
     def __post_init__(self):
         """Checks that towers fit the space."""
+        check_types(self)
         require(self.embed_dim > 0, "embed_dim", self.embed_dim, "a positive number")
         require(not self.vision.classes, "vision.classes", self.vision.classes, "None: a tower has no head")
         if not self.vision_projection:
@@ -193,9 +195,11 @@ def clip(name: str, *, activation: str = "gelu", stack: dict | None = None, **ov
     """
     require(name in CLIP_SIZES, "name", name, "one of " + ", ".join(CLIP_SIZES))
     variant, image_size, width, heads, depth, embed_dim = CLIP_SIZES[name]
-    common = {"activation": activation, "eps": 1e-5, "init": "clip"} | (stack or {})
-    text = TransformerConfig(**{"width": width, "depth": depth, "heads": heads, "mlp_dim": 4 * width} | common)
-    vision = vit(variant, image_size=image_size, pre_norm=True, patch_bias=False, stack=common)
+    common = {"activation": activation, "eps": 1e-5} | (stack or {})
+    text = TransformerConfig(**{"width": width, "depth": depth, "heads": heads, "mlp_dim": 4 * width,
+                                "init": "clip"} | common)
+    vision = vit(variant, image_size=image_size, pre_norm=True, patch_bias=False, positions_std=None,
+                 stack={"init": "torch"} | common)
     return CLIPConfig(**{"vision": vision, "text": TextConfig(transformer=text), "embed_dim": embed_dim} | overrides)
 
 
@@ -220,7 +224,7 @@ def siglip(name: str, *, image_size: int = 224, vocab_size: int | None = 32_000,
     vision_size, text_size, patch = SIGLIP_SIZES[name]
     common = {"activation": "gelu_tanh", "eps": 1e-6} | (stack or {})
     vision = ViTConfig(transformer=transformer(vision_size, **common), patch=patch, image_size=image_size,
-                       pool="map", class_token=False)
+                       pool="map", class_token=False, positions_std=None)
     text = TextConfig(transformer=transformer(text_size, **common), vocab_size=vocab_size,
                       context_length=context_length, causal=False, pool="last")
     defaults = {"vision": vision, "text": text, "embed_dim": vision.transformer.width, "vision_projection": False,

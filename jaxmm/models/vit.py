@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from jaxmm.config import require
+from jaxmm.config import check_types, require
 from jaxmm.nn.embeddings import PatchEmbedding, sincos_positions
 from jaxmm.nn.pooling import MapHead
-from jaxmm.nn.transformer import Stack, TransformerConfig, layer_norm
+from jaxmm.nn.transformer import Stack, TransformerConfig, initializers, layer_norm
 from jaxmm.sharding import constrain_batch
 
 
@@ -34,6 +34,8 @@ class ViTConfig:
     """Whether there is a class token at all; `cls` needs one."""
     positions: Literal["learned", "sincos"] = "learned"
     """A learned table, or fixed 2-D sine-cosine positions."""
+    positions_std: float | None = 0.02
+    """Of the learned table's initial values; None: width^-1/2 (CLIP, big_vision)."""
     position_class: bool = True
     """Whether the class token has a slot in the position table (big_vision: no)."""
     registers: int = 0
@@ -55,6 +57,7 @@ class ViTConfig:
 
     def __post_init__(self):
         """Checks that patches tile the picture and that the pooling has what it needs."""
+        check_types(self)
         require(self.patch > 0, "patch", self.patch, "a positive number of pixels")
         require(self.image_size > 0 and self.image_size % self.patch == 0, "image_size", self.image_size,
                 f"a multiple of patch = {self.patch}")
@@ -146,16 +149,15 @@ class ViT(nn.Module):
         if image.shape[1:3] != (config.image_size, config.image_size):
             raise ValueError(f"pictures are {image.shape[1]} x {image.shape[2]}; this model's position table is for "
                              f"{config.image_size} x {config.image_size}")
-        clip = config.transformer.init == "clip"
-        table_init = nn.initializers.normal(width**-0.5 if clip else 0.02)
         patches = PatchEmbedding(config.patch, width, config.patch_bias, jnp.dtype(config.transformer.dtype),
-                                 name="patches")
+                                 initializers(config.transformer).patches, name="patches")
         x = patches(image).astype(jnp.float32)
 
         slots = config.grid[0] * config.grid[1]
         on_class = config.class_token and config.position_class
         if config.positions == "learned":
-            table = self.param("positions", table_init, (slots + on_class, width))
+            std = width**-0.5 if config.positions_std is None else config.positions_std
+            table = self.param("positions", nn.initializers.normal(std), (slots + on_class, width))
         else:
             table = jnp.pad(sincos_positions(*config.grid, width), ((on_class, 0), (0, 0)))
         x = x + table[on_class:]
@@ -163,7 +165,9 @@ class ViT(nn.Module):
             x = keep_patches(x, config.patch_dropout, self.make_rng("dropout"))
         first = []
         if config.class_token:
-            token = self.param("class_token", table_init if clip else nn.initializers.zeros, (width,))
+            openai = config.transformer.init == "torch"
+            init = nn.initializers.normal(width**-0.5) if openai else nn.initializers.zeros
+            token = self.param("class_token", init, (width,))
             first.append((token + table[0] if on_class else token)[None])
         if config.registers:
             first.append(self.param("registers", nn.initializers.normal(0.02), (config.registers, width)))

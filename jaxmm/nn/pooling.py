@@ -5,7 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from jaxmm.nn.attention import Attention, Mask
-from jaxmm.nn.transformer import Mlp, TransformerConfig, layer_norm
+from jaxmm.nn.transformer import Mlp, TransformerConfig, initializers, layer_norm
 
 
 class MapHead(nn.Module):
@@ -21,6 +21,8 @@ class MapHead(nn.Module):
         config = self.config
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, config.width))
         probe = jnp.broadcast_to(probe, (len(tokens), 1, config.width)).astype(tokens.dtype)
-        attention = Attention(config.heads, jnp.dtype(config.dtype), name="attention")
+        init = initializers(config)
+        attention = Attention(config.heads, jnp.dtype(config.dtype), init_in=init.attention_in,
+                              init_out=init.attention_out, name="attention")
         x, _ = attention(probe, tokens, mask, train=train)
         return (x + Mlp(config, name="mlp")(layer_norm(config, "mlp_norm")(x), train=train))[:, 0]

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxmm.config import require
+from jaxmm.config import check_types, require
 from jaxmm.nn.attention import Attention, Linear, Mask
 from jaxmm.sharding import constrain_batch
 
@@ -55,8 +55,9 @@ class TransformerConfig:
     """gelu: exact, by erf (torch's default); gelu_tanh: approximate (Flax's default, SigLIP); quick_gelu: OpenAI."""
     eps: float = 1e-6
     """Of every layer norm."""
-    init: Literal["xavier", "clip", "normal"] = "xavier"
-    """xavier: vision_transformer's; clip: OpenAI CLIP's, scaled by width and depth; normal: std 0.02 (timm)."""
+    init: Literal["xavier", "clip", "torch", "normal"] = "xavier"
+    """xavier: vision_transformer's; clip: of CLIP's text tower, scaled by width and depth; torch: that library's
+    defaults, at which OpenAI left CLIP's picture tower; normal: std 0.02 (timm)."""
     dropout: float = 0.0
     """After attention, inside and after the MLP."""
     attention_dropout: float = 0.0
@@ -73,6 +74,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         """Checks that heads divide the width, and ranges."""
+        check_types(self, "transformer")
         for name in ("width", "depth", "heads", "mlp_dim"):
             require(getattr(self, name) > 0, f"transformer.{name}", getattr(self, name), "a positive number")
         require(self.width % self.heads == 0, "transformer.heads", self.heads, f"a divisor of width = {self.width}")
@@ -86,25 +88,38 @@ class TransformerConfig:
 
 
 class Initializers(NamedTuple):
-    """Of a layer's kernels and of its MLP's biases."""
+    """Of a layer's kernels, of its MLP's biases, and of the patches [p p c d] before the stack."""
 
     attention_in: nn.initializers.Initializer
     attention_out: nn.initializers.Initializer
     up: nn.initializers.Initializer
     down: nn.initializers.Initializer
-    mlp_bias: nn.initializers.Initializer
+    up_bias: nn.initializers.Initializer
+    down_bias: nn.initializers.Initializer
+    patches: nn.initializers.Initializer = nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
 
 
 def initializers(config: TransformerConfig) -> Initializers:
     """The published initial distributions that `config.init` names."""
     normal, zeros = nn.initializers.normal, nn.initializers.zeros
-    if config.init == "xavier":
-        return Initializers(*[nn.initializers.xavier_uniform()] * 4, mlp_bias=normal(1e-6))
-    if config.init == "normal":
-        return Initializers(*[normal(0.02)] * 4, mlp_bias=zeros)
-    narrow = config.width**-0.5
-    deep = narrow * (2 * config.depth) ** -0.5
-    return Initializers(normal(narrow), normal(deep), normal((2 * config.width) ** -0.5), normal(deep), zeros)
+    narrow, deep = config.width**-0.5, (2 * config.depth * config.width) ** -0.5
+
+    def within(scale, **axes):
+        return nn.initializers.variance_scaling(scale, "fan_in", "uniform", **axes)
+
+    def bias(fan_in):
+        return lambda rng, shape, dtype=jnp.float32: jax.random.uniform(rng, shape, dtype, -1, 1) * fan_in**-0.5
+
+    match config.init:
+        case "xavier":
+            return Initializers(*[nn.initializers.xavier_uniform()] * 4, *[normal(1e-6)] * 2)
+        case "normal":
+            return Initializers(*[normal(0.02)] * 4, zeros, zeros)
+        case "clip":
+            return Initializers(normal(narrow), normal(deep), normal(narrow * 0.5**0.5), normal(deep), zeros, zeros)
+        case "torch":  # query, key and value are one matrix [d 3d] there, drawn by Xavier's rule
+            return Initializers(within(1 / 2), *[within(1 / 3)] * 3, bias(config.width), bias(config.mlp_dim),
+                                within(1 / 3, in_axis=(0, 1, 2), out_axis=3))
 
 
 class Mlp(nn.Module):
@@ -116,11 +131,13 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "*b d"], *, train: bool) -> Float[Array, "*b d"]:
         """Applied to every token alike."""
         config, init = self.config, initializers(self.config)
-        linear = partial(Linear, dtype=jnp.dtype(config.dtype), bias_init=init.mlp_bias)
-        x = checkpoint_name(linear((config.mlp_dim,), kernel_init=init.up, name="up")(x), "hidden")
+        linear = partial(Linear, dtype=jnp.dtype(config.dtype))
+        up = linear((config.mlp_dim,), kernel_init=init.up, bias_init=init.up_bias, name="up")
+        down = linear((config.width,), kernel_init=init.down, bias_init=init.down_bias, name="down")
+        x = checkpoint_name(up(x), "hidden")
         x = ACTIVATIONS[config.activation](x)
         x = nn.Dropout(config.dropout, deterministic=not train)(x)
-        return linear((config.width,), kernel_init=init.down, name="down")(x)
+        return down(x)
 
 
 def layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:

@@ -23,6 +23,8 @@ class Task:
     is not overrides `loss`.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("image",)
+    """What of a record it needs: `image`, and `text` or `label`."""
     decomposes: ClassVar[bool] = False
     """Whether the loss of a batch is the mean of the losses of its parts."""
     bounds: ClassVar[tuple[tuple[str, float, float], ...]] = ()

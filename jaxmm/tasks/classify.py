@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxmm.config import ConfigError, require
+from jaxmm.config import ConfigError, check_types, require
 from jaxmm.losses import classification as losses
 from jaxmm.models.vit import ViT, ViTConfig
 from jaxmm.nn.pixels import INCEPTION, Pixels
@@ -28,10 +28,12 @@ class Classify(Task):
     """Alpha of mixup's Beta distribution; 0: none."""
     cutmix: float = 0.0
     """Alpha of CutMix's; with both, each batch gets one of them by a fair coin."""
+    reads: ClassVar = ("image", "label")
     decomposes: ClassVar[bool] = True
 
     def __post_init__(self):
         """Checks ranges."""
+        check_types(self, "task")
         require(0 <= self.label_smoothing < 1, "task.label_smoothing", self.label_smoothing, "0 or more, below 1")
         for name in ("mixup", "cutmix"):
             require(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), "0 or more")

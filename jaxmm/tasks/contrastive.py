@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
-from jaxmm.config import ConfigError, require
+from jaxmm.config import ConfigError, check_types, require
 from jaxmm.losses import contrastive as losses
 from jaxmm.models.clip import CLIP, CLIPConfig, normalise
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
@@ -25,12 +25,18 @@ class Contrastive(Task):
     kind: Literal["softmax", "sigmoid"] = "softmax"
     duplicates: bool = True
     """Whether pairs of the same picture or the same words are positives; False: only the diagonal is."""
-    bounds: ClassVar = ((r"^logit_scale$", 0.0, math.log(100)),)
+    reads: ClassVar = ("image", "text")
 
     def __post_init__(self):
         """The sigmoid loss needs a bias to start from."""
+        check_types(self, "task")
         require(self.kind == "softmax" or self.model.logit_bias is not None, "task.model.logit_bias",
                 self.model.logit_bias, "a number such as -10, for the sigmoid loss")
+
+    @property
+    def bounds(self):
+        """CLIP's temperature stays within [1/100, 1] (section 2.5); SigLIP's is free."""
+        return ((r"^logit_scale$", 0.0, math.log(100)),) if self.kind == "softmax" else ()
 
     def bind(self, *, image_size, classes, tokenizer):
         """The vocabulary comes from the tokenizer where the recipe leaves it open."""
@@ -43,6 +49,11 @@ class Contrastive(Task):
                 tokenizer.context_length, f"the model's task.model.text.context_length = {text.context_length}")
         require(text.vocab_size is None or text.vocab_size >= tokenizer.vocab_size, "task.model.text.vocab_size",
                 text.vocab_size, f"None, or at least the tokenizer's {tokenizer.vocab_size}")
+        require(text.pool != "argmax" or tokenizer.eos_id == tokenizer.vocab_size - 1, "task.model.text.pool",
+                text.pool, f"eos: this tokenizer's end token is {tokenizer.eos_id}, not the largest of its "
+                f"{tokenizer.vocab_size} ids")
+        require(text.pad_id in (None, tokenizer.pad_id), "task.model.text.pad_id", text.pad_id,
+                f"None, or the tokenizer's {tokenizer.pad_id}")
         text = replace(text, vocab_size=text.vocab_size or tokenizer.vocab_size)
         if text.pool == "eos" and text.eos_id is None:
             text = replace(text, eos_id=tokenizer.eos_id)

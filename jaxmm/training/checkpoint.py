@@ -50,7 +50,7 @@ class Checkpoints:
     """The checkpoints of one run, in `folder/STEP/`."""
 
     def __init__(self, folder: Path, *, keep: int = 2, best: bool = False):
-        """Keeps the newest `keep`, and with `best` the one with the highest metric besides."""
+        """Keeps the newest `keep`, and with `best` the one with the highest rating besides."""
         self.folder, self.keep, self.best = folder.absolute(), keep, best  # Orbax takes no relative path
         self.folder.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -84,7 +84,7 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, target, notes)
 
     def rate(self, step: int, metric: float) -> None:
-        """Notes the metric by which the checkpoint of `step` is compared, and forgets those it outdoes."""
+        """Notes how good the checkpoint of `step` is (more is better), and forgets those it outdoes."""
         self.wait()
         path = self.folder / str(step) / MANIFEST
         if self._primary and path.exists():

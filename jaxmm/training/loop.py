@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import signal
 import stat
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +18,14 @@ from typing import Any
 import filelock
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from jaxmm.config import ConfigError, TrainConfig, require, save_config, to_dict
+from jaxmm.config import ConfigError, Evaluator, TrainConfig, require, save_config, to_dict
 from jaxmm.data.pipeline import FaultCounter, TrainIterator, train_batches
 from jaxmm.data.sources import Source, open_source, record_texts
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.evals.common import EvalContext
-from jaxmm.sharding import batch_shards, make_mesh, place_batch, shardings
+from jaxmm.sharding import batch_shards, make_mesh, place_batch, shardings, undivided
 from jaxmm.tasks.base import Task
 from jaxmm.training.checkpoint import Checkpoints
 from jaxmm.training.logs import MetricLog, Watch, duration
@@ -30,6 +33,8 @@ from jaxmm.training.optimizer import Optimizer, make_optimizer
 from jaxmm.training.state import State, abstract_state, sharded_state
 from jaxmm.training.step import compile_step
 from jaxmm.viz import write_report
+
+log = logging.getLogger(__name__)
 
 INPUTS = ("image", "tokens", "label", "image_id", "text_id")
 """What of a batch goes to the devices."""
@@ -56,6 +61,8 @@ class Setup:
     val: Source | None
     tokenizer: Tokenizer | None
     mesh: jax.sharding.Mesh
+    evals: tuple[Evaluator, ...]
+    """Those of `config` that have something to measure on."""
 
 
 def train(
@@ -64,7 +71,7 @@ def train(
     """Runs `config` in `workdir`, from where it was left, and returns the last evaluation's metrics.
 
     `observe(step, batch)` sees this host's batches as they are used, `index` and `fault` of each record included.
-    On SIGTERM the state is saved and {} is returned. Raises `ConfigError`, `DataError`, `CheckpointError` and
+    On SIGTERM or Ctrl-C the state is saved and {} is returned. Raises `ConfigError`, `DataError`, `CheckpointError` and
     `TrainError`.
     """
     workdir = Path(workdir)
@@ -85,39 +92,65 @@ def train(
 def prepare(config: TrainConfig, workdir: Path) -> Setup:
     """Opens the sources and binds the task to them; checks all that can be checked before compiling."""
     mesh = make_mesh(config.mesh)
-    shards, part = batch_shards(mesh), config.data.batch_size // config.microbatches
+    shards, part, hosts = batch_shards(mesh), config.data.batch_size // config.microbatches, jax.process_count()
+    require(shards % hosts == 0, "mesh.data x mesh.fsdp", shards, f"a multiple of the {hosts} hosts, each of which "
+            "reads its own share of the batch")
     require(part % shards == 0, "data.batch_size", config.data.batch_size,
             f"a multiple of mesh.data x mesh.fsdp x microbatches = {shards} x {config.microbatches}")
+    require(config.microbatches == 1 or type(config.task).loss is Task.loss, "microbatches", config.microbatches,
+            f"1: the loss of {type(config.task).__name__} cannot be computed in parts")
     source = open_source(config.data.train, data_dir=config.data.data_dir)
+    _same_run(config, workdir, source)
     val = open_source(config.data.val, data_dir=config.data.data_dir) if config.data.val else None
     if val is not None and None not in (source.classes, val.classes) and source.classes != val.classes:
         odd = sorted(set(source.classes) ^ set(val.classes))
         raise ConfigError(f"data.val is {config.data.val!r}, whose classes are not those of {config.data.train!r}: "
                           f"{', '.join(odd[:10])} only in one of them")
-    tokenizer = _tokenizer(config, source, workdir)
+    tokenizer = _tokenizer(config, source, workdir) if "text" in config.task.reads else None
     task = config.task.bind(image_size=config.data.image.size, tokenizer=tokenizer,
                             classes=None if source.classes is None else len(source.classes))
     params = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, params, config.steps, task.bounds)
-    _same_run(config, workdir, source)
-    return Setup(config, workdir, task, optimizer, source, val, tokenizer, mesh)
+    evals = tuple(evaluator for evaluator in config.evals if val is not None or evaluator.source is not None)
+    setup = Setup(config, workdir, task, optimizer, source, val, tokenizer, mesh, evals)
+    _check_evals(setup)
+    if jax.process_index() == 0:
+        _begin(setup)
+    return setup
+
+
+def _check_evals(setup: Setup) -> None:
+    """Raises `ConfigError` where an evaluator cannot run, where two give the same name, or none the best's."""
+    context, seen = _context(setup), []
+    for evaluator in setup.evals:
+        evaluator.check(context)
+        seen += evaluator.metrics(context)
+    twice = sorted({name for name in seen if seen.count(name) > 1})
+    require(not twice, "evals", ", ".join(twice), "different names: give one of the evaluators another prefix")
+    best = setup.config.checkpoint.best
+    require(best is None or best in seen, "checkpoint.best", best, f"one of {', '.join(seen) or 'no metrics'}")
+
+
+def _context(setup: Setup, state: State | None = None) -> EvalContext:
+    """What evaluators see; without a `state`, its shapes."""
+    state = abstract_state(setup.task, setup.optimizer) if state is None else state
+    return EvalContext(task=setup.task, params=state.params, average=state.average, data=setup.config.data,
+                       train=setup.train, val=setup.val, tokenizer=setup.tokenizer, mesh=setup.mesh)
 
 
 def _tokenizer(config: TrainConfig, source: Source, workdir: Path) -> Tokenizer | None:
-    """The work folder's tokenizer, else a new one saved there; None for a source without words."""
+    """The work folder's tokenizer, else a new one; None for a source without words."""
     folder = workdir / "tokenizer"
     if folder.exists():
-        return Tokenizer.load(folder)
+        try:
+            return Tokenizer.load(folder)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     some = next((texts for i in range(min(len(source), 100)) if (texts := _texts(source, i))), ())
     if not some:
         return None
     corpus = (text for i in range(min(len(source), CORPUS)) for text in _texts(source, i))
-    tokenizer = make_tokenizer(config.data.tokenizer, corpus)
-    if jax.process_index() == 0:
-        part = folder.with_name("tokenizer.part")
-        tokenizer.save(part)
-        part.rename(folder)
-    return tokenizer
+    return make_tokenizer(config.data.tokenizer, corpus)
 
 
 def _texts(source: Source, index: int) -> tuple[str, ...]:
@@ -128,28 +161,37 @@ def _texts(source: Source, index: int) -> tuple[str, ...]:
 
 
 def _same_run(config: TrainConfig, workdir: Path, source: Source) -> None:
-    """Writes `config.json`, or refuses to go on with a run that was begun with another configuration."""
+    """Refuses to go on with a run that was begun with another configuration."""
     path = workdir / "config.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from None
-        changes = _changes(old["config"], json.loads(json.dumps(to_dict(config))))
-        if old["fingerprint"] != source.fingerprint:
-            changes.append(f"data.train is {config.data.train!r} as before, but lists other records")
-        if changes:
-            raise ConfigError(f"workdir is {str(workdir)!r}, which holds a run with another configuration; "
-                              "wanted the same, or another folder:\n  " + "\n  ".join(changes))
-    if jax.process_index() == 0:
-        packages = ("jaxmm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
-        devices = jax.devices()
-        part = path.with_name("config.json.part")
-        save_config(config, part, fingerprint=source.fingerprint,
-                    versions={name: importlib.metadata.version(name) for name in packages}
-                    | {"python": platform.python_version()},
-                    devices=f"{len(devices)} x {devices[0].device_kind}", hosts=jax.process_count())
-        part.replace(path)
+    if not path.exists():
+        return
+    try:
+        notes = json.loads(path.read_text())
+        old, fingerprint = notes["config"], notes["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not what a run writes: {type(error).__name__}: {error}") from None
+    changes = _changes(old, json.loads(json.dumps(to_dict(config))))
+    if fingerprint != source.fingerprint:
+        changes.append(f"data.train is {config.data.train!r} as before, but lists other records")
+    if changes:
+        raise ConfigError(f"workdir is {str(workdir)!r}, which holds a run with another configuration; "
+                          "wanted the same, or another folder:\n  " + "\n  ".join(changes))
+
+
+def _begin(setup: Setup) -> None:
+    """Writes `tokenizer/` and `config.json`, once everything is known to fit."""
+    workdir, tokenizer = setup.workdir, setup.tokenizer
+    if tokenizer is not None and not (workdir / "tokenizer").exists():
+        part = workdir / "tokenizer.part"
+        tokenizer.save(part)
+        part.rename(workdir / "tokenizer")
+    packages = ("jaxmm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+    devices, part = jax.devices(), workdir / "config.json.part"
+    save_config(setup.config, part, fingerprint=setup.train.fingerprint,
+                versions={name: importlib.metadata.version(name) for name in packages}
+                | {"python": platform.python_version()},
+                devices=f"{len(devices)} x {devices[0].device_kind}", hosts=jax.process_count())
+    part.replace(workdir / "config.json")
 
 
 def _changes(old: Any, new: Any, name: str = "") -> list[str]:
@@ -166,44 +208,39 @@ def _run(setup: Setup, termination: "_Termination", observe) -> dict[str, float]
     primary = jax.process_index() == 0
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
                               best=config.checkpoint.best is not None)
-    context = EvalContext(task=setup.task, params=None, data=config.data, train=setup.train, val=setup.val,
-                          tokenizer=setup.tokenizer, mesh=setup.mesh)
-    if setup.val is not None:
-        for evaluator in config.evals:
-            evaluator.check(dataclasses.replace(context, average=setup.optimizer.average))
-    checkpoints.clean()
-    batches = train_batches(setup.train, config.data, setup.tokenizer, seed=config.seed,
-                            shard=(jax.process_index(), jax.process_count()))
-    state = _restore(setup, checkpoints, batches)
-    start = int(state.step)
-    watch = Watch(config.steps, config.data.batch_size, start, quiet=not primary)
-    metric_log = MetricLog(workdir, start) if primary else None
-    try:
+    faults = FaultCounter(setup.train, config.data.max_bad)
+    with contextlib.ExitStack() as closing:
+        closing.callback(checkpoints.close)
+        checkpoints.clean()
+        batches = train_batches(setup.train, config.data, setup.tokenizer, seed=config.seed,
+                                shard=(jax.process_index(), jax.process_count()), labels="label" in setup.task.reads)
+        closing.callback(batches.close)
+        state = _restore(setup, checkpoints, batches, faults)
+        start = int(state.step)
+        metric_log = closing.enter_context(contextlib.closing(MetricLog(workdir, start))) if primary else None
+        watch = closing.enter_context(contextlib.closing(
+            Watch(config.steps, config.data.batch_size, start, quiet=not primary)))
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         watch.say(f"{workdir}: {count:,} parameters, {len(setup.train):,} training records, "
                   f"mesh {dict(setup.mesh.shape)}, " + (f"going on after step {start}" if start else "from the start"))
-        state, faults = _steps(setup, state, batches, checkpoints, watch, metric_log, termination, context, observe)
-        if termination.asked:
+        if odd := undivided(state.params, setup.mesh):
+            watch.say(f"{len(odd)} dimensions are not cut; {odd[0]}")
+        state, stopped = _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termination, observe)
+        if stopped:
             watch.say(f"stopped after step {int(state.step)} as asked, everything is saved; "
                       "the same command goes on from there")
             return {}
-        metrics = _evaluate(setup, context, state, metric_log, watch, checkpoints)
+        metrics, examples = _evaluate(setup, state, metric_log, watch, checkpoints)
         if faults.bad:
             watch.say(faults.summary())
         if primary:
-            report = write_report(workdir, context.examples)
+            report = write_report(workdir, examples)
             watch.say(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "no evaluation")
             watch.say(f"report: {report}")
         return metrics
-    finally:
-        watch.close()
-        batches.close()
-        if metric_log is not None:
-            metric_log.close()
-        checkpoints.close()
 
 
-def _restore(setup: Setup, checkpoints: Checkpoints, batches: TrainIterator) -> State:
+def _restore(setup: Setup, checkpoints: Checkpoints, batches: TrainIterator, faults: FaultCounter) -> State:
     """The newest whole checkpoint on this run's mesh, or a fresh state."""
     like = abstract_state(setup.task, setup.optimizer)
     like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -212,17 +249,17 @@ def _restore(setup: Setup, checkpoints: Checkpoints, batches: TrainIterator) -> 
     if found is None:
         return sharded_state(setup.task, setup.optimizer, setup.config.seed, setup.mesh)
     state, data = found
-    batches.set_state(data)
+    batches.set_state(data["iterator"])
+    faults.set_state(data["faults"])
     return state
 
 
-def _steps(setup, state, batches, checkpoints, watch, metric_log, termination, context, observe):
-    """Trains to the last step, or until asked to stop. Returns the state and the bad records met."""
+def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termination, observe) -> tuple[State, bool]:
+    """Trains to the last step, or until asked to stop: then the second result is True."""
     config = setup.config
     step_fn = compile_step(setup.task, setup.optimizer, setup.mesh, state, microbatches=config.microbatches,
                            skip_nonfinite=config.nonfinite == "skip")
     rng = jax.random.fold_in(jax.random.key(config.seed), 1)
-    faults = FaultCounter(setup.train, config.data.max_bad)
     start, best = int(state.step), config.checkpoint.best
 
     def fetch():
@@ -243,10 +280,11 @@ def _steps(setup, state, batches, checkpoints, watch, metric_log, termination, c
         if int(metrics["skips"]) >= config.max_skips:
             raise TrainError(f"{what}: {config.max_skips} steps in a row were skipped; {good}")
 
-    pending, checked_loss = None, None
+    pending, checked_loss, stopping = None, None, False
     upcoming = fetch() if start < config.steps else None
     for step in range(start + 1, config.steps + 1):
-        (host_batch, batch), position = upcoming, batches.get_state()
+        (host_batch, batch), position = upcoming, {"iterator": batches.get_state(), "faults": faults.get_state()}
+        bad_records = faults.bad
         state, metrics = step_fn(state, batch, rng)
         if observe is not None:
             observe(step, host_batch)
@@ -255,19 +293,19 @@ def _steps(setup, state, batches, checkpoints, watch, metric_log, termination, c
             check(*pending)
         pending = step, metrics
         evaluating = config.eval_every and step % config.eval_every == 0 and step < config.steps
-        stopping = termination.asked  # read once: the signal may come at any line
-        logging = step % config.log_every == 0 or step == config.steps
+        writing = step % config.log_every == 0 or step == config.steps
+        stopping = termination.agreed(writing)  # read once: the signal may come at any line
         saving = (step % config.checkpoint.every == 0 or step == config.steps or stopping
                   or bool(evaluating and best))
-        if logging or saving or evaluating:
+        if writing or saving or evaluating:
             check(*pending)
             pending = None
         watch.step(step, checked_loss)
-        if logging:
+        if writing:
             values = {f"train/{name}": float(value) for name, value in metrics.items() if name != "finite"}
             checked_loss = values["train/loss"]
             values |= {"train/pictures_per_second": watch.rate(step) * config.data.batch_size,
-                       "data/bad_records": faults.bad}
+                       "data/bad_records": bad_records}
             if metric_log is not None:
                 metric_log.write(step, values)
         if saving:
@@ -276,43 +314,40 @@ def _steps(setup, state, batches, checkpoints, watch, metric_log, termination, c
             checkpoints.wait()
             break
         if evaluating:
-            _evaluate(setup, context, state, metric_log, watch, checkpoints)
+            _evaluate(setup, state, metric_log, watch, checkpoints)
     checkpoints.wait()
-    return state, faults
+    return state, stopping
 
 
-def _evaluate(setup, context, state, metric_log, watch, checkpoints) -> dict[str, float]:
-    """Runs the evaluators on the held-out source and writes down what they yield."""
-    if setup.val is None:
-        return {}
-    begun, step = time.monotonic(), int(state.step)
-    context.examples.clear()
-    context = dataclasses.replace(context, params=state.params, average=state.average)
-    metrics = {name: value for evaluator in setup.config.evals for name, value in evaluator.run(context)}
+def _evaluate(setup, state, metric_log, watch, checkpoints) -> tuple[dict[str, float], list]:
+    """Runs the evaluators and writes down what they yield. Returns that, and examples for the report."""
+    begun, step, context = time.monotonic(), int(state.step), _context(setup, state)
+    metrics = {name: value for evaluator in setup.evals for name, value in evaluator.run(context)}
     if metric_log is not None and metrics:
         metric_log.write(step, metrics)
     best = setup.config.checkpoint.best
     if best is not None:
-        require(best in metrics, "checkpoint.best", best, f"one of {', '.join(metrics) or 'no metrics'}")
-        checkpoints.rate(step, metrics[best])
+        checkpoints.rate(step, -metrics[best] if best.endswith("loss") else metrics[best])
     spent = time.monotonic() - begun
     watch.pause(spent)
     if step < setup.config.steps:
         watch.say(f"step {step}, evaluated in {duration(spent)}: "
                   + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    return metrics
+    return metrics, context.examples
 
 
 def use_compilation_cache(folder: Path) -> None:
     """Keeps compiled programs in `folder`, so that the next start is fast.
 
     Whoever can write there can run code as this user: a folder that others may write is refused with `ConfigError`.
+    Without one that can be made and written, programs are compiled each time, with a warning.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
     except OSError as error:
-        raise ConfigError(f"the compilation cache {folder} cannot be used: {error}") from None
+        log.warning("compiled programs are not kept: %s", error)
+        return
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
         raise ConfigError(f"the compilation cache {folder} can be written by others; wanted a folder that only you "
                           "can write (chmod 700)")
@@ -320,23 +355,30 @@ def use_compilation_cache(folder: Path) -> None:
 
 
 class _Termination:
-    """Notices SIGTERM; a second one ends the process at once."""
+    """Notices SIGTERM and Ctrl-C; a second one ends the process at once."""
 
     def __init__(self):
         self.asked = False
+        self._before = {}
 
     def __enter__(self):
-        try:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # signals reach the main thread only
-            self._before = None
+        with contextlib.suppress(ValueError):  # signals reach the main thread only
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_):
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, together: bool) -> bool:
+        """Whether to stop now. Several hosts decide it where they all wait for each other anyway (`together`)."""
+        if jax.process_count() == 1:
+            return self.asked
+        return together and bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
 
     def _ask(self, number, frame):
         if self.asked:
             os._exit(128 + number)
         self.asked = True
+        print("stopping after this step, which is saved; once more to stop at once", file=sys.stderr)

@@ -126,11 +126,12 @@ def make_optimizer(
 ) -> Optimizer:
     """The chain: clip, precondition, decay, learning rate, per-layer factors, bounds; nothing for frozen parameters.
 
-    `params` may be abstract. Raises `ConfigError` when a pattern of `freeze` or `multipliers` matches no parameter,
+    `params` may be abstract. Raises `ConfigError` when a pattern of `freeze`, `multipliers` or `decay` matches none,
     or when everything is frozen.
     """
     names = [name for name, _ in named_leaves(params)]
-    for field, patterns in (("freeze", config.freeze), ("multipliers", [p for p, _ in config.multipliers])):
+    for field, patterns in (("freeze", config.freeze), ("multipliers", [p for p, _ in config.multipliers]),
+                            ("decay", [config.decay] if config.weight_decay else [])):
         for pattern in patterns:
             if not any(re.search(pattern, name) for name in names):
                 raise ConfigError(f"optimizer.{field} has {pattern!r}, which matches none of the {len(names)} "
@@ -164,6 +165,9 @@ def make_optimizer(
 
 
 def _adafactor(b1: float, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Adafactor as Zhai et al. 2022 (section 3.4) use it: factored second moment, first moment, clipped updates."""
-    return optax.chain(optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=128),
+    """Adafactor as Zhai et al. 2022 (section 3.4) use it: factored second moment, first moment, clipped updates.
+
+    Dimensions from 32 on are factored, so that the kernels [d h k] of attention are.
+    """
+    return optax.chain(optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=32),
                        optax.clip_by_block_rms(1.0), optax.ema(b1, debias=False, accumulator_dtype=dtype))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
-from jaxmm.evals import KNN, Classification, Retrieval, ZeroShot
+from jaxmm.evals import KNN, Classification, LinearProbe, Retrieval, ZeroShot
 from jaxmm.evals.common import accuracy, embed, outputs, predict_fn, spread, whole_batch
 from tests.evals.conftest import SIDE, LinearTask, MemorySource
 
@@ -47,6 +47,16 @@ def test_batches_are_cut_over_the_data_axes_and_results_are_whole(params, pictur
     assert seen == [(2, SIDE, SIDE, 3)]
     out = predict_fn(LinearTask(), ("features",), mesh)(params, {"image": np.zeros((8, SIDE, SIDE, 3), np.uint8)})
     assert out["features"].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("classes", ["abc", "abcdefg"])
+def test_the_names_that_are_announced_are_those_that_come(classes, context, params, pictures):
+    labels = tuple(np.arange(9) % len(classes))
+    source = MemorySource(pictures(9), labels=labels, classes=tuple(classes), captions=[("a", "b c")] * 9)
+    ctx = context(source, train=source, params=params | {"head": params["head"][:, :len(classes)]})
+    for evaluator in (Classification(), KNN(k=1), LinearProbe(), Retrieval(ks=(1, 3)), ZeroShot()):
+        names = evaluator.metrics(ctx)
+        assert names == tuple(name for name, _ in evaluator.run(ctx)) and len(names) > 0
 
 
 def test_batch_size_is_rounded_up_to_the_devices(mesh):

@@ -121,7 +121,8 @@ def test_bf16():
 def test_initial_values():
     """Zero head with its bias, zero class token; CLIP's and the learned table's spreads."""
     config = replace(TINY, transformer=replace(STACK, width=96), head_bias=-10.0)
-    timm = replace(config, head_init="normal", transformer=replace(config.transformer, init="clip"))
+    timm = replace(config, head_init="normal", positions_std=None,
+                   transformer=replace(config.transformer, init="torch"))
 
     def some(config):
         def init(key):

@@ -96,9 +96,14 @@ def test_initial_spread():
     deep = width**-0.5 * (2 * depth) ** -0.5
     np.testing.assert_allclose(spread("clip"), [width**-0.5, deep, (2 * width) ** -0.5, deep], rtol=0.05)
     np.testing.assert_allclose(spread("normal"), [0.02] * 4, rtol=0.05)
-    bounds = [np.sqrt(6 / (2 * width))] * 2 + [np.sqrt(6 / (width + hidden))] * 2
-    for kernel, bound in zip(kernels("xavier"), bounds, strict=True):
-        assert 0.98 * bound < abs(kernel).max() <= bound
+    uniform = {
+        "xavier": [np.sqrt(6 / (2 * width))] * 2 + [np.sqrt(6 / (width + hidden))] * 2,
+        # torch.nn.MultiheadAttention draws its input projections as one [3d, d] matrix; Linear within fan_in^-1/2
+        "torch": [np.sqrt(6 / (4 * width)), width**-0.5, width**-0.5, hidden**-0.5],
+    }
+    for init, bounds in uniform.items():
+        for kernel, bound in zip(kernels(init), bounds, strict=True):
+            assert 0.98 * bound < abs(kernel).max() <= bound
 
 
 def test_remat_gives_the_same_gradient():

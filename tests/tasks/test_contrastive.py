@@ -104,6 +104,7 @@ def test_scale_is_held_between_1_and_100():
     (pattern, low, high), = SOFTMAX.bounds
     assert pattern == "^logit_scale$" and math.exp(low) == 1
     np.testing.assert_allclose(math.exp(high), 100)
+    assert SIGMOID.bounds == ()                        # SigLIP's own goes beyond
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class Words:
 
     context_length: int = 7
     vocab_size: int = 9
-    eos_id: int = 4
+    eos_id: int = 8
+    pad_id: int = 0
 
 
 def with_text(**fields):
@@ -126,7 +128,7 @@ def bind(task, **fields):
 def test_bind():
     assert bind(SOFTMAX) == SOFTMAX
     assert bind(with_text(vocab_size=None)).model.text.vocab_size == 9
-    assert bind(with_text(pool="eos")).model.text.eos_id == 4
+    assert bind(with_text(pool="eos")).model.text.eos_id == 8
     assert bind(with_text(pool="eos", eos_id=6)).model.text.eos_id == 6
 
 
@@ -134,10 +136,16 @@ def test_bind():
     ({"image_size": 8}, "data.image.size is 8; wanted the model's task.model.vision.image_size = 6"),
     ({"tokenizer": None}, "data.train has no texts"),
     ({"tokenizer": Words(context_length=9)}, "data.tokenizer.context_length is 9; wanted .* = 7"),
+    ({"tokenizer": Words(eos_id=4)}, "task.model.text.pool is 'argmax'; wanted eos: this tokenizer's end token is 4"),
     ({"tokenizer": Words(vocab_size=12)}, "task.model.text.vocab_size is 11; wanted None, or at least .* 12")])
 def test_bind_refuses(fields, message):
     with pytest.raises(ConfigError, match=message):
         bind(SOFTMAX, **fields)
+
+
+def test_bind_refuses_another_padding():
+    with pytest.raises(ConfigError, match=r"task\.model\.text\.pad_id is 3; wanted None, or the tokenizer's 0"):
+        bind(with_text(pad_id=3))
 
 
 def test_sigmoid_needs_a_bias():

@@ -79,6 +79,7 @@ class Linear(Task):
     poison: tuple[tuple[int, int], ...] = ()
     width: int = 3
     """Of a factor between pixels and classes, so that runs can differ in their arrays."""
+    reads: ClassVar = ("image", "label")
     decomposes: ClassVar[bool] = True
 
     def bind(self, *, image_size, classes, tokenizer):
@@ -106,6 +107,12 @@ class Linear(Task):
     def loss(self, params, extra, batch, rng):
         loss, (_, metrics) = super().loss(params, extra, batch, rng)
         return loss, ({"seen": extra["seen"] + len(batch["label"])}, metrics)
+
+
+class Plain(Linear):
+    """The same without extra state, so that its loss can be computed in parts."""
+
+    loss = Task.loss
 
 
 LINEAR = TrainConfig(

@@ -10,12 +10,22 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmm.config import CheckpointConfig, ConfigError, DataConfig, Evaluator, ImageConfig, MeshConfig, to_dict
+from jaxmm.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    Evaluator,
+    ImageConfig,
+    MeshConfig,
+    TokenizerConfig,
+    to_dict,
+)
 from jaxmm.data.sources import DataError
+from jaxmm.evals import Classification
 from jaxmm.training import loop
 from jaxmm.training.checkpoint import CheckpointError, Checkpoints
 from jaxmm.training.loop import TrainError, train, use_compilation_cache
-from tests.training.common import LINEAR, Linear, assert_same_bits, lines, poison, restored
+from tests.training.common import LINEAR, Linear, Plain, assert_same_bits, clip_run, lines, poison, restored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +33,18 @@ class Scripted(Evaluator):
     """Yields one of `grades` at a time."""
 
     grades: tuple[float, ...]
+    name: str = "val/grade"
     seen: ClassVar[list] = []
 
     def check(self, context):
         pass
 
+    def metrics(self, context):
+        return (self.name,)
+
     def run(self, context):
         self.seen.append(np.array(context.params["head"]["bias"]))
-        yield "val/grade", self.grades[len(self.seen) - 1]
+        yield self.name, self.grades[len(self.seen) - 1]
 
 
 def graded(*grades, **fields):
@@ -84,6 +98,28 @@ def test_a_metric_that_no_evaluator_yields_is_named(tmp_path):
     config = graded(0.5, steps=1, checkpoint=CheckpointConfig(best="val/top2"))
     with pytest.raises(ConfigError, match=r"checkpoint.best is 'val/top2'; wanted one of val/grade"):
         train(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"checkpoint.best is 'val/grade'; wanted one of no metrics"):
+        train(replace(LINEAR, checkpoint=CheckpointConfig(best="val/grade")), tmp_path)
+    assert Scripted.seen == [] and not (tmp_path / "config.json").exists()
+
+
+def test_two_evaluators_of_one_name_are_refused(tmp_path):
+    config = replace(graded(), evals=(Scripted(grades=()), Scripted(grades=(1.0,))))
+    with pytest.raises(ConfigError, match=r"evals is 'val/grade'; wanted different names"):
+        train(config, tmp_path)
+
+
+def test_of_losses_the_lowest_is_the_best(tmp_path):
+    kept = CheckpointConfig(every=4, keep=1, best="val/loss")
+    config = graded(0.5, 0.3, 0.4, 0.9, steps=8, eval_every=2, checkpoint=kept)
+    train(replace(config, evals=(replace(config.evals[0], name="val/loss"),)), tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 8]
+
+
+def test_an_evaluator_with_a_source_needs_no_held_out_one(tmp_path):
+    Scripted.seen.clear()
+    config = replace(LINEAR, steps=1, evals=(Scripted(grades=(0.25,), source="digits:test"), Classification()))
+    assert train(config, tmp_path) == {"val/grade": 0.25}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -124,17 +160,18 @@ def test_a_run_goes_on_exactly(whole, tmp_path):
     assert_same_bits(restored(tmp_path, 12), restored(whole, 12))
 
 
-def test_sigterm_saves_and_the_run_goes_on_exactly(whole, tmp_path, capsys):
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_when_asked_to_stop_it_saves_and_the_run_goes_on_exactly(number, whole, tmp_path, capsys):
+    before = signal.getsignal(number)
 
     def ask(step, batch):
         if step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     assert train(LINEAR, tmp_path, observe=ask) == {}
     assert "stopped after step 6 as asked, everything is saved" in capsys.readouterr().err
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 6]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     assert not (tmp_path / "report.html").exists()
     train(LINEAR, tmp_path)
     assert lines(tmp_path, "train/loss") == lines(whole, "train/loss")
@@ -191,11 +228,12 @@ def test_another_configuration_is_refused(whole, change, message):
 
 
 def test_what_is_free_may_change(whole, tmp_path):
-    train(replace(LINEAR, steps=4), tmp_path)
+    plain = replace(LINEAR, task=Plain())
+    train(replace(plain, steps=4), tmp_path)
     free = {"microbatches": 2, "log_every": 3, "mesh": MeshConfig(data=2), "nonfinite": "skip", "max_skips": 7,
             "eval_every": 5, "checkpoint": CheckpointConfig(every=5), "steps": 9,
             "data": replace(LINEAR.data, val="digits:test", max_bad=0.5)}
-    train(replace(LINEAR, **free), tmp_path)
+    train(replace(plain, **free), tmp_path)
     assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4, 6, 9]
     np.testing.assert_allclose(lines(tmp_path, "train/loss")[-2:],
                                [pair for pair in lines(whole, "train/loss") if pair[0] in (6, 9)], rtol=1e-5)
@@ -218,8 +256,29 @@ def test_a_training_source_that_changed_is_refused(tmp_path):
 
 def test_a_work_folder_with_a_broken_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"config": ')
-    with pytest.raises(ConfigError, match=r"config.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"config.json is not what a run writes: JSONDecodeError"):
         train(LINEAR, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"config.json is not what a run writes: KeyError: 'config'"):
+        train(LINEAR, tmp_path)
+
+
+def test_a_loss_with_extra_state_is_not_computed_in_parts(tmp_path):
+    with pytest.raises(ConfigError, match=r"microbatches is 2; wanted 1: the loss of Linear"):
+        train(replace(LINEAR, microbatches=2), tmp_path)
+
+
+def test_a_refused_start_leaves_nothing_behind(tmp_path):
+    config = clip_run(tmp_path / "tfds", steps=1)
+    short = replace(config, data=replace(config.data, tokenizer=TokenizerConfig(vocab_size=150, context_length=9)))
+    with pytest.raises(ConfigError, match="context_length is 9"):
+        train(short, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] in ([], [".lock"])
+    train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()
+    (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds no tokenizer"):
+        train(replace(config, steps=2), tmp_path / "run")
 
 
 def test_batches_that_do_not_divide_are_refused_before_anything_is_written(tmp_path):
@@ -258,6 +317,12 @@ def test_too_many_bad_records_stop_the_run(tmp_path):
         train=f"folder:{folder.parent}", val=None, batch_size=16, image=ImageConfig(size=8), max_bad=0.01))
     with pytest.raises(DataError, match=r"records were bad .*not an image.*data.max_bad allows a share of 0.01"):
         train(config, tmp_path / "run")
+    lenient = replace(config, data=replace(config.data, max_bad=0.5))
+    train(replace(lenient, steps=10), tmp_path / "counted")
+    train(replace(lenient, steps=20), tmp_path / "counted")                # goes on counting
+    train(replace(lenient, steps=20), tmp_path / "at once")
+    counts = [lines(tmp_path / run, "data/bad_records") for run in ("counted", "at once")]
+    assert counts[0] == counts[1] and 0 < counts[0][9][1] < counts[0][19][1]
 
 
 @pytest.fixture
