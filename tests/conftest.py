@@ -30,4 +30,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (cache := _private_cache())
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+def pytest_terminal_summary(terminalreporter):
+    """Shows the figures that tests hand to `record_property`, also those of tests that passed."""
+    figures = [figure for report in terminalreporter.getreports("passed") for figure in report.user_properties]
+    if figures:
+        terminalreporter.section("figures")
+    for name, figure in figures:
+        terminalreporter.write_line(f"{name}: {figure}")
+
+
 install_import_hook("jaxmm", "tests.typecheck.typechecked")

@@ -8,7 +8,7 @@ import pytest
 import run_train
 from jaxmm.training import loop
 from jaxmm.training.checkpoint import MANIFEST
-from tests.training.common import LINEAR, lines
+from tests.training.common import Plain, lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +66,7 @@ def test_the_documented_names_are_options(recipe):
         for part in name.replace("-", "_").split("."):
             found = getattr(found, part)
         assert found == value, name
-    assert parsed.train.task == LINEAR.task and parsed.train.optimizer.schedule == "constant"
+    assert parsed.train.task == Plain() and parsed.train.optimizer.schedule == "constant"
 
 
 def test_a_recipe_may_define_its_own_task(command, recipe, tmp_path):

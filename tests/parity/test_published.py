@@ -73,11 +73,18 @@ def same_tree(ours, config_init):
     assert jax.tree.map(np.shape, ours) == shapes
 
 
+def close(ours, theirs, tolerance, name, record_property):
+    """Whether the largest absolute difference is below `tolerance`; the figure is shown at the end."""
+    difference = float(np.abs(np.asarray(ours) - theirs.numpy()).max())
+    record_property(f"{name}, largest absolute difference", f"{difference:.1e}")
+    assert difference < tolerance
+
+
 def as_arrays(tree):
     return jax.tree.map(jnp.asarray, tree)
 
 
-def test_vit():
+def test_vit(record_property):
     config = transformers.ViTConfig(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS,
                                     intermediate_size=MLP, image_size=20, patch_size=5, layer_norm_eps=1e-12,
                                     num_labels=7)
@@ -106,9 +113,9 @@ def test_vit():
     out = ours.apply(as_arrays({"params": params}), jnp.asarray(image), train=False, hidden=True)
     with torch.no_grad():
         want = theirs(torch.tensor(image.transpose(0, 3, 1, 2)), output_hidden_states=True)
-    assert np.abs(out.logits - want.logits.numpy()).max() < 1e-4
+    close(out.logits, want.logits, 1e-4, "ViT logits", record_property)
     for layer in range(DEPTH - 1):
-        assert np.abs(out.hidden[layer] - want.hidden_states[layer + 1].numpy()).max() < 1e-4
+        close(out.hidden[layer], want.hidden_states[layer + 1], 1e-4, f"ViT layer {layer}", record_property)
 
 
 def clip_like(siglip: bool):
@@ -135,19 +142,20 @@ def pictures():
     return RNG.standard_normal((3, 20, 20, 3), np.float32)
 
 
-def compare(params, config, theirs, image, ids):
+def compare(params, config, theirs, image, ids, record_property):
     ours = CLIP(config)
     same_tree(params, lambda: ours.init(jax.random.key(0), jnp.asarray(image), jnp.asarray(ids), train=False)["params"])
     out = ours.apply(as_arrays({"params": params}), jnp.asarray(image), jnp.asarray(ids), train=False)
     with torch.no_grad():
         want = theirs(pixel_values=torch.tensor(image.transpose(0, 3, 1, 2)), input_ids=torch.tensor(ids).long())
-    assert np.abs(out.image - want.image_embeds.numpy()).max() < 2e-5
-    assert np.abs(out.text - want.text_embeds.numpy()).max() < 2e-5
+    name = type(theirs).__name__
+    close(out.image, want.image_embeds, 2e-5, f"{name} pictures", record_property)
+    close(out.text, want.text_embeds, 2e-5, f"{name} texts", record_property)
     logits = out.logit_scale * out.image @ out.text.T + out.logit_bias
-    assert np.abs(logits - want.logits_per_image.numpy()).max() < 1e-4
+    close(logits, want.logits_per_image, 1e-4, f"{name} logits", record_property)
 
 
-def test_clip():
+def test_clip(record_property):
     theirs, w = clip_like(siglip=False)
     w["logit_scale"] = np.asarray(w["logit_scale"])
     params = {
@@ -169,10 +177,10 @@ def test_clip():
     config = CLIPConfig(
         vision=ViTConfig(transformer=stack, image_size=20, patch=5, pre_norm=True, patch_bias=False),
         text=TextConfig(transformer=stack, vocab_size=90, context_length=9, pool="eos", eos_id=89), embed_dim=32)
-    compare(params, config, theirs, pictures(), tokens())
+    compare(params, config, theirs, pictures(), tokens(), record_property)
 
 
-def test_siglip():
+def test_siglip(record_property):
     theirs, w = clip_like(siglip=True)
     packed, bias = w["vision_model.head.attention.in_proj_weight"], w["vision_model.head.attention.in_proj_bias"]
     heads = (HEADS, WIDTH // HEADS)
@@ -205,4 +213,4 @@ def test_siglip():
         vision=ViTConfig(transformer=stack, image_size=20, patch=5, pool="map", class_token=False),
         text=TextConfig(transformer=stack, vocab_size=90, context_length=9, causal=False, pool="last"),
         embed_dim=WIDTH, vision_projection=False, text_projection_bias=True, logit_bias=-10.0)
-    compare(params, config, theirs, pictures(), tokens())
+    compare(params, config, theirs, pictures(), tokens(), record_property)

@@ -64,10 +64,11 @@ def assert_learning(losses):
 
 @pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_eight_devices_compute_what_one_does(kind, axes):
+def test_eight_devices_compute_what_one_does(kind, axes, record_property):
     one, many = run(kind, ONE), run(kind, axes)
     assert_learning(one.losses)
-    print(f"{kind} on {axes}: largest relative difference of a loss {np.max(np.abs(many.losses / one.losses - 1)):.1e}")
+    record_property(f"{kind} on {axes}, largest relative difference of a loss from one device's",
+                    f"{np.max(np.abs(many.losses / one.losses - 1)):.1e}")
     np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
     np.testing.assert_allclose(many.norms, one.norms, rtol=1e-4)
     cut = min(many.shares.values())
@@ -87,10 +88,11 @@ def test_unrolled_layers_compute_what_scanned_ones_do(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_microbatches_give_the_same_losses_in_less_memory(kind):
+def test_microbatches_give_the_same_losses_in_less_memory(kind, record_property):
     whole, parts = run(kind, ONE), run(kind, ONE, microbatches=4)
-    print(f"{kind}, batch {BATCH}: temporary memory {whole.temp_bytes:,} bytes with --microbatches 1, "
-          f"{parts.temp_bytes:,} with 4 ({parts.temp_bytes / whole.temp_bytes:.2f} of it)")
+    record_property(f"{kind}, batch {BATCH}, temporary memory",
+                    f"{whole.temp_bytes:,} bytes with --microbatches 1, {parts.temp_bytes:,} with 4 "
+                    f"({parts.temp_bytes / whole.temp_bytes:.2f} of it)")
     np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
     np.testing.assert_allclose(parts.norms, whole.norms, rtol=1e-4)
     assert parts.temp_bytes < 0.6 * whole.temp_bytes
