@@ -20,7 +20,8 @@ import tyro
 from jaxmm.config import ConfigError, TrainConfig, require
 from jaxmm.data.sources import DataError
 from jaxmm.training.checkpoint import CheckpointError
-from jaxmm.training.loop import TrainError, train, use_compilation_cache
+from jaxmm.training.loop import TrainError, train
+from jaxmm.training.process import keep_memory, use_compilation_cache
 
 HERE = Path(__file__).parent
 
@@ -95,6 +96,8 @@ def main(args: list[str]) -> int:
         command = parse(args)
         if command.distributed:
             start_distributed(command.workdir)
+        if jax.default_backend() == "cpu":
+            keep_memory()
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxmm" / "xla"
         use_compilation_cache(command.cache or cache)
         train(command.train, command.workdir or new_workdir(command.config))

@@ -15,7 +15,8 @@ from jaxmm.tasks.classify import Classify
 def get_config() -> TrainConfig:
     """The recipe."""
     model = ViTConfig(
-        transformer=TransformerConfig(width=64, depth=4, heads=4, mlp_dim=192, drop_path=0.1),
+        transformer=TransformerConfig(width=64, depth=4, heads=4, mlp_dim=192, drop_path=0.1, remat="cheap",
+                                      scan=False),
         image_size=8, patch=2, pool="map", class_token=False)
     return TrainConfig(
         task=Classify(model=model, label_smoothing=0.1, mixup=0.3),

@@ -8,6 +8,7 @@ import pytest
 import run_train
 from jaxmm.training import loop
 from jaxmm.training.checkpoint import MANIFEST
+from jaxmm.training.process import use_compilation_cache
 from tests.training.common import Plain, lines
 
 ROOT = Path(__file__).parents[1]
@@ -206,7 +207,7 @@ def test_a_cache_that_cannot_be(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     before = jax.config.jax_compilation_cache_dir
     with caplog.at_level("WARNING"):
-        loop.use_compilation_cache(tmp_path / "file" / "cache")
+        use_compilation_cache(tmp_path / "file" / "cache")
     assert "compiled programs are not kept" in caplog.text and "file/cache" in caplog.text
     assert jax.config.jax_compilation_cache_dir == before
 

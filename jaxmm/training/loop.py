@@ -4,12 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import logging
-import os
 import platform
-import signal
-import stat
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +13,6 @@ from typing import Any
 import filelock
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxmm.config import ConfigError, Evaluator, TrainConfig, require, save_config, to_dict
 from jaxmm.data.pipeline import FaultCounter, TrainIterator, train_batches
@@ -30,11 +24,10 @@ from jaxmm.tasks.base import Task
 from jaxmm.training.checkpoint import Checkpoints
 from jaxmm.training.logs import MetricLog, Watch, duration
 from jaxmm.training.optimizer import Optimizer, make_optimizer
+from jaxmm.training.process import Termination
 from jaxmm.training.state import State, abstract_state, sharded_state
 from jaxmm.training.step import compile_step
 from jaxmm.viz import write_report
-
-log = logging.getLogger(__name__)
 
 INPUTS = ("image", "tokens", "label", "image_id", "text_id")
 """What of a batch goes to the devices."""
@@ -85,7 +78,7 @@ def train(
         raise ConfigError(f"workdir is {str(workdir)!r}, which cannot be written: {error}") from None
     with lock:
         setup = prepare(config, workdir)
-        with jax.set_mesh(setup.mesh), _Termination() as termination:
+        with jax.set_mesh(setup.mesh), Termination() as termination:
             return _run(setup, termination, observe)
 
 
@@ -203,7 +196,7 @@ def _changes(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name} was {old!r} and is {new!r}"]
 
 
-def _run(setup: Setup, termination: "_Termination", observe) -> dict[str, float]:
+def _run(setup: Setup, termination: "Termination", observe) -> dict[str, float]:
     config, workdir = setup.config, setup.workdir
     primary = jax.process_index() == 0
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
@@ -334,51 +327,3 @@ def _evaluate(setup, state, metric_log, watch, checkpoints) -> tuple[dict[str, f
         watch.say(f"step {step}, evaluated in {duration(spent)}: "
                   + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return metrics, context.examples
-
-
-def use_compilation_cache(folder: Path) -> None:
-    """Keeps compiled programs in `folder`, so that the next start is fast.
-
-    Whoever can write there can run code as this user: a folder that others may write is refused with `ConfigError`.
-    Without one that can be made and written, programs are compiled each time, with a warning.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
-    except OSError as error:
-        log.warning("compiled programs are not kept: %s", error)
-        return
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
-        raise ConfigError(f"the compilation cache {folder} can be written by others; wanted a folder that only you "
-                          "can write (chmod 700)")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-class _Termination:
-    """Notices SIGTERM and Ctrl-C; a second one ends the process at once."""
-
-    def __init__(self):
-        self.asked = False
-        self._before = {}
-
-    def __enter__(self):
-        with contextlib.suppress(ValueError):  # signals reach the main thread only
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def agreed(self, together: bool) -> bool:
-        """Whether to stop now. Several hosts decide it where they all wait for each other anyway (`together`)."""
-        if jax.process_count() == 1:
-            return self.asked
-        return together and bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
-
-    def _ask(self, number, frame):
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = True
-        print("stopping after this step, which is saved; once more to stop at once", file=sys.stderr)

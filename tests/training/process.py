@@ -18,7 +18,8 @@ import jax
 
 from jaxmm.config import CheckpointConfig, MeshConfig
 from jaxmm.training import checkpoint
-from jaxmm.training.loop import train, use_compilation_cache
+from jaxmm.training.loop import train
+from jaxmm.training.process import use_compilation_cache
 from tests.training.common import clip_run
 
 STEPS, EVERY = 28, 4

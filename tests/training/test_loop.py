@@ -24,7 +24,8 @@ from jaxmm.data.sources import DataError
 from jaxmm.evals import Classification
 from jaxmm.training import loop
 from jaxmm.training.checkpoint import CheckpointError, Checkpoints
-from jaxmm.training.loop import TrainError, train, use_compilation_cache
+from jaxmm.training.loop import TrainError, train
+from jaxmm.training.process import use_compilation_cache
 from tests.training.common import LINEAR, Linear, Plain, assert_same_bits, clip_run, lines, poison, restored
 
 

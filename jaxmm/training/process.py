@@ -1,0 +1,84 @@
+"""What a run asks of its process: compiled programs and memory that are kept, signals that are noticed."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import platform
+import signal
+import stat
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxmm.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+# glibc's malloc.h
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+
+
+def keep_memory() -> None:
+    """Lets this process keep memory that it gave back, where the C library is glibc.
+
+    XLA on CPU takes its work space from malloc in every step. glibc would return it to the system each time and map
+    it afresh, page fault by page fault, which took up to a quarter of a step. Where an accelerator computes, nothing is
+    gained and threads that decode pictures would wait for each other.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for option, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(option, value)
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Keeps compiled programs in `folder`, so that the next start is fast.
+
+    Whoever can write there can run code as this user: a folder that others may write is refused with `ConfigError`.
+    Without one that can be made and written, programs are compiled each time, with a warning.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+    except OSError as error:
+        log.warning("compiled programs are not kept: %s", error)
+        return
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
+        raise ConfigError(f"the compilation cache {folder} can be written by others; wanted a folder that only you "
+                          "can write (chmod 700)")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+class Termination:
+    """Notices SIGTERM and Ctrl-C; a second one ends the process at once."""
+
+    def __init__(self):
+        self.asked = False
+        self._before = {}
+
+    def __enter__(self):
+        with contextlib.suppress(ValueError):  # signals reach the main thread only
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, together: bool) -> bool:
+        """Whether to stop now. Several hosts decide it where they all wait for each other anyway (`together`)."""
+        if jax.process_count() == 1:
+            return self.asked
+        return together and bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
+
+    def _ask(self, number, frame):
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+        print("stopping after this step, which is saved; once more to stop at once", file=sys.stderr)
