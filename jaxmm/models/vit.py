@@ -38,8 +38,14 @@ class ViTConfig:
     """Of the learned table's initial values; None: width^-1/2 (CLIP, big_vision)."""
     position_class: bool = True
     """Whether the class token has a slot in the position table (big_vision: no)."""
+    distillation_token: bool = False
+    """A second class token behind the first, which learned from a teacher (DeiT, Touvron et al. 2021)."""
+    distillation_head: bool = False
+    """A head on that token; the logits are the mean of both heads'."""
     registers: int = 0
     """Extra learned tokens without position (Darcet et al. 2024)."""
+    norm_pooled: bool = False
+    """The final norm after the pooling instead of before (timm's `fc_norm`)."""
     pre_norm: bool = False
     """A layer norm before the stack (CLIP)."""
     patch_bias: bool = True
@@ -61,6 +67,10 @@ class ViTConfig:
         require(self.patch > 0, "patch", self.patch, "a positive number of pixels")
         require(self.image_size > 0 and self.image_size % self.patch == 0, "image_size", self.image_size,
                 f"a multiple of patch = {self.patch}")
+        require(not self.distillation_token or (self.class_token and self.position_class), "distillation_token",
+                self.distillation_token, "False, where there is no class token with a position")
+        require(not self.distillation_head or self.distillation_token, "distillation_head", self.distillation_head,
+                "False, where there is no distillation token")
         require(self.pool != "cls" or self.class_token, "pool", self.pool, "gap or map, where class_token is False")
         require(self.positions != "sincos" or self.transformer.width % 4 == 0, "transformer.width",
                 self.transformer.width, "a multiple of 4, for sin-cos positions")
