@@ -122,7 +122,8 @@ class ViTOutput(NamedTuple):
     """What a vision transformer sees, from tokens to logits."""
 
     tokens: Float[Array, "b t d"]
-    """After the final norm: class token (where there is one), registers, patches."""
+    """After the final norm (before it, with `norm_pooled`): class token, distillation token and registers where there
+    are any, patches."""
     pooled: Float[Array, "b d"]
     """One vector a picture."""
     logits: Float[Array, "b classes"] | None
@@ -164,7 +165,7 @@ class ViT(nn.Module):
         x = patches(image).astype(jnp.float32)
 
         slots = config.grid[0] * config.grid[1]
-        on_class = config.class_token and config.position_class
+        on_class = int(config.class_token and config.position_class) + config.distillation_token
         if config.positions == "learned":
             std = width**-0.5 if config.positions_std is None else config.positions_std
             table = self.param("positions", nn.initializers.normal(std), (slots + on_class, width))
@@ -179,6 +180,9 @@ class ViT(nn.Module):
             init = nn.initializers.normal(width**-0.5) if openai else nn.initializers.zeros
             token = self.param("class_token", init, (width,))
             first.append((token + table[0] if on_class else token)[None])
+        if config.distillation_token:
+            token = self.param("distillation_token", nn.initializers.zeros, (width,))
+            first.append((token + table[1])[None])
         if config.registers:
             first.append(self.param("registers", nn.initializers.normal(0.02), (config.registers, width)))
         if first:
@@ -190,26 +194,35 @@ class ViT(nn.Module):
         if config.pre_norm:
             x = layer_norm(config.transformer, "pre_norm")(x)
         stack = Stack(config.transformer, name="encoder")(x, train=train, hidden=hidden, attention=attention)
-        tokens = layer_norm(config.transformer, "norm")(stack.tokens)
+        norm = layer_norm(config.transformer, "norm")
+        tokens = stack.tokens if config.norm_pooled else norm(stack.tokens)
         pooled = self._pool(tokens, train)
+        if config.norm_pooled:
+            pooled = norm(pooled)
         if config.pre_logits:
             dense = nn.Dense(config.pre_logits, dtype=tokens.dtype, name="pre_logits",
                              kernel_init=nn.initializers.xavier_uniform())
             pooled = nn.tanh(dense(pooled))
         logits = None
         if config.classes:
-            kernel = {"zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)}
-            head = nn.Dense(config.classes, kernel_init=kernel[config.head_init],
-                            bias_init=nn.initializers.constant(config.head_bias), name="head")
-            # Held here, or XLA's partitioner gives wrong gradients below a pre-logits layer on data x fsdp x tensor.
-            logits = constrain_batch(head(pooled.astype(jnp.float32)))
+            logits = self._head("head", pooled)
+            if config.distillation_head:
+                logits = (logits + self._head("distillation_head", tokens[:, 1])) / 2
         return ViTOutput(tokens, pooled, logits, stack.hidden, stack.attention)
+
+    def _head(self, name, pooled):
+        config = self.config
+        kernel = {"zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)}[config.head_init]
+        head = nn.Dense(config.classes, kernel_init=kernel, bias_init=nn.initializers.constant(config.head_bias),
+                        name=name)
+        # Held here, or XLA's partitioner gives wrong gradients below a pre-logits layer on data x fsdp x tensor.
+        return constrain_batch(head(pooled.astype(jnp.float32)))
 
     def _pool(self, tokens, train):
         if self.config.pool == "cls":
             return tokens[:, 0]
         if self.config.pool == "gap":
-            skipped = int(self.config.class_token) + self.config.registers
+            skipped = int(self.config.class_token) + self.config.distillation_token + self.config.registers
             return tokens[:, skipped:].mean(axis=1)
         return MapHead(self.config.transformer, name="map_head")(tokens, train=train)
 

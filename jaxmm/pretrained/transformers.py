@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmm.pretrained.files import FileError, Tensors
+
 from jaxmm.config import ImageConfig
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
@@ -15,7 +17,6 @@ from jaxmm.nn.pixels import IMAGENET, INCEPTION, Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
 from jaxmm.pretrained.checkpoint import Checkpoint, known, unsupported
-from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm, torch_map_head
 from jaxmm.pretrained.tables import CONV, Row, lead
 
@@ -168,7 +169,13 @@ def read_siglip(config, tensors, preprocessor) -> Checkpoint:
         logit_scale=math.log(10), logit_bias=-10.0)
     default = {"size": vision["image_size"], "resample": 3}
     image, pixels, told = read_preprocessor(preprocessor, model.vision, INCEPTION, default)
-    rows = [
+    return Checkpoint(family="transformers", config=model, rows=siglip_rows(), image=image, pixels=pixels,
+                      ignore=(r"\.position_ids$",), notes=told)
+
+
+def siglip_rows() -> list[Row]:
+    """The weights of SigLIP."""
+    return [
         *patches("vision_model.embeddings.patch_embedding", True, "vision/"),
         Row("vision/positions", "vision_model.embeddings.position_embedding.weight"),
         *layers.layers("vision/encoder", "vision_model.encoder.layers.{}", **LAYER),
@@ -176,8 +183,6 @@ def read_siglip(config, tensors, preprocessor) -> Checkpoint:
         *torch_map_head("vision/map_head", "vision_model.head"), *text_rows("text_model"),
         *dense("text_projection", "text_model.head"),
         Row("logit_scale", "logit_scale", lead(1)), Row("logit_bias", "logit_bias", lead(1))]
-    return Checkpoint(family="transformers", config=model, rows=rows, image=image, pixels=pixels,
-                      ignore=(r"\.position_ids$",), notes=told)
 
 
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
@@ -194,7 +199,7 @@ def read_preprocessor(
                                                 "family's released models are",)
     else:
         wanted = config.get("size", default["size"])
-        shortest = isinstance(wanted, int) and default.get("shortest", False) or (
+        shortest = (isinstance(wanted, int) and default.get("shortest", False)) or (
             isinstance(wanted, Mapping) and "shortest_edge" in wanted)
         resize = wanted if isinstance(wanted, int) else wanted.get("shortest_edge", wanted.get("height"))
         if isinstance(wanted, Mapping) and wanted.get("height") != wanted.get("width"):
@@ -212,3 +217,109 @@ def read_preprocessor(
                         interpolation=known(RESAMPLE, resample, "resample"))
     return image, pixels, notes
 
+
+
+def write(config: ViTConfig | CLIPConfig, image: ImageConfig, pixels: Pixels, labels: tuple[str, ...] | None
+          ) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
+    """`config.json`, `preprocessor_config.json` and the rows of a folder that transformers loads.
+
+    Raises `FileError` where no class of transformers computes what the model does.
+    """
+    if isinstance(config, ViTConfig):
+        described, rows = write_vit(config, labels)
+    elif config.logit_bias is None:
+        described, rows = write_clip(config), clip_rows()
+    else:
+        described, rows = write_siglip(config), siglip_rows()
+    return described, write_preprocessor(image, pixels, described["model_type"]), rows
+
+
+def write_stack(stack: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `stack`."""
+    names = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+    return {"hidden_size": stack.width, "num_hidden_layers": stack.depth, "num_attention_heads": stack.heads,
+            "intermediate_size": stack.mlp_dim, "layer_norm_eps": stack.eps, "hidden_act": names[stack.activation]}
+
+
+def write_vit(model: ViTConfig, labels: tuple[str, ...] | None) -> tuple[dict[str, Any], list[Row]]:
+    """`ViTForImageClassification`, `ViTModel` or DeiT's."""
+    _only(model, class_token=True, position_class=True, positions="learned", pool="cls", registers=0, pre_norm=False,
+          norm_pooled=False, patch_bias=True)
+    deit = model.distillation_token
+    kind, heads, prefix = "DeiT" if deit else "ViT", ["classifier"], "deit." if deit else "vit."
+    if model.distillation_head:
+        kind, heads = "DeiT", ["cls_classifier", "distillation_classifier"]
+    architecture = f"{kind}ForImageClassification" + ("WithTeacher" if model.distillation_head else "")
+    if not model.classes:
+        architecture, prefix = f"{kind}Model", ""
+    elif model.pre_logits:
+        raise FileError("transformers has no classifier behind a pre-logits layer; wanted pre_logits None")
+    config = {"model_type": kind.lower(), "architectures": [architecture], "image_size": model.image_size,
+              "patch_size": model.patch, "num_channels": 3, "qkv_bias": True, "encoder_stride": model.patch,
+              "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | write_stack(model.transformer)
+    if model.classes:
+        names = labels or tuple(f"LABEL_{i}" for i in range(model.classes))
+        config |= {"id2label": {str(i): name for i, name in enumerate(names)},
+                   "label2id": {name: i for i, name in enumerate(names)}}
+    if model.pre_logits:
+        config |= {"pooler_output_size": model.pre_logits, "pooler_act": "tanh"}
+    return config, vit_rows(model, prefix, 4, heads)
+
+
+def write_clip(model: CLIPConfig) -> dict[str, Any]:
+    """`CLIPModel`."""
+    vision, text = model.vision, model.text
+    _only(vision, class_token=True, position_class=True, positions="learned", pool="cls", registers=0, pre_norm=True,
+          norm_pooled=False, patch_bias=False, pre_logits=None, distillation_token=False)
+    _only(text, causal=True, pad_id=None)
+    _only(model, vision_projection=True, text_projection_bias=False)
+    if text.pool not in ("eos", "argmax"):
+        raise FileError(f"text.pool is {text.pool!r}; CLIP of transformers pools the end token")
+    eos = 2 if text.pool == "argmax" else text.eos_id  # 2: the largest id, whatever it is
+    common = {"projection_dim": model.embed_dim, "attention_dropout": 0.0}
+    return {
+        "model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": model.embed_dim,
+        "logit_scale_init_value": model.logit_scale,
+        "vision_config": common | {"model_type": "clip_vision_model", "image_size": vision.image_size,
+                                   "patch_size": vision.patch, "num_channels": 3, "attention_dropout": 0.0,
+                          } | write_stack(vision.transformer),
+        "text_config": common | {"model_type": "clip_text_model", "vocab_size": text.vocab_size,
+                                 "max_position_embeddings": text.context_length, "eos_token_id": eos,
+                                 } | write_stack(text.transformer)}
+
+
+def write_siglip(model: CLIPConfig) -> dict[str, Any]:
+    """`SiglipModel`."""
+    vision, text = model.vision, model.text
+    _only(vision, class_token=False, positions="learned", pool="map", registers=0, pre_norm=False, patch_bias=True,
+          pre_logits=None)
+    _only(text, causal=False, pad_id=None, pool="last")
+    _only(model, vision_projection=False, text_projection_bias=True)
+    return {
+        "model_type": "siglip", "architectures": ["SiglipModel"],
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": vision.image_size,
+                          "patch_size": vision.patch, "num_channels": 3, "attention_dropout": 0.0,
+                          } | write_stack(vision.transformer),
+        "text_config": {"model_type": "siglip_text_model", "vocab_size": text.vocab_size,
+                        "max_position_embeddings": text.context_length, "projection_size": model.embed_dim,
+                        "attention_dropout": 0.0,
+                        } | write_stack(text.transformer)}
+
+
+def write_preprocessor(image: ImageConfig, pixels: Pixels, model_type: str) -> dict[str, Any]:
+    """`preprocessor_config.json`, for the image processor of `model_type`."""
+    processor = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip"}[model_type] + "ImageProcessor"
+    resize, square = round(image.size * image.eval_resize), {"height": image.size, "width": image.size}
+    size = {"shortest_edge": resize} if image.eval_crop == "center" else {"height": resize, "width": resize}
+    crop = image.eval_crop == "center" or resize != image.size
+    return {"image_processor_type": processor, "do_resize": True, "size": size, "do_center_crop": crop,
+            "resample": {name: number for number, name in RESAMPLE.items()}[image.interpolation],
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(pixels.mean),
+            "image_std": list(pixels.std)} | ({"crop_size": square} if crop else {})
+
+
+def _only(config: Any, **wanted: Any) -> None:
+    """Raises `FileError` naming what the class of transformers cannot express."""
+    odd = [f"{name} = {getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value]
+    if odd:
+        raise FileError(f"transformers has no such {type(config).__name__}: {', '.join(odd)}")
