@@ -93,7 +93,8 @@ def center_crop(
         # bit for bit as published; with a box Pillow may take the axes in the other order and round differently
         return image.resize((wide, high), method).crop((left, top, left + size, top + size))
     x, y = width / wide, height / high
-    return _resize(image, size, method, (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height)))
+    box = left * x, top * y, min((left + size) * x, width), min((top + size) * y, height)
+    return _resize(image, size, method, box)
 
 
 def _resize(image: Image.Image, size: int, method: Image.Resampling, box: Box | None = None) -> Image.Image:

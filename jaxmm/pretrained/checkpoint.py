@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxmm.pretrained.files import FileError
-
 from jaxmm.config import ImageConfig
 from jaxmm.models.clip import CLIPConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import Pixels
+from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.tables import Row
 
 

@@ -49,7 +49,8 @@ def layers(
     else:
         rows = projections(f"{block}/attention", {name: f"{theirs}.{key}" for name, key in attention.items()})
     return [*rows, *out(f"{block}/attention", f"{theirs}.{out_name}"),
-            *norm(f"{block}/attention_norm", f"{theirs}.{norms[0]}"), *norm(f"{block}/mlp_norm", f"{theirs}.{norms[1]}"),
+            *norm(f"{block}/attention_norm", f"{theirs}.{norms[0]}"),
+            *norm(f"{block}/mlp_norm", f"{theirs}.{norms[1]}"),
             *dense(f"{block}/mlp/up", f"{theirs}.{mlp[0]}"), *dense(f"{block}/mlp/down", f"{theirs}.{mlp[1]}")]
 
 

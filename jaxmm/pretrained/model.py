@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxmm.pretrained.files import FileError, Tensors, open_tensors
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image
 
@@ -22,8 +21,9 @@ from jaxmm.data.transforms import eval_image
 from jaxmm.evals.common import outputs, predict_fn, whole_batch
 from jaxmm.evals.zero_shot import TEMPLATES, unit
 from jaxmm.models.clip import CLIPConfig
-from jaxmm.pretrained import transformers
+from jaxmm.pretrained import open_clip, timm, transformers
 from jaxmm.pretrained.checkpoint import Checkpoint
+from jaxmm.pretrained.files import FileError, Tensors, open_tensors
 from jaxmm.pretrained.source import Files, find
 from jaxmm.pretrained.tables import read_params
 from jaxmm.sharding import shardings
@@ -102,7 +102,7 @@ class Model:
             logits = np.exp(np.asarray(self.params["logit_scale"])) * self.encode_image(pictures) @ text.T
         else:
             if labels is not None:
-                raise ValueError(f"labels is given, but this model has a head for its own {self.config.classes} classes")
+                raise ValueError(f"labels is given, but this model has a head for {self.config.classes} of its own")
             logits = self._run("logits", self._pictures(pictures))
             labels = self.labels or [str(i) for i in range(logits.shape[1])]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -143,7 +143,9 @@ class Model:
         return filled | {"mask": np.arange(size) < count}
 
 
-def load(source: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None, revision: str | None = None) -> Model:
+def load(
+    source: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None, revision: str | None = None
+) -> Model:
     """A published model, from a folder, a file, or the hub (`openai/clip-vit-base-patch32`), ready to use.
 
     Parameters are laid out over `mesh` (default: one device). `dtype` ("float32", "bfloat16") is that of parameters
@@ -166,10 +168,17 @@ def load(source: str | Path, *, mesh: Mesh | None = None, dtype: str | None = No
 
 def understand(files: Files, tensors: Tensors) -> Checkpoint:
     """Which family a checkpoint is of, and what it says of itself. Raises `FileError` where that is unknown."""
-    config = files.json("config.json")
-    if config is not None and "model_type" in config:
+    if (config := files.json("open_clip_config.json")) is not None:
+        return open_clip.read(config, tensors)
+    config = files.json("config.json") or {}
+    if "model_type" in config:
         return transformers.read(config, tensors, files.json("preprocessor_config.json"))
-    raise FileError(f"{files.name} has no configuration that says what model it is: wanted a config.json")
+    if "architecture" in config:
+        return timm.read(config, tensors)
+    if "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors:
+        return open_clip.read_openai(tensors)
+    raise FileError(f"{files.name} has no configuration that says what model it is: wanted a config.json with "
+                    "model_type (transformers) or architecture (timm), an open_clip_config.json, or OpenAI's weights")
 
 
 def _task(found: Checkpoint, dtype: str | None) -> Task:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmm.pretrained.files import FileError, Tensors
-
 from jaxmm.config import ImageConfig
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
@@ -14,6 +12,7 @@ from jaxmm.nn.pixels import Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
 from jaxmm.pretrained.checkpoint import Checkpoint, known, unsupported
+from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
 from jaxmm.pretrained.tables import CONV, Row
 
@@ -53,8 +52,9 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
         pool=known(POOLS, pool, "vision_cfg.pool_type"), norm_pooled=after and pool == "avg",
         pre_norm=not vision.get("no_ln_pre"), patch_bias=False)
     words = TextConfig(
-        transformer=stack(text, text.get("width", 512), text.get("heads", 8)), vocab_size=text.get("vocab_size", 49_408),
-        context_length=text.get("context_length", 77), causal=not text.get("no_causal_mask"),
+        transformer=stack(text, text.get("width", 512), text.get("heads", 8)),
+        vocab_size=text.get("vocab_size", 49_408), context_length=text.get("context_length", 77),
+        causal=not text.get("no_causal_mask"),
         pool=known(TEXT_POOLS, text.get("pool_type", "argmax"), "text_cfg.pool_type"))
     bias = "logit_bias" in tensors
     clip = CLIPConfig(vision=picture, text=words, embed_dim=model["embed_dim"],
@@ -63,7 +63,8 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
                       logit_bias=(model.get("init_logit_bias") or -10.0) if bias else None)
     image = ImageConfig(
         size=_side(shown.get("size", picture.image_size)), interpolation=shown.get("interpolation", "bicubic"),
-        eval_crop=known({"shortest": "center", "squash": "squash"}, shown.get("resize_mode", "shortest"), "resize_mode"))
+        eval_crop=known({"shortest": "center", "squash": "squash"}, shown.get("resize_mode", "shortest"),
+                        "resize_mode"))
     pixels = Pixels(mean=tuple(shown.get("mean", CLIP_PIXELS.mean)), std=tuple(shown.get("std", CLIP_PIXELS.std)))
     notes = () if shown else ("there is no preprocess_cfg: pictures are prepared as OpenAI's models are",)
     return Checkpoint(family="open_clip", config=clip, rows=rows(clip, custom="text.token_embedding.weight" in tensors),
@@ -141,10 +142,12 @@ def write(config: CLIPConfig, image: ImageConfig, pixels: Pixels) -> tuple[dict[
 
     custom = config.logit_bias is not None or config.text_projection_bias or not text.causal
     model = {
-        "embed_dim": config.embed_dim, "quick_gelu": vision.transformer.activation == "quick_gelu", "custom_text": custom,
+        "embed_dim": config.embed_dim, "quick_gelu": vision.transformer.activation == "quick_gelu",
+        "custom_text": custom,
         "vision_cfg": tower(vision.transformer, image_size=vision.image_size, patch_size=vision.patch,
-                            head_width=vision.transformer.width // vision.transformer.heads, pool_type=pools[vision.pool],
-                            no_ln_pre=not vision.pre_norm, final_ln_after_pool=vision.norm_pooled),
+                            head_width=vision.transformer.width // vision.transformer.heads,
+                            pool_type=pools[vision.pool], no_ln_pre=not vision.pre_norm,
+                            final_ln_after_pool=vision.norm_pooled),
         "text_cfg": tower(text.transformer, heads=text.transformer.heads, vocab_size=text.vocab_size,
                           context_length=text.context_length, no_causal_mask=not text.causal,
                           pool_type="argmax" if text.pool == "eos" else pools[text.pool],

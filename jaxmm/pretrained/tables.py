@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxmm.pretrained.files import FileError, Tensor, Tensors
 
+from jaxmm.pretrained.files import FileError, Tensor, Tensors
 from jaxmm.sharding import named_leaves
 
 Shape = tuple[int, ...]

@@ -4,14 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmm.pretrained.files import FileError, Tensors
-
 from jaxmm.config import ImageConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
 from jaxmm.pretrained.checkpoint import Checkpoint, known
+from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
 from jaxmm.pretrained.tables import CONV, FLAT, Row, lead, linear
 
@@ -24,7 +23,7 @@ POOLS = {"token": "cls", "avg": "gap", "map": "map"}
 
 
 def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
-    """Understands timm's `config.json` with its weights. Raises `FileError` for architectures that are not supported."""
+    """Understands timm's `config.json` with its weights. Raises `FileError` for what is not supported."""
     name = config["architecture"]
     found = ARCHITECTURE.fullmatch(name)
     if not found or found["size"] not in HEADS or found["kind"] == "deit3":
@@ -40,8 +39,8 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
     pool = config.get("global_pool") or ("token" if class_token else "avg")
     model = ViTConfig(
         transformer=TransformerConfig(
-            width=width, depth=depth, heads=HEADS[found["size"]], mlp_dim=_shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0],
-            activation=activation, eps=1e-5 if "clip" in tower else 1e-6, init="normal"),
+            width=width, depth=depth, heads=HEADS[found["size"]],
+            mlp_dim=_shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0], activation=activation, eps=1e-5 if "clip" in tower else 1e-6, init="normal"),
         image_size=side, patch=patch, class_token=class_token, pool=known(POOLS, pool, "global_pool"),
         pre_norm="norm_pre.weight" in tensors, patch_bias="patch_embed.proj.bias" in tensors,
         norm_pooled="fc_norm.weight" in tensors, distillation_token=distilled,

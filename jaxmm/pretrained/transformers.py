@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxmm.pretrained.files import FileError, Tensors
-
 from jaxmm.config import ImageConfig
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
@@ -17,6 +15,7 @@ from jaxmm.nn.pixels import IMAGENET, INCEPTION, Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
 from jaxmm.pretrained.checkpoint import Checkpoint, known, unsupported
+from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm, torch_map_head
 from jaxmm.pretrained.tables import CONV, Row, lead
 
@@ -34,6 +33,7 @@ SIGLIP_TEXT = STACK | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6
 LAYER = {"attention": {name: f"self_attn.{name[0]}_proj" for name in layers.PARTS}, "out_name": "self_attn.out_proj",
          "mlp": ("mlp.fc1", "mlp.fc2"), "norms": ("layer_norm1", "layer_norm2")}
 """Of CLIP and SigLIP."""
+HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 VIT_LAYERS = {
     4: ("encoder.layer.{}", {"attention": {name: f"attention.attention.{name}" for name in layers.PARTS},
                              "out_name": "attention.output.dense", "mlp": ("intermediate.dense", "output.dense")}),
@@ -66,7 +66,7 @@ def read_vit(config, tensors, preprocessor) -> Checkpoint:
     deit, full = config["model_type"] == "deit", VIT | config
     prefix = next((p for p in ("vit.", "deit.") if any(key.startswith(p) for key in tensors)), "")
     version = 5 if any(key.startswith(f"{prefix}layers.") for key in tensors) else 4
-    heads = [name for name in ("classifier", "cls_classifier", "distillation_classifier") if f"{name}.weight" in tensors]
+    heads = [name for name in HEADS if f"{name}.weight" in tensors]
     pooler = f"{prefix}pooler.dense.weight"
     model = ViTConfig(
         transformer=stack(full), image_size=full["image_size"], patch=full["patch_size"],
@@ -79,7 +79,8 @@ def read_vit(config, tensors, preprocessor) -> Checkpoint:
                      "were trained with 1e-6")
     if deit and "cls_classifier" not in heads and heads:
         notes.append("only the class token's head is in the file; DeiT averages it with that of the distillation token")
-    default = {"size": 256, "crop": 224, "resample": 3} if deit else {"size": full["image_size"], "resample": 2}
+    side = full["image_size"]
+    default = {"size": round(side * 8 / 7), "crop": side, "resample": 3} if deit else {"size": side, "resample": 2}
     image, pixels, told = read_preprocessor(preprocessor, model, IMAGENET if deit else INCEPTION, default)
     labels = config.get("id2label")
     return Checkpoint(
