@@ -40,7 +40,8 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
     model = ViTConfig(
         transformer=TransformerConfig(
             width=width, depth=depth, heads=HEADS[found["size"]],
-            mlp_dim=_shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0], activation=activation, eps=1e-5 if "clip" in tower else 1e-6, init="normal"),
+            mlp_dim=_shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0], activation=activation,
+            eps=1e-5 if "clip" in tower else 1e-6, init="normal"),
         image_size=side, patch=patch, class_token=class_token, pool=known(POOLS, pool, "global_pool"),
         pre_norm="norm_pre.weight" in tensors, patch_bias="patch_embed.proj.bias" in tensors,
         norm_pooled="fc_norm.weight" in tensors, distillation_token=distilled,
