@@ -21,7 +21,7 @@ from jaxmm.data.transforms import eval_image
 from jaxmm.evals.common import outputs, predict_fn, whole_batch
 from jaxmm.evals.zero_shot import TEMPLATES, unit
 from jaxmm.models.clip import CLIPConfig
-from jaxmm.pretrained import open_clip, timm, transformers
+from jaxmm.pretrained import npz, open_clip, timm, transformers
 from jaxmm.pretrained.checkpoint import Checkpoint
 from jaxmm.pretrained.files import FileError, Tensors, open_tensors
 from jaxmm.pretrained.source import Files, find
@@ -152,7 +152,7 @@ def load(
     and activations; None: float32. Raises `FileError`, which lists all that does not fit.
     """
     files = find(source, revision=revision)
-    tensors = open_tensors(files.weights)
+    tensors = npz.unwrapped(open_tensors(files.weights))
     found = understand(files, tensors)
     for note in found.notes:
         log.warning("%s: %s", files.name, note)
@@ -177,6 +177,8 @@ def understand(files: Files, tensors: Tensors) -> Checkpoint:
         return timm.read(config, tensors)
     if "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors:
         return open_clip.read_openai(tensors)
+    if files.weights.suffix == ".npz":
+        return npz.read(tensors, files.name)
     raise FileError(f"{files.name} has no configuration that says what model it is: wanted a config.json with "
                     "model_type (transformers) or architecture (timm), an open_clip_config.json, or OpenAI's weights")
 
