@@ -92,12 +92,11 @@ def start_distributed(workdir: Path | None) -> None:
 def main(args: list[str]) -> int:
     """Parses, trains, and turns what can go wrong into one line; the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    keep_memory()
     try:
         command = parse(args)
         if command.distributed:
             start_distributed(command.workdir)
-        if jax.default_backend() == "cpu":
-            keep_memory()
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxmm" / "xla"
         use_compilation_cache(command.cache or cache)
         train(command.train, command.workdir or new_workdir(command.config))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 # glibc gives XLA's work space back to the system after every step and maps it afresh, page fault by page fault,
 # before the next. With these it stays with the process, whoever's library asked for it.
-KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 
 
 def vendor_shim(folder: Path) -> Path | None:

@@ -141,9 +141,11 @@ def ours(case: Case, weights: Path, gpu: bool):
     from jaxmm.tasks.classify import Classify
     from jaxmm.tasks.contrastive import Contrastive
     from jaxmm.training.optimizer import make_optimizer
+    from jaxmm.training.process import keep_memory
     from jaxmm.training.state import init_state
     from jaxmm.training.step import compile_step, compiler_options
 
+    keep_memory()  # as run_train.py does
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     platform = jax.devices()[0].platform
     kind, name = case.model.split(":")

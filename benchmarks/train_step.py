@@ -1,6 +1,6 @@
 """Seconds a step: jaxmm against transformers on the same cores or GPU, at the same weights, sizes and batch.
 
-    python -m benchmarks.train_step [--only NAME] [--rounds N] [--json FILE] [--force]
+    python -m benchmarks.train_step [--only NAME] [--rounds N] [--json [FILE]] [--force]
 
 On a CPU: ViT-B/16 forward and train step (forward, backward, AdamW) and CLIP ViT-B/32 train step, batch 8, fp32. MKL,
 which torch multiplies with, leaves AVX-512 unused on other vendors' processors; so there are two arms. `as
@@ -103,7 +103,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=7, help="rounds that must count")
     parser.add_argument("--tolerance", type=float, default=0.08, help="how far from its best speed a round may be")
     parser.add_argument("--batch", type=int, help="instead of the cases' own")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, with the machine")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
+                        help="write the rows there, with the machine; without FILE, to standard output")
     parser.add_argument("--force", action="store_true", help="record on a busy machine too; the record says so")
     args = parser.parse_args()
     gpu = gpu_name()
@@ -128,8 +129,11 @@ def main():
         for case in cases:
             rows += [row | {"busy": row["busy"] or loaded, "machine": about}
                      for row in measure(case, arms, args, gpu is not None, folder)]
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+            if args.json not in (None, "-"):
+                Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    if args.json == "-":
+        print(json.dumps(rows, indent=1))
+        return
     table = Table(title=f"{gpu or about['processor']}, {about['cores']} cores")
     for column in ("", "arm", "ours ms", "theirs ms", "ratio", "of peak", "theirs"):
         table.add_column(column, justify="left" if column in ("", "arm") else "right")

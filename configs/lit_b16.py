@@ -3,9 +3,9 @@ r"""Locked-image tuning (LiT, Zhai et al. 2022): a text tower learns to read a p
     python run_train.py --config configs/lit_b16.py --workdir runs/lit --data.train tfds:MY_PAIRS:train \
         --data.tokenizer.file vocab.txt
 
-Every parameter under `vision/` is frozen: no gradient is computed for it and no optimizer state is kept. Its worth is
-that of the picture tower it starts from. The tower has no projection and the text tower is projected onto it, as in
-the paper's B/16 models.
+Every parameter under `vision/` is frozen: no gradient is computed for it and no optimizer state is kept. The tower has
+no projection and the text tower is projected onto it, as in the paper's B/16 models. Its worth is that of the picture
+tower it starts from, and as it stands this recipe starts from a random one.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
