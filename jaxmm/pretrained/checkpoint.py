@@ -30,7 +30,7 @@ class Checkpoint:
     """What a user should know of this checkpoint's traps, and what was used."""
 
 
-def known(table: Mapping[str, Any], value: str, name: str) -> Any:
+def known(table: Mapping[Any, Any], value: Any, name: str) -> Any:
     """`table[value]`; raises `FileError` naming the field `name`, the value and what is supported."""
     if value not in table:
         raise FileError(f"{name} is {value!r}; supported are {', '.join(map(str, table))}")

@@ -19,6 +19,8 @@ ARCHITECTURE = re.compile(r"(?P<kind>vit|deit|deit3)_(?P<size>\w+?)(?P<distilled
 HEADS = {"tiny": 3, "xsmall": 6, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16, "giant": 16,
          "gigantic": 16, "so400m": 16, "giantopt": 16}
 """The only size that the weights do not show."""
+TANH = re.compile(r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip\w*|vit_large_patch16_siglip(_gap)?_512")
+"""SigLIP was trained with the approximate GELU throughout; timm computes the exact one but in these."""
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
 
 
@@ -35,7 +37,7 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
     slots = _shape(tensors, "pos_embed", 3)[1] - class_token - distilled
     side = round(slots**0.5) * patch
     depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
-    activation = {"_clip_quickgelu": "quick_gelu", "_siglip": "gelu_tanh"}.get(tower, "gelu")
+    activation = "quick_gelu" if tower == "_clip_quickgelu" else "gelu_tanh" if TANH.fullmatch(name) else "gelu"
     pool = config.get("global_pool") or ("token" if class_token else "avg")
     model = ViTConfig(
         transformer=TransformerConfig(
@@ -55,6 +57,9 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
                             "interpolation"))
     pixels = Pixels(mean=tuple(shown.get("mean", Pixels().mean)), std=tuple(shown.get("std", Pixels().std)))
     notes = () if shown else ("there is no pretrained_cfg: mean and std are taken to be 0.5",)
+    if tower == "_siglip" and activation == "gelu":
+        notes += ("timm computes this model with the exact GELU, and so does jaxmm; SigLIP was trained with the "
+                  "approximation by tanh",)
     names = config.get("label_names")
     return Checkpoint(family="timm", config=model, rows=rows(model), image=image, pixels=pixels, notes=notes,
                       labels=tuple(names) if names and len(names) == model.classes else None)
