@@ -1,7 +1,9 @@
 """A model with its own preprocessing and words: `jaxmm.load`, and what is done with what it returns."""
 
+import json
 import logging
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -23,9 +25,9 @@ from jaxmm.evals.zero_shot import TEMPLATES, unit
 from jaxmm.models.clip import CLIPConfig
 from jaxmm.pretrained import npz, open_clip, timm, transformers
 from jaxmm.pretrained.checkpoint import Checkpoint
-from jaxmm.pretrained.files import FileError, Tensors, open_tensors
+from jaxmm.pretrained.files import FileError, Tensors, open_tensors, write_safetensors
 from jaxmm.pretrained.source import Files, find
-from jaxmm.pretrained.tables import read_params
+from jaxmm.pretrained.tables import read_params, write_tensors
 from jaxmm.sharding import shardings
 from jaxmm.tasks.base import Task
 from jaxmm.tasks.classify import Classify
@@ -67,7 +69,7 @@ class Model:
     def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "b t"]:
         """Texts as token ids, cut and padded as the model was trained to read them."""
         if self.tokenizer is None:
-            raise FileError("this model has no tokenizer: it reads no texts, or its files lack one")
+            raise FileError("this model has no tokenizer; token ids can be given to task.predict['text']")
         return self.tokenizer(texts)
 
     def encode_image(self, pictures: Iterable[Picture]) -> Float[np.ndarray, "b e"]:
@@ -108,6 +110,32 @@ class Model:
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         return [[(labels[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]] for row in shares]
+
+    def save(self, folder: str | Path, *, format: str) -> None:
+        """Writes a new `folder` with configuration, preprocessing and weights, as `format` has them.
+
+        `transformers` and `open_clip` load theirs with nothing missing and nothing left over. Raises `FileError`
+        where that library computes no such model, or where the folder exists.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            raise FileError(f"{folder} exists; wanted a new folder")
+        if format == "transformers":
+            config, preprocessor, rows = transformers.write(self.config, self.image, self.task.pixels, self.labels)
+            texts, weights = {"config.json": config, "preprocessor_config.json": preprocessor}, "model.safetensors"
+        elif format == "open_clip" and isinstance(self.config, CLIPConfig):
+            config, rows = open_clip.write(self.config, self.image, self.task.pixels)
+            texts, weights = {"open_clip_config.json": config}, "open_clip_model.safetensors"
+        else:
+            raise FileError(f"format is {format!r}; wanted transformers, or open_clip for two towers")
+        tensors = write_tensors(self.params, rows)
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)  # of a save that was interrupted
+        part.mkdir(parents=True)
+        for name, value in texts.items():
+            (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(part / weights, tensors, {"format": "pt"})
+        part.rename(folder)
 
     def _prepare(self, picture: Picture) -> UInt8[np.ndarray, "size size 3"]:
         if isinstance(picture, (str, Path)):

@@ -130,7 +130,7 @@ def write_tensors(params: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
         for row, layer in parts:
             ours = np.asarray(leaves[row.ours])
             arrays.append(row.op.write(ours[layer] if row.layered else ours))
-        return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
+        return np.asarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), order="C")
 
     tensors = {}
     for key, parts in groups.items():

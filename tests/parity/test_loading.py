@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.model import load
@@ -95,6 +96,39 @@ def test_transformers_two_towers(kind, tmp_path, record_property):
         assert any("eos_token_id is 2" in note for note in ours.notes)
 
 
+MODELS = {
+    "ViT": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=7)),
+    "DeiT": lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**VISION, num_labels=7)),
+    "ViTModel": lambda: transformers.ViTModel(transformers.ViTConfig(**VISION)),
+    "clip": lambda: contrastive("clip"), "clip of 2021": lambda: contrastive("clip of 2021"),
+    "siglip": lambda: contrastive("siglip"),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_saved_loads_in_transformers_with_the_same_tensors(kind, tmp_path):
+    theirs = shaken(MODELS[kind]())
+    ours = saved(theirs, tmp_path / "theirs")
+    ours.save(tmp_path / "ours", format="transformers")
+    back, told = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    wanted, found = theirs.state_dict(), back.state_dict()
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, found[name]), name
+    one, other = theirs.config.to_dict(), back.config.to_dict()
+    for name in ("hidden_act", "layer_norm_eps", "image_size", "patch_size", "id2label", "vision_config"):
+        if name != "vision_config":
+            assert one.get(name) == other.get(name), name
+        elif name in one:
+            for part in ("hidden_act", "layer_norm_eps", "image_size", "patch_size", "num_attention_heads"):
+                assert one[name][part] == other[name][part], part
+    again = load(tmp_path / "ours")
+    assert again.config == ours.config and again.image == ours.image and again.task.pixels == ours.task.pixels
+    with pytest.raises(FileError, match="exists; wanted a new folder"):
+        ours.save(tmp_path / "ours", format="transformers")
+
+
 def test_what_does_not_fit_is_listed_whole(tmp_path):
     theirs = transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, num_labels=7))
     weights = theirs.state_dict()
@@ -155,6 +189,13 @@ def test_open_clip(change, tmp_path, record_property):
                    theirs.encode_text(torch.from_numpy(WORDS).long(), normalize=True))
     close(predicted(ours, "image"), image, 2e-5, f"open_clip {sorted(change)} pictures", record_property)
     close(predicted(ours, "text", tokens=WORDS), text, 2e-5, f"open_clip {sorted(change)} texts", record_property)
+    ours.save(tmp_path / "ours", format="open_clip")
+    config = json.loads((tmp_path / "ours" / "open_clip_config.json").read_text())["model_cfg"]
+    custom = config.pop("custom_text")
+    back = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    back.load_state_dict(load_file(tmp_path / "ours" / "open_clip_model.safetensors"))
+    back.eval()
+    close(np.asarray(back.encode_image(seen(ours), normalize=True)), image, 1e-6, "open_clip, saved", record_property)
     if change == {"quick_gelu": True}:  # OpenAI's own files have the same names, and no configuration
         torch.save(theirs.state_dict(), tmp_path / "ViT.pt")
         close(predicted(load(tmp_path / "ViT.pt"), "text", tokens=WORDS), text, 2e-5, "OpenAI texts", record_property)
