@@ -87,7 +87,10 @@ class ImageConfig:
     eval_crop: Literal["center", "squash"] = "center"
     """center: shorter side to `eval_resize` x `size`, then the central square; squash: resize both sides."""
     eval_resize: float = 1.0
-    """Shorter side before the central crop, as a multiple of `size` (ImageNet's usual 256/224 is 1.143)."""
+    """Shorter side (squash: both sides) before the central crop, as a multiple of `size` (ImageNet's usual 256/224 is
+    1.143)."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How pictures are resized; with antialiasing, as Pillow does it."""
 
     def __post_init__(self):
         """Checks ranges."""

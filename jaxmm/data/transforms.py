@@ -13,7 +13,7 @@ from PIL import Image
 from jaxmm.config import ImageConfig
 from jaxmm.data.augment import rand_augment
 
-BICUBIC = Image.Resampling.BICUBIC
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Box = tuple[int | float, int | float, int | float, int | float]
 """Left, top, right, bottom in pixels of the picture."""
 
@@ -22,18 +22,18 @@ def train_image(
     image: Image.Image, config: ImageConfig, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "size size 3"]:
     """Random crop, flip and RandAugment as `config` says; all chance comes from `rng`."""
-    size = config.size
+    size, method = config.size, FILTERS[config.interpolation]
     if config.train_crop == "random":
-        image = _resize(image, size, random_box(image.size, config.scale, config.ratio, rng))
+        image = _resize(image, size, method, random_box(image.size, config.scale, config.ratio, rng))
     elif config.train_crop == "pad":
         shift = size // 8
         left, top = rng.integers(-shift, shift + 1, size=2).tolist()
         # what lies outside the picture comes out black
-        image = center_crop(image, size).crop((left, top, left + size, top + size))
+        image = center_crop(image, size, method=method).crop((left, top, left + size, top + size))
     elif config.train_crop == "center":
-        image = center_crop(image, size, config.eval_resize)
+        image = center_crop(image, size, config.eval_resize, method)
     else:
-        image = _resize(image, size)
+        image = _resize(image, size, method)
     if config.flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if config.randaugment_layers:
@@ -43,9 +43,12 @@ def train_image(
 
 def eval_image(image: Image.Image, config: ImageConfig) -> UInt8[np.ndarray, "size size 3"]:
     """The central square, or the whole picture squashed, as `config` says."""
-    if config.eval_crop == "squash":
-        return np.asarray(_resize(image, config.size))
-    return np.asarray(center_crop(image, config.size, config.eval_resize))
+    size, method = config.size, FILTERS[config.interpolation]
+    if config.eval_crop == "center":
+        return np.asarray(center_crop(image, size, config.eval_resize, method))
+    side = round(size * config.eval_resize)
+    margin = (side - size) // 2
+    return np.asarray(_resize(image, side, method).crop((margin, margin, margin + size, margin + size)))
 
 
 def random_box(
@@ -72,7 +75,9 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def center_crop(image: Image.Image, size: int, resize: float = 1.0) -> Image.Image:
+def center_crop(
+    image: Image.Image, size: int, resize: float = 1.0, method: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
     """Shorter side to `resize` x `size`, then the central `size` x `size`.
 
     Rounded where torchvision's `Resize` and `CenterCrop` round, which CLIP's and ImageNet's preprocessing use.
@@ -86,11 +91,12 @@ def center_crop(image: Image.Image, size: int, resize: float = 1.0) -> Image.Ima
     left, top = round((wide - size) / 2), round((high - size) / 2)
     if max(wide, high) <= 4 * short:
         # bit for bit as published; with a box Pillow may take the axes in the other order and round differently
-        return image.resize((wide, high), BICUBIC).crop((left, top, left + size, top + size))
+        return image.resize((wide, high), method).crop((left, top, left + size, top + size))
     x, y = width / wide, height / high
-    return _resize(image, size, (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height)))
+    box = left * x, top * y, min((left + size) * x, width), min((top + size) * y, height)
+    return _resize(image, size, method, box)
 
 
-def _resize(image: Image.Image, size: int, box: Box | None = None) -> Image.Image:
-    """Bicubic with antialiasing, Pillow's own: the reference that published models were trained with."""
-    return image.resize((size, size), BICUBIC, box=box)
+def _resize(image: Image.Image, size: int, method: Image.Resampling, box: Box | None = None) -> Image.Image:
+    """With antialiasing, Pillow's own: the reference that published models were trained with."""
+    return image.resize((size, size), method, box=box)

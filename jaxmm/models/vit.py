@@ -38,8 +38,14 @@ class ViTConfig:
     """Of the learned table's initial values; None: width^-1/2 (CLIP, big_vision)."""
     position_class: bool = True
     """Whether the class token has a slot in the position table (big_vision: no)."""
+    distillation_token: bool = False
+    """A second class token behind the first, which learned from a teacher (DeiT, Touvron et al. 2021)."""
+    distillation_head: bool = False
+    """A head on that token; the logits are the mean of both heads'."""
     registers: int = 0
     """Extra learned tokens without position (Darcet et al. 2024)."""
+    norm_pooled: bool = False
+    """The final norm after the pooling instead of before (timm's `fc_norm`)."""
     pre_norm: bool = False
     """A layer norm before the stack (CLIP)."""
     patch_bias: bool = True
@@ -61,6 +67,10 @@ class ViTConfig:
         require(self.patch > 0, "patch", self.patch, "a positive number of pixels")
         require(self.image_size > 0 and self.image_size % self.patch == 0, "image_size", self.image_size,
                 f"a multiple of patch = {self.patch}")
+        require(not self.distillation_token or (self.class_token and self.position_class), "distillation_token",
+                self.distillation_token, "False, where there is no class token with a position")
+        require(not self.distillation_head or self.distillation_token, "distillation_head", self.distillation_head,
+                "False, where there is no distillation token")
         require(self.pool != "cls" or self.class_token, "pool", self.pool, "gap or map, where class_token is False")
         require(self.positions != "sincos" or self.transformer.width % 4 == 0, "transformer.width",
                 self.transformer.width, "a multiple of 4, for sin-cos positions")
@@ -112,7 +122,8 @@ class ViTOutput(NamedTuple):
     """What a vision transformer sees, from tokens to logits."""
 
     tokens: Float[Array, "b t d"]
-    """After the final norm: class token (where there is one), registers, patches."""
+    """After the final norm (before it, with `norm_pooled`): class token, distillation token and registers where there
+    are any, patches."""
     pooled: Float[Array, "b d"]
     """One vector a picture."""
     logits: Float[Array, "b classes"] | None
@@ -154,7 +165,7 @@ class ViT(nn.Module):
         x = patches(image).astype(jnp.float32)
 
         slots = config.grid[0] * config.grid[1]
-        on_class = config.class_token and config.position_class
+        on_class = int(config.class_token and config.position_class) + config.distillation_token
         if config.positions == "learned":
             std = width**-0.5 if config.positions_std is None else config.positions_std
             table = self.param("positions", nn.initializers.normal(std), (slots + on_class, width))
@@ -169,6 +180,9 @@ class ViT(nn.Module):
             init = nn.initializers.normal(width**-0.5) if openai else nn.initializers.zeros
             token = self.param("class_token", init, (width,))
             first.append((token + table[0] if on_class else token)[None])
+        if config.distillation_token:
+            token = self.param("distillation_token", nn.initializers.zeros, (width,))
+            first.append((token + table[1])[None])
         if config.registers:
             first.append(self.param("registers", nn.initializers.normal(0.02), (config.registers, width)))
         if first:
@@ -180,26 +194,35 @@ class ViT(nn.Module):
         if config.pre_norm:
             x = layer_norm(config.transformer, "pre_norm")(x)
         stack = Stack(config.transformer, name="encoder")(x, train=train, hidden=hidden, attention=attention)
-        tokens = layer_norm(config.transformer, "norm")(stack.tokens)
+        norm = layer_norm(config.transformer, "norm")
+        tokens = stack.tokens if config.norm_pooled else norm(stack.tokens)
         pooled = self._pool(tokens, train)
+        if config.norm_pooled:
+            pooled = norm(pooled)
         if config.pre_logits:
             dense = nn.Dense(config.pre_logits, dtype=tokens.dtype, name="pre_logits",
                              kernel_init=nn.initializers.xavier_uniform())
             pooled = nn.tanh(dense(pooled))
         logits = None
         if config.classes:
-            kernel = {"zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)}
-            head = nn.Dense(config.classes, kernel_init=kernel[config.head_init],
-                            bias_init=nn.initializers.constant(config.head_bias), name="head")
-            # Held here, or XLA's partitioner gives wrong gradients below a pre-logits layer on data x fsdp x tensor.
-            logits = constrain_batch(head(pooled.astype(jnp.float32)))
+            logits = self._head("head", pooled)
+            if config.distillation_head:
+                logits = (logits + self._head("distillation_head", tokens[:, 1])) / 2
         return ViTOutput(tokens, pooled, logits, stack.hidden, stack.attention)
+
+    def _head(self, name, pooled):
+        config = self.config
+        kernel = {"zeros": nn.initializers.zeros, "normal": nn.initializers.normal(0.02)}[config.head_init]
+        head = nn.Dense(config.classes, kernel_init=kernel, bias_init=nn.initializers.constant(config.head_bias),
+                        name=name)
+        # Held here, or XLA's partitioner gives wrong gradients below a pre-logits layer on data x fsdp x tensor.
+        return constrain_batch(head(pooled.astype(jnp.float32)))
 
     def _pool(self, tokens, train):
         if self.config.pool == "cls":
             return tokens[:, 0]
         if self.config.pool == "gap":
-            skipped = int(self.config.class_token) + self.config.registers
+            skipped = int(self.config.class_token) + self.config.distillation_token + self.config.registers
             return tokens[:, skipped:].mean(axis=1)
         return MapHead(self.config.transformer, name="map_head")(tokens, train=train)
 

@@ -50,6 +50,18 @@ def test_center_crop_by_hand(image_size, size, resize, resized, left, top):
     np.testing.assert_array_equal(got, whole[top:top + size, left:left + size])
 
 
+def test_squash_may_leave_a_border_and_interpolation_is_chosen():
+    image = picture(23, 31)
+    config = ImageConfig(size=14, eval_crop="squash", eval_resize=16 / 14, interpolation="bilinear")
+    wanted = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))[1:15, 1:15]
+    np.testing.assert_array_equal(eval_image(image, config), wanted)
+    centre = ImageConfig(size=14, interpolation="bilinear")
+    wanted = np.asarray(image.resize((14, 18), Image.Resampling.BILINEAR))[2:16]
+    np.testing.assert_array_equal(eval_image(image, centre), wanted)
+    np.testing.assert_array_equal(train_image(image, ImageConfig(size=14, train_crop="center", flip=False,
+                                                                 interpolation="bilinear"), None), wanted)
+
+
 def test_long_pictures_are_cropped_before_they_are_resized():
     y, x = np.mgrid[:130, :9]
     image = Image.fromarray((120 + 100 * np.sin(x / 4 + y / 9)[..., None] * [1, 0.5, 0.2]).astype(np.uint8))

@@ -1,0 +1,163 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmm.config import MeshConfig
+from jaxmm.models.vit import ViT, ViTConfig, transformer
+from jaxmm.pretrained import npz, open_clip, timm, transformers
+from jaxmm.pretrained.files import FileError, Tensor, open_tensors, write_safetensors
+from jaxmm.pretrained.tables import CONV, FLAT, SAME, TRANSPOSED, Row, lead, linear, read_params, write_tensors
+from jaxmm.sharding import make_mesh, named_leaves, shardings
+
+CONFIG = ViTConfig(transformer=transformer("mu", depth=3, width=24, heads=3, mlp_dim=40), image_size=12, patch=4,
+                   classes=5)
+
+
+def tensor(array):
+    return Tensor(array.shape, array.dtype, lambda: np.array(array))
+
+
+def shapes(config):
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.float32)
+    return jax.eval_shape(lambda key, x: ViT(config).init(key, x, train=False)["params"], jax.random.key(0), image)
+
+
+def random_params(config):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes(config))
+
+
+@pytest.mark.parametrize("op, ours, theirs", [
+    (SAME, (2, 3), (2, 3)), (SAME, (), ()), (lead(1), (), (1,)), (FLAT, (2, 3), (6,)), (CONV, (4, 5, 3, 7), (7, 3, 4, 5)), (TRANSPOSED, (2, 3), (3, 2)),
+    (linear(), (4, 2, 3), (6, 4)), (linear(2), (2, 3, 5), (5, 6)), (lead(2), (3,), (1, 1, 3))])
+def test_operations_are_what_they_say_and_back(op, ours, theirs):
+    x = np.arange(np.prod(ours), dtype=np.float32).reshape(ours)
+    assert op.shape(ours) == op.write(x).shape == theirs
+    np.testing.assert_array_equal(op.read(op.write(x), ours), x)
+
+
+def test_linear_computes_what_torch_does():
+    kernel, x = np.random.default_rng(0).normal(size=(4, 2, 3)), np.arange(4.0)
+    np.testing.assert_allclose(linear().write(kernel) @ x, np.einsum("d,dhk->hk", x, kernel).reshape(-1))
+    kernel, x = np.random.default_rng(0).normal(size=(2, 3, 5)), np.arange(6.0).reshape(2, 3)
+    np.testing.assert_allclose(linear(2).write(kernel) @ x.reshape(-1), np.einsum("hk,hkd->d", x, kernel))
+
+
+ROWS = {
+    "transformers": transformers.vit_rows(CONFIG, "vit.", 4, ["classifier"]),
+    "transformers 5": transformers.vit_rows(CONFIG, "vit.", 5, ["classifier"]),
+    "timm": timm.rows(CONFIG),
+}
+
+
+@pytest.mark.parametrize("family", ROWS)
+def test_round_trip_through_a_file(family, tmp_path):
+    params = random_params(CONFIG)
+    write_safetensors(tmp_path / "w.safetensors", write_tensors(params, ROWS[family]))
+    back = read_params(open_tensors(tmp_path / "w.safetensors"), ROWS[family], shapes(CONFIG), name="w")
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    for (name, ours), theirs in zip(named_leaves(params), jax.tree.leaves(back), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_arrays_go_to_their_places_on_a_mesh():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=1), jax.devices()[:4])
+    like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=where),
+                        shapes(CONFIG), shardings(shapes(CONFIG), mesh))
+    params = random_params(CONFIG)
+    back = read_params(write_tensors(params, ROWS["timm"]), ROWS["timm"], like, name="w")
+    for (name, leaf), wanted, ours in zip(named_leaves(back), jax.tree.leaves(like), jax.tree.leaves(params),
+                                          strict=True):
+        assert leaf.sharding == wanted.sharding and leaf.dtype == jnp.bfloat16, name
+        np.testing.assert_array_equal(leaf, ours.astype(jnp.bfloat16))
+
+
+def test_every_problem_is_listed_and_nothing_is_read():
+    rows = ROWS["timm"]
+    tensors = write_tensors(random_params(CONFIG), rows)
+
+    def explode():
+        raise AssertionError("read before it was checked")
+
+    tensors = {key: Tensor(t.shape, t.dtype, explode) for key, t in tensors.items()}
+    del tensors["blocks.1.norm1.bias"], tensors["cls_token"]
+    tensors["pos_embed"] = tensor(np.zeros((1, 11, 24), np.float32))
+    tensors |= {"ema": tensor(np.zeros(3)), "buffer.index": tensor(np.zeros(3))}
+    with pytest.raises(FileError) as error:
+        read_params(tensors, rows, shapes(CONFIG), name="model.safetensors", ignore=(r"^buffer\.",))
+    text = str(error.value)
+    assert text.startswith("model.safetensors does not hold this model")
+    assert "2 missing: blocks.1.norm1.bias, cls_token" in text and "1 left over: ema" in text
+    assert "1 of another shape: pos_embed [1, 11, 24], wanted [1, 10, 24]" in text and "buffer" not in text
+
+
+def test_a_table_and_a_model_that_do_not_agree_are_named():
+    with pytest.raises(FileError, match=r"do not agree on .*no/such"):
+        read_params({}, [*ROWS["timm"], Row("no/such", "x")], shapes(CONFIG), name="w")
+    with pytest.raises(FileError, match="no place for surprise"):
+        write_tensors(random_params(CONFIG) | {"surprise": jnp.zeros(3)}, ROWS["timm"])
+
+
+def flax_file(config, kind, *, stacked=False, wrapper=""):
+    """The arrays of `config` as vision_transformer or big_vision name them, written from their description."""
+    rng = np.random.default_rng(1)
+    d, depth, heads, mlp = (getattr(config.transformer, name) for name in ("width", "depth", "heads", "mlp_dim"))
+    first, attention, second, hidden = npz.KINDS[kind]
+    names = {"embedding/kernel": (config.patch, config.patch, 3, d), "embedding/bias": (d,), "cls": (1, 1, d),
+             "Transformer/encoder_norm/scale": (d,), "Transformer/encoder_norm/bias": (d,),
+             "head/kernel": (d, config.classes), "head/bias": (config.classes,)}
+    slots = config.grid[0] * config.grid[1]
+    if kind == "vision_transformer":
+        names["Transformer/posembed_input/pos_embedding"] = (1, slots + 1, d)
+    else:
+        names["pos_embedding"] = (1, slots, d)
+    layer = {f"{norm}/{part}": (d,) for norm in (first, second) for part in ("scale", "bias")}
+    for name in ("query", "key", "value"):
+        layer |= {f"{attention}/{name}/kernel": (d, heads, d // heads), f"{attention}/{name}/bias": (heads, d // heads)}
+    layer |= {f"{attention}/out/kernel": (heads, d // heads, d), f"{attention}/out/bias": (d,),
+              f"{hidden}/Dense_0/kernel": (d, mlp), f"{hidden}/Dense_0/bias": (mlp,),
+              f"{hidden}/Dense_1/kernel": (mlp, d), f"{hidden}/Dense_1/bias": (d,)}
+    for part, shape in layer.items():
+        if stacked:
+            names[f"Transformer/encoderblock/{part}"] = (depth, *shape)
+        else:
+            names |= {f"Transformer/encoderblock_{i}/{part}": shape for i in range(depth)}
+    return {wrapper + name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
+
+
+@pytest.mark.parametrize("kind, stacked, wrapper", [
+    ("vision_transformer", False, ""), ("vision_transformer", False, "opt/target/"), ("big_vision", False, "params/"),
+    ("big_vision", True, "")])
+def test_npz_of_vision_transformer_and_big_vision(kind, stacked, wrapper, tmp_path):
+    arrays = flax_file(CONFIG, kind, stacked=stacked, wrapper=wrapper)
+    np.savez(tmp_path / "vit.npz", **arrays)
+    tensors = npz.unwrapped(open_tensors(tmp_path / "vit.npz"))
+    found = npz.read(tensors, "vit.npz")
+    config = found.config
+    assert (config.transformer.depth, config.transformer.heads, config.patch, config.image_size) == (3, 3, 4, 12)
+    assert config.transformer.activation == "gelu_tanh" and config.transformer.eps == 1e-6 and config.classes == 5
+    assert config.position_class == (kind == "vision_transformer") and config.pool == "cls"
+    params = read_params(tensors, found.rows, shapes(config), name="vit.npz")
+    attention = npz.KINDS[kind][1]
+    name = f"{wrapper}Transformer/encoderblock"
+    second = arrays[f"{name}/{attention}/out/kernel"][1] if stacked else arrays[f"{name}_1/{attention}/out/kernel"]
+    np.testing.assert_array_equal(params["encoder"]["blocks"]["attention"]["out"]["kernel"][1], second)
+    again = write_tensors(params, found.rows)
+    assert {f"{wrapper}{key}" for key in again} == set(arrays)
+    for key, value in again.items():
+        np.testing.assert_array_equal(value.read(), arrays[f"{wrapper}{key}"], err_msg=key)
+
+
+def test_heads_of_resnets_and_strangers_are_named():
+    conv = {"visual.conv1.weight": tensor(np.zeros((4, 3, 2, 2))), "visual.layer1.0.conv1.weight": tensor(np.zeros(1))}
+    with pytest.raises(FileError, match="ModifiedResNet"):
+        open_clip.read_openai(conv)
+    with pytest.raises(FileError, match="hybrid with a ResNet"):
+        npz.read({"conv_root/kernel": tensor(np.zeros(3))}, "r50.npz")
+    with pytest.raises(FileError, match=re.escape("architecture is 'resnet50'")):
+        timm.read({"architecture": "resnet50"}, {})
+    with pytest.raises(FileError, match="model_type is 'bert'; supported are vit, deit, clip, siglip"):
+        transformers.read({"model_type": "bert"}, {}, None)
