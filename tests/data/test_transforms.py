@@ -58,8 +58,8 @@ def test_squash_may_leave_a_border_and_interpolation_is_chosen():
     centre = ImageConfig(size=14, interpolation="bilinear")
     wanted = np.asarray(image.resize((14, 18), Image.Resampling.BILINEAR))[2:16]
     np.testing.assert_array_equal(eval_image(image, centre), wanted)
-    np.testing.assert_array_equal(train_image(image, ImageConfig(size=14, train_crop="center", flip=False,
-                                                                 interpolation="bilinear"), None), wanted)
+    train = ImageConfig(size=14, train_crop="center", flip=False, interpolation="bilinear")
+    np.testing.assert_array_equal(train_image(image, train, np.random.default_rng(0)), wanted)
 
 
 def test_long_pictures_are_cropped_before_they_are_resized():

@@ -31,8 +31,9 @@ def random_params(config):
 
 
 @pytest.mark.parametrize("op, ours, theirs", [
-    (SAME, (2, 3), (2, 3)), (SAME, (), ()), (lead(1), (), (1,)), (FLAT, (2, 3), (6,)), (CONV, (4, 5, 3, 7), (7, 3, 4, 5)), (TRANSPOSED, (2, 3), (3, 2)),
-    (linear(), (4, 2, 3), (6, 4)), (linear(2), (2, 3, 5), (5, 6)), (lead(2), (3,), (1, 1, 3))])
+    (SAME, (2, 3), (2, 3)), (SAME, (), ()), (FLAT, (2, 3), (6,)), (CONV, (4, 5, 3, 7), (7, 3, 4, 5)),
+    (TRANSPOSED, (2, 3), (3, 2)), (linear(), (4, 2, 3), (6, 4)), (linear(2), (2, 3, 5), (5, 6)),
+    (lead(1), (), (1,)), (lead(2), (3,), (1, 1, 3))])
 def test_operations_are_what_they_say_and_back(op, ours, theirs):
     x = np.arange(np.prod(ours), dtype=np.float32).reshape(ours)
     assert op.shape(ours) == op.write(x).shape == theirs
