@@ -153,7 +153,7 @@ def test_what_does_not_fit_is_listed_whole(tmp_path):
 ])
 @torch.no_grad()
 def test_timm(name, fields, tmp_path, record_property):
-    timm = pytest.importorskip("timm", reason="comes with .ci/run: its torchvision has no build for CPUs")
+    timm = pytest.importorskip("timm", reason="no extra names timm: its torchvision has no CPU build")
     from timm.models._hub import save_for_hf
     theirs = shaken(timm.create_model(name, **fields))
     classes = fields["num_classes"]
@@ -176,7 +176,7 @@ TOWERS = {"embed_dim": 32, "vision_cfg": {"image_size": SIDE, "layers": 3, "widt
 ], ids=["CLIP", "quick GELU", "CustomTextCLIP", "pooled mean"])
 @torch.no_grad()
 def test_open_clip(change, tmp_path, record_property):
-    open_clip = pytest.importorskip("open_clip", reason="comes with .ci/run, as timm")
+    open_clip = pytest.importorskip("open_clip", reason="no extra names open_clip, as timm")
     described = TOWERS | change
     fields = {k: v for k, v in described.items() if k != "custom_text"}
     kind = open_clip.CustomTextCLIP if described.get("custom_text") else open_clip.CLIP

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import struct
-import time
 import tracemalloc
 import zipfile
 import zlib
@@ -18,24 +17,11 @@ import safetensors.numpy
 from jaxmm.pretrained import zips
 from jaxmm.pretrained.files import DTYPES, FileError, Tensor, file_metadata, open_tensors, write_safetensors
 from jaxmm.pretrained.tensors import MAX_TENSORS
+from tests.pretrained.common import refused
 from tests.pretrained.writers import mapping, tensor, torch_legacy, torch_zip
 
 RNG = np.random.default_rng(0)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def refused(path, *words, read=False):
-    start = time.process_time()
-    with pytest.raises(FileError) as caught:
-        tensors = open_tensors(path)
-        if read:
-            for each in tensors.values():
-                each.read()
-    assert time.process_time() - start < 3
-    message = str(caught.value)
-    assert str(path) in message and len(message) < 3000
-    for word in words:
-        assert word in message, message
 
 
 def arrays(path):

@@ -4,7 +4,6 @@ import builtins
 import os
 import pickle
 import random
-import time
 import zipfile
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 
 from jaxmm.pretrained import pickles, torch_files
 from jaxmm.pretrained.files import FileError, open_tensors
+from tests.pretrained.common import refused
 from tests.pretrained.writers import (
     MAGIC,
     call,
@@ -32,20 +32,6 @@ from tests.pretrained.writers import (
 
 SIX = np.arange(6, dtype="<f4") + 0.5
 WRITERS = pytest.mark.parametrize("write", [torch_zip, torch_legacy])
-
-
-def refused(path, *words, read=False):
-    start = time.process_time()
-    with pytest.raises(FileError) as caught:
-        tensors = open_tensors(path)
-        if read:
-            for each in tensors.values():
-                each.read()
-    assert time.process_time() - start < 3
-    message = str(caught.value)
-    assert str(path) in message and len(message) < 3000
-    for word in words:
-        assert word in message, message
 
 
 def arrays(path):
