@@ -11,9 +11,12 @@ import json
 import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from jaxmm.tasks.base import Task
 
@@ -65,6 +68,15 @@ def _wanted(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
+def check_patterns(name: str, patterns: Iterable[str]) -> None:
+    """Raises `ConfigError` where one of `patterns`, in the field `name`, is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{name} holds {pattern!r}; wanted a regular expression: {error}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
     """How a picture of any size becomes a square of `size` x `size` RGB bytes."""
@@ -84,8 +96,9 @@ class ImageConfig:
     """RandAugment: how many random operations follow each other (0: none)."""
     randaugment_magnitude: float = 10.0
     """RandAugment: their strength on big_vision's scale, where 10 is the strongest of the paper and more goes on."""
-    eval_crop: Literal["center", "squash"] = "center"
-    """center: shorter side to `eval_resize` x `size`, then the central square; squash: resize both sides."""
+    eval_crop: Literal["center", "center_floor", "squash"] = "center"
+    """center: shorter side to `eval_resize` x `size`, then the central square, an odd margin divided as torchvision
+    (OpenAI, open_clip, timm) does; center_floor: as transformers does; squash: resize both sides."""
     eval_resize: float = 1.0
     """Shorter side (squash: both sides) before the central crop, as a multiple of `size` (ImageNet's usual 256/224 is
     1.143)."""
@@ -158,6 +171,25 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Where the parameters come from before the first step."""
+
+    source: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """A trained model, as `jaxmm.load` takes it: a repository of the hub, a folder, a file, a run's work folder. Its
+    architecture, pixel statistics and vocabulary take the place of the recipe's; position tables are resized to
+    `data.image.size`, heads start anew at zero. None: everything starts anew."""
+    revision: str | None = None
+    """The hub's, or of a work folder the number of a step."""
+    skip: tuple[str, ...] = ()
+    """Regular expressions of parameter paths that start anew all the same."""
+
+    def __post_init__(self):
+        """Checks regular expressions."""
+        check_types(self, "init")
+        check_patterns("init.skip", self.skip)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The whole training recipe of the parameters, built into one optax chain by `training.optimizer`."""
 
@@ -208,14 +240,9 @@ class OptimizerConfig:
         for name in ("b1", "b2", "momentum"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}", value, "0 or more, below 1")
-        for name, patterns in (("decay", [self.decay]), ("freeze", self.freeze),
-                               ("multipliers", [pattern for pattern, _ in self.multipliers])):
-            for pattern in patterns:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ConfigError(f"optimizer.{name} holds {pattern!r}; wanted a regular expression: "
-                                      f"{error}") from None
+        check_patterns("optimizer.decay", (self.decay,))
+        check_patterns("optimizer.freeze", self.freeze)
+        check_patterns("optimizer.multipliers", [pattern for pattern, _ in self.multipliers])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +318,7 @@ class TrainConfig:
     microbatches: int = 1
     """Cut each batch into this many parts, one after the other: less memory, the same gradient."""
     data: DataConfig = field(default_factory=DataConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

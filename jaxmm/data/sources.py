@@ -143,6 +143,12 @@ def fingerprint(parts: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
+def find_pictures(folder: str | Path) -> list[str]:
+    """The sorted paths of all pictures in `folder` and the folders in it, by their names' ends."""
+    return sorted(os.path.join(where, file) for where, _, names in os.walk(folder) for file in names
+                  if file.lower().endswith(EXTENSIONS) and not file.startswith("."))
+
+
 def open_folder(spec: str, location: str, data_dir: str | None = None) -> Files:
     """A folder a class: the classes are the sorted names of its folders, pictures may lie deeper in them."""
     root = Path(location)
@@ -151,12 +157,7 @@ def open_folder(spec: str, location: str, data_dir: str | None = None) -> Files:
     classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(
-            os.path.relpath(os.path.join(folder, file), root)
-            for folder, _, names in os.walk(root / name)
-            for file in names
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        )
+        found = [os.path.relpath(path, root) for path in find_pictures(root / name)]
         files += found
         labels += [label] * len(found)
     if not files:

@@ -1,30 +1,39 @@
 """Words into token ids: CLIP's and BERT's published vocabularies, any `tokenizer.json`, or one trained here.
 
 Everything is encoded by the `tokenizers` library. Text is data only: what looks like a special token in it is split
-into ordinary ones.
+into ordinary ones, but for the tokenizers of published checkpoints, which do as they were published (`literal`).
 """
 
 import gzip
 import html
 import json
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ftfy
 import numpy as np
+import regex
 import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxmm.config import ConfigError, TokenizerConfig
 
-_CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
+Cleaning = Literal["none", "openai", "whitespace", "canonical", "siglip", "lower"]
+"""What is done to a text before it is encoded.
+
+openai: mojibake and HTML entities repaired, white space collapsed, lower case (CLIP); whitespace: the same, but the
+case stays (open_clip with other vocabularies); canonical: openai without punctuation (open_clip's SigLIP, CLIPA);
+siglip: lower case without punctuation (SigLIP in big_vision and transformers); lower: lower case (SigLIP 2).
+"""
+CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-_CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _CLIP_MERGES = 49152 - 256 - 2      # lines of OpenAI's file that are used, after its header
 
 
@@ -37,34 +46,50 @@ class Tokenizer:
     """
 
     backend: tokenizers.Tokenizer
-    kind: str
     context_length: int
     pad_id: int
     bos_id: int | None
     eos_id: int
+    cleaning: Cleaning = "none"
+    literal: tuple[str, ...] = ()
+    """Special tokens that, written out in a text, become what they name, as published tokenizers have it."""
 
     def __post_init__(self):
         """Takes over truncation and padding, and keeps special tokens out of the reach of text."""
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.backend.encode_special_tokens = True
+        self.backend.encode_special_tokens = not self.literal or self.cleaning == "openai"
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "b t"]:
         """Ids of `texts`, cut and padded to `context_length`."""
         if isinstance(texts, str):
             raise TypeError(f"texts is the string {texts[:40]!r}; wanted a list of strings")
-        cleaned = [_clean(text, 128 * self.context_length, self.kind == "clip") for text in texts]
+        cleaned = [_clean(text, 128 * self.context_length, self.cleaning) for text in texts]
         if len(cleaned) < 64:      # the batch call starts threads
-            encoded = [self.backend.encode(text, add_special_tokens=False) for text in cleaned]
+            encoded = [self.backend.encode(text, add_special_tokens=False).ids for text in cleaned]
         else:
-            encoded = self.backend.encode_batch_fast(cleaned, add_special_tokens=False)
+            encoded = [each.ids for each in self.backend.encode_batch_fast(cleaned, add_special_tokens=False)]
+        if self.literal and self.cleaning == "openai":
+            encoded = [self._encode_literal(text) if any(name in text for name in self.literal) else ids
+                       for text, ids in zip(cleaned, encoded, strict=True)]
         first = [] if self.bos_id is None else [self.bos_id]
         room = self.context_length - len(first) - 1
         out = np.full((len(cleaned), self.context_length), self.pad_id, np.int32)
-        for row, encoding in zip(out, encoded, strict=True):
-            ids = [*first, *encoding.ids[:room], self.eos_id]
+        for row, inner in zip(out, encoded, strict=True):
+            ids = [*first, *inner[:room], self.eos_id]
             row[: len(ids)] = ids
         return out
+
+    def _encode_literal(self, text: str) -> list[int]:
+        """As OpenAI's pattern has it: a special token counts where a word could begin, not behind other signs."""
+        words = regex.compile("|".join([*map(regex.escape, self.literal), CLIP_WORDS]))
+        ids, start = [], 0
+        for found in words.finditer(text):
+            if found[0] in self.literal:
+                ids += self.backend.encode(text[start:found.start()], add_special_tokens=False).ids
+                ids.append(self.backend.token_to_id(found[0]))
+                start = found.end()
+        return ids + self.backend.encode(text[start:], add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Int32[np.ndarray, " t"]) -> str:
         """The text of one row of ids, up to its first `eos_id`, without special tokens."""
@@ -84,7 +109,8 @@ class Tokenizer:
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("kind", "context_length", "pad_id", "bos_id", "eos_id")}
+        names = ("context_length", "pad_id", "bos_id", "eos_id", "cleaning", "literal")
+        return {name: getattr(self, name) for name in names}
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` (as the `tokenizers` library does) and `tokenizer_settings.json` into `folder`."""
@@ -99,6 +125,7 @@ class Tokenizer:
         folder = Path(folder)
         try:
             settings = json.loads((folder / "tokenizer_settings.json").read_text())
+            settings["literal"] = tuple(settings["literal"])
             return cls(_from_json(folder / "tokenizer.json"), **settings)
         except Exception as error:      # the library raises bare Exceptions
             raise ValueError(f"{folder} holds no tokenizer that `Tokenizer.save` wrote: {error}") from error
@@ -115,7 +142,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str] | None = None) 
     """The tokenizer that `config` names; the kinds `train-*` are trained on `texts`, and the same ones always give
     the same tokenizer."""
     if config.kind.startswith("train-"):
-        corpus = [_clean(text, 128 * config.context_length, False) for text in texts or ()]
+        corpus = [_clean(text, 128 * config.context_length) for text in texts or ()]
         if not any(corpus):
             raise ConfigError(f"data.tokenizer.kind is {config.kind!r}, which learns from the training source's "
                               "texts, and that has none; name a published tokenizer, or a source with texts")
@@ -123,28 +150,36 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str] | None = None) 
         backend, special = train(corpus, config.vocab_size), {"pad_id": 0, "bos_id": 2, "eos_id": 3}
     else:
         path = Path(config.file or "")
-        read: Callable = {"clip": _read_clip, "bert": _read_bert, "file": _read_file}[config.kind]
+        read: Callable = {"clip": read_clip, "bert": _read_bert, "file": read_file}[config.kind]
         try:
             backend, special = read(path)
         except Exception as error:      # the library raises bare Exceptions
             reason = f"{type(error).__name__}: {error}"
             raise ConfigError(f"data.tokenizer.file is {config.file!r}; wanted a file for kind {config.kind!r}, but "
                               f"reading it failed: {reason}") from error
-    return Tokenizer(backend, config.kind, config.context_length, **special)
+    return Tokenizer(backend, config.context_length, **special, cleaning="openai" if config.kind == "clip" else "none")
 
 
-def _clean(text: str, limit: int, clip: bool) -> str:
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _clean(text: str, limit: int, cleaning: Cleaning = "none") -> str:
     if len(text) > limit:
         text = " ".join(text[: 8 * limit].split())[:limit]
     if not text.isascii():      # a lone surrogate cannot be encoded
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if clip:
+    if cleaning in ("openai", "whitespace", "canonical"):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        text = re.sub(r"\s+", " ", text).strip().lower()
-    return text
+    if cleaning == "canonical":
+        text = text.replace("_", " ")
+    if cleaning not in ("none", "whitespace"):
+        text = text.lower()
+    if cleaning in ("canonical", "siglip"):
+        text = text.translate(_PUNCTUATION)
+    return text if cleaning in ("none", "lower") else re.sub(r"\s+", " ", text).strip()
 
 
-def _read_clip(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+def read_clip(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
     """OpenAI's merges, or the vocabulary and merges that others made of them."""
     if path.is_dir() and (path / "vocab.json").exists():
         vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
@@ -160,12 +195,12 @@ def _read_clip(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
         if not merges:
             raise ValueError("it lists no merges")
         letters = _byte_letters()
-        names = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *_CLIP_SPECIAL]
+        names = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *CLIP_SPECIAL]
         vocab = {name: i for i, name in enumerate(names)}
-    bos, eos = (vocab[name] for name in _CLIP_SPECIAL)
+    bos, eos = (vocab[name] for name in CLIP_SPECIAL)
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True),
+        pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), behavior="removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     space = "\u0120"      # what a space is called among the byte letters
     backend.decoder = decoders.Sequence([decoders.Replace("</w>", space), decoders.ByteLevel()])
@@ -208,7 +243,7 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
 
 
-def _read_file(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
+def read_file(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
     """Any `tokenizer.json`; what it puts around a text tells its begin and end tokens."""
     backend = _from_json(path)
     padding = backend.padding

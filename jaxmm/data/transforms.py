@@ -44,8 +44,9 @@ def train_image(
 def eval_image(image: Image.Image, config: ImageConfig) -> UInt8[np.ndarray, "size size 3"]:
     """The central square, or the whole picture squashed, as `config` says."""
     size, method = config.size, FILTERS[config.interpolation]
-    if config.eval_crop == "center":
-        return np.asarray(center_crop(image, size, config.eval_resize, method))
+    if config.eval_crop != "squash":
+        return np.asarray(center_crop(image, size, config.eval_resize, method,
+                                      floor=config.eval_crop == "center_floor"))
     side = round(size * config.eval_resize)
     margin = (side - size) // 2
     return np.asarray(_resize(image, side, method).crop((margin, margin, margin + size, margin + size)))
@@ -76,11 +77,13 @@ def random_box(
 
 
 def center_crop(
-    image: Image.Image, size: int, resize: float = 1.0, method: Image.Resampling = Image.Resampling.BICUBIC
+    image: Image.Image, size: int, resize: float = 1.0, method: Image.Resampling = Image.Resampling.BICUBIC, *,
+    floor: bool = False,
 ) -> Image.Image:
     """Shorter side to `resize` x `size`, then the central `size` x `size`.
 
-    Rounded where torchvision's `Resize` and `CenterCrop` round, which CLIP's and ImageNet's preprocessing use.
+    Rounded where torchvision's `Resize` and `CenterCrop` round, which CLIP's and ImageNet's preprocessing use; with
+    `floor` the margins are, as transformers' processors do.
     """
     width, height = image.size
     short = round(size * resize)
@@ -88,7 +91,8 @@ def center_crop(
         wide, high = short, int(short * height / width)
     else:
         wide, high = int(short * width / height), short
-    left, top = round((wide - size) / 2), round((high - size) / 2)
+    half = math.floor if floor else round
+    left, top = half((wide - size) / 2), half((high - size) / 2)
     if max(wide, high) <= 4 * short:
         # bit for bit as published; with a box Pillow may take the axes in the other order and round differently
         return image.resize((wide, high), method).crop((left, top, left + size, top + size))

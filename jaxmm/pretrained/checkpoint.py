@@ -1,15 +1,21 @@
 """What a source of weights is understood to be, whatever family it comes from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxmm.config import ImageConfig
+from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.clip import CLIPConfig
 from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.embeddings import Resize
 from jaxmm.nn.pixels import Pixels
-from jaxmm.pretrained.files import FileError
+from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.tables import Row
+from jaxmm.pretrained.words import Words
+from jaxmm.tasks.base import Task
+from jaxmm.tasks.classify import Classify
+from jaxmm.tasks.contrastive import Contrastive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +28,49 @@ class Checkpoint:
     rows: list[Row] = field(repr=False)
     image: ImageConfig
     pixels: Pixels
+    words: Words | None = None
+    """How texts are read; None: there are none."""
     labels: tuple[str, ...] | None = None
     """Names of the classes that a head tells apart."""
     ignore: tuple[str, ...] = ()
     """Regular expressions of keys that hold nothing of the model."""
     notes: tuple[str, ...] = ()
     """What a user should know of this checkpoint's traps, and what was used."""
+
+    @property
+    def task(self) -> Task:
+        """The objective that such a model is trained with, and whose `predict` it offers."""
+        if isinstance(self.config, CLIPConfig):
+            kind = "softmax" if self.config.logit_bias is None else "sigmoid"
+            return Contrastive(model=self.config, pixels=self.pixels, kind=kind)
+        return Classify(model=self.config, pixels=self.pixels)
+
+
+RESIZES: dict[str, Resize] = {"transformers": "bicubic", "npz": "linear"}
+"""How families resize position tables; the others as timm, with antialiasing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A source of weights, understood and ready to be read; no array has been."""
+
+    name: str
+    """As the user called it."""
+    family: str
+    task: Task
+    image: ImageConfig
+    labels: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    tokenizer: Tokenizer | None = field(default=None, repr=False)
+    read: Callable[[Any], Any] = field(repr=False)
+    """Parameters, as `ShapeDtypeStruct`s ask for them. Raises `FileError`, which lists all that does not fit."""
+    tensors: Tensors | None = field(default=None, repr=False)
+    """What the file holds; None: it is the checkpoint of a run."""
+
+    @property
+    def resize(self) -> Resize:
+        """How this family resizes position tables."""
+        return RESIZES.get(self.family, "bicubic-antialias")
 
 
 def known(table: Mapping[Any, Any], value: Any, name: str) -> Any:

@@ -15,6 +15,7 @@ from jaxmm.pretrained.checkpoint import Checkpoint
 from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import PARTS
 from jaxmm.pretrained.tables import Row, lead
+from jaxmm.pretrained.transformers import siglip_words
 
 WRAPPERS = ("opt/target/", "params/")
 """What training put before every name."""
@@ -67,11 +68,11 @@ def read_siglip(tensors: Tensors) -> Checkpoint:
             *layer_rows(tensors, "text/encoder", "txt/Encoder_0"),
             *flax_norm("text/norm", "txt/Encoder_0/encoder_norm"), *flax_dense("text_projection", "txt/head"),
             Row("logit_scale", "t", lead(1)), Row("logit_bias", "b", lead(1))]
-    return _checkpoint(clip, rows, picture.image_size)
+    return _checkpoint(clip, rows, picture.image_size, siglip_words(vocabulary))
 
 
-def _checkpoint(config, rows, size) -> Checkpoint:
-    return Checkpoint(family="npz", config=config, rows=rows, pixels=INCEPTION,
+def _checkpoint(config, rows, size, words=None) -> Checkpoint:
+    return Checkpoint(family="npz", config=config, rows=rows, pixels=INCEPTION, words=words,
                       image=ImageConfig(size=size, eval_crop="squash", interpolation="bilinear"))
 
 

@@ -15,9 +15,10 @@ from jaxmm.pretrained.checkpoint import Checkpoint, known, unsupported
 from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
 from jaxmm.pretrained.tables import CONV, Row
+from jaxmm.pretrained.words import Words
 
 POOLS = {"tok": "cls", "avg": "gap"}
-TEXT_POOLS = {"argmax": "argmax", "first": "first", "last": "last"}
+TEXT_POOLS = {"argmax": "argmax", "eos": "eos", "first": "first", "last": "last"}
 IGNORED = (r"^(input_resolution|context_length|vocab_size)$", r"\battn_mask$")
 """Constants that OpenAI's archives and old state dicts hold beside the weights."""
 
@@ -55,7 +56,8 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
         transformer=stack(text, text.get("width", 512), text.get("heads", 8)),
         vocab_size=text.get("vocab_size", 49_408), context_length=text.get("context_length", 77),
         causal=not text.get("no_causal_mask"),
-        pool=known(TEXT_POOLS, text.get("pool_type", "argmax"), "text_cfg.pool_type"))
+        pool=known(TEXT_POOLS, text.get("pool_type", "argmax"), "text_cfg.pool_type"),
+        eos_id=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None)
     bias = "logit_bias" in tensors
     clip = CLIPConfig(vision=picture, text=words, embed_dim=model["embed_dim"],
                       text_projection_bias=bool(text.get("proj_bias")),
@@ -68,7 +70,7 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
     pixels = Pixels(mean=tuple(shown.get("mean", CLIP_PIXELS.mean)), std=tuple(shown.get("std", CLIP_PIXELS.std)))
     notes = () if shown else ("there is no preprocess_cfg: pictures are prepared as OpenAI's models are",)
     return Checkpoint(family="open_clip", config=clip, rows=rows(clip, custom="text.token_embedding.weight" in tensors),
-                      image=image, pixels=pixels, ignore=IGNORED, notes=notes)
+                      image=image, pixels=pixels, words=read_words(text), ignore=IGNORED, notes=notes)
 
 
 def read_openai(tensors: Tensors) -> Checkpoint:
@@ -91,7 +93,18 @@ def read_openai(tensors: Tensors) -> Checkpoint:
                         context_length=tensors["positional_embedding"].shape[0]),
         embed_dim=tensors["text_projection"].shape[1])
     return Checkpoint(family="openai", config=clip, rows=rows(clip, custom=False), image=ImageConfig(size=side),
-                      pixels=CLIP_PIXELS, ignore=IGNORED)
+                      pixels=CLIP_PIXELS, words=Words(vocabulary="openai"), ignore=IGNORED)
+
+
+def read_words(text: Mapping[str, Any]) -> Words:
+    """CLIP's vocabulary, or the one that `hf_tokenizer_name` names, whose `tokenizer.json` lies in the folder."""
+    options = text.get("tokenizer_kwargs") or {}
+    unsupported(options, {"strip_sep_token": False, "reduction_mask": ""}, "text_cfg.tokenizer_kwargs")
+    if not text.get("hf_tokenizer_name"):
+        unsupported(options, {"clean": "lower"}, "text_cfg.tokenizer_kwargs")
+        return Words(vocabulary="openai", special=("<start_of_text>", "<end_of_text>"))
+    cleanings = {"whitespace": "whitespace", "lower": "openai", "canonicalize": "canonical"}
+    return Words(vocabulary="file", cleaning=known(cleanings, options.get("clean", "whitespace"), "clean"))
 
 
 def rows(clip: CLIPConfig, *, custom: bool) -> list[Row]:
@@ -119,8 +132,14 @@ def rows(clip: CLIPConfig, *, custom: bool) -> list[Row]:
     return result
 
 
-def write(config: CLIPConfig, image: ImageConfig, pixels: Pixels) -> tuple[dict[str, Any], list[Row]]:
-    """`open_clip_config.json` and the rows of a folder that open_clip loads. Raises `FileError` where it cannot."""
+def write(
+    config: CLIPConfig, image: ImageConfig, pixels: Pixels, *, vocabulary: bool
+) -> tuple[dict[str, Any], list[Row]]:
+    """`open_clip_config.json` and the rows of a folder that open_clip loads.
+
+    `vocabulary`: the folder has a `tokenizer.json` that is not OpenAI's. Raises `FileError` where open_clip has no
+    such model.
+    """
     vision, text = config.vision, config.text
     wanted = {"class_token": True, "position_class": True, "positions": "learned", "registers": 0, "patch_bias": False,
               "pre_logits": None, "distillation_token": False}
@@ -128,7 +147,7 @@ def write(config: CLIPConfig, image: ImageConfig, pixels: Pixels) -> tuple[dict[
            if getattr(vision, name) != value]
     pools = {ours: theirs for theirs, ours in (POOLS | TEXT_POOLS).items()}
     odd += [f"{name}.pool = {tower.pool!r}" for name, tower in (("vision", vision), ("text", text))
-            if tower.pool not in pools and tower.pool != "eos"]
+            if tower.pool not in pools]
     if not config.vision_projection:
         odd.append("vision_projection = False")
     if vision.transformer.activation != text.transformer.activation or vision.transformer.activation == "gelu_tanh":
@@ -150,13 +169,18 @@ def write(config: CLIPConfig, image: ImageConfig, pixels: Pixels) -> tuple[dict[
                             final_ln_after_pool=vision.norm_pooled),
         "text_cfg": tower(text.transformer, heads=text.transformer.heads, vocab_size=text.vocab_size,
                           context_length=text.context_length, no_causal_mask=not text.causal,
-                          pool_type="argmax" if text.pool == "eos" else pools[text.pool],
-                          proj_bias=config.text_projection_bias)}
+                          pool_type=pools[text.pool], proj_bias=config.text_projection_bias)}
+    if text.pool == "eos" and text.eos_id == text.vocab_size - 1:
+        model["text_cfg"]["pool_type"] = "argmax"  # the same, and known to older versions
+    elif text.pool == "eos":
+        model["text_cfg"]["eos_id"] = text.eos_id
+    if vocabulary:
+        model["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip takes the folder, whatever the name
     if config.logit_bias is not None:
         model |= {"init_logit_bias": config.logit_bias, "init_logit_scale": config.logit_scale}
     shown = {"size": image.size, "mode": "RGB", "mean": list(pixels.mean), "std": list(pixels.std),
              "interpolation": image.interpolation, "fill_color": 0,
-             "resize_mode": "shortest" if image.eval_crop == "center" else "squash"}
+             "resize_mode": "squash" if image.eval_crop == "squash" else "shortest"}
     return {"model_cfg": model, "preprocess_cfg": shown}, rows(config, custom=custom)
 
 

@@ -1,5 +1,6 @@
 """timm's plain ViT and DeiT, CLIP's and SigLIP's picture towers among them."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.checkpoint import Checkpoint, known
+from jaxmm.pretrained.checkpoint import Checkpoint, known, unsupported
 from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
 from jaxmm.pretrained.tables import CONV, FLAT, Row, lead, linear
@@ -18,7 +19,7 @@ ARCHITECTURE = re.compile(r"(?P<kind>vit|deit|deit3)_(?P<size>\w+?)(?P<distilled
                           r"(?P<tower>_clip|_clip_quickgelu|_siglip)?(?P<gap>_gap)?_(?P<side>\d+)")
 HEADS = {"tiny": 3, "xsmall": 6, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16, "giant": 16,
          "gigantic": 16, "so400m": 16, "giantopt": 16}
-"""The only size that the weights do not show."""
+"""The only size that the weights do not show; `model_args.num_heads` has precedence."""
 TANH = re.compile(r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_siglip\w*|vit_large_patch16_siglip(_gap)?_512")
 """SigLIP was trained with the approximate GELU throughout; timm computes the exact one but in these."""
 POOLS = {"token": "cls", "avg": "gap", "map": "map"}
@@ -31,17 +32,21 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
     if not found or found["size"] not in HEADS or found["kind"] == "deit3":
         raise FileError(f"architecture is {name!r}; supported are plain vit_SIZE_patchN_SIDE, their _clip, _siglip and "
                         f"_gap variants and deit_SIZE[_distilled]_patchN_SIDE, with SIZE one of {', '.join(HEADS)}")
-    tower, shown = found["tower"] or "", config.get("pretrained_cfg", {})
+    tower, shown, arguments = found["tower"] or "", config.get("pretrained_cfg", {}), config.get("model_args") or {}
+    unsupported(arguments, {"qk_norm": False, "qkv_bias": True, "init_values": None, "reg_tokens": 0,
+                            "norm_layer": None, "no_embed_class": False, "dynamic_img_size": False}, "model_args")
     width, _, _, patch = _shape(tensors, "patch_embed.proj.weight", 4)
     class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
     slots = _shape(tensors, "pos_embed", 3)[1] - class_token - distilled
     side = round(slots**0.5) * patch
     depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
     activation = "quick_gelu" if tower == "_clip_quickgelu" else "gelu_tanh" if TANH.fullmatch(name) else "gelu"
-    pool = config.get("global_pool") or ("token" if class_token else "avg")
+    activation = known({"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"},
+                       arguments.get("act_layer", activation), "model_args.act_layer")
+    pool = arguments.get("global_pool") or config.get("global_pool") or ("token" if class_token else "avg")
     model = ViTConfig(
         transformer=TransformerConfig(
-            width=width, depth=depth, heads=HEADS[found["size"]],
+            width=width, depth=depth, heads=arguments.get("num_heads", HEADS[found["size"]]),
             mlp_dim=_shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0], activation=activation,
             eps=1e-5 if "clip" in tower else 1e-6, init="normal"),
         image_size=side, patch=patch, class_token=class_token, pool=known(POOLS, pool, "global_pool"),
@@ -60,7 +65,7 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
     if tower == "_siglip" and activation == "gelu":
         notes += ("timm computes this model with the exact GELU, and so does jaxmm; SigLIP was trained with the "
                   "approximation by tanh",)
-    names = config.get("label_names")
+    names = config.get("label_names") or shown.get("label_names")
     return Checkpoint(family="timm", config=model, rows=rows(model), image=image, pixels=pixels, notes=notes,
                       labels=tuple(names) if names and len(names) == model.classes else None)
 
@@ -87,6 +92,47 @@ def rows(model: ViTConfig) -> list[Row]:
     if model.distillation_head:
         result += dense("distillation_head", "head_dist")
     return result
+
+
+def write(model: ViTConfig, image: ImageConfig, pixels: Pixels, labels: tuple[str, ...] | None
+          ) -> tuple[dict[str, Any], list[Row]]:
+    """`config.json` and the rows of a folder that timm loads: a base model whose sizes are all `model_args`.
+
+    Raises `FileError` where timm has no such model.
+    """
+    stack = model.transformer
+    wanted = {"positions": "learned", "registers": 0, "pre_logits": None, "patch_bias": not model.pre_norm,
+              "class_token": model.pool != "map", "position_class": True}
+    if model.pool == "gap":
+        del wanted["class_token"]
+    odd = [f"{name} = {getattr(model, name)!r}" for name, value in wanted.items() if getattr(model, name) != value]
+    if stack.eps != (1e-5 if model.pre_norm else 1e-6):
+        odd.append(f"eps = {stack.eps}")
+    if model.norm_pooled != (model.pool == "gap"):
+        odd.append(f"norm_pooled = {model.norm_pooled} with pool = {model.pool!r}")
+    if odd:
+        raise FileError(f"timm has no such vision transformer: {', '.join(odd)}")
+    kind = "deit_base_distilled_patch16" if model.distillation_token else "vit_base_patch16" + (
+        "_clip" if model.pre_norm else "_siglip" if model.pool == "map" else "")
+    ratio = stack.mlp_dim / stack.width
+    if int(stack.width * ratio) != stack.mlp_dim:  # timm cuts the product to a whole number
+        ratio = math.nextafter(ratio, math.inf)
+    pool = {ours: theirs for theirs, ours in POOLS.items()}[model.pool]
+    arguments = {"img_size": model.image_size, "patch_size": model.patch, "embed_dim": stack.width,
+                 "depth": stack.depth, "num_heads": stack.heads, "mlp_ratio": ratio, "act_layer": stack.activation,
+                 "class_token": model.class_token}
+    side, resized = image.size, round(image.size * image.eval_resize)
+    crop = side / resized if int(side / (side / resized)) == resized else math.nextafter(side / resized, 0)
+    config = {
+        "architecture": f"{kind}_224", "num_classes": model.classes or 0, "global_pool": pool,
+        "num_features": stack.width, "model_args": arguments | {"global_pool": pool},
+        "pretrained_cfg": {
+            "input_size": [3, side, side], "fixed_input_size": True, "interpolation": image.interpolation,
+            "crop_pct": crop, "crop_mode": "squash" if image.eval_crop == "squash" else "center", "mean": list(pixels.mean),
+            "std": list(pixels.std), "num_classes": model.classes or 0, "pool_size": None,
+            "first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if model.distillation_head
+            else "head"}}
+    return config | ({"label_names": list(labels)} if labels else {}), rows(model)
 
 
 def map_head(ours: str, theirs: str) -> list[Row]:

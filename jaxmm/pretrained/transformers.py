@@ -18,6 +18,7 @@ from jaxmm.pretrained.checkpoint import Checkpoint, known, unsupported
 from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm, torch_map_head
 from jaxmm.pretrained.tables import CONV, Row, lead
+from jaxmm.pretrained.words import Words
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu"}
 STACK = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -131,7 +132,7 @@ def read_clip(config, tensors, preprocessor) -> Checkpoint:
     default = {"size": model.vision.image_size, "shortest": True, "crop": model.vision.image_size, "resample": 3}
     image, pixels, told = read_preprocessor(preprocessor, model.vision, CLIP_PIXELS, default)
     return Checkpoint(family="transformers", config=model, rows=clip_rows(), image=image, pixels=pixels,
-                      ignore=(r"\.position_ids$",), notes=(*notes, *told))
+                      words=Words(vocabulary="transformers"), ignore=(r"\.position_ids$",), notes=(*notes, *told))
 
 
 def clip_rows() -> list[Row]:
@@ -171,7 +172,12 @@ def read_siglip(config, tensors, preprocessor) -> Checkpoint:
     default = {"size": vision["image_size"], "resample": 3}
     image, pixels, told = read_preprocessor(preprocessor, model.vision, INCEPTION, default)
     return Checkpoint(family="transformers", config=model, rows=siglip_rows(), image=image, pixels=pixels,
-                      ignore=(r"\.position_ids$",), notes=told)
+                      words=siglip_words(model.text.vocab_size), ignore=(r"\.position_ids$",), notes=told)
+
+
+def siglip_words(vocabulary: int) -> Words:
+    """SigLIP reads 32,000 tokens without case and punctuation; SigLIP 2 Gemma's 256,000 in lower case."""
+    return Words(vocabulary="file", cleaning="siglip" if vocabulary <= 2**16 else "lower")
 
 
 def siglip_rows() -> list[Row]:
@@ -214,7 +220,7 @@ def read_preprocessor(
     final = crop or resize
     if not size <= final < size + patch:  # a remainder below a patch is not read
         raise FileError(f"pictures are prepared at {final} x {final}; the model reads {size} x {size}")
-    image = ImageConfig(size=final, eval_crop="center" if shortest else "squash", eval_resize=resize / final,
+    image = ImageConfig(size=final, eval_crop="center_floor" if shortest else "squash", eval_resize=resize / final,
                         interpolation=known(RESAMPLE, resample, "resample"))
     return image, pixels, notes
 
@@ -311,8 +317,8 @@ def write_preprocessor(image: ImageConfig, pixels: Pixels, model_type: str) -> d
     """`preprocessor_config.json`, for the image processor of `model_type`."""
     processor = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip"}[model_type] + "ImageProcessor"
     resize, square = round(image.size * image.eval_resize), {"height": image.size, "width": image.size}
-    size = {"shortest_edge": resize} if image.eval_crop == "center" else {"height": resize, "width": resize}
-    crop = image.eval_crop == "center" or resize != image.size
+    size = {"shortest_edge": resize} if image.eval_crop != "squash" else {"height": resize, "width": resize}
+    crop = image.eval_crop != "squash" or resize != image.size
     return {"image_processor_type": processor, "do_resize": True, "size": size, "do_center_crop": crop,
             "resample": {name: number for number, name in RESAMPLE.items()}[image.interpolation],
             "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(pixels.mean),

@@ -48,6 +48,9 @@ def test_center_crop_by_hand(image_size, size, resize, resized, left, top):
     whole = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     got = eval_image(image, ImageConfig(size=size, eval_resize=resize))
     np.testing.assert_array_equal(got, whole[top:top + size, left:left + size])
+    left, top = (resized[0] - size) // 2, (resized[1] - size) // 2      # 7 instead of 8 in the third
+    got = eval_image(image, ImageConfig(size=size, eval_resize=resize, eval_crop="center_floor"))
+    np.testing.assert_array_equal(got, whole[top:top + size, left:left + size])
 
 
 def test_squash_may_leave_a_border_and_interpolation_is_chosen():

@@ -1,0 +1,86 @@
+"""Token ids against the published tokenizers, on 5,000 strings that people and machines write."""
+
+import json
+import random
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+
+from jaxmm.pretrained.source import Files
+from jaxmm.pretrained.words import Words, read_tokenizer
+
+pytestmark = pytest.mark.parity
+PIECES = {
+    "words": ["a", "photo", "of", "the", "small", "dogs", "cats,", "sitting", "in", "1999", "it's", "don't", "we'll",
+              "THEY'RE", "CamelCase"],
+    "accents": ["café", "naïve", "Ångström", "é", "İstanbul", "straße", "ﬁne", "ŒUVRE", "Ñandú", "Å", "ǅ"],
+    "emoji": ["🦄", "👩\u200d👩\u200d👧", "🏳️\u200d🌈", "❤️", "👍🏽", "☃", "⚡️"],
+    "cjk": ["中文", "日本語テキスト", "한국어", "㈱", "ｆｕｌｌ", "１２３"],
+    "right to left": ["שלום", "مرحبا", "\u202eabc\u202c", "ﷺ"],
+    "controls": ["\x00", "\x07", "\x1b[0m", "\u200b", "\ufeff", "\x85", "\u2028", "\t\n", "\x1c", "\xad"],
+    "special": ["<|startoftext|>", "<|endoftext|>", "<start_of_text>", "<end_of_text>", "</s>", "<pad>", "[SEP]"],
+    "entities": ["&amp;", "&lt;b&gt;", "&amp;amp;", "&#39;", "&nbsp;", "&", "&#x1F600;"],
+    "mojibake": ["Ã©", "â€™", "Â ", "l’été", "“quoted”"],
+    "marks": ["!!!", "...", "'", "''s", "'S", "_", "-", "½²", "§¶", "$5.00", "#tag", "@me", "~`^"],
+}
+
+
+def strings(count=5000, seed=0):
+    """Mixtures of all kinds, a few empty, of one character, or of 10,000."""
+    rng = random.Random(seed)
+    found = ["", " ", "a", "a" * 10_000, "word " * 2000, "中" * 10_000, "🦄" * 2500, "<|endoftext|>" * 100]
+    found += [chr(rng.choice([c for c in range(0x20, 0x3000) if unicodedata.category(chr(c)) != "Cn"]))
+              for _ in range(400)]
+    while len(found) < count:
+        kinds = rng.sample(list(PIECES), rng.randint(1, 3))
+        parts = [rng.choice(PIECES[rng.choice(kinds)]) for _ in range(rng.randint(1, 12))]
+        found.append(rng.choice(["", " ", " ", "  "]).join(parts))
+    return found
+
+
+def same(ours, theirs, texts, name, record_property):
+    """Whether all rows of ids are the same; names the first that is not."""
+    different = np.flatnonzero((ours != theirs).any(axis=1))
+    record_property(f"{name}, texts with other ids", f"{len(different)} of {len(texts)}")
+    for i in different[:3]:
+        print(f"{texts[i][:80]!r}\n  ours   {ours[i].tolist()}\n  theirs {theirs[i].tolist()}")
+    assert not len(different)
+
+
+@pytest.fixture(scope="module")
+def merges():
+    module = pytest.importorskip("open_clip.tokenizer", reason="no extra names open_clip, which holds CLIP's merges")
+    return module.default_bpe()
+
+
+def read(folder, words, length):
+    return read_tokenizer(Files(str(folder), folder, folder / "model.safetensors"), words, length)
+
+
+def test_open_clip(merges, tmp_path, record_property):
+    open_clip = pytest.importorskip("open_clip")
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(Path(merges).read_bytes())
+    ours = read(tmp_path, Words(vocabulary="openai", special=("<start_of_text>", "<end_of_text>")), 77)
+    texts = strings()
+    same(ours(texts), open_clip.tokenizer.SimpleTokenizer()(texts).numpy(), texts, "open_clip", record_property)
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+def test_transformers_clip(merges, form, tmp_path, record_property):
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(Path(merges).read_bytes())
+    backend = read(tmp_path, Words(vocabulary="openai"), 77).backend
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").unlink()
+    model = json.loads(backend.to_str())["model"]
+    theirs = transformers.CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    theirs.save_pretrained(tmp_path)
+    if form == "vocab.json":
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
+    ours = read(tmp_path, Words(vocabulary="transformers"), 77)
+    texts = [text for text in strings() if text]
+    want = theirs(texts, padding="max_length", truncation=True, max_length=77, return_tensors="np")["input_ids"]
+    same(ours(texts), want, texts, f"transformers CLIP from {form}", record_property)

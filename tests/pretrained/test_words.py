@@ -1,0 +1,106 @@
+"""Tokenizers that come with checkpoints: found, read as published, written so that transformers reads them alike."""
+
+import dataclasses
+import gzip
+import json
+
+import pytest
+import tokenizers
+
+from jaxmm.config import TokenizerConfig
+from jaxmm.data.tokenizers import make_tokenizer
+from jaxmm.pretrained.files import FileError
+from jaxmm.pretrained.source import Files
+from jaxmm.pretrained.words import Words, read_tokenizer, tokenizer_files
+from tests.data.test_tokenizers import CORPUS, MERGES, clip_vocab
+
+TEXTS = ["The  CAT's dog!!", "caf\u00e9 &amp; cats", "dog " * 40, "", "a<|endoftext|>cat", "<end_of_text>", "🦄 中文"]
+BEGIN, END = 524, 525
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = "".join(f"{a} {b}\n" for a, b in MERGES)
+    with gzip.open(tmp_path / "bpe_simple_vocab_16e6.txt.gz", "wt", encoding="utf-8") as file:
+        file.write('"bpe_simple_vocab#version: 0.2\n' + lines)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
+    (tmp_path / "vocab.json").write_text(json.dumps(clip_vocab()), encoding="utf-8")
+    return tmp_path
+
+
+def read(folder, words, given=None, length=11):
+    return read_tokenizer(Files(str(folder), folder, folder / "model.safetensors"), words, length, given)
+
+
+def test_openai_s_rules_from_every_file(folder):
+    words = Words(vocabulary="openai")
+    first = read(folder, words)
+    assert (first.cleaning, first.pad_id, first.eos_id, first.literal) == (
+        "openai", 0, END, ("<|startoftext|>", "<|endoftext|>"))
+    published = make_tokenizer(TokenizerConfig(
+        kind="clip", file=str(folder / "bpe_simple_vocab_16e6.txt.gz"), context_length=11))
+    plain = [text for text in TEXTS if "<" not in text]
+    assert (first(plain) == published(plain)).all()
+    (folder / "bpe_simple_vocab_16e6.txt.gz").rename(folder / "elsewhere.gz")
+    assert (read(folder, words)(TEXTS) == first(TEXTS)).all()
+    assert (read(folder / "..", words, folder / "elsewhere.gz")(TEXTS) == first(TEXTS)).all()
+    assert (read(folder / "..", words, folder)(TEXTS) == first(TEXTS)).all()
+
+
+def test_special_tokens_in_a_text_are_what_the_family_calls_them(folder):
+    vocab = clip_vocab()
+    openai = read(folder, Words(vocabulary="openai"))
+    open_clip = read(folder, Words(vocabulary="openai", special=("<start_of_text>", "<end_of_text>")))
+    a, cat = vocab["a</w>"], vocab["cat</w>"]
+    assert openai(["a<|endoftext|>cat"])[0, :5].tolist() == [BEGIN, a, END, cat, END]
+    assert openai(["]<|endoftext|>"])[0, 1] != END      # the sign before it takes the bracket along
+    assert open_clip(["a<end_of_text>cat"])[0, :5].tolist() == [BEGIN, a, END, cat, END]
+    assert END not in openai(["a <end_of_text>"])[0, :4]
+    assert END not in open_clip(["a <|endoftext|>"])[0, :4]
+
+
+def test_transformers_rules_clean_less(folder):
+    words = Words(vocabulary="transformers")
+    tokenizer = read(folder, words)
+    assert (tokenizer.cleaning, tokenizer.pad_id, tokenizer.eos_id) == ("none", END, END)
+    openai = read(folder, Words(vocabulary="openai"))
+    assert (tokenizer(["The  CAT's dog!!"]) == [[id if i < 7 else END for i, id in enumerate(row)] for row in
+                                                openai(["The  CAT's dog!!"]).tolist()]).all()
+    assert (tokenizer(["a &amp; a"])[0, 3] != openai(["a &amp; a"])[0, 3])
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": "!"}}))
+    assert read(folder, words).pad_id == 0
+
+
+@pytest.mark.parametrize("kind", ["clip", "train-wordpiece", "train-bpe"])
+@pytest.mark.parametrize("cleaning", ["none", "openai", "siglip", "canonical", "lower", "whitespace"])
+def test_saved_files_give_the_same_ids(folder, kind, cleaning):
+    config = TokenizerConfig(kind=kind, file=str(folder / "merges.txt"), vocab_size=300, context_length=11)
+    tokenizer = dataclasses.replace(make_tokenizer(config, CORPUS), cleaning=cleaning)
+    out = folder / "out"
+    out.mkdir()
+    for name, text in tokenizer_files(tokenizer).items():
+        (out / name).write_text(text, encoding="utf-8")
+    again = read(out, Words(vocabulary="file"))
+    texts = ["The CAT's dog!!", "caf\u00e9, cats_and dogs", "dog " * 40, "", "🦄 中文", "a small red circle"]
+    want = tokenizer(texts)
+    if kind == "clip":
+        want[want == tokenizer.pad_id] = tokenizer.eos_id
+        got = again(texts)
+        got[got == tokenizer.pad_id] = tokenizer.eos_id
+        assert (got == want).all()
+    else:
+        assert (again(texts) == want).all()
+    backend = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))      # with what it puts around a text
+    assert backend.encode("a dog").ids == again(["a dog"])[0].tolist()[:len(backend.encode("a dog").ids)]
+
+
+def test_none_is_none_and_broken_is_named(folder, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    assert read(empty, Words(vocabulary="openai")) is None
+    with pytest.raises(FileError, match="does not exist"):
+        read(empty, Words(vocabulary="file"), empty / "none.json")
+    for name, words in (("tokenizer.json", "file"), ("tokenizer.json", "transformers"), ("vocab.json", "openai")):
+        (empty / name).write_text('{"model": 3}')
+        with pytest.raises(FileError, match=f"{name} holds no tokenizer"):
+            read(empty, Words(vocabulary=words))
+        (empty / name).unlink()
