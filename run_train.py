@@ -97,8 +97,7 @@ def main(args: list[str]) -> int:
         command = parse(args)
         if command.distributed:
             start_distributed(command.workdir)
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxmm" / "xla"
-        use_compilation_cache(command.cache or cache)
+        use_compilation_cache(command.cache)
         train(command.train, command.workdir or new_workdir(command.config))
     except (ConfigError, DataError, CheckpointError, TrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

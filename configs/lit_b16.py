@@ -4,11 +4,11 @@ r"""Locked-image tuning (LiT, Zhai et al. 2022): a text tower learns to read a p
         --data.tokenizer.file vocab.txt
 
 Every parameter under `vision/` is frozen: no gradient is computed for it and no optimizer state is kept. The tower has
-no projection and the text tower is projected onto it, as in the paper's B/16 models. Its worth is that of the picture
-tower it starts from, and as it stands this recipe starts from a random one.
+no projection and the text tower is projected onto it, as in the paper's B/16 models. The picture tower is the one of
+`--init.from`: any ViT whose width is 768, by default the one that Google trained on ImageNet-21k.
 """
 
-from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Retrieval
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import transformer, vit
@@ -25,6 +25,7 @@ def get_config() -> TrainConfig:
                        text_projection_bias=True)
     return TrainConfig(
         task=Contrastive(model=model, pixels=INCEPTION),
+        init=InitConfig(source="google/vit-base-patch16-224-in21k"),
         steps=55_000,
         data=DataConfig(
             train="tfds:pairs:train", val="tfds:pairs:validation", batch_size=16_384, workers=32,

@@ -11,7 +11,8 @@ _HOMES = {
     "Classify": "tasks.classify", "Contrastive": "tasks.contrastive",
     "TrainConfig": "config", "ConfigError": "config", "DataError": "data.sources", "open_source": "data.sources",
     "CheckpointError": "training.checkpoint", "TrainError": "training.loop", "train": "training.loop",
-    "train_step": "training.step",
+    "train_step": "training.step", "load": "pretrained.model", "Model": "pretrained.model",
+    "FileError": "pretrained.files",
 }
 
 __all__ = sorted(_HOMES)

@@ -4,11 +4,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,26 +18,29 @@ from jaxtyping import Float, Int32, UInt8
 from PIL import Image
 
 from jaxmm.config import ImageConfig
-from jaxmm.data.images import decode
+from jaxmm.data.images import BadImage, decode
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.common import outputs, predict_fn, whole_batch
 from jaxmm.evals.zero_shot import TEMPLATES, unit
-from jaxmm.models.clip import CLIPConfig
-from jaxmm.pretrained import npz, open_clip, timm, transformers
-from jaxmm.pretrained.checkpoint import Checkpoint
-from jaxmm.pretrained.files import FileError, Tensors, open_tensors, write_safetensors
-from jaxmm.pretrained.source import Files, find
-from jaxmm.pretrained.tables import read_params, write_tensors
+from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
+from jaxmm.models.vit import ViT, ViTConfig
+from jaxmm.pretrained import native, open_clip, timm, transformers
+from jaxmm.pretrained.files import FileError, write_safetensors
+from jaxmm.pretrained.opening import open_checkpoint
+from jaxmm.pretrained.tables import Row, write_tensors
+from jaxmm.pretrained.words import is_openai, tokenizer_files
 from jaxmm.sharding import shardings
 from jaxmm.tasks.base import Task
-from jaxmm.tasks.classify import Classify
-from jaxmm.tasks.contrastive import Contrastive
 
 log = logging.getLogger(__name__)
 
 Picture = str | Path | Image.Image | np.ndarray
 """A file, a PIL picture, or uint8 [h, w, 3]."""
+OnError = Callable[[Picture, Exception], None]
+Format = Literal["jaxmm", "transformers", "timm", "open_clip"]
+ROUNDED = 16
+"""Tokens: texts are cut to multiples of it."""
 BATCH = 64
 """Pictures or texts that the device sees at once, at most. Fewer are filled up to a power of two, so that batches of
 any length meet a handful of compiled programs."""
@@ -61,6 +65,16 @@ class Model:
         """The architecture: a `ViTConfig` or a `CLIPConfig`."""
         return self.task.model
 
+    @property
+    def module(self) -> ViT | CLIP:
+        """The Flax module, a pure function: `module.apply({"params": params}, image, ..., train=False)`."""
+        return CLIP(self.config) if isinstance(self.config, CLIPConfig) else ViT(self.config)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
     def preprocess(self, pictures: Sequence[Picture]) -> UInt8[np.ndarray, "b size size 3"]:
         """Pictures as the model was trained to see them. Raises `BadImage` for one that cannot be decoded."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -69,18 +83,38 @@ class Model:
     def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "b t"]:
         """Texts as token ids, cut and padded as the model was trained to read them."""
         if self.tokenizer is None:
-            raise FileError("this model has no tokenizer; token ids can be given to task.predict['text']")
+            raise FileError("this model has no vocabulary; put bpe_simple_vocab_16e6.txt.gz, tokenizer.json, or "
+                            "vocab.json with merges.txt beside its weights, or name one: load(..., tokenizer=FILE)")
         return self.tokenizer(texts)
 
-    def encode_image(self, pictures: Iterable[Picture]) -> Float[np.ndarray, "b e"]:
-        """Pictures in the shared space at length 1; of a classifier, its pooled features as they are."""
+    def encode_image(self, pictures: Iterable[Picture], *, on_error: OnError | None = None
+                     ) -> Float[np.ndarray, "b e"]:
+        """Pictures in the shared space at length 1; of a classifier, its pooled features as they are.
+
+        A picture that cannot be read raises `BadImage` or OSError; with `on_error` it is handed there and left out.
+        """
         name = "image" if isinstance(self.config, CLIPConfig) else "features"
-        return self._run(name, self._pictures(pictures))
+        return self._run(name, self._pictures(pictures, on_error))
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "b e"]:
-        """Texts in the shared space at length 1."""
-        chunks = (texts[i:i + BATCH] for i in range(0, len(texts), BATCH))
-        return self._run("text", ({"tokens": self.tokenize(chunk)} for chunk in chunks))
+        """Texts in the shared space at length 1.
+
+        Where nothing behind the end token is seen (CLIP), texts of like length go together and are cut behind it.
+        """
+        tokens = self.tokenize(texts)
+        needed = self._needed(tokens)
+        order = np.argsort(needed, kind="stable")
+        chunks = (order[i:i + BATCH] for i in range(0, len(order), BATCH))
+        found = self._run("text", ({"tokens": tokens[chunk, :needed[chunk].max()]} for chunk in chunks))
+        return found[np.argsort(order)]
+
+    def _needed(self, tokens: Int32[np.ndarray, "b t"]) -> np.ndarray:
+        """How many tokens of each text its embedding depends on, rounded up so that there are few lengths."""
+        text, length = self.config.text, tokens.shape[1]
+        if not text.causal or text.pool not in ("argmax", "eos"):
+            return np.full(len(tokens), length)
+        last = tokens.argmax(axis=1) if text.pool == "argmax" else (tokens == text.eos_id).argmax(axis=1)
+        return np.minimum(length, -(-(last + 1) // ROUNDED) * ROUNDED)
 
     def similarity(self, pictures: Iterable[Picture], texts: Sequence[str]) -> Float[np.ndarray, "b c"]:
         """The model's logits: scale x cosine, plus SigLIP's bias."""
@@ -89,53 +123,72 @@ class Model:
 
     def classify(
         self, pictures: Iterable[Picture], labels: Sequence[str] | None = None, *,
-        templates: Sequence[str] = TEMPLATES, top: int = 5,
+        templates: Sequence[str] = TEMPLATES, top: int = 5, on_error: OnError | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The `top` likeliest (label, probability) of each picture, best first.
 
         With a head, among its own classes. CLIP and SigLIP choose among `labels`, each put into every one of
-        `templates` (CLIP, section 3.1); probabilities are a softmax over them.
+        `templates` (CLIP, section 3.1); probabilities are a softmax over them. `on_error` as in `encode_image`.
         """
         if isinstance(self.config, CLIPConfig):
             if not labels:
                 raise ValueError("labels is empty; wanted names of classes, such as ['a cat', 'a dog']")
             prompts = [template.replace("{}", label) for label in labels for template in templates]
             text = unit(self.encode_text(prompts).reshape(len(labels), len(templates), -1).mean(axis=1))
-            logits = np.exp(np.asarray(self.params["logit_scale"])) * self.encode_image(pictures) @ text.T
+            logits = np.exp(np.asarray(self.params["logit_scale"])) * self.encode_image(
+                pictures, on_error=on_error) @ text.T
         else:
             if labels is not None:
                 raise ValueError(f"labels is given, but this model has a head for {self.config.classes} of its own")
-            logits = self._run("logits", self._pictures(pictures))
+            if self.config.classes is None:
+                raise ValueError("this model has no head; wanted one, or two towers and labels")
+            logits = self._run("logits", self._pictures(pictures, on_error))
             labels = self.labels or [str(i) for i in range(logits.shape[1])]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         return [[(labels[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]] for row in shares]
 
-    def save(self, folder: str | Path, *, format: str) -> None:
-        """Writes a new `folder` with configuration, preprocessing and weights, as `format` has them.
+    def save(self, folder: str | Path, *, format: Format = "jaxmm") -> None:
+        """Writes a new `folder` with configuration, preprocessing, vocabulary and weights, as `format` has them.
 
-        `transformers` and `open_clip` load theirs with nothing missing and nothing left over. Raises `FileError`
-        where that library computes no such model, or where the folder exists.
+        `jaxmm` holds any model; `transformers`, `open_clip` and `timm` load theirs with nothing missing and nothing
+        left over. Raises `FileError` where that library computes no such model, or where the folder exists.
         """
         folder = Path(folder)
         if folder.exists():
             raise FileError(f"{folder} exists; wanted a new folder")
-        if format == "transformers":
-            config, preprocessor, rows = transformers.write(self.config, self.image, self.task.pixels, self.labels)
-            texts, weights = {"config.json": config, "preprocessor_config.json": preprocessor}, "model.safetensors"
-        elif format == "open_clip" and isinstance(self.config, CLIPConfig):
-            config, rows = open_clip.write(self.config, self.image, self.task.pixels)
-            texts, weights = {"open_clip_config.json": config}, "open_clip_model.safetensors"
-        else:
-            raise FileError(f"format is {format!r}; wanted transformers, or open_clip for two towers")
+        texts, weights, rows = self._described(format)
         tensors = write_tensors(self.params, rows)
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)  # of a save that was interrupted
         part.mkdir(parents=True)
         for name, value in texts.items():
             (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        if self.tokenizer is not None and format == "jaxmm":
+            self.tokenizer.save(part / "tokenizer")
+        elif self.tokenizer is not None:
+            for name, text in tokenizer_files(self.tokenizer).items():
+                (part / name).write_text(text, encoding="utf-8")
         write_safetensors(part / weights, tensors, {"format": "pt"})
         part.rename(folder)
+
+    def _described(self, format: str) -> tuple[Mapping[str, Any], str, list[Row]]:
+        """The configurations by file name, the name of the file of weights, and its rows."""
+        model, pixels, weights = self.config, self.task.pixels, "model.safetensors"
+        if format == "jaxmm":
+            described = native.describe(self.task, self.image, self.labels)
+            return {native.MODEL: described}, weights, native.identity_rows(self.task)
+        if format == "transformers":
+            config, preprocessor, rows = transformers.write(model, self.image, pixels, self.labels)
+            return {"config.json": config, "preprocessor_config.json": preprocessor}, weights, rows
+        if format == "timm" and isinstance(model, ViTConfig):
+            config, rows = timm.write(model, self.image, pixels, self.labels)
+            return {"config.json": config}, weights, rows
+        if format == "open_clip" and isinstance(model, CLIPConfig):
+            config, rows = open_clip.write(model, self.image, pixels, vocabulary=not is_openai(self.tokenizer))
+            return {"open_clip_config.json": config}, "open_clip_model.safetensors", rows
+        raise FileError(f"format is {format!r}; wanted jaxmm, transformers, timm (for a ViT) or open_clip "
+                        "(for two towers)")
 
     def _prepare(self, picture: Picture) -> UInt8[np.ndarray, "size size 3"]:
         if isinstance(picture, (str, Path)):
@@ -144,24 +197,48 @@ class Model:
         size = self.config.vision.image_size if isinstance(self.config, CLIPConfig) else self.config.image_size
         return eval_image(image, self.image)[:size, :size]  # what is left of a patch at the borders is not read
 
-    def _pictures(self, pictures: Iterable[Picture]) -> Iterator[dict[str, np.ndarray]]:
+    def _pictures(
+        self, pictures: Iterable[Picture], on_error: OnError | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
         """Batches, decoded while the device computes the one before."""
+        ready: list[np.ndarray] = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            pending: list = []
+            pending: deque = deque()
+
+            def take():
+                picture, future = pending.popleft()
+                try:
+                    ready.append(future.result())
+                except (BadImage, OSError) as error:
+                    if on_error is None:
+                        raise
+                    on_error(picture, error)
+
             for picture in pictures:
-                pending.append(pool.submit(self._prepare, picture))
-                if len(pending) == 2 * BATCH:
-                    yield {"image": np.stack([future.result() for future in pending[:BATCH]])}
-                    del pending[:BATCH]
-            for start in range(0, len(pending), BATCH):
-                yield {"image": np.stack([future.result() for future in pending[start:start + BATCH]])}
+                pending.append((picture, pool.submit(self._prepare, picture)))
+                while len(pending) >= 2 * BATCH or (len(pending) >= BATCH and pending[0][1].done()):
+                    take()
+                if len(ready) >= BATCH:
+                    yield {"image": np.stack(ready[:BATCH])}
+                    del ready[:BATCH]
+            while pending:
+                take()
+        for start in range(0, len(ready), BATCH):
+            yield {"image": np.stack(ready[start:start + BATCH])}
 
     def _run(self, name: str, batches: Iterable[dict[str, np.ndarray]]) -> np.ndarray:
         fn = predict_fn(self.task, (name,), self.mesh)
         results = [result[name] for result, _ in outputs(fn, self.params, map(self._filled, batches), self.mesh)]
-        if not results:
-            raise ValueError("there is nothing to encode: wanted one picture or text at least")
-        return np.concatenate(results)
+        return np.concatenate(results) if results else np.zeros((0, *self._shape(name)), np.float32)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of what `task.predict[name]` makes of one picture or text."""
+        clip = isinstance(self.config, CLIPConfig)
+        side = (self.config.vision if clip else self.config).image_size
+        batch = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
+        if clip:
+            batch["tokens"] = jax.ShapeDtypeStruct((1, self.config.text.context_length), np.int32)
+        return jax.eval_shape(self.task.predict[name], self.params, batch).shape[1:]
 
     def _filled(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(next(iter(batch.values())))
@@ -172,52 +249,31 @@ class Model:
 
 
 def load(
-    source: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None, revision: str | None = None
+    source: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None, revision: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Model:
-    """A published model, from a folder, a file, or the hub (`openai/clip-vit-base-patch32`), ready to use.
+    """A model, ready to use, from the hub (`openai/clip-vit-base-patch32`), a folder, a file, or a run's work folder.
 
     Parameters are laid out over `mesh` (default: one device). `dtype` ("float32", "bfloat16") is that of parameters
-    and activations; None: float32. Raises `FileError`, which lists all that does not fit.
+    and activations; None: as the model was made. `revision` is the hub's, or of a work folder the number of a step.
+    `tokenizer` is a file or folder with the vocabulary, where it does not lie beside the weights. Raises `FileError`,
+    which lists all that does not fit.
     """
-    files = find(source, revision=revision)
-    tensors = npz.unwrapped(open_tensors(files.weights))
-    found = understand(files, tensors)
-    for note in found.notes:
-        log.warning("%s: %s", files.name, note)
-    task = _task(found, dtype)
+    opened = open_checkpoint(source, revision=revision, tokenizer=tokenizer)
+    for note in opened.notes:
+        log.warning("%s: %s", opened.name, note)
+    task = opened.task if dtype is None else replace(opened.task, model=with_dtype(opened.task.model, dtype))
     like = jax.eval_shape(task.init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), like)
     if mesh is not None:
         like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
                             like, shardings(like, mesh))
-    params = read_params(tensors, found.rows, like, name=files.name, ignore=found.ignore)
-    return Model(task=task, params=params, image=found.image, labels=found.labels, notes=found.notes, mesh=mesh)
+    return Model(task=task, params=opened.read(like), image=opened.image, tokenizer=opened.tokenizer,
+                 labels=opened.labels, notes=opened.notes, mesh=mesh)
 
 
-def understand(files: Files, tensors: Tensors) -> Checkpoint:
-    """Which family a checkpoint is of, and what it says of itself. Raises `FileError` where that is unknown."""
-    if (config := files.json("open_clip_config.json")) is not None:
-        return open_clip.read(config, tensors)
-    config = files.json("config.json") or {}
-    if "model_type" in config:
-        return transformers.read(config, tensors, files.json("preprocessor_config.json"))
-    if "architecture" in config:
-        return timm.read(config, tensors)
-    if "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors:
-        return open_clip.read_openai(tensors)
-    if files.weights.suffix == ".npz":
-        return npz.read(tensors, files.name)
-    raise FileError(f"{files.name} has no configuration that says what model it is: wanted a config.json with "
-                    "model_type (transformers) or architecture (timm), an open_clip_config.json, or OpenAI's weights")
-
-
-def _task(found: Checkpoint, dtype: str | None) -> Task:
-    def typed(tower):
-        return replace(tower, transformer=replace(tower.transformer, dtype=dtype or tower.transformer.dtype))
-
-    config = found.config
-    if isinstance(config, CLIPConfig):
-        config = replace(config, vision=typed(config.vision), text=typed(config.text))
-        kind = "softmax" if config.logit_bias is None else "sigmoid"
-        return Contrastive(model=config, pixels=found.pixels, kind=kind)
-    return Classify(model=typed(config), pixels=found.pixels)
+def with_dtype(model: ViTConfig | TextConfig | CLIPConfig, dtype: str) -> ViTConfig | TextConfig | CLIPConfig:
+    """`model`, computing in `dtype`."""
+    if isinstance(model, CLIPConfig):
+        return replace(model, vision=with_dtype(model.vision, dtype), text=with_dtype(model.text, dtype))
+    return replace(model, transformer=replace(model.transformer, dtype=dtype))

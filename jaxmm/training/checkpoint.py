@@ -46,6 +46,48 @@ def shapes(state: State) -> dict[str, list]:
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(_as_dict(state))}
 
 
+def whole_steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in `folder`, oldest first."""
+    return sorted(int(p.parent.name) for p in folder.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with the checkpoint in `folder`, or None."""
+    try:
+        wanted = _notes(folder)["files"]
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    found = digests(folder)
+    for name, digest in wanted.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def read_weights(folder: Path, part: str, like: Any, step: int | None = None) -> Any:
+    """`part` ("params", "average") of the newest whole checkpoint in `folder`, or of that of `step`; nothing else is
+    read. Laid out as `like`. Raises `CheckpointError` where there is none, or it is damaged, or holds other arrays.
+    """
+    folder, steps = folder.absolute(), whole_steps(folder)
+    if not steps or (step is not None and step not in steps):
+        raise CheckpointError(f"{folder} holds no whole checkpoint{'' if step is None else f' of step {step}'}; it "
+                              f"has {', '.join(map(str, steps)) or 'none'}")
+    chosen = folder / str(steps[-1] if step is None else step)
+    if damage := find_damage(chosen):
+        raise CheckpointError(f"checkpoint {chosen} is damaged: {damage}")
+    saved = {name: shape for name, (shape, _) in _notes(chosen)["shapes"].items() if name.startswith(f"{part}/")}
+    wanted = {f"{part}/{name}": list(leaf.shape) for name, leaf in named_leaves(like)}
+    _check_shapes(chosen, saved, wanted)
+    arguments = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(
+        dtype=leaf.dtype, sharding=leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])), like)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        restored = orbax.restore(chosen / "state", args=ocp.args.PyTreeRestore(
+            item={part: like}, restore_args={part: arguments}, partial_restore=True))
+    return restored[part]
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder/STEP/`."""
 
@@ -60,7 +102,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
-        return sorted(int(p.parent.name) for p in self.folder.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
+        return whole_steps(self.folder)
 
     def save(self, state: State, data: Any) -> None:
         """Starts saving `state` and the data iterator's state `data` (JSON); returns when the arrays are copied.
@@ -138,18 +180,7 @@ class Checkpoints:
 
     def damage(self, step: int) -> str | None:
         """What is wrong with the checkpoint of `step`, or None."""
-        folder = self.folder / str(step)
-        try:
-            wanted = _notes(folder)["files"]
-        except (OSError, ValueError) as error:
-            return f"{MANIFEST} cannot be read: {error}"
-        found = digests(folder)
-        for name, digest in wanted.items():
-            if name not in found:
-                return f"{name} is missing"
-            if found[name] != digest:
-                return f"{name} is not what was written"
-        return None
+        return find_damage(self.folder / str(step))
 
     def clean(self) -> None:
         """Removes what interrupted saves left. Only for the run that holds the work folder."""

@@ -14,11 +14,12 @@ import filelock
 import jax
 import numpy as np
 
-from jaxmm.config import ConfigError, Evaluator, TrainConfig, require, save_config, to_dict
+from jaxmm.config import ConfigError, Evaluator, TrainConfig, from_dict, require, save_config, to_dict
 from jaxmm.data.pipeline import FaultCounter, TrainIterator, train_batches
 from jaxmm.data.sources import Source, open_source, record_texts
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.evals.common import EvalContext
+from jaxmm.pretrained.start import adopt, open_start, start_weights
 from jaxmm.sharding import batch_shards, make_mesh, place_batch, shardings, undivided
 from jaxmm.tasks.base import Task
 from jaxmm.training.checkpoint import Checkpoints
@@ -93,15 +94,24 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     require(config.microbatches == 1 or type(config.task).loss is Task.loss, "microbatches", config.microbatches,
             f"1: the loss of {type(config.task).__name__} cannot be computed in parts")
     source = open_source(config.data.train, data_dir=config.data.data_dir)
-    _same_run(config, workdir, source)
+    begun = _begun(config, workdir, source)
     val = open_source(config.data.val, data_dir=config.data.data_dir) if config.data.val else None
     if val is not None and None not in (source.classes, val.classes) and source.classes != val.classes:
         odd = sorted(set(source.classes) ^ set(val.classes))
         raise ConfigError(f"data.val is {config.data.val!r}, whose classes are not those of {config.data.train!r}: "
                           f"{', '.join(odd[:10])} only in one of them")
-    tokenizer = _tokenizer(config, source, workdir) if "text" in config.task.reads else None
-    task = config.task.bind(image_size=config.data.image.size, tokenizer=tokenizer,
-                            classes=None if source.classes is None else len(source.classes))
+    task, trained = config.task, None
+    if config.init.source is not None and begun is None:
+        trained = open_start(config.init)
+        task = adopt(task, trained.task, config.data.image.size)
+    tokenizer = None
+    if "text" in task.reads:
+        tokenizer = (trained and trained.tokenizer) or _tokenizer(config, task, source, workdir)
+    if config.init.source is not None and begun is not None:  # the trained model may be gone by now
+        task = from_dict(begun["task"])
+    else:
+        task = task.bind(image_size=config.data.image.size, tokenizer=tokenizer,
+                         classes=None if source.classes is None else len(source.classes))
     params = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, params, config.steps, task.bounds)
     evals = tuple(evaluator for evaluator in config.evals if val is not None or evaluator.source is not None)
@@ -131,7 +141,7 @@ def _context(setup: Setup, state: State | None = None) -> EvalContext:
                        train=setup.train, val=setup.val, tokenizer=setup.tokenizer, mesh=setup.mesh)
 
 
-def _tokenizer(config: TrainConfig, source: Source, workdir: Path) -> Tokenizer | None:
+def _tokenizer(config: TrainConfig, task: Task, source: Source, workdir: Path) -> Tokenizer | None:
     """The work folder's tokenizer, else a new one; None for a source without words."""
     folder = workdir / "tokenizer"
     if folder.exists():
@@ -142,8 +152,14 @@ def _tokenizer(config: TrainConfig, source: Source, workdir: Path) -> Tokenizer 
     some = next((texts for i in range(min(len(source), 100)) if (texts := _texts(source, i))), ())
     if not some:
         return None
+    wanted = config.data.tokenizer
+    if config.init.source is not None and task.model.text != config.task.model.text:  # a trained text tower
+        if wanted.kind.startswith("train-"):
+            raise ConfigError(f"init.from is {config.init.source!r}, which came without a vocabulary; wanted "
+                              "data.tokenizer.kind and .file, such as clip and bpe_simple_vocab_16e6.txt.gz")
+        wanted = dataclasses.replace(wanted, context_length=task.model.text.context_length)
     corpus = (text for i in range(min(len(source), CORPUS)) for text in _texts(source, i))
-    return make_tokenizer(config.data.tokenizer, corpus)
+    return make_tokenizer(wanted, corpus)
 
 
 def _texts(source: Source, index: int) -> tuple[str, ...]:
@@ -153,14 +169,17 @@ def _texts(source: Source, index: int) -> tuple[str, ...]:
         return ()
 
 
-def _same_run(config: TrainConfig, workdir: Path, source: Source) -> None:
-    """Refuses to go on with a run that was begun with another configuration."""
+def _begun(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] | None:
+    """What `config.json` says of the run in `workdir`; None where none was begun.
+
+    Refuses to go on with a run that was begun with another configuration.
+    """
     path = workdir / "config.json"
     if not path.exists():
-        return
+        return None
     try:
         notes = json.loads(path.read_text())
-        old, fingerprint = notes["config"], notes["fingerprint"]
+        old, fingerprint, _ = notes["config"], notes["fingerprint"], notes["task"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not what a run writes: {type(error).__name__}: {error}") from None
     changes = _changes(old, json.loads(json.dumps(to_dict(config))))
@@ -169,6 +188,7 @@ def _same_run(config: TrainConfig, workdir: Path, source: Source) -> None:
     if changes:
         raise ConfigError(f"workdir is {str(workdir)!r}, which holds a run with another configuration; "
                           "wanted the same, or another folder:\n  " + "\n  ".join(changes))
+    return notes
 
 
 def _begin(setup: Setup) -> None:
@@ -180,7 +200,8 @@ def _begin(setup: Setup) -> None:
         part.rename(workdir / "tokenizer")
     packages = ("jaxmm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
     devices, part = jax.devices(), workdir / "config.json.part"
-    save_config(setup.config, part, fingerprint=setup.train.fingerprint,
+    save_config(setup.config, part, task=to_dict(setup.task), classes=to_dict(setup.train.classes),
+                fingerprint=setup.train.fingerprint,
                 versions={name: importlib.metadata.version(name) for name in packages}
                 | {"python": platform.python_version()},
                 devices=f"{len(devices)} x {devices[0].device_kind}", hosts=jax.process_count())
@@ -208,7 +229,7 @@ def _run(setup: Setup, termination: "Termination", observe) -> dict[str, float]:
         batches = train_batches(setup.train, config.data, setup.tokenizer, seed=config.seed,
                                 shard=(jax.process_index(), jax.process_count()), labels="label" in setup.task.reads)
         closing.callback(batches.close)
-        state = _restore(setup, checkpoints, batches, faults)
+        state, anew = _restore(setup, checkpoints, batches, faults)
         start = int(state.step)
         metric_log = closing.enter_context(contextlib.closing(MetricLog(workdir, start))) if primary else None
         watch = closing.enter_context(contextlib.closing(
@@ -216,6 +237,9 @@ def _run(setup: Setup, termination: "Termination", observe) -> dict[str, float]:
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         watch.say(f"{workdir}: {count:,} parameters, {len(setup.train):,} training records, "
                   f"mesh {dict(setup.mesh.shape)}, " + (f"going on after step {start}" if start else "from the start"))
+        if config.init.source is not None and not start:
+            watch.say(f"parameters are those of {config.init.source}"
+                      + (f"; anew: {', '.join(anew[:8])}{' ...' if len(anew) > 8 else ''}" if anew else ""))
         if odd := undivided(state.params, setup.mesh):
             watch.say(f"{len(odd)} dimensions are not cut; {odd[0]}")
         state, stopped = _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termination, observe)
@@ -233,18 +257,24 @@ def _run(setup: Setup, termination: "Termination", observe) -> dict[str, float]:
         return metrics
 
 
-def _restore(setup: Setup, checkpoints: Checkpoints, batches: TrainIterator, faults: FaultCounter) -> State:
-    """The newest whole checkpoint on this run's mesh, or a fresh state."""
+def _restore(
+    setup: Setup, checkpoints: Checkpoints, batches: TrainIterator, faults: FaultCounter
+) -> tuple[State, list[str]]:
+    """The newest whole checkpoint on this run's mesh, or the state before the first step and the paths of the
+    parameters that no trained model gave."""
     like = abstract_state(setup.task, setup.optimizer)
     like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
                         like, shardings(like, setup.mesh))
     found = checkpoints.restore(like)
     if found is None:
-        return sharded_state(setup.task, setup.optimizer, setup.config.seed, setup.mesh)
+        init, anew, given = setup.config.init, [], {}
+        if init.source is not None:
+            given, anew = start_weights(init, setup.task, setup.mesh)
+        return sharded_state(setup.task, setup.optimizer, setup.config.seed, setup.mesh, given), anew
     state, data = found
     batches.set_state(data["iterator"])
     faults.set_state(data["faults"])
-    return state
+    return state, []
 
 
 def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termination, observe) -> tuple[State, bool]:

@@ -1,5 +1,6 @@
 """Everything that a step changes and a checkpoint holds."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jaxmm.sharding import shardings
+from jaxmm.sharding import path_name, shardings
 from jaxmm.tasks.base import Task
 from jaxmm.training.optimizer import Optimizer
 
@@ -28,10 +29,15 @@ class State(struct.PyTreeNode):
     """int32 scalar: steps skipped in a row because their loss or gradient was not finite."""
 
 
-def init_state(task: Task, optimizer: Optimizer, rng: Key[Array, ""]) -> State:
-    """Parameters, then what is derived from them, then the optimizer's state."""
+def init_state(
+    task: Task, optimizer: Optimizer, rng: Key[Array, ""], given: Mapping[str, Array] | None = None
+) -> State:
+    """Parameters, then the `given` ones in their places by path, then what is derived from them, then the optimizer's
+    state."""
     params_rng, extra_rng = jax.random.split(rng)
-    params = task.init(params_rng)
+    given = given or {}
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: given.get(path_name(path), leaf),
+                                              task.init(params_rng))
     zero = jnp.zeros((), jnp.int32)
     average = jax.tree.map(jnp.copy, params) if optimizer.average else None
     return State(step=zero, params=params, opt=optimizer.tx.init(params), extra=task.init_extra(params, extra_rng),
@@ -43,7 +49,10 @@ def abstract_state(task: Task, optimizer: Optimizer) -> State:
     return jax.eval_shape(lambda rng: init_state(task, optimizer, rng), jax.random.key(0))
 
 
-def sharded_state(task: Task, optimizer: Optimizer, seed: int, mesh: Mesh) -> State:
-    """A fresh state, each device making its own share: the whole never exists in one place."""
+def sharded_state(
+    task: Task, optimizer: Optimizer, seed: int, mesh: Mesh, given: Mapping[str, Array] | None = None
+) -> State:
+    """A state before its first step, each device making its own share: the whole never exists in one place."""
     where = shardings(abstract_state(task, optimizer), mesh)
-    return jax.jit(lambda rng: init_state(task, optimizer, rng), out_shardings=where)(jax.random.key(seed))
+    make = jax.jit(lambda rng, given: init_state(task, optimizer, rng, given), out_shardings=where)
+    return make(jax.random.key(seed), dict(given or {}))

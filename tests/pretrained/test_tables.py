@@ -102,56 +102,6 @@ def test_a_table_and_a_model_that_do_not_agree_are_named():
         write_tensors(random_params(CONFIG) | {"surprise": jnp.zeros(3)}, ROWS["timm"])
 
 
-def flax_file(config, kind, *, stacked=False, wrapper=""):
-    """The arrays of `config` as vision_transformer or big_vision name them, written from their description."""
-    rng = np.random.default_rng(1)
-    d, depth, heads, mlp = (getattr(config.transformer, name) for name in ("width", "depth", "heads", "mlp_dim"))
-    first, attention, second, hidden = npz.KINDS[kind]
-    names = {"embedding/kernel": (config.patch, config.patch, 3, d), "embedding/bias": (d,), "cls": (1, 1, d),
-             "Transformer/encoder_norm/scale": (d,), "Transformer/encoder_norm/bias": (d,),
-             "head/kernel": (d, config.classes), "head/bias": (config.classes,)}
-    slots = config.grid[0] * config.grid[1]
-    if kind == "vision_transformer":
-        names["Transformer/posembed_input/pos_embedding"] = (1, slots + 1, d)
-    else:
-        names["pos_embedding"] = (1, slots, d)
-    layer = {f"{norm}/{part}": (d,) for norm in (first, second) for part in ("scale", "bias")}
-    for name in ("query", "key", "value"):
-        layer |= {f"{attention}/{name}/kernel": (d, heads, d // heads), f"{attention}/{name}/bias": (heads, d // heads)}
-    layer |= {f"{attention}/out/kernel": (heads, d // heads, d), f"{attention}/out/bias": (d,),
-              f"{hidden}/Dense_0/kernel": (d, mlp), f"{hidden}/Dense_0/bias": (mlp,),
-              f"{hidden}/Dense_1/kernel": (mlp, d), f"{hidden}/Dense_1/bias": (d,)}
-    for part, shape in layer.items():
-        if stacked:
-            names[f"Transformer/encoderblock/{part}"] = (depth, *shape)
-        else:
-            names |= {f"Transformer/encoderblock_{i}/{part}": shape for i in range(depth)}
-    return {wrapper + name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
-
-
-@pytest.mark.parametrize("kind, stacked, wrapper", [
-    ("vision_transformer", False, ""), ("vision_transformer", False, "opt/target/"), ("big_vision", False, "params/"),
-    ("big_vision", True, "")])
-def test_npz_of_vision_transformer_and_big_vision(kind, stacked, wrapper, tmp_path):
-    arrays = flax_file(CONFIG, kind, stacked=stacked, wrapper=wrapper)
-    np.savez(tmp_path / "vit.npz", **arrays)
-    tensors = npz.unwrapped(open_tensors(tmp_path / "vit.npz"))
-    found = npz.read(tensors, "vit.npz")
-    config = found.config
-    assert (config.transformer.depth, config.transformer.heads, config.patch, config.image_size) == (3, 3, 4, 12)
-    assert config.transformer.activation == "gelu_tanh" and config.transformer.eps == 1e-6 and config.classes == 5
-    assert config.position_class == (kind == "vision_transformer") and config.pool == "cls"
-    params = read_params(tensors, found.rows, shapes(config), name="vit.npz")
-    attention = npz.KINDS[kind][1]
-    name = f"{wrapper}Transformer/encoderblock"
-    second = arrays[f"{name}/{attention}/out/kernel"][1] if stacked else arrays[f"{name}_1/{attention}/out/kernel"]
-    np.testing.assert_array_equal(params["encoder"]["blocks"]["attention"]["out"]["kernel"][1], second)
-    again = write_tensors(params, found.rows)
-    assert {f"{wrapper}{key}" for key in again} == set(arrays)
-    for key, value in again.items():
-        np.testing.assert_array_equal(value.read(), arrays[f"{wrapper}{key}"], err_msg=key)
-
-
 def test_heads_of_resnets_and_strangers_are_named():
     conv = {"visual.conv1.weight": tensor(np.zeros((4, 3, 2, 2))), "visual.layer1.0.conv1.weight": tensor(np.zeros(1))}
     with pytest.raises(FileError, match="ModifiedResNet"):

@@ -1,0 +1,65 @@
+"""Full-size models at random weights, written by transformers: the largest difference of each layer, fp32.
+
+    python -m benchmarks.parity [--only NAME] [--json FILE]
+
+The same comparison as `jaxmm parity SOURCE`, of CLIP ViT-L/14, SigLIP B/16 and ViT-L/16 at 384.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import machine
+from jaxmm.pretrained.parity import compare
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+MODELS = ("CLIP ViT-L/14", "SigLIP B/16", "ViT-L/16 at 384")
+
+
+def write(name: str, folder: Path) -> None:
+    """Random weights, drawn as transformers does."""
+    import torch
+    import transformers
+    torch.manual_seed(0)
+    if name == "CLIP ViT-L/14":
+        text = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "projection_dim": 768}
+        config = transformers.CLIPConfig(text_config=text, projection_dim=768,
+                                         vision_config=LARGE | {"patch_size": 14, "projection_dim": 768})
+        transformers.CLIPModel(config).save_pretrained(folder)
+    elif name == "SigLIP B/16":
+        transformers.SiglipModel(transformers.SiglipConfig()).save_pretrained(folder)
+    else:
+        config = transformers.ViTConfig(**LARGE, image_size=384, patch_size=16, num_labels=1000)
+        transformers.ViTForImageClassification(config).save_pretrained(folder)
+
+
+def main():
+    """Compares, prints, records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    rows = []
+    for name in MODELS:
+        if args.only.lower() not in name.lower():
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            write(name, Path(folder) / "model")
+            differences, _, library = compare(Path(folder) / "model")
+        rows.append({"model": name, "library": library, "machine": machine(),
+                     "differences": {each.name: each.largest for each in differences},
+                     "values": {each.name: each.scale for each in differences}})
+        table = Table("at", "largest difference", "largest value", title=f"{name}, against {library}")
+        for each in differences:
+            table.add_row(each.name, f"{each.largest:.1e}", f"{each.scale:.3g}")
+        Console().print(table)
+        if args.json:
+            Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The `jaxmm` command: what a trained model can do, without writing Python."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from jaxmm.config import ConfigError
+from jaxmm.data.faults import BadRecord
+from jaxmm.data.sources import find_pictures
+from jaxmm.pretrained import parity as parities
+from jaxmm.pretrained.files import FileError
+from jaxmm.pretrained.model import Format, Model, load
+from jaxmm.pretrained.opening import open_checkpoint
+from jaxmm.pretrained.summary import describe
+from jaxmm.search import Found, SearchError, build_index, open_index
+from jaxmm.training.process import keep_memory, use_compilation_cache
+
+DEFAULT = "openai/clip-vit-base-patch32"
+
+
+def place(metavar: str) -> Any:
+    """A positional argument that `--help` calls `metavar`."""
+    return tyro.conf.arg(metavar=metavar)
+
+
+Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, place("PICTURE...")]
+Source = Annotated[str, tyro.conf.Positional, place("SOURCE")]
+Folder = Annotated[Path, tyro.conf.Positional, place("FOLDER")]
+Out = Annotated[Path, tyro.conf.Positional, place("OUT")]
+Words = Annotated[str, tyro.conf.Positional, place("WORDS")]
+
+
+class Skipped:
+    """Names pictures that cannot be read as they come, and counts them."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, picture: Any, error: Exception) -> None:
+        """One more."""
+        self.count += 1
+        tqdm.write(f"skipped {picture}: {error}", file=sys.stderr)
+
+
+def classify(
+    pictures: Pictures,
+    model: str = DEFAULT,
+    labels: str | None = None,
+    top: int = 5,
+    json: bool = False,
+) -> None:
+    """Says what is in pictures.
+
+    With CLIP or SigLIP among any `labels`; a model with a classification head knows its own.
+
+    Args:
+        pictures: Files, or folders of them.
+        model: A repository of the hub, a folder, a file, or a run's work folder.
+        labels: Names of classes, separated by commas; or a text file with one a line.
+        top: So many classes a picture.
+        json: A line of JSON a picture instead of a table.
+    """
+    paths, names = expand(pictures), None if labels is None else read_labels(labels)
+    skipped, loaded, unreadable = Skipped(), load(model), set()
+
+    def on_error(picture, error):
+        unreadable.add(picture)
+        skipped(picture, error)
+
+    results = loaded.classify(progress(paths), names, top=top, on_error=on_error)
+    rows = list(zip((path for path in paths if path not in unreadable), results, strict=True))
+    if json:
+        for path, found in rows:
+            print_json({"picture": path, "labels": [{"label": name, "probability": share} for name, share in found]})
+    else:
+        print_table(("picture", "label", "probability"), (
+            (path if i == 0 else "", name, f"{share:.1%}") for path, found in rows
+            for i, (name, share) in enumerate(found)))
+    end(skipped, len(rows))
+
+
+def index(folder: Folder, out: Out, model: str = DEFAULT) -> None:
+    """Encodes all pictures in a folder into an index that `jaxmm search query` reads.
+
+    Interrupted, the same command goes on where it was.
+
+    Args:
+        folder: Where the pictures are, in it and the folders below.
+        out: The index, a new folder.
+        model: CLIP or SigLIP: a repository of the hub, a folder, a file, or a run's work folder.
+    """
+    paths, skipped = expand((folder,)), Skipped()
+    loaded = two_towers(model)
+    with tqdm(total=len(paths), **BAR) as bar:
+        kept = build_index(lambda chunk, on_error: loaded.encode_image(chunk, on_error=on_error),
+                           os.path.abspath(model) if os.path.exists(model) else model, paths, out,
+                           on_error=skipped, on_chunk=bar.update)
+    print(f"{out}: {kept:,} pictures")
+    end(skipped, kept)
+
+
+def query(out: Out, words: Words, top: int = 10, json: bool = False) -> None:
+    """Finds the pictures of an index that are nearest to words, or to a picture.
+
+    Args:
+        out: The index.
+        words: What to look for; or the path of a picture.
+        top: So many pictures.
+        json: A line of JSON a picture instead of a table.
+    """
+    found_index = open_index(out)
+    loaded = two_towers(found_index.model)
+    embedding = loaded.encode_image([words]) if os.path.isfile(words) else loaded.encode_text([words])
+    found: list[Found] = found_index.search(embedding[0], top)
+    if json:
+        for picture in found:
+            print_json({"picture": picture.path, "score": picture.score})
+    else:
+        print_table(("score", "picture"), ((f"{picture.score:.4f}", picture.path) for picture in found))
+
+
+def convert(
+    source: Source, dest: Out, to: Format = "transformers", revision: str | None = None,
+    tokenizer: Path | None = None, dtype: str | None = None,
+) -> None:
+    """Writes a model in another format, with nothing missing and nothing left over.
+
+    Args:
+        source: A repository of the hub, a folder, a file, or a run's work folder.
+        dest: A new folder.
+        to: Whose format.
+        revision: Of the hub; of a work folder the number of a step.
+        tokenizer: Where the vocabulary is, if not beside the weights.
+        dtype: Of the weights: float32, bfloat16; as in the source, if not said.
+    """
+    model = load(source, revision=revision, tokenizer=tokenizer, dtype=dtype)
+    model.save(dest, format=to)
+    print(f"{dest}: {model.parameters:,} parameters for {to}")
+
+
+def show(source: Source, revision: str | None = None, json: bool = False) -> None:
+    """Says what is in a checkpoint, without reading its arrays: parameters of each part, configuration, warnings.
+
+    Args:
+        source: A repository of the hub, a folder, a file, or a run's work folder.
+        revision: Of the hub; of a work folder the number of a step.
+        json: One JSON object instead of tables.
+    """
+    described = describe(open_checkpoint(source, revision=revision))
+    if json:
+        print_json(described)
+        return
+    print(f"{described['name']}: {described['family']}, {described['parameters']:,} parameters")
+    print_table(("part", "parameters"), ((name, f"{count:,}") for name, count in described["parts"].items()))
+    print_table(("field", "value"), ((name, str(value)) for name, value in described["config"].items()))
+    for note in described["notes"]:
+        print(f"note: {note}")
+
+
+def parity(source: Source, revision: str | None = None, json: bool = False) -> None:
+    """Runs golden inputs through jaxmm and the published implementation: the largest difference of each layer.
+
+    Where that is not installed, prints what jaxmm computes: mean and largest absolute value of each layer.
+
+    Args:
+        source: A repository of the hub, a folder, or a file.
+        revision: Of the hub.
+        json: A line of JSON a layer instead of a table.
+    """
+    differences, computed, library = parities.compare(source, revision=revision)
+    if json:
+        for row in differences:
+            print_json({"name": row.name, "largest": row.largest, "scale": row.scale, "library": library})
+        for name, value in {} if differences else computed.items():
+            print_json({"name": name, "mean": float(value.mean()), "largest": float(np.abs(value).max())})
+    elif differences:
+        print_table(("at", f"largest difference from {library}", "largest value"), (
+            (row.name, f"{row.largest:.1e}", f"{row.scale:.3g}") for row in differences))
+    else:
+        print(f"not compared: {library}")
+        print_table(("at", "mean", "largest value"), (
+            (name, f"{value.mean():.6f}", f"{np.abs(value).max():.6f}") for name, value in computed.items()))
+
+
+BAR = {"unit": " pictures", "desc": "encoding", "mininterval": 1.0, "dynamic_ncols": True}
+
+
+def expand(pictures: Iterable[Path]) -> list[str]:
+    """The files among `pictures`, and all in the folders among them. Raises `ConfigError` where there are none."""
+    paths: list[str] = []
+    for path in pictures:
+        if not path.exists():
+            raise ConfigError(f"pictures is {str(path)!r}, which does not exist")
+        paths += find_pictures(path) if path.is_dir() else [str(path)]
+    if not paths:
+        raise ConfigError(f"pictures is {', '.join(map(str, pictures))!r}, where there are none")
+    return paths
+
+
+def read_labels(labels: str) -> list[str]:
+    """Labels as they are typed, or of a file with one a line."""
+    lines = Path(labels).read_text(encoding="utf-8").splitlines() if os.path.isfile(labels) else labels.split(",")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def two_towers(source: str) -> Model:
+    """The model of a search. Raises `ConfigError` for one that knows no words."""
+    model = load(source)
+    if "text" not in model.task.predict:
+        raise ConfigError(f"model is {source!r}, a {type(model.config).__name__}; wanted CLIP or SigLIP")
+    return model
+
+
+def progress(paths: list[str]) -> Iterable[str]:
+    """The paths, with a bar where there are many."""
+    return tqdm(paths, **BAR) if len(paths) > 64 else paths
+
+
+def print_json(value: Any) -> None:
+    """One line."""
+    print(json.dumps(value))
+
+
+def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """A table as wide as the terminal."""
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
+
+
+def end(skipped: Skipped, good: int) -> None:
+    """Says how many were left out; a failure if all were."""
+    if skipped.count:
+        print(f"{skipped.count} of {skipped.count + good} pictures could not be read", file=sys.stderr)
+    if not good:
+        raise ConfigError("no picture could be read")
+
+
+def choice(**commands: Callable[..., None]) -> Any:
+    """The type of one of `commands`, for tyro."""
+    return Union[tuple(Annotated[None, tyro.conf.subcommand(name=name, constructor=command)]  # noqa: UP007
+                       for name, command in commands.items())]
+
+
+def search(command: Annotated[choice(index=index, query=query), tyro.conf.arg(name="")]) -> None:
+    """Finds pictures by words or by a picture."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Parses and runs; turns what can go wrong into one line. The exit status."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    keep_memory()
+    try:
+        use_compilation_cache()
+        tyro.extras.subcommand_cli_from_dict(
+            {"classify": classify, "search": search, "convert": convert, "show": show, "parity": parity},
+            prog="jaxmm", args=args, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
+    except (ConfigError, FileError, SearchError, BadRecord, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

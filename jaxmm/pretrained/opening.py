@@ -1,0 +1,47 @@
+"""Which family a source of weights is of, and what it says of itself."""
+
+from functools import partial
+from pathlib import Path
+
+from jaxmm.pretrained import native, npz, open_clip, timm, transformers
+from jaxmm.pretrained.checkpoint import Checkpoint, Opened
+from jaxmm.pretrained.files import FileError, Tensors, open_tensors
+from jaxmm.pretrained.source import Files, find
+from jaxmm.pretrained.tables import read_params
+from jaxmm.pretrained.words import read_tokenizer
+
+
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, tokenizer: str | Path | None = None
+) -> Opened:
+    """Understands `source`; see `jaxmm.load` for its kinds. Raises `FileError`."""
+    path = Path(source)
+    if native.is_run(path):
+        return native.open_run(path, revision)
+    files = find(source, revision=revision)
+    if (files.folder / native.MODEL).is_file():
+        return native.open_model(files)
+    tensors = npz.unwrapped(open_tensors(files.weights))
+    found = understand(files, tensors)
+    given = None if tokenizer is None else Path(tokenizer)
+    words = found.words and read_tokenizer(files, found.words, found.config.text.context_length, given)
+    return Opened(name=files.name, family=found.family, task=found.task, image=found.image, labels=found.labels,
+                  notes=found.notes, tokenizer=words, tensors=tensors,
+                  read=partial(read_params, tensors, found.rows, name=files.name, ignore=found.ignore))
+
+
+def understand(files: Files, tensors: Tensors) -> Checkpoint:
+    """Which family a checkpoint is of, and what it says of itself. Raises `FileError` where that is unknown."""
+    if (config := files.json("open_clip_config.json")) is not None:
+        return open_clip.read(config, tensors)
+    config = files.json("config.json") or {}
+    if "model_type" in config:
+        return transformers.read(config, tensors, files.json("preprocessor_config.json"))
+    if "architecture" in config:
+        return timm.read(config, tensors)
+    if "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors:
+        return open_clip.read_openai(tensors)
+    if files.weights.suffix == ".npz":
+        return npz.read(tensors, files.name)
+    raise FileError(f"{files.name} has no configuration that says what model it is: wanted a config.json with "
+                    "model_type (transformers) or architecture (timm), an open_clip_config.json, or OpenAI's weights")

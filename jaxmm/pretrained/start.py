@@ -1,0 +1,111 @@
+"""Training that starts from a trained model: whose architecture, which of its parameters, what is resized."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmm.config import ConfigError, InitConfig
+from jaxmm.models.clip import CLIPConfig
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.embeddings import resize_positions
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.pretrained.checkpoint import Opened
+from jaxmm.pretrained.files import FileError
+from jaxmm.pretrained.opening import open_checkpoint
+from jaxmm.sharding import named_leaves, replicated, shardings
+from jaxmm.tasks.base import Task
+
+HOW_TRAINED = ("dropout", "attention_dropout", "drop_path", "dtype", "remat", "scan", "init")
+"""Fields of a stack that say how it is computed and trained; the rest is the architecture."""
+ANEW = re.compile(r"(^|/)(head|distillation_head|pre_logits)/")
+"""What belongs to the old classes."""
+
+
+def open_start(init: InitConfig) -> Opened:
+    """The trained model that `init` names. Raises `ConfigError`."""
+    try:
+        return open_checkpoint(init.source, revision=init.revision)
+    except FileError as error:
+        raise ConfigError(f"init.from is {init.source!r}: {error}") from None
+
+
+def adopt(task: Task, trained: Task, image_size: int) -> Task:
+    """`task` with the architecture of `trained`, at `image_size`, and without its heads.
+
+    A classifier takes the picture tower of two; two towers take a classifier's as theirs. What only training sees
+    (dropout, remat, dtype) stays that of `task`. Raises `ConfigError` where they have nothing in common.
+    """
+    ours, theirs = task.model, trained.model
+    if isinstance(ours, ViTConfig):
+        theirs = theirs.vision if isinstance(theirs, CLIPConfig) else theirs
+        model = _tower(ours, theirs, image_size)
+    elif isinstance(theirs, ViTConfig):
+        model = replace(ours, vision=replace(_tower(ours.vision, theirs, image_size), distillation_head=False))
+    else:
+        text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
+        model = replace(theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text,
+                        logit_bias=None if ours.logit_bias is None else theirs.logit_bias or ours.logit_bias)
+    return replace(task, model=model, pixels=trained.pixels)
+
+
+def start_weights(init: InitConfig, task: Task, mesh: Mesh) -> tuple[Mapping[str, jax.Array], list[str]]:
+    """What `task` starts from, by path, laid out over `mesh`; and the paths that start anew.
+
+    Position tables are resized as the family does it. Raises `ConfigError`.
+    """
+    opened = open_start(init)
+    like = jax.eval_shape(opened.task.init, jax.random.key(0))
+    like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+                        like, shardings(like, mesh))
+    try:
+        found = dict(named_leaves(opened.read(like)))
+    except FileError as error:
+        raise ConfigError(f"init.from is {init.source!r}: {error}") from None
+    skip = [ANEW, *map(re.compile, init.skip)]
+    given, anew = {}, []
+    for path, leaf in named_leaves(jax.eval_shape(task.init, jax.random.key(0))):
+        theirs = found.get(_their_path(path, task.model, opened.task.model))
+        if theirs is None or any(pattern.search(path) for pattern in skip):
+            anew.append(path)
+            continue
+        if theirs.shape != leaf.shape and path.endswith("positions") and not path.startswith("text/"):
+            theirs = _resized(theirs, task.model, opened, mesh)
+        if theirs.shape != leaf.shape:
+            raise ConfigError(f"init.from is {init.source!r}, whose {path} is {list(theirs.shape)}; wanted "
+                              f"{list(leaf.shape)}, or the path in init.skip")
+        given[path] = theirs
+    return given, anew
+
+
+def _resized(table: jax.Array, model: ViTConfig | CLIPConfig, opened: Opened, mesh: Mesh) -> jax.Array:
+    vision = model.vision if isinstance(model, CLIPConfig) else model
+    prefix = int(vision.class_token and vision.position_class) + vision.distillation_token
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(table)
+    new = resize_positions(whole, vision.grid, opened.resize, prefix=prefix)
+    return jax.device_put(np.asarray(new), replicated(mesh))
+
+
+def _their_path(path: str, ours: Any, theirs: Any) -> str:
+    """Where the model `theirs` has what `ours` has at `path`."""
+    if isinstance(ours, CLIPConfig) and isinstance(theirs, ViTConfig):
+        return path.removeprefix("vision/") if path.startswith("vision/") else ""
+    if isinstance(ours, ViTConfig) and isinstance(theirs, CLIPConfig):
+        return f"vision/{path}"
+    return path
+
+
+def _tower(ours: ViTConfig, theirs: ViTConfig, image_size: int) -> ViTConfig:
+    if image_size % theirs.patch:
+        raise ConfigError(f"data.image.size is {image_size}; wanted a multiple of the trained model's patch = "
+                          f"{theirs.patch}")
+    return replace(theirs, transformer=_stack(ours.transformer, theirs.transformer), image_size=image_size,
+                   patch_dropout=ours.patch_dropout, pre_logits=None, classes=None, head_init="zeros", head_bias=0.0)
+
+
+def _stack(ours: TransformerConfig, theirs: TransformerConfig) -> TransformerConfig:
+    return replace(theirs, **{name: getattr(ours, name) for name in HOW_TRAINED})

@@ -1,0 +1,53 @@
+"""What a checkpoint is, told without reading its arrays."""
+
+import math
+from collections import Counter
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import jax
+
+from jaxmm.pretrained.checkpoint import Opened
+from jaxmm.sharding import named_leaves
+
+
+def describe(opened: Opened) -> dict[str, Any]:
+    """`name`, `family`, `parameters` in all and of each of the `parts`, `config` by dotted field, `types` of the
+    file's arrays (bytes each), `tokenizer`, `labels` (how many), `notes`."""
+    parts: Counter[str] = Counter()
+    for path, leaf in named_leaves(jax.eval_shape(opened.task.init, jax.random.key(0))):
+        parts[part_of(path)] += math.prod(leaf.shape)
+    types: Counter[str] = Counter()
+    for tensor in (opened.tensors or {}).values():
+        types[str(tensor.dtype)] += tensor.nbytes
+    words = opened.tokenizer
+    return {
+        "name": opened.name, "family": opened.family, "task": type(opened.task).__name__,
+        "parameters": sum(parts.values()), "parts": dict(parts), "types": dict(types),
+        "config": flat({"model": opened.task.model, "pixels": opened.task.pixels, "image": picture_config(opened)}),
+        "tokenizer": None if words is None else {
+            "vocabulary": words.vocab_size, "context_length": words.context_length, "cleaning": words.cleaning},
+        "labels": None if opened.labels is None else len(opened.labels), "notes": list(opened.notes)}
+
+
+def part_of(path: str) -> str:
+    """The part of a model that the parameter at `path` belongs to: the module, under its tower where there is one."""
+    names = path.split("/")[:-1]
+    depth = 2 if names[:1] in (["vision"], ["text"]) else 1
+    return "/".join(names[:depth]) or path
+
+
+def picture_config(opened: Opened) -> dict[str, Any]:
+    """How pictures are prepared."""
+    image = opened.image
+    return {name: getattr(image, name) for name in ("size", "eval_crop", "eval_resize", "interpolation")}
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The fields of dataclasses and dicts in each other, by dotted name."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for part, inner in value.items()
+            for key, leaf in flat(inner, f"{name}.{part}".lstrip(".")).items()}

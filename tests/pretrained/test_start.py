@@ -1,0 +1,110 @@
+"""Training that starts from a trained model."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmm import train
+from jaxmm.config import ConfigError, DataConfig, ImageConfig, InitConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxmm.nn.embeddings import resize_positions
+from jaxmm.pretrained.start import adopt, start_weights
+from jaxmm.sharding import make_mesh, named_leaves
+from tests.pretrained import tiny
+from tests.training.common import assert_same_bits, lines, restored
+
+MESH = make_mesh(MeshConfig(data=1))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny.clip().save(folder / "clip", format="transformers")
+    tiny.vit().save(folder / "vit", format="timm")
+    return folder
+
+
+def started(task, source, size, **init):
+    trained = {"clip": tiny.CLIP, "vit": tiny.VIT}[source.name]
+    task = adopt(task, trained, size)
+    if task.model is not None and hasattr(task.model, "classes") and task.model.classes is None:
+        task = replace(task, model=replace(task.model, classes=3))
+    given, anew = start_weights(InitConfig(source=str(source), **init), task, MESH)
+    return task, given, anew
+
+
+def test_a_classifier_from_a_classifier(saved):
+    task, given, anew = started(tiny.VIT, saved / "vit", 20)
+    assert set(anew) == {"head/kernel", "head/bias"} and task.model.image_size == 20
+    found = dict(named_leaves(tiny.vit().params))
+    for path, leaf in given.items():
+        if path != "positions":
+            np.testing.assert_array_equal(leaf, found[path])
+    want = resize_positions(found["positions"], (5, 5), "bicubic-antialias", prefix=1)
+    np.testing.assert_allclose(given["positions"], want, atol=1e-6)
+    assert float(np.abs(jax.tree.leaves(task.init(jax.random.key(0))["head"])[0]).max()) == 0
+
+
+def test_a_classifier_from_two_towers_and_two_towers_from_a_classifier(saved):
+    task, given, anew = started(tiny.VIT, saved / "clip", tiny.SIDE)
+    assert set(anew) == {"head/kernel", "head/bias"}
+    assert (task.model.pre_norm, task.model.patch_bias, task.pixels) == (True, False, tiny.CLIP.pixels)
+    np.testing.assert_array_equal(given["positions"], tiny.clip().params["vision"]["positions"])
+    task, given, anew = started(tiny.CLIP, saved / "vit", tiny.SIDE)
+    assert all(path.startswith("vision/") for path in given) and "vision/head/kernel" not in given
+    assert not any(path.startswith("vision/") for path in anew) and "text/positions" in anew
+    np.testing.assert_array_equal(given["vision/class_token"], tiny.vit().params["class_token"])
+
+
+def test_skipped_paths_start_anew_and_training_fields_stay(saved):
+    stack = replace(tiny.VISION.transformer, drop_path=0.1, remat="full", width=48, activation="quick_gelu")
+    recipe = replace(tiny.CLIP, model=replace(tiny.CLIP.model, vision=replace(tiny.VISION, transformer=stack)))
+    task, given, anew = started(recipe, saved / "clip", tiny.SIDE, skip=("^text/",))
+    stack = task.model.vision.transformer
+    assert (stack.drop_path, stack.remat, stack.width, stack.activation) == (0.1, "full", 24, "gelu")
+    assert not any(path.startswith("text/") for path in given) and "text/positions" in anew
+
+
+def recipe(source, folder, **fields):
+    return TrainConfig(**{"task": tiny.VIT, "steps": 3, "log_every": 1, "mesh": MeshConfig(data=1),
+                          "init": InitConfig(source=str(source)),
+                          "data": DataConfig(train="digits:train", val=None, batch_size=8,
+                                             image=ImageConfig(size=16, flip=False)),
+                          "optimizer": OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=0.0)} | fields)
+
+
+def test_a_run_starts_from_it_and_goes_on_without_it(saved, tmp_path):
+    source = tmp_path / "moved"
+    (saved / "clip").rename(source)
+    config = recipe(source, tmp_path)
+    try:
+        train(config, tmp_path / "run")
+        train(replace(config, steps=6), tmp_path / "whole")
+    finally:
+        source.rename(saved / "clip")
+    train(replace(config, steps=6), tmp_path / "run")      # the source is gone, its architecture is known
+    assert_same_bits(restored(tmp_path / "run", 6), restored(tmp_path / "whole", 6))
+    assert [step for step, _ in lines(tmp_path / "run", "train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert lines(tmp_path / "run", "train/loss")[0][1] == pytest.approx(np.log(10), abs=1e-4)      # a head of zeros
+
+
+def test_frozen_layers_stay_what_they_were(saved, tmp_path):
+    config = recipe(saved / "clip", tmp_path, optimizer=OptimizerConfig(freeze=("^(?!head)",)))
+    train(config, tmp_path / "run")
+    params = restored(tmp_path / "run", 3)["params"]
+    before = tiny.clip().params["vision"]
+    np.testing.assert_array_equal(params["encoder"]["blocks"]["mlp"]["up"]["kernel"],
+                                  before["encoder"]["blocks"]["mlp"]["up"]["kernel"])
+    assert np.abs(params["head"]["kernel"]).max() > 0
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"init": InitConfig(source="nowhere/at all")}, "init.from is 'nowhere/at all'"),
+    ({"data": DataConfig(train="digits:train", val=None, image=ImageConfig(size=18))}, "multiple of the trained"),
+])
+def test_what_cannot_start(saved, change, message, tmp_path):
+    config = recipe(saved / "vit", tmp_path, **change)
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -1,0 +1,49 @@
+"""Trained models that are small: towers with random weights, a vocabulary, pictures."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jaxmm.config import ImageConfig, TokenizerConfig
+from jaxmm.data.tokenizers import make_tokenizer
+from jaxmm.models.clip import CLIPConfig, TextConfig
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.pretrained.model import Model
+from jaxmm.tasks.classify import Classify
+from jaxmm.tasks.contrastive import Contrastive
+from tests.tasks.common import params
+
+SIDE, LENGTH = 12, 9
+CORPUS = ["a small red circle", "a large blue square", "two green stars above a heart"] * 3
+STACK = TransformerConfig(width=24, depth=3, heads=3, mlp_dim=40, eps=1e-5)
+VISION = ViTConfig(transformer=STACK, image_size=SIDE, patch=4, pre_norm=True, patch_bias=False)
+TOKENIZER = make_tokenizer(TokenizerConfig(vocab_size=90, context_length=LENGTH), CORPUS)
+TEXT = TextConfig(transformer=replace(STACK, width=16, heads=2), vocab_size=TOKENIZER.vocab_size, context_length=LENGTH,
+                  pool="eos", eos_id=TOKENIZER.eos_id)
+CLIP = Contrastive(model=CLIPConfig(vision=VISION, text=TEXT, embed_dim=20))
+VIT = Classify(model=ViTConfig(transformer=replace(STACK, eps=1e-6), image_size=SIDE, patch=4, classes=5))
+IMAGE = ImageConfig(size=SIDE, eval_resize=1.5)
+LABELS = ("ant", "bee", "cat", "dog", "elk")
+
+
+def clip() -> Model:
+    return Model(task=CLIP, params=params(CLIP), image=IMAGE, tokenizer=TOKENIZER)
+
+
+def vit() -> Model:
+    return Model(task=VIT, params=params(VIT), image=IMAGE, labels=LABELS)
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(count)
+    return [rng.integers(0, 256, (17 + i % 5, 23, 3), np.uint8) for i in range(count)]
+
+
+def picture_files(folder: Path, count: int) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    for i, picture in enumerate(pictures(count)):
+        Image.fromarray(picture).save(folder / f"{i:03}.png")
+    return [str(folder / f"{i:03}.png") for i in range(count)]

@@ -1,0 +1,125 @@
+"""The `jaxmm` command, as it is typed."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmm import cli
+from jaxmm.pretrained.model import load
+from jaxmm.sharding import named_leaves
+from tests.pretrained import tiny
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tiny.clip().save(folder / "clip", format="transformers")
+    tiny.vit().save(folder / "vit")
+    return folder
+
+
+@pytest.fixture
+def jaxmm(tmp_path, capsys, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)      # this process is the tests'
+
+    def run(*args):
+        try:
+            status = cli.main([str(arg) for arg in args])
+        except SystemExit as stop:      # how tyro refuses, and ends after --help
+            status = stop.code
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    yield run
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def rows(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_classify(jaxmm, models, tmp_path):
+    paths = tiny.picture_files(tmp_path / "pictures", 3)
+    (tmp_path / "pictures" / "bad.png").write_bytes(b"?")
+    status, out, err = jaxmm("classify", tmp_path / "pictures", "--model", models / "vit", "--top", 2, "--json")
+    assert status == 0 and "bad.png" in err and "1 of 4 pictures could not be read" in err
+    want = tiny.vit().classify(tiny.pictures(3), top=2)
+    assert [row["picture"] for row in rows(out)] == paths
+    for row, found in zip(rows(out), want, strict=True):
+        assert [(each["label"], pytest.approx(each["probability"], abs=1e-5)) for each in row["labels"]] == found
+    status, out, _ = jaxmm("classify", *paths[:2], "--model", models / "clip", "--labels", "a circle, a star")
+    assert status == 0 and out.count("a circle") == 2 and out.count("a star") == 2 and "%" in out
+    (tmp_path / "labels.txt").write_text("a circle\n\na star\n")
+    assert jaxmm("classify", *paths[:2], "--model", models / "clip", "--labels", tmp_path / "labels.txt")[1] == out
+
+
+def test_search(jaxmm, models, tmp_path):
+    paths = tiny.picture_files(tmp_path / "pictures", 9)
+    (tmp_path / "pictures" / "bad.jpg").write_bytes(b"?")
+    status, out, err = jaxmm("search", "index", tmp_path / "pictures", tmp_path / "index", "--model", models / "clip")
+    assert status == 0 and "9 pictures" in out and "bad.jpg" in err
+    clip = tiny.clip()
+    scores = clip.encode_image(paths) @ clip.encode_text(["a star"])[0]
+    status, out, _ = jaxmm("search", "query", tmp_path / "index", "a star", "--top", 4, "--json")
+    assert status == 0 and [row["picture"] for row in rows(out)] == [paths[i] for i in np.argsort(-scores)[:4]]
+    status, out, _ = jaxmm("search", "query", tmp_path / "index", paths[5], "--top", 1)
+    assert status == 0 and paths[5] in out and "1.0000" in out
+    status, _, err = jaxmm("search", "index", tmp_path / "pictures", tmp_path / "index", "--model", models / "clip")
+    assert status == 1 and "exists" in err
+    status, _, err = jaxmm("search", "index", tmp_path / "pictures", tmp_path / "other", "--model", models / "vit")
+    assert status == 2 and "wanted CLIP or SigLIP" in err
+
+
+def test_convert(jaxmm, models, tmp_path):
+    status, out, _ = jaxmm("convert", models / "clip", tmp_path / "theirs", "--to", "open_clip")
+    assert status == 0 and "for open_clip" in out
+    texts = ["a red circle"]
+    np.testing.assert_allclose(load(tmp_path / "theirs").encode_text(texts), tiny.clip().encode_text(texts), atol=1e-6)
+    status, _, err = jaxmm("convert", models / "clip", tmp_path / "x", "--to", "timm")
+    assert status == 1 and "two towers" in err
+    assert jaxmm("convert", models / "clip", tmp_path / "x", "--to", "onnx")[0] == 2
+
+
+def test_show(jaxmm, models):
+    status, out, _ = jaxmm("show", models / "clip", "--json")
+    told = rows(out)[0]
+    counts = {path: leaf.size for path, leaf in named_leaves(tiny.clip().params)}
+    assert status == 0 and told["parameters"] == sum(counts.values()) == sum(told["parts"].values())
+    assert told["parts"]["vision/encoder"] == sum(n for path, n in counts.items() if path.startswith("vision/encoder/"))
+    assert told["parts"]["logit_scale"] == 1 and told["tokenizer"]["vocabulary"] == tiny.TOKENIZER.vocab_size
+    assert told["config"]["model.vision.patch"] == 4
+    status, out, _ = jaxmm("show", models / "vit")
+    assert status == 0 and "positions" in out and "model.transformer.width" in out
+
+
+def test_what_is_typed_wrong_ends_in_one_line(jaxmm, models, tmp_path):
+    for args, words in (
+            (("show", tmp_path / "none at all"), "is no folder, no file"),
+            (("classify", tmp_path / "none.png", "--model", models / "vit"), "does not exist"),
+            (("classify", tmp_path, "--model", models / "vit"), "where there are none"),
+            (("search", "query", tmp_path, "words"), "is no index"),
+            (("parity", models / "vit"), "")):
+        if args[0] == "classify" and args[1] == tmp_path:
+            (tmp_path / "user-cache").mkdir(exist_ok=True)
+        status, out, err = jaxmm(*args)
+        if args[0] == "parity":
+            assert status == 0 and "not compared" in out and "vision layer 3" in out
+        else:
+            assert status != 0 and words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_help_names_every_command(jaxmm):
+    status, out, _ = jaxmm("--help")
+    assert status == 0 and all(name in out for name in ("classify", "search", "convert", "show", "parity"))
+    for args in (("search", "--help"), ("classify", "--help"), ("search", "query", "--help")):
+        assert jaxmm(*args)[0] == 0
+
+
+def test_the_command_is_installed():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert 'jaxmm = "jaxmm.cli:main"' in text and callable(cli.main)
