@@ -8,7 +8,11 @@ from typing import Any
 import jax
 
 from jaxmm.pretrained.checkpoint import Opened
+from jaxmm.pretrained.start import HOW_TRAINED
 from jaxmm.sharding import named_leaves
+
+TRAINING = (*HOW_TRAINED, "positions_std", "head_init", "head_bias", "patch_dropout")
+"""Fields that a trained model's results do not depend on."""
 
 
 def describe(opened: Opened) -> dict[str, Any]:
@@ -44,9 +48,9 @@ def picture_config(opened: Opened) -> dict[str, Any]:
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """The fields of dataclasses and dicts in each other, by dotted name."""
+    """The fields of dataclasses and dicts in each other, by dotted name; not those of `TRAINING`."""
     if is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
+        value = {field.name: getattr(value, field.name) for field in fields(value) if field.name not in TRAINING}
     if not isinstance(value, dict):
         return {name: value}
     return {key: leaf for part, inner in value.items()

@@ -128,7 +128,8 @@ def write(model: ViTConfig, image: ImageConfig, pixels: Pixels, labels: tuple[st
         "num_features": stack.width, "model_args": arguments | {"global_pool": pool},
         "pretrained_cfg": {
             "input_size": [3, side, side], "fixed_input_size": True, "interpolation": image.interpolation,
-            "crop_pct": crop, "crop_mode": "squash" if image.eval_crop == "squash" else "center", "mean": list(pixels.mean),
+            "crop_pct": crop, "crop_mode": "squash" if image.eval_crop == "squash" else "center",
+            "mean": list(pixels.mean),
             "std": list(pixels.std), "num_classes": model.classes or 0, "pool_size": None,
             "first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if model.distillation_head
             else "head"}}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.model import load
 from tests.parity.test_published import close
+from tests.training.common import assert_same_bits
 
 pytestmark = pytest.mark.parity
 RNG = np.random.default_rng(0)
@@ -62,6 +63,21 @@ def test_transformers_classifiers(kind, config, tmp_path, record_property):
     ours = saved(theirs, tmp_path)
     close(predicted(ours, "logits"), theirs(seen(ours)).logits, 1e-4, f"transformers {kind.__name__}", record_property)
     assert ours.labels == tuple(config.id2label[i] for i in range(config.num_labels))
+
+
+@pytest.mark.parametrize("options", [{"save_original_format": False}, {"max_shard_size": "20KB"}],
+                         ids=["version 5's names", "shards"])
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "clip", "siglip"])
+@torch.no_grad()
+def test_transformers_other_files(kind, options, tmp_path):
+    theirs = shaken(MODELS[kind]())
+    theirs.save_pretrained(tmp_path / "usual")
+    theirs.save_pretrained(tmp_path / "other", **options)
+    if "max_shard_size" in options:
+        assert (tmp_path / "other" / "model.safetensors.index.json").exists()
+    usual, other = load(tmp_path / "usual"), load(tmp_path / "other")
+    assert usual.config == other.config
+    assert_same_bits(usual.params, other.params)
 
 
 @torch.no_grad()
@@ -162,6 +178,30 @@ def test_timm(name, fields, tmp_path, record_property):
     ours = load(tmp_path)
     got = predicted(ours, "logits" if classes else "features")
     close(got, theirs(seen(ours)), 1e-4, f"timm {name}", record_property)
+    ours.save(tmp_path / "ours", format="timm")
+    back = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
+    wanted, found = theirs.state_dict(), back.state_dict()
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
+    close(back(seen(ours)).numpy(), theirs(seen(ours)), 1e-6, f"timm {name}, saved", record_property)
+    assert load(tmp_path / "ours").config == ours.config
+
+
+class Archive(torch.nn.Module):
+    """OpenAI's names and constants around open_clip's modules, to be traced."""
+
+    def __init__(self, clip):
+        super().__init__()
+        for name, value in (*clip.named_children(), *clip.named_parameters(recurse=False)):
+            setattr(self, name, value)
+        for name, value in (("input_resolution", SIDE), ("context_length", TEXTS), ("vocab_size", 90)):
+            self.register_buffer(name, torch.tensor(value))
+        self.register_buffer("attn_mask", clip.attn_mask, persistent=False)
+
+    def forward(self, image, tokens):
+        x = self.token_embedding(tokens) + self.positional_embedding
+        x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask))
+        x = x[torch.arange(len(x)), tokens.argmax(dim=-1)] @ self.text_projection
+        return self.visual(image), x, self.logit_scale.exp(), self.input_resolution + self.context_length
 
 
 TOWERS = {"embed_dim": 32, "vision_cfg": {"image_size": SIDE, "layers": 3, "width": 128, "patch_size": 8},
@@ -198,4 +238,10 @@ def test_open_clip(change, tmp_path, record_property):
     close(np.asarray(back.encode_image(seen(ours), normalize=True)), image, 1e-6, "open_clip, saved", record_property)
     if change == {"quick_gelu": True}:  # OpenAI's own files have the same names, and no configuration
         torch.save(theirs.state_dict(), tmp_path / "ViT.pt")
-        close(predicted(load(tmp_path / "ViT.pt"), "text", tokens=WORDS), text, 2e-5, "OpenAI texts", record_property)
+        archive = torch.jit.trace(Archive(theirs), (seen(ours), torch.from_numpy(WORDS).long()), check_trace=False)
+        torch.jit.save(archive.half(), tmp_path / "ViT-archive.pt")
+        for name, tolerance in (("ViT.pt", 2e-5), ("ViT-archive.pt", 5e-3)):      # an archive's weights are fp16
+            openai = load(tmp_path / name)
+            assert openai.config == ours.config
+            close(predicted(openai, "image"), image, tolerance, f"OpenAI {name} pictures", record_property)
+            close(predicted(openai, "text", tokens=WORDS), text, tolerance, f"OpenAI {name} texts", record_property)

@@ -2,11 +2,13 @@
 
 import json
 import random
+import string
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 
 from jaxmm.pretrained.source import Files
@@ -84,3 +86,47 @@ def test_transformers_clip(merges, form, tmp_path, record_property):
     texts = [text for text in strings() if text]
     want = theirs(texts, padding="max_length", truncation=True, max_length=77, return_tensors="np")["input_ids"]
     same(ours(texts), want, texts, f"transformers CLIP from {form}", record_property)
+
+
+def vocabulary(size=300):
+    """A small byte-pair vocabulary, with what SigLIP's and Gemma's have besides."""
+    words = sorted({word for pieces in PIECES.values() for word in pieces if not word.startswith("<")})
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, show_progress=False,
+        special_tokens=["<pad>", "</s>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))])
+    backend.train_from_iterator([word.lower() for word in words], trainer)
+    return backend
+
+
+def test_siglip(tmp_path, record_property):
+    """Cleaned outside `tokenizer.json`, as transformers' `SiglipTokenizer` does, padded to 64 with the end token."""
+    backend = vocabulary()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>",
+                                                  unk_token="<unk>", model_max_length=64, padding_side="right")
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "SiglipTokenizer"}))
+    ours = read(tmp_path, Words(vocabulary="file", cleaning="siglip"), 64)
+    clean = transformers.models.siglip.tokenization_siglip.SiglipTokenizer.canonicalize_text
+    cleaner = type("Cleaner", (), {"do_lower_case": True, "remove_punctuation": lambda self, text: text.translate(
+        str.maketrans("", "", string.punctuation))})()
+    texts = [text for text in strings() if "</s>" not in text and "<pad>" not in text]
+    want = theirs([clean(cleaner, text) for text in texts], padding="max_length", truncation=True, max_length=64,
+                  return_tensors="np")["input_ids"]
+    same(ours(texts), want, texts, "SigLIP", record_property)
+
+
+def test_siglip_2(tmp_path, record_property):
+    model = json.loads(vocabulary().to_str())["model"]
+    theirs = transformers.Siglip2Tokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]],
+                                           eos_token="</s>", add_eos_token=True, padding_side="right")
+    theirs.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)])
+    theirs.save_pretrained(tmp_path)
+    ours = read(tmp_path, Words(vocabulary="file", cleaning="lower"), 64)
+    texts = strings()
+    want = theirs(texts, padding="max_length", truncation=True, max_length=64, return_tensors="np")["input_ids"]
+    same(ours(texts), want, texts, "SigLIP 2", record_property)

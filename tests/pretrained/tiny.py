@@ -39,7 +39,7 @@ def vit() -> Model:
 
 def pictures(count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(count)
-    return [rng.integers(0, 256, (17 + i % 5, 23, 3), np.uint8) for i in range(count)]
+    return [rng.integers(0, 256, (side := 17 + i % 5, 2 * side, 3), np.uint8) for i in range(count)]
 
 
 def picture_files(folder: Path, count: int) -> list[str]:
