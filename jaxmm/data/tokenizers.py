@@ -266,6 +266,28 @@ def read_file(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
     return backend, {"pad_id": eos if pad is None else pad, "bos_id": before[0] if before else None, "eos_id": eos}
 
 
+def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
+    """A `.model` of the SentencePiece library whose algorithm is Unigram (T5's and SigLIP's)."""
+    from sentencepiece import sentencepiece_model_pb2 as protocol
+    proto = protocol.ModelProto.FromString(path.read_bytes())
+    if proto.trainer_spec.model_type != protocol.TrainerSpec.UNIGRAM:
+        raise ValueError("its algorithm is not Unigram")
+    names = [piece.piece for piece in proto.pieces]
+    backend = tokenizers.Tokenizer(models.Unigram(
+        [(piece.piece, piece.score) for piece in proto.pieces], unk_id=proto.trainer_spec.unk_id,
+        byte_fallback=proto.trainer_spec.byte_fallback))
+    steps = [normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip()]
+    if table := proto.normalizer_spec.precompiled_charsmap:
+        steps.insert(0, normalizers.Precompiled(table))
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always")
+    special = protocol.ModelProto.SentencePiece.CONTROL
+    backend.add_special_tokens([piece.piece for piece in proto.pieces if piece.type == special])
+    eos = names.index("</s>")
+    return backend, {"pad_id": eos, "bos_id": None, "eos_id": eos}
+
+
 def _train_wordpiece(corpus: list[str], size: int) -> tokenizers.Tokenizer:
     backend = _wordpiece({"[UNK]": 0})
     counts: Counter[str] = Counter()

@@ -10,12 +10,22 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers, processors
 
-from jaxmm.data.tokenizers import CLIP_SPECIAL, CLIP_WORDS, Cleaning, Tokenizer, read_clip, read_file
+from jaxmm.data.tokenizers import (
+    CLIP_SPECIAL,
+    CLIP_WORDS,
+    Cleaning,
+    Tokenizer,
+    read_clip,
+    read_file,
+    read_sentencepiece,
+)
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.source import Files
 
-CLIP_FILES = ("bpe_simple_vocab_16e6.txt.gz", "tokenizer.json", "vocab.json")
-"""Where CLIP's vocabulary may be, the preferred first."""
+FILES = {
+    "openai": ("bpe_simple_vocab_16e6.txt.gz", "tokenizer.json", "vocab.json"),
+    "transformers": ("tokenizer.json", "vocab.json"), "file": ("tokenizer.json", "spiece.model")}
+"""Where a vocabulary may be, the preferred first."""
 
 SIGLIP_CLASSES: tuple[tuple[str, Cleaning], ...] = (("Siglip2", "lower"), ("Gemma", "lower"), ("Siglip", "siglip"))
 """What transformers' tokenizer classes, by how their names begin, do to a text outside `tokenizer.json`."""
@@ -27,7 +37,7 @@ class Words:
 
     vocabulary: Literal["openai", "transformers", "file"]
     """openai: CLIP's merges under OpenAI's rules, from any file that holds them; transformers: the same merges under
-    the rules of `CLIPTokenizer`; file: what `tokenizer.json` says."""
+    the rules of `CLIPTokenizer`; file: what `tokenizer.json` says, or a `spiece.model`."""
     cleaning: Cleaning = "none"
     special: tuple[str, str] = CLIP_SPECIAL
     """What CLIP's begin and end are called in a text (open_clip gave them other names)."""
@@ -44,8 +54,7 @@ def read_tokenizer(files: Files, words: Words, context_length: int, given: Path 
     if folder.is_file():
         path = folder
     else:
-        names = CLIP_FILES if words.vocabulary == "openai" else CLIP_FILES[1:]
-        found = next((name for name in names if (folder / name).is_file()), None)
+        found = next((name for name in FILES[words.vocabulary] if (folder / name).is_file()), None)
         if found is None:
             return None
         path = folder / found
@@ -77,9 +86,7 @@ def _transformers(path: Path, files: Files, words: Words, context_length: int) -
 
 
 def _file(path: Path, files: Files, words: Words, context_length: int) -> Tokenizer:
-    if path.name == "vocab.json":
-        raise ValueError("wanted a tokenizer.json")
-    backend, special = read_file(path)
+    backend, special = read_sentencepiece(path) if path.suffix == ".model" else read_file(path)
     special["pad_id"] = _pad(files, backend, special["pad_id"])
     cleaning, kind = words.cleaning, (files.json("tokenizer_config.json") or {}).get("tokenizer_class")
     if cleaning in ("siglip", "lower") and isinstance(kind, str):

@@ -5,6 +5,7 @@ import gzip
 import json
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from jaxmm.config import TokenizerConfig
@@ -92,6 +93,20 @@ def test_saved_files_give_the_same_ids(folder, kind, cleaning):
         assert (again(texts) == want).all()
     backend = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))      # with what it puts around a text
     assert backend.encode("a dog").ids == again(["a dog"])[0].tolist()[:len(backend.encode("a dog").ids)]
+
+
+def test_sentencepiece_models_are_read(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20), model_prefix=str(tmp_path / "spiece"), vocab_size=60, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    ours = read(tmp_path, Words(vocabulary="file", cleaning="siglip"), length=12)
+    for text, clean in (("A small, RED circle!", "a small red circle"), ("  caf\u00e9  stars_2 ", "café stars2"), ("", "")):
+        ids = [*library.encode(clean)[:11], 1]
+        assert ours([text])[0].tolist() == ids + [1] * (12 - len(ids))
+    (tmp_path / "spiece.model").write_bytes(b"\x0a\x03abc")
+    with pytest.raises(FileError, match=r"spiece\.model holds no tokenizer"):
+        read(tmp_path, Words(vocabulary="file"))
 
 
 def test_none_is_none_and_broken_is_named(folder, tmp_path_factory):
