@@ -8,10 +8,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import re
-import types
-import typing
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,62 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from jaxmm.tasks.base import Task
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run. The message names the field, the value and what is allowed."""
-
-
-def require(condition: object, name: str, value: object, wanted: str) -> None:
-    """Raises `ConfigError` naming the field `name`, its `value` and what was `wanted`, unless `condition` is true."""
-    if not condition:
-        raise ConfigError(f"{name} is {value!r}; wanted {wanted}")
-
-
-def check_types(config: Any, name: str = "") -> None:
-    """Raises `ConfigError` where a field of the dataclass `config` holds what its annotation does not allow.
-
-    The command line checks what is typed there; this is for recipes, which are Python. `name` comes before the
-    fields' names in messages.
-    """
-    hints = typing.get_type_hints(type(config))
-    for part in dataclasses.fields(config):
-        hint, value = hints[part.name], getattr(config, part.name)
-        require(_allows(hint, value), f"{name}.{part.name}".lstrip("."), value, _wanted(hint))
-
-
-def _allows(hint: Any, value: Any) -> bool:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or hint is None:
-        return hint is Any or value is None
-    if origin is Literal:
-        return value in inner
-    if origin in (typing.Union, types.UnionType):
-        return any(_allows(part, value) for part in inner)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        parts = [inner[0]] * len(value) if inner[-1:] == (...,) else inner
-        return len(parts) == len(value) and all(map(_allows, parts, value))
-    if hint in (int, float):
-        number = (int,) if hint is int else (int, float)
-        return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
-
-
-def _wanted(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def check_patterns(name: str, patterns: Iterable[str]) -> None:
-    """Raises `ConfigError` where one of `patterns`, in the field `name`, is no regular expression."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"{name} holds {pattern!r}; wanted a regular expression: {error}") from None
+from jaxmm.validation import ConfigError, check_patterns, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,39 +134,49 @@ class Linear(nn.Module):
         return (x.astype(self.dtype).reshape(-1, shape[0]) @ kernel + bias).reshape(*batch, *self.features)
 
 
+KeysValues = tuple[Float[Array, "b s h k"], Float[Array, "b s h k"]]
+"""What queries look at: the projected keys and values of a context."""
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` over `context`, with biased projections of width `d = h * k`."""
 
+    width: int
     heads: int
     dtype: DTypeLike = jnp.float32
     dropout: float = 0.0
     init_in: Initializer = nn.initializers.xavier_uniform()
     init_out: Initializer = nn.initializers.xavier_uniform()
 
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        context: Float[Array, "b s c"],
-        mask: Mask | None = None,
-        *,
-        train: bool,
+    def setup(self):
+        """Declares the projections."""
+        shape = (self.heads, self.width // self.heads)
+        self.query, self.key, self.value = (
+            Linear(shape, dtype=self.dtype, kernel_init=self.init_in) for _ in range(3))
+        self.out = Linear((self.width,), inputs=2, dtype=self.dtype, kernel_init=self.init_out)
+
+    def keys_values(self, context: Float[Array, "b s c"]) -> KeysValues:
+        """The keys and values of a context, for `attend_to`."""
+        return (checkpoint_name(self.key(context), "projections"),
+                checkpoint_name(self.value(context), "projections"))
+
+    def attend_to(
+        self, x: Float[Array, "b t d"], seen: KeysValues, mask: Mask | None = None, *, train: bool,
         weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t s"] | None]:
         """The attended `x`, and with `weights` the attention weights."""
-        width = x.shape[-1]
-
-        def project(name, inputs):
-            shape = (self.heads, width // self.heads)
-            linear = Linear(shape, dtype=self.dtype, kernel_init=self.init_in, name=name)
-            return checkpoint_name(linear(inputs), "projections")
-
-        query, key, value = project("query", x), project("key", context), project("value", context)
+        query, (key, value) = checkpoint_name(self.query(x), "projections"), seen
         dropping = train and self.dropout > 0
         if weights or dropping:
             rng = self.make_rng("dropout") if dropping else None
-            y, seen = attend(query, key, value, mask, dropout=self.dropout, rng=rng)
+            y, shares = attend(query, key, value, mask, dropout=self.dropout, rng=rng)
         else:
-            y, seen = fused_attend(query, key, value, mask), None
-        out = Linear((width,), inputs=2, dtype=self.dtype, kernel_init=self.init_out, name="out")
-        return out(y), seen if weights else None
+            y, shares = fused_attend(query, key, value, mask), None
+        return self.out(y), shares if weights else None
+
+    def __call__(
+        self, x: Float[Array, "b t d"], context: Float[Array, "b s c"], mask: Mask | None = None, *, train: bool,
+        weights: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t s"] | None]:
+        """The attended `x`, and with `weights` the attention weights."""
+        return self.attend_to(x, self.keys_values(context), mask, train=train, weights=weights)

@@ -114,8 +114,10 @@ class TokenEmbedding(nn.Module):
     width: int
     std: float = 0.02
 
-    @nn.compact
+    def setup(self):
+        """Declares the table."""
+        self.table = self.param("embedding", nn.initializers.normal(self.std), (self.vocab_size, self.width))
+
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The vectors of `tokens`."""
-        table = self.param("embedding", nn.initializers.normal(self.std), (self.vocab_size, self.width))
-        return constrain_batch(jnp.take(constrain_replicated(table), tokens, axis=0))
+        return constrain_batch(jnp.take(constrain_replicated(self.table), tokens, axis=0))

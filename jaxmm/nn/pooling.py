@@ -22,7 +22,7 @@ class MapHead(nn.Module):
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, config.width))
         probe = jnp.broadcast_to(probe, (len(tokens), 1, config.width)).astype(tokens.dtype)
         init = initializers(config)
-        attention = Attention(config.heads, jnp.dtype(config.dtype), init_in=init.attention_in,
+        attention = Attention(config.width, config.heads, jnp.dtype(config.dtype), init_in=init.attention_in,
                               init_out=init.attention_out, name="attention")
         x, _ = attention(probe, tokens, mask, train=train)
         return (x + Mlp(config, name="mlp")(layer_norm(config, "mlp_norm")(x), train=train))[:, 0]

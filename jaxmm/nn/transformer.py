@@ -140,7 +140,7 @@ class Mlp(nn.Module):
         return down(x)
 
 
-def layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
+def layer_norm(config: TransformerConfig, name: str | None) -> nn.LayerNorm:
     """A layer norm with the stack's epsilon and dtype; its statistics are fp32."""
     return nn.LayerNorm(epsilon=config.eps, dtype=jnp.dtype(config.dtype), name=name)
 
@@ -169,7 +169,7 @@ class Block(nn.Module):
             return y
 
         y = layer_norm(config, "attention_norm")(x)
-        attention = Attention(config.heads, jnp.dtype(config.dtype), config.attention_dropout,
+        attention = Attention(config.width, config.heads, jnp.dtype(config.dtype), config.attention_dropout,
                               init.attention_in, init.attention_out, name="attention")
         y, seen = attention(y, y, mask, train=train, weights=weights)
         x = checkpoint_name(x + branch(y), "middle")

@@ -2,19 +2,15 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
-import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import filelock
 import jax
 import numpy as np
 
-from jaxmm.config import ConfigError, Evaluator, TrainConfig, from_dict, require, save_config, to_dict
+from jaxmm.config import ConfigError, Evaluator, TrainConfig, from_dict, require
 from jaxmm.data.pipeline import FaultCounter, TrainIterator, train_batches
 from jaxmm.data.sources import Source, open_source, record_texts
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
@@ -28,17 +24,13 @@ from jaxmm.training.optimizer import Optimizer, make_optimizer
 from jaxmm.training.process import Termination
 from jaxmm.training.state import State, abstract_state, sharded_state
 from jaxmm.training.step import compile_step
+from jaxmm.training.workdir import begin, begun
 from jaxmm.viz import write_report
 
 INPUTS = ("image", "tokens", "label", "image_id", "text_id")
 """What of a batch goes to the devices."""
 CORPUS = 200_000
 """Records whose texts a tokenizer is trained on, at most."""
-FREE = ("steps", "microbatches", "log_every", "eval_every", "evals", "mesh", "checkpoint", "nonfinite", "max_skips",
-        "data.val", "data.workers", "data.data_dir", "data.max_bad")
-"""What may be changed when a run goes on; anything else would make it another run."""
-
-
 class TrainError(RuntimeError):
     """A run that cannot go on. The message names the step and what is left."""
 
@@ -94,21 +86,21 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     require(config.microbatches == 1 or type(config.task).loss is Task.loss, "microbatches", config.microbatches,
             f"1: the loss of {type(config.task).__name__} cannot be computed in parts")
     source = open_source(config.data.train, data_dir=config.data.data_dir)
-    begun = _begun(config, workdir, source)
+    began = begun(config, workdir, source)
     val = open_source(config.data.val, data_dir=config.data.data_dir) if config.data.val else None
     if val is not None and None not in (source.classes, val.classes) and source.classes != val.classes:
         odd = sorted(set(source.classes) ^ set(val.classes))
         raise ConfigError(f"data.val is {config.data.val!r}, whose classes are not those of {config.data.train!r}: "
                           f"{', '.join(odd[:10])} only in one of them")
     task, trained = config.task, None
-    if config.init.source is not None and begun is None:
+    if config.init.source is not None and began is None:
         trained = open_start(config.init)
         task = adopt(task, trained.task, config.data.image.size)
     tokenizer = None
     if "text" in task.reads:
         tokenizer = (trained and trained.tokenizer) or _tokenizer(config, task, source, workdir)
-    if config.init.source is not None and begun is not None:  # the trained model may be gone by now
-        task = from_dict(begun["task"])
+    if config.init.source is not None and began is not None:  # the trained model may be gone by now
+        task = from_dict(began["task"])
     else:
         task = task.bind(image_size=config.data.image.size, tokenizer=tokenizer,
                          classes=None if source.classes is None else len(source.classes))
@@ -118,7 +110,7 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     setup = Setup(config, workdir, task, optimizer, source, val, tokenizer, mesh, evals)
     _check_evals(setup)
     if jax.process_index() == 0:
-        _begin(setup)
+        begin(config, task, workdir, source, tokenizer)
     return setup
 
 
@@ -167,54 +159,6 @@ def _texts(source: Source, index: int) -> tuple[str, ...]:
         return record_texts(source, index)
     except Exception:  # the pipeline counts and names it
         return ()
-
-
-def _begun(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] | None:
-    """What `config.json` says of the run in `workdir`; None where none was begun.
-
-    Refuses to go on with a run that was begun with another configuration.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
-        return None
-    try:
-        notes = json.loads(path.read_text())
-        old, fingerprint, _ = notes["config"], notes["fingerprint"], notes["task"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is not what a run writes: {type(error).__name__}: {error}") from None
-    changes = _changes(old, json.loads(json.dumps(to_dict(config))))
-    if fingerprint != source.fingerprint:
-        changes.append(f"data.train is {config.data.train!r} as before, but lists other records")
-    if changes:
-        raise ConfigError(f"workdir is {str(workdir)!r}, which holds a run with another configuration; "
-                          "wanted the same, or another folder:\n  " + "\n  ".join(changes))
-    return notes
-
-
-def _begin(setup: Setup) -> None:
-    """Writes `tokenizer/` and `config.json`, once everything is known to fit."""
-    workdir, tokenizer = setup.workdir, setup.tokenizer
-    if tokenizer is not None and not (workdir / "tokenizer").exists():
-        part = workdir / "tokenizer.part"
-        tokenizer.save(part)
-        part.rename(workdir / "tokenizer")
-    packages = ("jaxmm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
-    devices, part = jax.devices(), workdir / "config.json.part"
-    save_config(setup.config, part, task=to_dict(setup.task), classes=to_dict(setup.train.classes),
-                fingerprint=setup.train.fingerprint,
-                versions={name: importlib.metadata.version(name) for name in packages}
-                | {"python": platform.python_version()},
-                devices=f"{len(devices)} x {devices[0].device_kind}", hosts=jax.process_count())
-    part.replace(workdir / "config.json")
-
-
-def _changes(old: Any, new: Any, name: str = "") -> list[str]:
-    if name in FREE:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [change for key in sorted(set(old) | set(new))
-                for change in _changes(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if old == new else [f"{name} was {old!r} and is {new!r}"]
 
 
 def _run(setup: Setup, termination: "Termination", observe) -> dict[str, float]:

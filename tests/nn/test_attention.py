@@ -118,7 +118,7 @@ def test_module(cross):
     d, c = H * K, 11
     x, context = arrays((B, T, d), (B, S, c))
     context = context if cross else x
-    module = Attention(H)
+    module = Attention(H * K, H)
     params = reference.random_params(module, x, context)
     mask = None if cross else causal_mask(T)
     out, weights = jax.jit(lambda p: module.apply({"params": p}, x, context, mask, train=True, weights=True))(params)
@@ -131,7 +131,7 @@ def test_module(cross):
 
 def test_module_drops_weights_only_in_training():
     x, = arrays((B, T, H * K))
-    module = Attention(H, dropout=0.5)
+    module = Attention(H * K, H, dropout=0.5)
     params = reference.random_params(module, x, x)
     run = jax.jit(lambda p, rng, train: module.apply({"params": p}, x, x, train=train, rngs={"dropout": rng})[0],
                   static_argnums=2)

@@ -101,7 +101,8 @@ def test_sentencepiece_models_are_read(tmp_path):
         unk_id=2, bos_id=-1, minloglevel=2, hard_vocab_limit=False)
     library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     ours = read(tmp_path, Words(vocabulary="file", cleaning="siglip"), length=12)
-    for text, clean in (("A small, RED circle!", "a small red circle"), ("  caf\u00e9  stars_2 ", "café stars2"), ("", "")):
+    for text, clean in (("A small, RED circle!", "a small red circle"), ("  caf\u00e9  stars_2 ", "café stars2"),
+                        ("", "")):
         ids = [*library.encode(clean)[:11], 1]
         assert ours([text])[0].tolist() == ids + [1] * (12 - len(ids))
     (tmp_path / "spiece.model").write_bytes(b"\x0a\x03abc")

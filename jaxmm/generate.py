@@ -1,0 +1,200 @@
+"""Texts out of a decoder, one token after the other: greedy, beams, sampling; one compiled loop over a cache.
+
+What is written for one picture depends on it alone, whatever else is in the batch: prompts of different lengths stand
+side by side without padding before them (a row whose prompt goes on takes its next token from there), every row draws
+with its own key, and a row that has ended waits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxmm.validation import check_types, require
+
+NEVER = -1e9
+"""A score that loses to any other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How texts are written. The defaults are greedy; BLIP's captions take 3 beams, `min_length` 5, `max_length` 20."""
+
+    beams: int = 1
+    """k, texts that are kept in view; 1: greedy, or sampling."""
+    sample: bool = False
+    """Draw each token instead of taking the likeliest."""
+    top_p: float = 1.0
+    """Nucleus sampling (Holtzman et al. 2020): draw from the fewest tokens that have this share together."""
+    top_k: int = 0
+    """Draw from so many of the likeliest; 0: from all."""
+    temperature: float = 1.0
+    """Divides the logits before anything is drawn."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that are there already become less likely (Keskar et al. 2019, section 4.1)."""
+    length_penalty: float = 1.0
+    """Beams are compared by the sum of their log-probabilities over their length to this power."""
+    min_length: int = 0
+    """Tokens before which no text ends, the prompt included."""
+    max_length: int = 20
+    """L, tokens at most, prompt and end included."""
+
+    def __post_init__(self):
+        """Checks ranges."""
+        check_types(self, "decoding")
+        for name in ("beams", "max_length"):
+            require(getattr(self, name) > 0, f"decoding.{name}", getattr(self, name), "a positive number")
+        require(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "above 0, at most 1")
+        require(self.top_k >= 0, "decoding.top_k", self.top_k, "0 or more")
+        for name in ("temperature", "repetition_penalty"):
+            require(getattr(self, name) > 0, f"decoding.{name}", getattr(self, name), "above 0")
+        require(not (self.sample and self.beams > 1), "decoding.sample", self.sample, "False with beams")
+        drawn = self.top_p < 1 or self.top_k or self.temperature != 1
+        require(self.sample or not drawn, "decoding.sample", self.sample, "True, for top_p, top_k or temperature")
+
+
+class Written(NamedTuple):
+    """What was written, the best first."""
+
+    tokens: Int[Array, "b k L"]
+    """Prompt, text and end token, then padding."""
+    score: Float[Array, "b k"]
+    """Sum of the log-probabilities of what was written, over its length to `length_penalty`."""
+
+
+Step = Callable[[Int[Array, "r"], Int[Array, ""], Any, Bool[Array, "r L"]], tuple[Float[Array, "r v"], Any]]
+"""(tokens, their place, the cache, places that hold tokens) to logits of what comes next, and the cache with them."""
+
+
+def write(
+    step: Step, cache: Any, prompt: Int[Array, "b p"], lengths: Int[Array, "b"], keys: Key[Array, "b"],
+    decoding: Decoding, *, end_id: int, pad_id: int,
+) -> Written:
+    """Goes on from the first `lengths` (at least 1) tokens of each `prompt`.
+
+    `cache` has room for b x k rows and L places: leaves [l r L ...], row r being text r % k of picture r // k.
+    """
+    b, p = prompt.shape
+    k, total = decoding.beams, decoding.max_length
+    prompt = jnp.pad(prompt, ((0, 0), (0, max(0, total - p))), constant_values=pad_id)[:, :total]
+    lengths = jnp.minimum(lengths, total)
+    first = jnp.full((b, k, total), pad_id, prompt.dtype).at[:, :, 0].set(prompt[:, :1])
+    start = State(
+        at=jnp.zeros((), jnp.int32), tokens=first, score=jnp.full((b, k), NEVER).at[:, 0].set(0.0), cache=cache,
+        done=first, done_score=jnp.full((b, k), NEVER), ended=jnp.zeros(b, bool))
+
+    def going(state: State) -> Bool[Array, ""]:
+        return (state.at < total - 1) & ~state.ended.all()
+
+    def advance(state: State) -> State:
+        at = state.at
+        held = jnp.arange(total) <= at
+        logits, new = step(state.tokens[:, :, at].reshape(-1), at, state.cache, jnp.broadcast_to(held, (b * k, total)))
+        scores = _scores(logits.reshape(b, k, -1), state.tokens, at, decoding, end_id)
+        forced = prompt[:, at + 1]
+        in_prompt = at + 1 < lengths
+        if k == 1:
+            chosen = scores[:, 0].argmax(axis=-1)
+            if decoding.sample:
+                chosen = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, at), row))(
+                    keys, _narrowed(scores[:, 0], decoding))
+            drawn = jax.nn.log_softmax(scores[:, 0])[jnp.arange(b), chosen]
+            return _one(state, new, jnp.where(in_prompt, forced, chosen), jnp.where(in_prompt, 0.0, drawn), lengths,
+                        decoding, end_id, pad_id)
+        return _beams(state, new, scores, in_prompt, forced, lengths, decoding, end_id)
+
+    last = jax.lax.while_loop(going, advance, start)
+    return Written(last.done, last.done_score)
+
+
+class State(NamedTuple):
+    """Of the loop: texts that go on, and the best of those that have ended."""
+
+    at: Int[Array, ""]
+    """The place of the newest token."""
+    tokens: Int[Array, "b k L"]
+    score: Float[Array, "b k"]
+    """Sums of log-probabilities."""
+    cache: Any
+    done: Int[Array, "b k L"]
+    done_score: Float[Array, "b k"]
+    """As `Written.score`."""
+    ended: Bool[Array, "b"]
+    """Rows in which nothing that goes on would become better than what has ended."""
+
+
+def _scores(
+    logits: Float[Array, "b k v"], tokens: Int[Array, "b k L"], at: Int[Array, ""], decoding: Decoding, end_id: int
+) -> Float[Array, "b k v"]:
+    """Logits (of beams: log-probabilities) after the penalty of repetitions, without an end that comes too early."""
+    scores = logits if decoding.beams == 1 else jax.nn.log_softmax(logits)
+    if decoding.repetition_penalty != 1:
+        b, k, v = scores.shape
+        held = jnp.arange(tokens.shape[2]) <= at
+        there = jnp.zeros((b, k, v), bool).at[
+            jnp.arange(b)[:, None, None], jnp.arange(k)[None, :, None], tokens].max(held[None, None, :])
+        penalty = decoding.repetition_penalty
+        scores = jnp.where(there, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+    early = at + 1 < decoding.min_length
+    return jnp.where(early & (jnp.arange(scores.shape[-1]) == end_id), NEVER, scores)
+
+
+def _narrowed(logits: Float[Array, "b v"], decoding: Decoding) -> Float[Array, "b v"]:
+    """Logits of what may be drawn: temperature, then the k likeliest, then the nucleus."""
+    logits = logits / decoding.temperature
+    if decoding.top_k:
+        least = jax.lax.top_k(logits, min(decoding.top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < least, NEVER, logits)
+    if decoding.top_p < 1:
+        ordered = -jnp.sort(-logits, axis=-1)
+        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+        least = jnp.where(before < decoding.top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, NEVER, logits)
+    return logits
+
+
+def _one(state, cache, token, score, lengths, decoding, end_id, pad_id) -> State:
+    """One token more of the only text of each row; one that has ended stays as it is."""
+    place = state.at + 1
+    token = jnp.where(state.ended, pad_id, token)
+    tokens = state.tokens.at[:, 0, place].set(token.astype(state.tokens.dtype))
+    total = state.score + jnp.where(state.ended, 0.0, score)[:, None]
+    ends = ((token == end_id) & (place >= lengths)) | (place == decoding.max_length - 1)
+    now = (ends & ~state.ended)[:, None]
+    done_score = jnp.where(now, total / _written(place, lengths) ** decoding.length_penalty, state.done_score)
+    return State(place, tokens, total, cache, jnp.where(now[:, :, None], tokens, state.done), done_score,
+                 state.ended | ends)
+
+
+def _beams(state, cache, scores, in_prompt, forced, lengths, decoding, end_id) -> State:
+    """The 2k best continuations of k beams: those that end join the ended, k of the others go on."""
+    b, k, v = scores.shape
+    only = jnp.where(jnp.arange(v) == forced[:, None], 0.0, NEVER)[:, None, :]
+    scores = jnp.where(in_prompt[:, None, None], only, scores)
+    best, where = jax.lax.top_k((state.score[:, :, None] + scores).reshape(b, k * v), min(2 * k, k * v))
+    beam, token, place = where // v, where % v, state.at + 1
+    tokens = jnp.take_along_axis(state.tokens, beam[:, :, None], axis=1).at[:, :, place].set(
+        token.astype(state.tokens.dtype))
+    ends = ((token == end_id) & ~in_prompt[:, None]) | (place == decoding.max_length - 1)
+
+    going, order = jax.lax.top_k(jnp.where(ends, NEVER, best), k)
+    parents = jnp.take_along_axis(beam, order, axis=1)
+    rows = (parents + jnp.arange(b)[:, None] * k).reshape(-1)
+    cache = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=1), cache)
+
+    written = _written(place, lengths) ** decoding.length_penalty
+    counts = ends & ~state.ended[:, None] & (jnp.arange(best.shape[1]) < k)
+    found = jnp.where(counts, best / written, NEVER)
+    done_score, chosen = jax.lax.top_k(jnp.concatenate([state.done_score, found], axis=1), k)
+    done = jnp.take_along_axis(jnp.concatenate([state.done, tokens], axis=1), chosen[:, :, None], axis=1)
+    ended = (done_score[:, -1] > NEVER) & (done_score[:, -1] >= going[:, 0] / written[:, 0])
+    return State(place, jnp.take_along_axis(tokens, order[:, :, None], axis=1), going, cache, done, done_score,
+                 state.ended | ended)
+
+
+def _written(place: Int[Array, ""], lengths: Int[Array, "b"]) -> Float[Array, "b 1"]:
+    """Tokens that were written when the newest is at `place`; at least 1, so that it can divide."""
+    return jnp.maximum(place + 1 - lengths, 1).astype(jnp.float32)[:, None]

@@ -1,0 +1,319 @@
+"""BLIP's text transformer (Li et al. 2022, section 3.1): a mixture of encoder and decoder, BERT with a picture to see.
+
+Its three modes are methods. A layer owns self-attention that reads both ways and self-attention that is causal,
+cross-attention to a picture, and an MLP; each mode uses its part of them, so that what is shared is shared by
+structure.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmm.nn.attention import Attention, KeysValues, Mask, causal_mask
+from jaxmm.nn.embeddings import TokenEmbedding
+from jaxmm.nn.transformer import (
+    ACTIVATIONS,
+    REMAT_POLICIES,
+    Linear,
+    Mlp,
+    TransformerConfig,
+    initializers,
+    layer_norm,
+    unstack,
+)
+from jaxmm.sharding import constrain_batch
+from jaxmm.validation import check_types, require
+
+ContextMask = Bool[Array, "#r 1 1 #n"]
+Part = Literal["attention", "cross_attention", "mlp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedConfig:
+    """A text transformer in BERT's form: norms behind the branches. The defaults are BLIP base's."""
+
+    transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(
+        width=768, depth=12, heads=12, mlp_dim=3072, eps=1e-12, init="normal", dropout=0.1, attention_dropout=0.1))
+    """`dropout` is on the embeddings and behind each branch."""
+    vocab_size: int = 30_524
+    """BERT's 30,522, and the first tokens of the decoder and of the image-grounded encoder."""
+    positions: int = 512
+    """Longest text, in tokens."""
+    context_width: int = 768
+    """c, of the tokens that cross-attention looks at."""
+    encoder: bool = True
+    """Whether it encodes: texts alone, and texts with a picture."""
+    decoder: bool = True
+    """Whether it decodes."""
+    own: tuple[Part, ...] = ("attention",)
+    """What the decoder does not share with the encoder. The paper compares all but self-attention (the default, table
+    3), all but cross-attention, everything, and nothing."""
+    pad_id: int = 0
+    """Hidden from attention."""
+    end_id: int = 102
+    """[SEP]."""
+    decode_id: int = 30_522
+    """[DEC], which begins what is decoded."""
+    encode_id: int = 30_523
+    """[ENC], which takes the place of [CLS] where a picture is seen."""
+
+    def __post_init__(self):
+        """Checks ranges."""
+        check_types(self, "text")
+        require(self.encoder or self.decoder, "text.encoder", self.encoder, "True, where decoder is False")
+        for name in ("vocab_size", "positions", "context_width"):
+            require(getattr(self, name) > 0, f"text.{name}", getattr(self, name), "a positive number")
+        for name in ("pad_id", "end_id"):
+            require(0 <= getattr(self, name) < self.vocab_size, f"text.{name}", getattr(self, name),
+                    f"below vocab_size = {self.vocab_size}")
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens decoded so far, in room for all to come."""
+
+    key: Float[Array, "l b s h k"]
+    value: Float[Array, "l b s h k"]
+
+
+class MedLayer(nn.Module):
+    """One layer, in every mode that `config` has."""
+
+    config: MedConfig
+
+    def setup(self):
+        """Declares the parts that the modes need, the shared ones once."""
+        for name in self._names():
+            part = name.removeprefix("causal_")
+            setattr(self, name, self._branch(part))
+            setattr(self, f"{name}_norm", layer_norm(self.config.transformer, None))
+        self.dropout = nn.Dropout(self.config.transformer.dropout)
+
+    def _names(self) -> list[str]:
+        config, parts = self.config, ("attention", "cross_attention", "mlp")
+        names = list(parts) if config.encoder else []
+        if config.decoder:
+            names += [f"causal_{part}" if config.encoder and part in config.own else part for part in parts
+                      if not config.encoder or part in config.own]
+        return names
+
+    def _branch(self, part: str) -> nn.Module:
+        stack = self.config.transformer
+        if part == "mlp":
+            return Mlp(replace(stack, dropout=0.0))
+        init = initializers(stack)
+        return Attention(stack.width, stack.heads, jnp.dtype(stack.dtype), stack.attention_dropout,
+                         init.attention_in, init.attention_out)
+
+    def _add(self, name: str, x, y, train: bool):
+        y = self.dropout(y, deterministic=not train)
+        return getattr(self, f"{name}_norm")(x + y)
+
+    def _causal(self, part: str) -> str:
+        return f"causal_{part}" if self.config.encoder and part in self.config.own else part
+
+    def encode(
+        self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "b n c"] | None,
+        context_mask: ContextMask | None, *, train: bool,
+    ) -> Float[Array, "b t d"]:
+        """The layer of the unimodal encoder, and with a `context` of the image-grounded one."""
+        x = self._add("attention", x, self.attention(x, x, mask, train=train)[0], train)
+        if context is not None:
+            y, _ = self.cross_attention(x, context, context_mask, train=train)
+            x = self._add("cross_attention", x, y, train)
+        return self._add("mlp", x, self.mlp(x, train=train), train)
+
+    def decode(
+        self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "b n c"], context_mask: ContextMask | None, *,
+        train: bool,
+    ) -> Float[Array, "b t d"]:
+        """The layer of the image-grounded decoder, all tokens at once."""
+        own, cross, mlp = map(self._causal, ("attention", "cross_attention", "mlp"))
+        x = self._add(own, x, getattr(self, own)(x, x, mask, train=train)[0], train)
+        y, _ = getattr(self, cross)(x, context, context_mask, train=train)
+        x = self._add(cross, x, y, train)
+        return self._add(mlp, x, getattr(self, mlp)(x, train=train), train)
+
+    def look(self, context: Float[Array, "b n c"]) -> KeysValues:
+        """What `step` sees of the context."""
+        return getattr(self, self._causal("cross_attention")).keys_values(context)
+
+    def step(
+        self, x: Float[Array, "b 1 d"], past: KeysValues, at: Int[Array, ""], mask: Mask, seen: KeysValues,
+        context_mask: ContextMask | None,
+    ) -> tuple[Float[Array, "b 1 d"], KeysValues]:
+        """`decode` of the token at place `at`, with the keys and values of those before; and `past` with its own.
+
+        `seen` may have fewer rows than `x`: then each of them is looked at by as many rows of `x` in turn.
+        """
+        own, cross, mlp = map(self._causal, ("attention", "cross_attention", "mlp"))
+        new = getattr(self, own).keys_values(x)
+        past = tuple(jax.lax.dynamic_update_slice_in_dim(old, row.astype(old.dtype), at, axis=1)
+                     for old, row in zip(past, new, strict=True))
+        x = self._add(own, x, getattr(self, own).attend_to(x, past, mask, train=False)[0], False)
+        b, rows = len(x), len(seen[0])
+        beams = x.reshape(rows, b // rows, x.shape[-1])  # the beams of a picture side by side, as if they were tokens
+        y = getattr(self, cross).attend_to(beams, seen, context_mask, train=False)[0].reshape(x.shape)
+        x = self._add(cross, x, y, False)
+        return self._add(mlp, x, getattr(self, mlp)(x, train=False), False), past
+
+    def __call__(self, x: Float[Array, "b t d"], context: Float[Array, "b n c"]) -> Float[Array, "b t d"]:
+        """Every mode once, to make its parameters."""
+        mask = jnp.ones((1, 1, 1, 1), bool)
+        if self.config.encoder:
+            x = self.encode(x, mask, context, None, train=False)
+        return self.decode(x, mask, context, None, train=False) if self.config.decoder else x
+
+
+class Embedding(nn.Module):
+    """Tokens and their places, normalised (BERT, Devlin et al. 2019)."""
+
+    config: MedConfig
+
+    def setup(self):
+        """Declares the tables."""
+        config = self.config
+        width = config.transformer.width
+        self.tokens = TokenEmbedding(config.vocab_size, width)
+        self.positions = self.param("positions", nn.initializers.normal(0.02), (config.positions, width))
+        self.norm = layer_norm(config.transformer, None)
+        self.dropout = nn.Dropout(config.transformer.dropout)
+
+    def __call__(self, tokens: Int[Array, "b t"], start: int | Int[Array, ""] = 0, *, train: bool
+                 ) -> Float[Array, "b t d"]:
+        """The vectors of `tokens`, the first of which is at place `start`."""
+        if tokens.shape[1] > self.config.positions:
+            raise ValueError(f"texts are {tokens.shape[1]} tokens long; this model reads at most "
+                             f"{self.config.positions}")
+        places = jax.lax.dynamic_slice_in_dim(self.positions, start, tokens.shape[1])
+        x = self.norm(self.tokens(tokens) + places)
+        return self.dropout(x, deterministic=not train).astype(self.config.transformer.dtype)
+
+    def attend(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Products with every token's vector, fp32."""
+        table = self.tokens.table
+        return jnp.einsum("btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class LanguageHead(nn.Module):
+    """BERT's prediction of tokens: linear, activation, norm, then products with the table of tokens, and a bias."""
+
+    config: MedConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], embedding: Embedding) -> Float[Array, "b t v"]:
+        """Logits, fp32."""
+        stack = self.config.transformer
+        transform = Linear((stack.width,), dtype=jnp.dtype(stack.dtype), kernel_init=initializers(stack).up,
+                           name="transform")
+        x = layer_norm(stack, "norm")(ACTIVATIONS[stack.activation](transform(x)))
+        return embedding.attend(x) + self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
+
+
+class Med(nn.Module):
+    """The text transformer."""
+
+    config: MedConfig
+
+    def setup(self):
+        """Declares the parts; layers are stacked under `blocks`."""
+        config = self.config
+        self.embedding = Embedding(config)
+        layer = MedLayer(config, parent=None)
+
+        def init(rng):
+            def one(key):
+                return layer.init(key, jnp.zeros((1, 1, config.transformer.width)),
+                                  jnp.zeros((1, 1, config.context_width)))["params"]
+            return jax.vmap(one)(jax.random.split(rng, config.transformer.depth))
+
+        self.blocks = self.param("blocks", init)
+        if config.decoder:
+            self.head = LanguageHead(config)
+
+    def encode(
+        self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"] | None = None, *, train: bool,
+        mask: Bool[Array, "b t"] | None = None, context_mask: Bool[Array, "b n"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Tokens read both ways: by themselves, or with a picture (whose first token is then `encode_id`).
+
+        `mask` says which tokens are there; None: those that are not padding.
+        """
+        mask = tokens != self.config.pad_id if mask is None else mask
+        x = self.embedding(tokens, train=train)
+        if self.is_initializing():
+            return x
+        return self._run(MedLayer.encode, x, mask[:, None, None, :], context, context_mask, train)
+
+    def decode(
+        self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, train: bool,
+        mask: Bool[Array, "b t"] | None = None, context_mask: Bool[Array, "b n"] | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Logits of the token after each, in view of those before and of the context."""
+        mask = tokens != self.config.pad_id if mask is None else mask
+        x = self.embedding(tokens, train=train)
+        if not self.is_initializing():
+            seen = causal_mask(tokens.shape[1]) & mask[:, None, None, :]
+            x = self._run(MedLayer.decode, x, seen, context, context_mask, train)
+        return self.head(x, self.embedding)
+
+    def look(self, context: Float[Array, "b n c"]) -> KeysValues:
+        """Every layer's keys and values of a context [l b n h k], computed once for all steps."""
+        layer = MedLayer(self.config, parent=None)
+        return jax.lax.map(lambda params: layer.apply({"params": params}, context, method=MedLayer.look), self.blocks)
+
+    def step(
+        self, tokens: Int[Array, "b"], at: Int[Array, ""], cache: Cache, seen: KeysValues,
+        mask: Bool[Array, "b s"], context_mask: Bool[Array, "r n"] | None = None,
+    ) -> tuple[Float[Array, "b v"], Cache]:
+        """Logits after one more token of each text, at place `at`; and the cache with it.
+
+        `mask` says at which places of the cache there are tokens. `seen` is what `look` made.
+        """
+        layer = MedLayer(self.config, parent=None)
+        mask = mask[:, None, None, :]
+        context_mask = None if context_mask is None else context_mask[:, None, None, :]
+
+        def one(x, inputs):
+            params, key, value, seen = inputs
+            x, past = layer.apply({"params": params}, x, (key, value), at, mask, seen, context_mask,
+                                  method=MedLayer.step)
+            return x, Cache(*past)
+
+        x = self.embedding(tokens[:, None], at, train=False)
+        x, cache = jax.lax.scan(one, x, (self.blocks, cache.key, cache.value, seen))
+        return self.head(x, self.embedding)[:, 0], cache
+
+    def _run(self, method, x, mask, context, context_mask, train: bool):
+        """All layers, one after the other."""
+        stack = self.config.transformer
+        layer = MedLayer(self.config, parent=None)
+        context_mask = None if context_mask is None else context_mask[:, None, None, :]
+        keys = None
+        if train and stack.stochastic:
+            keys = jax.random.split(self.make_rng("dropout"), stack.depth)
+
+        def one(x, inputs):
+            params, key = inputs
+            rngs = None if key is None else {"dropout": key}
+            x = layer.apply({"params": params}, constrain_batch(x), mask, context, context_mask, train=train,
+                            rngs=rngs, method=method)
+            return constrain_batch(x), None
+
+        if stack.remat != "none":
+            one = jax.checkpoint(one, policy=REMAT_POLICIES[stack.remat], prevent_cse=not stack.scan)
+        if stack.scan:
+            return jax.lax.scan(one, x, (self.blocks, keys))[0]
+        for inputs in unstack((self.blocks, keys), stack.depth):
+            x, _ = one(x, inputs)
+        return x
+
+
+def empty_cache(config: MedConfig, batch: int, length: int) -> Cache:
+    """Room for `length` tokens of `batch` texts."""
+    stack = config.transformer
+    shape = (stack.depth, batch, length, stack.heads, stack.width // stack.heads)
+    return Cache(jnp.zeros(shape, stack.dtype), jnp.zeros(shape, stack.dtype))

@@ -1,0 +1,115 @@
+"""BLIP against transformers' classes at the same random weights, fp32."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.models.med import MedConfig
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.pretrained.blip import transformers_rows
+from jaxmm.pretrained.files import open_tensors
+from jaxmm.pretrained.tables import read_params
+from tests.parity.test_loading import shaken
+from tests.parity.test_published import close
+
+pytestmark = pytest.mark.parity
+SIDE, LENGTH, VOCABULARY = 20, 9, 90
+STACK = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 80}
+VISION = STACK | {"hidden_size": 36, "image_size": SIDE, "patch_size": 5, "layer_norm_eps": 1e-6}
+TEXT = STACK | {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "encoder_hidden_size": 36, "bos_token_id": 88,
+                "sep_token_id": 87, "eos_token_id": 87}
+STACKED = TransformerConfig(width=48, depth=3, heads=3, mlp_dim=80, eps=1e-12)
+MED = MedConfig(transformer=STACKED, vocab_size=VOCABULARY, positions=16, context_width=36, end_id=87, decode_id=88,
+                encode_id=89)
+TOWER = ViTConfig(transformer=replace(STACKED, width=36, eps=1e-6), image_size=SIDE, patch=5)
+NONE = {"embed_dim": None, "matching": False, "temperature": None}
+RNG = np.random.default_rng(0)
+IMAGE = RNG.standard_normal((2, SIDE, SIDE, 3), np.float32)
+WORDS = RNG.integers(1, 86, (2, LENGTH)).astype(np.int32)
+WORDS[1, 6:] = 0
+MASK = torch.from_numpy((WORDS != 0).astype(np.int64))
+
+
+def pair(kind, config, tmp_path, **fields):
+    """Their model, our parameters with their values, and our module."""
+    described = transformers.BlipConfig(text_config=TEXT | fields, vision_config=VISION, image_text_hidden_size=20)
+    theirs = shaken(kind(described))
+    theirs.save_pretrained(tmp_path)
+    module = BLIP(config)
+    like = jax.eval_shape(lambda key: module.init(key, jnp.asarray(IMAGE), jnp.asarray(WORDS), train=False)["params"],
+                          jax.random.key(0))
+    rows = transformers_rows(config)
+    params = read_params(open_tensors(tmp_path / "model.safetensors"), rows, like, name="theirs",
+                         ignore=(r"\.position_ids$", r"\.predictions\.decoder\."))
+    return theirs, {"params": params}, module
+
+
+def torched(array):
+    return torch.from_numpy(np.array(array))
+
+
+@torch.no_grad()
+def test_captioning(tmp_path, record_property):
+    config = BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), **NONE)
+    theirs, params, module = pair(transformers.BlipForConditionalGeneration, config, tmp_path)
+    seen = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.see)
+    want = theirs(pixel_values=torched(IMAGE.transpose(0, 3, 1, 2)), input_ids=torched(WORDS).long(),
+                  attention_mask=MASK)
+    close(seen, want.image_embeds, 1e-4, "BLIP picture tokens", record_property)
+    logits = module.apply(params, jnp.asarray(WORDS), seen, train=False, method=BLIP.write)
+    there = WORDS != 0
+    close(logits[there], want.logits[torched(there)], 1e-4, "BLIP caption logits", record_property)
+
+
+@torch.no_grad()
+def test_matching(tmp_path, record_property):
+    config = BLIPConfig(vision=TOWER, text=replace(MED, decoder=False), embed_dim=20, temperature=None,
+                        encode_token=False)
+    theirs, params, module = pair(transformers.BlipForImageTextRetrieval, config, tmp_path)
+    ids, pixels = torched(WORDS).long(), torched(IMAGE.transpose(0, 3, 1, 2))
+    got = module.apply(params, jnp.asarray(IMAGE), jnp.asarray(WORDS), train=False)
+    close(got["match"], theirs(ids, pixels, attention_mask=MASK).itm_score, 1e-4, "BLIP matching logits",
+          record_property)
+    cosine = theirs(ids, pixels, attention_mask=MASK, use_itm_head=False).itm_score
+    close(got["image"] @ got["text"].T, cosine, 2e-5, "BLIP cosines", record_property)
+    ids[:, 0] = 89      # what training read, and the switch reproduces
+    other = BLIP(replace(config, encode_token=True)).apply(params, jnp.asarray(IMAGE), jnp.asarray(WORDS), train=False)
+    close(other["match"], theirs(ids, pixels, attention_mask=MASK).itm_score, 1e-4, "BLIP matching logits with [ENC]",
+          record_property)
+    assert np.abs(other["match"] - got["match"]).max() > 1e-3
+
+
+@torch.no_grad()
+def test_answering(tmp_path, record_property):
+    config = BLIPConfig(vision=TOWER, text=replace(MED, decoder=False),
+                        answer=replace(MED, encoder=False, context_width=48), encode_token=False, **NONE)
+    # transformers gives question encoder and answer decoder one configuration, whose context is the picture's width
+    vision = replace(TOWER, transformer=replace(TOWER.transformer, width=48))
+    config = replace(config, vision=vision, text=replace(config.text, context_width=48))
+    VISION["hidden_size"] = 48
+    try:
+        theirs, params, module = pair(transformers.BlipForQuestionAnswering, config, tmp_path, encoder_hidden_size=48)
+    finally:
+        VISION["hidden_size"] = 36
+    answers = RNG.integers(1, 86, (2, 5)).astype(np.int32)
+    want = theirs(torched(WORDS).long(), torched(IMAGE.transpose(0, 3, 1, 2)), attention_mask=MASK,
+                  decoder_input_ids=torched(answers).long(), decoder_attention_mask=torch.ones(2, 5).long())
+    seen = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.see)
+    states = module.apply(params, jnp.asarray(WORDS), seen, train=False, method=BLIP.read)
+    logits = module.apply(params, jnp.asarray(answers), states, train=False, context_mask=jnp.asarray(WORDS != 0),
+                          method=BLIP.write)
+    for row, length in enumerate((WORDS != 0).sum(axis=1)):      # its decoder looks at what the mask hides
+        decoder = theirs.text_decoder(input_ids=torched(answers[row:row + 1]).long(),
+                                      encoder_hidden_states=torched(states[row:row + 1, :length]))
+        close(logits[row:row + 1], decoder.logits, 1e-4, "BLIP answer logits", record_property)
+    close(states[WORDS != 0], theirs.text_encoder(
+        input_ids=torched(WORDS).long(), attention_mask=MASK, encoder_hidden_states=want.image_embeds,
+        encoder_attention_mask=torch.ones(want.image_embeds.shape[:2]).long()).last_hidden_state[MASK.bool()], 1e-4,
+        "BLIP question states", record_property)
