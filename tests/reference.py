@@ -185,3 +185,38 @@ def clip(p, image, tokens, config):
         x = x @ p["vision_projection"]["kernel"]
     y = text_tower(p["text"], tokens, config.text) @ p["text_projection"]["kernel"]
     return unit(x), unit(y + p["text_projection"].get("bias", 0.0))
+
+
+def med_layer(p, x, config, own, mask, context, context_mask=None):
+    """One layer behind whose branches the norms are; `own` maps the parts to the names that this mode uses."""
+    def add(part, x, y):
+        return norm(p[f"{own[part]}_norm"], x + y, config.eps)
+    x = add("attention", x, attention(p[own["attention"]], x, x, mask)[0])
+    if context is not None:
+        x = add("cross_attention", x, attention(p[own["cross_attention"]], x, context, context_mask)[0])
+    return add("mlp", x, mlp(p[own["mlp"]], x, config.activation))
+
+
+def med(p, tokens, config, context=None, *, causal=False, keep=None):
+    """States of a text transformer with norms behind its branches; `keep` [b t]: tokens that are there."""
+    stack = config.transformer
+    table, places = p["embedding"]["tokens"]["embedding"], p["embedding"]["positions"]
+    x = norm(p["embedding"]["norm"], table[tokens] + places[:tokens.shape[1]], stack.eps)
+    b, t = tokens.shape
+    keep = tokens != config.pad_id if keep is None else keep
+    mask = np.zeros((b, 1, t, t), bool)
+    for i, row, column in np.ndindex(b, t, t):
+        mask[i, 0, row, column] = keep[i, column] and not (causal and column > row)
+    both = config.encoder and causal
+    own = {part: f"causal_{part}" if both and part in config.own else part
+           for part in ("attention", "cross_attention", "mlp")}
+    for layer in range(stack.depth):
+        x = med_layer(jax.tree.map(lambda a, i=layer: a[i], p["blocks"]), x, stack, own, mask, context)
+    return x
+
+
+def language_head(p, x, config):
+    """Logits of the next token."""
+    head, stack = p["head"], config.transformer
+    y = ACTIVATIONS[stack.activation](x @ head["transform"]["kernel"] + head["transform"]["bias"])
+    return norm(head["norm"], y, stack.eps) @ p["embedding"]["tokens"]["embedding"].T + head["bias"]

@@ -51,3 +51,16 @@ def sigmoid_contrastive(logits: Float[Array, "b b"], positive: Bool[Array, "b b"
     """SigLIP's loss (Zhai et al. 2023, eq. 1): every pair by itself, summed, over the number of pictures."""
     sign = jnp.where(positive, 1.0, -1.0)
     return -jax.nn.log_sigmoid(sign * logits).sum() / len(logits)
+
+
+def soft_contrastive(logits: Float[Array, "b n"], targets: Float[Array, "b n"]) -> Float[Array, ""]:
+    """Mean cross-entropy of each row with a distribution over the columns."""
+    return -(jax.nn.log_softmax(logits) * targets).sum(axis=1).mean()
+
+
+def distilled_targets(
+    teacher: Float[Array, "b n"], positive: Bool[Array, "b n"], alpha: Float[Array, ""]
+) -> Float[Array, "b n"]:
+    """alpha x the teacher's softmax + (1 - alpha) x a row's positives, evenly (ALBEF, Li et al. 2021, eq. 6)."""
+    hard = positive / positive.sum(axis=1, keepdims=True)
+    return jax.lax.stop_gradient(alpha * jax.nn.softmax(teacher) + (1 - alpha) * hard)

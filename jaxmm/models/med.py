@@ -73,7 +73,7 @@ class MedConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens decoded so far, in room for all to come."""
+    """Every layer's keys and values: of the tokens decoded so far, in room for all to come; or of a context."""
 
     key: Float[Array, "l b s h k"]
     value: Float[Array, "l b s h k"]
@@ -142,7 +142,8 @@ class MedLayer(nn.Module):
         return getattr(self, self._causal("cross_attention")).keys_values(context)
 
     def step(
-        self, x: Float[Array, "b 1 d"], past: KeysValues, at: Int[Array, ""], mask: Mask, seen: KeysValues,
+        self, x: Float[Array, "b 1 d"], past: KeysValues, at: Int[Array, ""], mask: Mask,
+        seen: tuple[Float[Array, "r n h k"], Float[Array, "r n h k"]],
         context_mask: ContextMask | None,
     ) -> tuple[Float[Array, "b 1 d"], KeysValues]:
         """`decode` of the token at place `at`, with the keys and values of those before; and `past` with its own.
@@ -260,13 +261,14 @@ class Med(nn.Module):
             x = self._run(MedLayer.decode, x, seen, context, context_mask, train)
         return self.head(x, self.embedding)
 
-    def look(self, context: Float[Array, "b n c"]) -> KeysValues:
-        """Every layer's keys and values of a context [l b n h k], computed once for all steps."""
+    def look(self, context: Float[Array, "b n c"]) -> Cache:
+        """Every layer's keys and values of a context, computed once for all steps."""
         layer = MedLayer(self.config, parent=None)
-        return jax.lax.map(lambda params: layer.apply({"params": params}, context, method=MedLayer.look), self.blocks)
+        return jax.lax.map(lambda params: Cache(*layer.apply({"params": params}, context, method=MedLayer.look)),
+                           self.blocks)
 
     def step(
-        self, tokens: Int[Array, "b"], at: Int[Array, ""], cache: Cache, seen: KeysValues,
+        self, tokens: Int[Array, "b"], at: Int[Array, ""], cache: Cache, seen: Cache,
         mask: Bool[Array, "b s"], context_mask: Bool[Array, "r n"] | None = None,
     ) -> tuple[Float[Array, "b v"], Cache]:
         """Logits after one more token of each text, at place `at`; and the cache with it.
@@ -284,7 +286,7 @@ class Med(nn.Module):
             return x, Cache(*past)
 
         x = self.embedding(tokens[:, None], at, train=False)
-        x, cache = jax.lax.scan(one, x, (self.blocks, cache.key, cache.value, seen))
+        x, cache = jax.lax.scan(one, x, (self.blocks, cache.key, cache.value, tuple(seen)))
         return self.head(x, self.embedding)[:, 0], cache
 
     def _run(self, method, x, mask, context, context_mask, train: bool):

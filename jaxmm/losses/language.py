@@ -1,0 +1,27 @@
+"""The next token: cross-entropy with label smoothing over the tokens that are there."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def token_losses(
+    logits: Float[Array, "b t v"], tokens: Int[Array, "b t"], counts: Bool[Array, "b t"], smoothing: float = 0.0
+) -> Float[Array, "b t"]:
+    """Of every token but the first, given the logits before it; 0 where it does not count.
+
+    `logits[:, i]` says what follows `tokens[:, i]`. Smoothing is torch's: (1 - s) x the token's own loss + s x the mean
+    loss of all tokens of the vocabulary.
+    """
+    told = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    own = jnp.take_along_axis(told, tokens[:, 1:, None], axis=2)[..., 0]
+    losses = -(1 - smoothing) * own - smoothing * told.mean(axis=-1)
+    return jnp.pad(jnp.where(counts[:, 1:], losses, 0.0), ((0, 0), (1, 0)))
+
+
+def language_loss(
+    logits: Float[Array, "b t v"], tokens: Int[Array, "b t"], counts: Bool[Array, "b t"], smoothing: float = 0.0
+) -> Float[Array, ""]:
+    """The mean of `token_losses` over the tokens of all texts that count."""
+    losses = token_losses(logits, tokens, counts, smoothing)
+    return losses.sum() / jnp.maximum(counts[:, 1:].sum(), 1)

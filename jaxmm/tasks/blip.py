@@ -1,0 +1,203 @@
+"""BLIP's pre-training (Li et al. 2022, section 3.2): contrast with a teacher and queues, matching, writing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxmm.config import ConfigError, check_types, require
+from jaxmm.losses.contrastive import distilled_targets, equal_ids, soft_contrastive
+from jaxmm.losses.language import language_loss
+from jaxmm.losses.matching import hard_negatives, matching_loss
+from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import Pixels
+from jaxmm.sharding import constrain_batch, constrain_replicated
+from jaxmm.tasks.base import Task
+
+NOBODY = -(2**31)
+"""The id of a place in the queue that no example has taken."""
+TAUGHT = ("vision", "text", "vision_projection", "text_projection")
+"""Parts of which the teacher is a moving average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLIPPretraining(Task):
+    """One model that compares, matches and writes. The picture is encoded once for all three."""
+
+    model: BLIPConfig
+    pixels: Pixels = CLIP_PIXELS
+    """How bytes become the model's input."""
+    queue: int = 57_600
+    """q, embeddings of the last pictures and texts that a batch is compared with besides its own."""
+    momentum: float = 0.995
+    """Of the teacher, a moving average of the student."""
+    alpha: float = 0.4
+    """Share of the teacher's opinion in the targets of the contrastive loss."""
+    ramp: int = 0
+    """Steps over which `alpha` grows from 0 (the paper's code: two epochs)."""
+    smoothing: float = 0.1
+    """Label smoothing of the written tokens."""
+    reads: ClassVar = ("image", "text")
+    bounds: ClassVar = ((r"^temperature$", 0.001, 0.5),)
+
+    def __post_init__(self):
+        """Checks that the model has the three modes, and ranges."""
+        check_types(self, "task")
+        model = self.model
+        require(model.embed_dim and model.matching and model.temperature is not None and model.text.decoder
+                and model.answer is None, "task.model", model,
+                "embed_dim, matching, temperature and a decoder, and no answer")
+        require(self.queue > 0, "task.queue", self.queue, "a positive number")
+        require(self.ramp >= 0, "task.ramp", self.ramp, "0 or more steps")
+        for name in ("momentum", "alpha", "smoothing"):
+            require(0 <= getattr(self, name) < 1, f"task.{name}", getattr(self, name), "0 or more, below 1")
+
+    def bind(self, *, image_size, classes, tokenizer):
+        """The vocabulary is the tokenizer's, and two tokens more: the first of what is written, and of what is
+        matched."""
+        require(image_size == self.model.vision.image_size, "data.image.size", image_size,
+                f"the model's task.model.vision.image_size = {self.model.vision.image_size}")
+        if tokenizer is None:
+            raise ConfigError("data.train has no texts; wanted a source with captions, such as captions:FILE.jsonl")
+        require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
+        require(tokenizer.context_length <= self.model.text.positions, "data.tokenizer.context_length",
+                tokenizer.context_length,
+                f"at most the model's task.model.text.positions = {self.model.text.positions}")
+        text = replace(self.model.text, vocab_size=tokenizer.vocab_size + 2, decode_id=tokenizer.vocab_size,
+                       encode_id=tokenizer.vocab_size + 1, end_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        return replace(self, model=replace(self.model, text=text))
+
+    def init(self, rng):
+        """Fresh parameters."""
+        size = self.model.vision.image_size
+        image, tokens = jnp.zeros((1, size, size, 3)), jnp.ones((1, 2), jnp.int32)
+        return BLIP(self.model).init(rng, image, tokens, train=False)["params"]
+
+    def init_extra(self, params, rng):
+        """The teacher, a copy of the student; queues of random directions that belong to nobody."""
+        first, second = jax.random.split(rng)
+        shape = self.queue, self.model.embed_dim
+
+        def directions(key):
+            x = jax.random.normal(key, shape)
+            return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+        nobody = jnp.full((self.queue, 2), NOBODY, jnp.int32)
+        return {"teacher": jax.tree.map(jnp.copy, {name: params[name] for name in TAUGHT}),
+                "image_queue": directions(first), "text_queue": directions(second),
+                "image_ids": nobody, "text_ids": nobody,
+                "place": jnp.zeros((), jnp.int32), "step": jnp.zeros((), jnp.int32)}
+
+    def loss(self, params, extra, batch, rng):
+        """The sum of the three losses; the teacher is brought up to date before it is asked, the queues after."""
+        model, tokens = BLIP(self.model), batch["tokens"]
+        require(len(tokens) <= self.queue, "task.queue", self.queue, f"at least the batch of {len(tokens)}")
+        dropout, drawing, teaching = jax.random.split(rng, 3)
+        rngs = [{"dropout": key} for key in jax.random.split(dropout, 4)]
+        variables = {"params": params}
+        pixels = self.pixels(batch["image"])
+        seen = model.apply(variables, pixels, train=True, method=BLIP.see, rngs=rngs[0])
+        image = model.apply(variables, seen, method=BLIP.embed_image)
+        text = model.apply(variables, tokens, train=True, method=BLIP.embed_text, rngs=rngs[1])
+
+        teacher = jax.lax.stop_gradient(jax.tree.map(
+            lambda old, new: self.momentum * old + (1 - self.momentum) * new, extra["teacher"],
+            {name: params[name] for name in TAUGHT}))
+        taught_image, taught_text = self._teach(teacher, params, pixels, tokens, teaching)
+        alpha = self.alpha * (jnp.minimum(1.0, extra["step"] / self.ramp) if self.ramp else 1.0)
+        contrastive, to_text, to_image, positive = self._contrast(
+            image, text, taught_image, taught_text, extra, batch, params["temperature"], jnp.asarray(alpha))
+
+        matching, accuracy = self._match(variables, seen, tokens, to_text, to_image, positive, drawing, rngs[2])
+        pad, start = self.model.text.pad_id, self.model.text.decode_id
+        written = tokens.at[:, 0].set(start)
+        logits = model.apply(variables, written, seen, train=True, method=BLIP.write, rngs=rngs[3])
+        writing = language_loss(logits, written, written != pad, self.smoothing)
+
+        extra = extra | self._enqueue(extra, taught_image, taught_text, batch) | {
+            "teacher": teacher, "step": extra["step"] + 1}
+        return contrastive + matching + writing, (extra, {
+            "contrastive": contrastive, "matching": matching, "writing": writing, "match_accuracy": accuracy,
+            "temperature": params["temperature"], "alpha": jnp.asarray(alpha)})
+
+    def _teach(self, teacher, params, pixels, tokens, rng):
+        """The teacher's embeddings of the batch."""
+        model, variables = BLIP(self.model), {"params": params | teacher}
+        first, second = ({"dropout": key} for key in jax.random.split(rng))
+        seen = model.apply(variables, pixels, train=True, method=BLIP.see, rngs=first)
+        image = model.apply(variables, seen, method=BLIP.embed_image)
+        text = model.apply(variables, tokens, train=True, method=BLIP.embed_text, rngs=second)
+        return jax.lax.stop_gradient((image, text))
+
+    def _contrast(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
+        """The loss over batch and queues; similarities of the batch [b b] both ways, and which of it are positives."""
+        b = len(image)
+        texts = jnp.concatenate([taught_text, extra["text_queue"]])
+        images = jnp.concatenate([taught_image, extra["image_queue"]])
+        positive = _belong(batch, extra, b, self.queue)
+        similar = [constrain_batch(constrain_batch(x) @ constrain_replicated(y).T / temperature) for x, y in (
+            (image, texts), (text, images), (taught_image, texts), (taught_text, images))]
+        to_text, to_image, *teacher = similar
+        losses = [soft_contrastive(logits, distilled_targets(told, positive, alpha))
+                  for logits, told in zip((to_text, to_image), teacher, strict=True)]
+        return sum(losses) / 2, to_text[:, :b], to_image[:, :b], positive[:, :b]
+
+    def _match(self, variables, seen, tokens, to_text, to_image, positive, rng, rngs):
+        """The loss over pairs that belong together, texts with a hard negative picture, and pictures with a text."""
+        first, second = jax.random.split(rng)
+        pictures, has_picture = hard_negatives(jax.lax.stop_gradient(to_image), positive, first)
+        texts, has_text = hard_negatives(jax.lax.stop_gradient(to_text), positive, second)
+        b = len(tokens)
+        all_seen = jnp.concatenate([seen, seen[pictures], seen])
+        all_tokens = jnp.concatenate([tokens, tokens, tokens[texts]])
+        logits = BLIP(self.model).apply(variables, constrain_batch(all_tokens), constrain_batch(all_seen), train=True,
+                                        method=BLIP.match, rngs=rngs)
+        labels = jnp.repeat(jnp.asarray([1, 0, 0]), b)
+        counts = jnp.concatenate([jnp.ones(b, bool), has_picture, has_text])
+        return matching_loss(logits, labels, counts)
+
+    def _enqueue(self, extra, image, text, batch) -> dict[str, Any]:
+        """The queues with the batch in the places of the oldest: a ring, which any batch fits."""
+        b = len(image)
+        places = (extra["place"] + jnp.arange(b)) % self.queue
+        new = {"image_queue": image, "text_queue": text, "image_ids": _ids(batch, "image_id", b),
+               "text_ids": _ids(batch, "text_id", b)}
+        return {name: extra[name].at[places].set(constrain_replicated(rows)) for name, rows in new.items()} | {
+            "place": (extra["place"] + b) % self.queue}
+
+    @property
+    def predict(self) -> Mapping:
+        """`image` and `text` [b e], normalised; `seen` [b n d], the picture's tokens; `features` [b d], the first."""
+        model = BLIP(self.model)
+
+        def see(params, batch):
+            return model.apply({"params": params}, self.pixels(batch["image"]), train=False, method=BLIP.see)
+
+        def image(params, batch):
+            return model.apply({"params": params}, see(params, batch), method=BLIP.embed_image)
+
+        def text(params, batch):
+            return model.apply({"params": params}, batch["tokens"], train=False, method=BLIP.embed_text)
+
+        return {"image": image, "text": text, "seen": see,
+                "features": lambda params, batch: see(params, batch)[:, 0].astype(jnp.float32)}
+
+
+def _ids(batch: Mapping[str, Array], name: str, size: int) -> Int[Array, "b 2"]:
+    """The batch's ids; without any, different ones for every example."""
+    return batch[name] if name in batch else jnp.full((size, 2), NOBODY, jnp.int32)
+
+
+def _belong(batch: Mapping[str, Array], extra: Mapping[str, Array], size: int, queue: int) -> Bool[Array, "b n"]:
+    """Which of the batch and the queue belong to each of the batch: the same picture, or the same words."""
+    positive = jnp.concatenate([jnp.eye(size, dtype=bool), jnp.zeros((size, queue), bool)], axis=1)
+    for name, queued in (("image_id", "image_ids"), ("text_id", "text_ids")):
+        if name in batch:
+            ids = batch[name]
+            same = (ids[:, None] == extra[queued][None]).all(axis=-1)
+            positive = positive | jnp.concatenate([equal_ids(ids), same], axis=1)
+    return positive

@@ -1,0 +1,163 @@
+"""BLIP and its text transformer against plain numpy, mode by mode; and one token at a time against all at once."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmm.config import ConfigError
+from jaxmm.models.blip import BLIP, BLIPConfig, blip
+from jaxmm.models.med import Med, MedConfig, empty_cache
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.sharding import named_leaves
+from tests import reference
+from tests.reference import fp64, random_like
+
+STACK = TransformerConfig(width=12, depth=3, heads=3, mlp_dim=20, eps=1e-4)
+MED = MedConfig(transformer=STACK, vocab_size=17, positions=9, context_width=10, end_id=3, decode_id=15, encode_id=16)
+VISION = ViTConfig(transformer=replace(STACK, width=10, heads=2), image_size=6, patch=3)
+MODEL = BLIPConfig(vision=VISION, text=MED, embed_dim=8)
+B, T = 3, 6
+RNG = np.random.default_rng(0)
+IMAGE = jnp.asarray(RNG.normal(size=(B, 6, 6, 3)), jnp.float32)
+TOKENS = RNG.integers(1, 15, (B, T))
+TOKENS[1, 4:] = 0
+TOKENS = jnp.asarray(TOKENS, jnp.int32)
+SHARING = {"all but self-attention": ("attention",), "all but cross-attention": ("cross_attention",), "everything": (),
+           "nothing": ("attention", "cross_attention", "mlp")}
+
+
+def parameters(config):
+    return random_like(jax.eval_shape(
+        lambda key: BLIP(config).init(key, IMAGE, TOKENS, train=False)["params"], jax.random.key(0)))
+
+
+@pytest.fixture(scope="module", params=SHARING, ids=str)
+def model(request):
+    config = replace(MODEL, text=replace(MED, own=SHARING[request.param]))
+    return config, parameters(config)
+
+
+def apply(config, params, *args, method, **kwargs):
+    return jax.jit(lambda p: BLIP(config).apply({"params": p}, *args, method=method, **kwargs))(params)
+
+
+def test_every_mode(model):
+    config, params = model
+    p, image, tokens = fp64(params), np.asarray(IMAGE, np.float64), np.asarray(TOKENS)
+    seen = reference.vit(p["vision"], image, config.vision)[0]
+    got = apply(config, params, IMAGE, TOKENS, train=False, method=BLIP.__call__)
+    w = p["vision_projection"]
+    np.testing.assert_allclose(got["image"], reference.unit(seen[:, 0] @ w["kernel"] + w["bias"]), atol=1e-5)
+    w = p["text_projection"]
+    text = reference.med(p["text"], tokens, config.text)[:, 0]
+    np.testing.assert_allclose(got["text"], reference.unit(text @ w["kernel"] + w["bias"]), atol=1e-5)
+    first = tokens.copy()
+    first[:, 0] = config.text.encode_id
+    read = reference.med(p["text"], first, config.text, seen, keep=tokens != 0)
+    w = p["matching_head"]
+    np.testing.assert_allclose(got["match"], read[:, 0] @ w["kernel"] + w["bias"], rtol=1e-4, atol=1e-5)
+    states = reference.med(p["text"], tokens, config.text, seen, causal=True)
+    want = reference.language_head(p["text"], states, config.text)
+    np.testing.assert_allclose(got["logits"], want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_shared_is_there_once(model):
+    config, params = model
+    blocks = {path.split("/")[0] for path, _ in named_leaves(params["text"]["blocks"])}
+    own = config.text.own
+    assert blocks == {name for part in ("attention", "cross_attention", "mlp") for each in (
+        [part, f"causal_{part}"] if part in own else [part]) for name in (each, f"{each}_norm")}
+
+
+@pytest.mark.parametrize("change, decoder, encoder", [
+    ("attention", False, True), ("causal_attention", True, False), ("mlp", True, True),
+    ("cross_attention", True, True)])
+def test_each_mode_uses_its_own(change, decoder, encoder):
+    params = parameters(MODEL)
+    before = apply(MODEL, params, IMAGE, TOKENS, train=False, method=BLIP.__call__)
+    params["text"]["blocks"][change] = jax.tree.map(lambda x: x * 1.1, params["text"]["blocks"][change])
+    after = apply(MODEL, params, IMAGE, TOKENS, train=False, method=BLIP.__call__)
+    assert (np.abs(after["logits"] - before["logits"]).max() > 1e-4) == decoder
+    assert (np.abs(after["match"] - before["match"]).max() > 1e-4) == encoder
+    assert (np.abs(after["text"] - before["text"]).max() > 1e-4) == (encoder and change != "cross_attention")
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("encoder", [True, False])
+def test_step_by_step_is_all_at_once(beams, encoder):
+    config = replace(MED, encoder=encoder, own=("attention", "mlp"))
+    module = Med(config)
+    context = jnp.asarray(RNG.normal(size=(B, 4, 10)), jnp.float32)
+    context_mask = jnp.asarray([[True] * 4, [True, True, False, False], [True] * 3 + [False]])
+    tokens = jnp.asarray(RNG.integers(1, 15, (B * beams, T)), jnp.int32)
+    params = random_like(jax.eval_shape(
+        lambda key: module.init(key, tokens, jnp.repeat(context, beams, 0), train=False, method=Med.decode),
+        jax.random.key(0)))
+    whole = module.apply(params, tokens, jnp.repeat(context, beams, 0), train=False, method=Med.decode,
+                         context_mask=jnp.repeat(context_mask, beams, 0))
+    seen = module.apply(params, context, method=Med.look)
+    cache = empty_cache(config, B * beams, 8)
+
+    @jax.jit
+    def step(tokens, at, cache):
+        held = jnp.broadcast_to(jnp.arange(8) <= at, (B * beams, 8))
+        return module.apply(params, tokens, at, cache, seen, held, context_mask, method=Med.step)
+
+    for at in range(T):
+        logits, cache = step(tokens[:, at], jnp.asarray(at), cache)
+        np.testing.assert_allclose(logits, whole[:, at], atol=1e-4)
+    assert cache.key.shape == (3, B * beams, 8, 3, 4) and seen[0].shape == (3, B, 4, 3, 4)
+
+
+def test_padding_and_what_comes_later_are_not_seen():
+    params = parameters(MODEL)
+    seen = apply(MODEL, params, IMAGE, train=False, method=BLIP.see)
+    first = apply(MODEL, params, TOKENS, seen, train=False, method=BLIP.write)
+    changed = TOKENS.at[:, 3].set(7)
+    np.testing.assert_allclose(apply(MODEL, params, changed, seen, train=False, method=BLIP.write)[:, :3],
+                               first[:, :3], atol=1e-6)
+    longer = jnp.pad(TOKENS, ((0, 0), (0, 2)))
+    for method in (BLIP.match, BLIP.write):
+        one, other = (apply(MODEL, params, tokens, seen, train=False, method=method) for tokens in (TOKENS, longer))
+        np.testing.assert_allclose(other[:, :T] if method is BLIP.write else other, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "cheap"}, {"scan": False}], ids=str)
+def test_how_it_is_computed_does_not_matter(change):
+    other = replace(MODEL, text=replace(MED, transformer=replace(STACK, **change)))
+    params = parameters(MODEL)
+
+    def total(config):
+        def run(p):
+            out = BLIP(config).apply({"params": p}, IMAGE, TOKENS, train=True)
+            return sum(jnp.sin(leaf).sum() for leaf in out.values())
+        return jax.jit(jax.grad(run))(params)
+
+    for one, two in zip(jax.tree.leaves(total(MODEL)), jax.tree.leaves(total(other)), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_published_sizes():
+    config = blip("base", image_size=224)
+    shapes = jax.eval_shape(lambda key: BLIP(config).init(
+        key, jnp.zeros((1, 224, 224, 3)), jnp.ones((1, 5), jnp.int32), train=False)["params"], jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert abs(count / 1e6 - 252) < 1      # the paper's table 3
+    large = blip("large")
+    assert (large.text.context_width, large.vision.transformer.drop_path) == (1024, 0.1)
+
+
+@pytest.mark.parametrize("build, message", [
+    (lambda: replace(MODEL, text=replace(MED, context_width=11)), "text.context_width is 11"),
+    (lambda: replace(MODEL, answer=MED), "answer.context_width is 10; wanted the question encoder's width = 12"),
+    (lambda: replace(MED, encoder=False, decoder=False), "text.encoder is False"),
+    (lambda: replace(MODEL, text=replace(MED, encoder=False)), "text.encoder is False"),
+    (lambda: blip("huge"), "size is 'huge'; wanted base or large"),
+    (lambda: replace(MED, end_id=99), "text.end_id is 99")])
+def test_what_does_not_fit(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()

@@ -1,0 +1,181 @@
+"""BLIP's pre-training against plain numpy, over several steps: teacher, queues, ramp and negatives in their order."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmm.config import ConfigError, MeshConfig
+from jaxmm.losses.matching import hard_negatives
+from jaxmm.sharding import make_mesh, place_batch, shardings
+from jaxmm.tasks.blip import NOBODY, TAUGHT, BLIPPretraining
+from tests import reference
+from tests.models.test_blip import MODEL, parameters
+from tests.reference import fp64, log_softmax
+
+B, T, QUEUE = 4, 6, 10
+TASK = BLIPPretraining(model=MODEL, queue=QUEUE, momentum=0.9, alpha=0.4, ramp=3, smoothing=0.1)
+
+
+def batch(step):
+    """Two captions of a picture are in each batch, and one picture of the batch before."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(1, 15, (B, T))
+    tokens[1, 4:] = 0
+    image_id, text_id = (rng.integers(0, 1000, (B, 2)) for _ in range(2))
+    image_id[2] = image_id[0]
+    image_id[3] = [7, 7 + step // 2]
+    return {"image": jnp.asarray(rng.integers(0, 256, (B, 6, 6, 3)), jnp.uint8),
+            "tokens": jnp.asarray(tokens, jnp.int32), "image_id": jnp.asarray(image_id, jnp.int32),
+            "text_id": jnp.asarray(text_id, jnp.int32)}
+
+
+def start():
+    params = parameters(MODEL) | {"temperature": jnp.float32(0.2)}
+    return params, TASK.init_extra(params, jax.random.key(1))
+
+
+class Oracle:
+    """The pre-training of ALBEF and BLIP as their papers describe it, one pair after the other."""
+
+    def __init__(self, params, extra):
+        self.p = fp64(params)
+        self.teacher = {name: self.p[name] for name in TAUGHT}
+        self.queue = [(np.asarray(image, np.float64), np.asarray(text, np.float64), None, None)
+                      for image, text in zip(extra["image_queue"], extra["text_queue"], strict=True)]
+        self.steps = 0
+
+    def embed(self, p, pixels, tokens):
+        seen = reference.vit(p["vision"], pixels, MODEL.vision)[0]
+        text = reference.med(p["text"], tokens, MODEL.text)
+        image, text = (x[:, 0] @ p[name]["kernel"] + p[name]["bias"] for x, name in (
+            (seen, "vision_projection"), (text, "text_projection")))
+        return seen, reference.unit(image), reference.unit(text)
+
+    def losses(self, data, rng):
+        p, tokens = self.p, np.asarray(data["tokens"])
+        std, mean = np.array(TASK.pixels.std), np.array(TASK.pixels.mean)
+        pixels = (np.asarray(data["image"], np.float64) / 255 - mean) / std
+        ids = [[tuple(row) for row in np.asarray(data[name]).tolist()] for name in ("image_id", "text_id")]
+        seen, image, text = self.embed(p, pixels, tokens)
+        self.teacher = jax.tree.map(lambda old, new: TASK.momentum * old + (1 - TASK.momentum) * new, self.teacher,
+                                    {name: p[name] for name in TAUGHT})
+        _, taught_image, taught_text = self.embed(p | self.teacher, pixels, tokens)
+        alpha = TASK.alpha * min(1.0, self.steps / TASK.ramp)
+
+        everyone = [(taught_image[i], taught_text[i], ids[0][i], ids[1][i]) for i in range(B)] + self.queue
+        contrastive, similar = 0.0, {}
+        for name, mine, taught, theirs in (("text", image, taught_image, 1), ("image", text, taught_text, 0)):
+            columns = np.stack([each[theirs] for each in everyone])
+            similar[name] = mine @ columns.T / p["temperature"]
+            told = np.exp(log_softmax(taught @ columns.T / p["temperature"], 1))
+            for i in range(B):
+                belongs = [i == j or ids[0][i] == each[2] or ids[1][i] == each[3] for j, each in enumerate(everyone)]
+                target = alpha * told[i] + (1 - alpha) * np.array(belongs) / sum(belongs)
+                contrastive -= (target * log_softmax(similar[name], 1)[i]).sum() / B / 2
+
+        positive = np.array([[i == j or ids[0][i] == ids[0][j] or ids[1][i] == ids[1][j] for j in range(B)]
+                             for i in range(B)])
+        first, second = jax.random.split(jax.random.split(rng, 3)[1])
+        pictures, texts = (np.asarray(hard_negatives(jnp.asarray(similar[name][:, :B], jnp.float32),
+                                                     jnp.asarray(positive), key)[0])
+                           for name, key in (("image", first), ("text", second)))
+        matching = 0.0
+        for label, rows, words in ((1, seen, tokens), (0, seen[pictures], tokens), (0, seen, tokens[texts])):
+            started = words.copy()
+            started[:, 0] = MODEL.text.encode_id
+            states = reference.med(p["text"], started, MODEL.text, rows, keep=words != 0)[:, 0]
+            logits = states @ p["matching_head"]["kernel"] + p["matching_head"]["bias"]
+            matching -= log_softmax(logits, 1)[:, label].sum() / (3 * B)
+
+        started = tokens.copy()
+        started[:, 0] = MODEL.text.decode_id
+        states = reference.med(p["text"], started, MODEL.text, seen, causal=True)
+        told = log_softmax(reference.language_head(p["text"], states, MODEL.text), 2)
+        each = [-(1 - TASK.smoothing) * told[b, t - 1, tokens[b, t]] - TASK.smoothing * told[b, t - 1].mean()
+                for b in range(B) for t in range(1, T) if tokens[b, t] != 0]
+
+        for i in range(B):      # a ring: the oldest go
+            place = (self.steps * B + i) % QUEUE
+            self.queue[place] = everyone[i]
+        self.steps += 1
+        return contrastive, matching, np.mean(each)
+
+
+def test_the_three_losses_over_steps():
+    params, extra = start()
+    oracle = Oracle(params, extra)
+    loss = jax.jit(TASK.loss)
+    for step in range(5):
+        rng = jax.random.key(step)
+        want = oracle.losses(batch(step), rng)
+        total, (extra, metrics) = loss(params, extra, batch(step), rng)
+        got = [metrics[name] for name in ("contrastive", "matching", "writing")]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(total, sum(want), rtol=1e-5)
+        params = jax.tree.map(lambda x: x * 1.01, params)      # as if it had learned
+        oracle.p = fp64(params)
+    assert int(extra["place"]) == 5 * B % QUEUE and int(extra["step"]) == 5
+    np.testing.assert_allclose(extra["image_queue"], np.stack([each[0] for each in oracle.queue]), atol=1e-5)
+    assert (extra["text_ids"] != NOBODY).all()
+
+
+def test_gradients_reach_the_student_only():
+    params, extra = start()
+
+    def total(params, extra):
+        return TASK.loss(params, extra, batch(0), jax.random.key(0))[0]
+
+    student, others = jax.jit(jax.grad(total, argnums=(0, 1), allow_int=True))(params, extra)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(student))
+    assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(others["teacher"]))
+
+
+def test_gradients_are_finite_differences():
+    with jax.enable_x64(True):
+        params, extra = start()
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+                            (params, extra))
+        data = batch(1)
+        direction = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape)), wide[0])
+
+        def along(t):
+            moved = jax.tree.map(lambda x, d: x + t * d, wide[0], direction)
+            return TASK.loss(moved, wide[1], data, jax.random.key(0))[1][1]["writing"]
+
+        slope = jax.jit(jax.grad(along))(0.0)
+        step = 1e-4
+        np.testing.assert_allclose(slope, (along(step) - along(-step)) / (2 * step), rtol=1e-3)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=4), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
+def test_one_device_and_eight_compute_the_same(mesh):
+    params, extra = start()
+    want, (state, _) = jax.jit(TASK.loss)(params, extra, batch(0), jax.random.key(0))
+    mesh = make_mesh(mesh)
+    spread = jax.device_put((params, extra), shardings((params, extra), mesh))
+    with jax.set_mesh(mesh):
+        got, (spread_state, _) = jax.jit(TASK.loss)(*spread, place_batch(batch(0), mesh), jax.random.key(0))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(spread_state), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_all_of_one_picture_is_finite():
+    params, extra = start()
+    data = batch(0)
+    data["image_id"] = jnp.zeros_like(data["image_id"])
+    total, (_, metrics) = jax.jit(TASK.loss)(params, extra, data, jax.random.key(0))
+    assert np.isfinite(float(total)) and np.isfinite(float(metrics["matching"]))
+
+
+def test_what_cannot_be():
+    with pytest.raises(ConfigError, match=r"task\.queue is 3; wanted at least the batch of 4"):
+        params, extra = start()
+        jax.eval_shape(lambda: replace(TASK, queue=3).loss(params, extra, batch(0), jax.random.key(0)))
+    with pytest.raises(ConfigError, match=r"task\.alpha is 1"):
+        replace(TASK, alpha=1.0)
+    with pytest.raises(ConfigError, match=r"task\.model is"):
+        replace(TASK, model=replace(MODEL, matching=False))
