@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.generate import Decoding
+from jaxmm.models.blip import BLIP, BLIPConfig, write_texts
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
@@ -41,6 +42,11 @@ def pair(kind, config, tmp_path, **fields):
     """Their model, our parameters with their values, and our module."""
     described = transformers.BlipConfig(text_config=TEXT | fields, vision_config=VISION, image_text_hidden_size=20)
     theirs = shaken(kind(described))
+    for name, parameter in theirs.named_parameters():
+        if "word_embeddings" in name or ("crossattention" in name and parameter.ndim > 1):
+            parameter.data.mul_(8)      # so that it matters what is seen and what was written
+        if name.endswith("bias"):
+            parameter.data.sub_(0.9)
     theirs.save_pretrained(tmp_path)
     module = BLIP(config)
     like = jax.eval_shape(lambda key: module.init(key, jnp.asarray(IMAGE), jnp.asarray(WORDS), train=False)["params"],
@@ -113,3 +119,29 @@ def test_answering(tmp_path, record_property):
         input_ids=torched(WORDS).long(), attention_mask=MASK, encoder_hidden_states=want.image_embeds,
         encoder_attention_mask=torch.ones(want.image_embeds.shape[:2]).long()).last_hidden_state[MASK.bool()], 1e-4,
         "BLIP question states", record_property)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"beams": 3}, {"beams": 3, "min_length": 7}, {"beams": 4, "length_penalty": 2.0},
+    {"beams": 3, "repetition_penalty": 1.3}], ids=str)
+@torch.no_grad()
+def test_captions_are_the_same_tokens(options, tmp_path):
+    config = BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), **NONE)
+    theirs, params, module = pair(transformers.BlipForConditionalGeneration, config, tmp_path)
+    count = 6
+    image = RNG.standard_normal((count, SIDE, SIDE, 3), np.float32) * 3
+    prompt = np.tile(np.array([[88, 5, 9]], np.int32), (count, 1))
+    decoding = Decoding(max_length=14, **options)
+    seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.see)
+    run = jax.jit(lambda params, seen: write_texts(
+        config, params, seen, jnp.asarray(prompt), jnp.full(count, 3), jax.random.split(jax.random.key(0), count),
+        decoding))
+    got = np.asarray(run(params["params"], seen).tokens[:, 0])
+    # transformers takes the last token off what it is given
+    want = theirs.generate(
+        pixel_values=torched(image.transpose(0, 3, 1, 2)), input_ids=torched(np.pad(prompt, ((0, 0), (0, 1)))).long(),
+        max_length=14, num_beams=decoding.beams, min_length=decoding.min_length, do_sample=False,
+        length_penalty=decoding.length_penalty, repetition_penalty=decoding.repetition_penalty)
+    want = np.pad(want.numpy(), ((0, 0), (0, 14 - want.shape[1])))
+    assert len({tuple(row) for row in want}) > 1      # pictures matter
+    np.testing.assert_array_equal(got, want)
