@@ -4,7 +4,9 @@ r"""CLIP from scratch on your own pictures and captions: JSON lines with `image`
         --data.train captions:train.jsonl --data.val captions:test.jsonl
 
 Made for a few thousand small pictures; the tokenizer is trained on the captions. Held-out recall is of all against
-all, and depends on the data.
+all, and depends on the data. On 1,470 emoji and their names, recall@1/5/10 of 163 pairs that were never seen is
+0.23/0.41/0.50 from picture to name and 0.18/0.41/0.48 back (chance: 0.006/0.031/0.061; a ridge regression from words
+to pixels, `python -m benchmarks.caption_baseline`: 0.27/0.38/0.45 and 0.24/0.36/0.45).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig

@@ -8,10 +8,11 @@ import importlib
 _HOMES = {
     "CLIP": "models.clip", "CLIPConfig": "models.clip", "TextConfig": "models.clip", "clip": "models.clip",
     "siglip": "models.clip", "ViT": "models.vit", "ViTConfig": "models.vit", "vit": "models.vit",
-    "Classify": "tasks.classify", "Contrastive": "tasks.contrastive",
-    "TrainConfig": "config", "ConfigError": "config", "DataError": "data.sources", "open_source": "data.sources",
-    "CheckpointError": "training.checkpoint", "TrainError": "training.loop", "train": "training.loop",
-    "train_step": "training.step", "load": "pretrained.model", "Model": "pretrained.model",
+    "BLIP": "models.blip", "BLIPConfig": "models.blip", "blip": "models.blip", "Decoding": "generate",
+    "BLIPPretraining": "tasks.blip", "Captioning": "tasks.caption", "Classify": "tasks.classify",
+    "Contrastive": "tasks.contrastive", "TrainConfig": "config", "ConfigError": "config", "DataError": "data.sources",
+    "open_source": "data.sources", "CheckpointError": "training.checkpoint", "TrainError": "training.loop",
+    "train": "training.loop", "train_step": "training.step", "load": "pretrained.model", "Model": "pretrained.model",
     "FileError": "pretrained.files",
 }
 

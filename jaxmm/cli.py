@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from jaxmm.captioning import CAPTIONS
 from jaxmm.config import ConfigError
 from jaxmm.data.faults import BadRecord
 from jaxmm.data.sources import find_pictures
+from jaxmm.generate import Decoding
 from jaxmm.pretrained import parity as parities
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.model import Format, Model, load
@@ -26,6 +28,8 @@ from jaxmm.search import Found, SearchError, build_index, open_index
 from jaxmm.training.process import keep_memory, use_compilation_cache
 
 DEFAULT = "openai/clip-vit-base-patch32"
+CAPTIONER = "Salesforce/blip-image-captioning-base"
+MATCHER = "Salesforce/blip-itm-base-coco"
 
 
 def place(metavar: str) -> Any:
@@ -34,6 +38,8 @@ def place(metavar: str) -> Any:
 
 
 Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, place("PICTURE...")]
+Picture = Annotated[Path, tyro.conf.Positional, place("PICTURE")]
+Texts = Annotated[tuple[str, ...], tyro.conf.Positional, place("TEXT...")]
 Source = Annotated[str, tyro.conf.Positional, place("SOURCE")]
 Folder = Annotated[Path, tyro.conf.Positional, place("FOLDER")]
 Out = Annotated[Path, tyro.conf.Positional, place("OUT")]
@@ -87,6 +93,58 @@ def classify(
             (path if i == 0 else "", name, f"{share:.1%}") for path, found in rows
             for i, (name, share) in enumerate(found)))
     end(skipped, len(rows))
+
+
+def caption(
+    pictures: Pictures, model: str = CAPTIONER, prompt: str | None = None, top: int = 1,
+    decoding: Decoding = CAPTIONS, seed: int = 0, json: bool = False,
+) -> None:
+    """Writes captions of pictures.
+
+    Args:
+        pictures: Files, or folders of them.
+        model: BLIP that writes: a repository of the hub, a folder, a file, or a run's work folder.
+        prompt: What captions begin with; it is not part of them. As in training, if not said.
+        top: So many captions a picture, at most as many as beams.
+        decoding: How they are written.
+        seed: Of what is drawn.
+        json: A line of JSON a picture instead of a table.
+    """
+    paths, skipped, unreadable = expand(pictures), Skipped(), set()
+
+    def on_error(picture, error):
+        unreadable.add(picture)
+        skipped(picture, error)
+
+    results = load(model).caption(progress(paths), prompt=prompt, decoding=decoding, top=top, seed=seed,
+                                  on_error=on_error)
+    rows = list(zip((path for path in paths if path not in unreadable), results, strict=True))
+    if json:
+        for path, found in rows:
+            print_json({"picture": path, "captions": [{"caption": text, "score": score} for text, score in found]})
+    else:
+        print_table(("picture", "caption", "score"), (
+            (path if i == 0 else "", text, f"{score:.3f}") for path, found in rows
+            for i, (text, score) in enumerate(found)))
+    end(skipped, len(rows))
+
+
+def match(picture: Picture, texts: Texts, model: str = MATCHER, json: bool = False) -> None:
+    """Says how likely texts and a picture belong together.
+
+    Args:
+        picture: A file.
+        texts: What may be in it.
+        model: BLIP that matches: a repository of the hub, a folder, a file, or a run's work folder.
+        json: A line of JSON a text instead of a table.
+    """
+    shares = load(model).match([str(picture)], texts)[0]
+    if json:
+        for text, share in zip(texts, shares, strict=True):
+            print_json({"text": text, "probability": float(share)})
+    else:
+        rows = zip(texts, shares, strict=True)
+        print_table(("probability", "text"), ((f"{share:.1%}", text) for text, share in rows))
 
 
 def index(folder: Folder, out: Out, model: str = DEFAULT) -> None:
@@ -264,7 +322,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         use_compilation_cache()
         tyro.extras.subcommand_cli_from_dict(
-            {"classify": classify, "search": search, "convert": convert, "show": show, "parity": parity},
+            {"classify": classify, "caption": caption, "match": match, "search": search, "convert": convert,
+             "show": show, "parity": parity},
             prog="jaxmm", args=args, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
     except (ConfigError, FileError, SearchError, BadRecord, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The `jaxmm` command, as it is typed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,6 +19,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tiny.clip().save(folder / "clip", format="transformers")
     tiny.vit().save(folder / "vit")
+    tiny.captioner().save(folder / "captioner")
+    tiny.matcher().save(folder / "matcher")
     return folder
 
 
@@ -73,6 +76,20 @@ def test_search(jaxmm, models, tmp_path):
     assert status == 1 and "exists" in err
     status, _, err = jaxmm("search", "index", tmp_path / "pictures", tmp_path / "other", "--model", models / "vit")
     assert status == 2 and "wanted CLIP or SigLIP" in err
+
+
+def test_caption_and_match(jaxmm, models, tmp_path):
+    paths = tiny.picture_files(tmp_path / "pictures", 2)
+    options = "--decoding.max-length", 8, "--top", 2
+    status, out, _ = jaxmm("caption", *paths, "--model", models / "captioner", *options, "--json")
+    want = tiny.captioner().caption(paths, decoding=replace(cli.CAPTIONS, max_length=8), top=2)
+    assert status == 0 and [[(each["caption"], pytest.approx(each["score"], abs=1e-4)) for each in row["captions"]]
+                            for row in rows(out)] == want
+    status, out, _ = jaxmm("match", paths[0], "a red circle", "two stars", "--model", models / "matcher", "--json")
+    want = tiny.matcher().match(paths[:1], ["a red circle", "two stars"])[0]
+    assert status == 0 and [row["probability"] for row in rows(out)] == pytest.approx(want.tolist(), abs=1e-5)
+    status, _, err = jaxmm("caption", *paths, "--model", models / "vit")
+    assert status == 1 and "wanted one that writes" in err
 
 
 def test_convert(jaxmm, models, tmp_path):

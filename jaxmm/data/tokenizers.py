@@ -150,7 +150,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str] | None = None) 
         backend, special = train(corpus, config.vocab_size), {"pad_id": 0, "bos_id": 2, "eos_id": 3}
     else:
         path = Path(config.file or "")
-        read: Callable = {"clip": read_clip, "bert": _read_bert, "file": read_file}[config.kind]
+        read: Callable = {"clip": read_clip, "bert": read_bert, "file": read_file}[config.kind]
         try:
             backend, special = read(path)
         except Exception as error:      # the library raises bare Exceptions
@@ -220,7 +220,7 @@ def _byte_letters() -> list[str]:
     return [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
 
 
-def _read_bert(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+def read_bert(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
     """WordPiece over lower-cased words without accents, as BERT base uncased."""
     names = path.read_text(encoding="utf-8").split("\n")
     vocab = {name.rstrip("\r"): i for i, name in enumerate(names) if name.rstrip("\r")}

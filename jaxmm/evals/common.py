@@ -16,7 +16,7 @@ from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source, open_source
 from jaxmm.training.step import compiler_options
 
-INPUTS = ("image", "tokens")
+INPUTS = ("image", "tokens", "prompt", "row")
 """Keys of a batch that the functions of `Task.predict` may read; the rest stays on the host."""
 
 

@@ -1,16 +1,92 @@
-"""Where BLIP's weights lie: Salesforce's own files, and transformers' classes.
+"""Where the weights of transformers' BLIP classes lie: a picture encoder, and text transformers in BERT's names."""
 
-Both keep a text transformer in BERT's names, and the decoder of a model with both in a second one, whose shared parts
-are copies of the first's.
-"""
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
+from jaxmm.config import ImageConfig
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
-from jaxmm.pretrained import layers, timm
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import Pixels
+from jaxmm.pretrained import layers
+from jaxmm.pretrained.checkpoint import Checkpoint
+from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
 from jaxmm.pretrained.tables import CONV, Row, lead
+from jaxmm.pretrained.transformers import STACK, read_preprocessor, stack, write_preprocessor, write_stack
+from jaxmm.pretrained.words import Words
 
 PARTS = {"attention": "attention", "cross_attention": "crossattention"}
+
+VISION = STACK | {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "image_size": 384, "patch_size": 16}
+TEXT = STACK | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "vocab_size": 30_524, "max_position_embeddings": 512,
+                "encoder_hidden_size": 768, "bos_token_id": 30_522, "sep_token_id": 102, "pad_token_id": 0}
+"""The class's defaults in transformers, but for the number of heads: 8 there, 12 in every model that was released."""
+IGNORED = (r"\.position_ids$", r"\.predictions\.decoder\.(weight|bias)$")
+"""Buffers, and second names of what is stored elsewhere."""
+
+
+def read_transformers(config: Mapping[str, Any], tensors: Tensors, preprocessor: Mapping[str, Any] | None
+                      ) -> Checkpoint:
+    """Understands a folder of transformers' BLIP classes: the one that writes captions, and the one that matches."""
+    vision, text = VISION | config.get("vision_config", {}), TEXT | config.get("text_config", {})
+    encoder, decoder = (any(key.startswith(f"text_{part}.") for key in tensors) for part in ("encoder", "decoder"))
+    if encoder and decoder:
+        raise FileError("this BLIP answers questions; supported are those that write captions and that match")
+    if not encoder and not decoder:
+        raise FileError("this BLIP has neither text_encoder nor text_decoder; supported are those that write captions "
+                        "and that match")
+    picture = ViTConfig(transformer=stack(vision), image_size=vision["image_size"], patch=vision["patch_size"])
+    words = MedConfig(
+        transformer=replace(stack(text), init="normal"), vocab_size=text["vocab_size"],
+        positions=text["max_position_embeddings"], context_width=text["encoder_hidden_size"], encoder=encoder,
+        decoder=decoder, pad_id=text["pad_token_id"], end_id=text["sep_token_id"], decode_id=text["bos_token_id"],
+        encode_id=text["bos_token_id"] + 1)
+    model = BLIPConfig(vision=picture, text=words, matching=encoder, temperature=None,
+                       embed_dim=tensors["vision_proj.weight"].shape[0] if encoder else None)
+    notes = []
+    if "num_attention_heads" not in config.get("text_config", {}):
+        notes.append("text_config.num_attention_heads is left out: 12 are used, with which every released model was "
+                     "trained; transformers takes 8")
+    if vision["layer_norm_eps"] == 1e-5:
+        notes.append("vision_config.layer_norm_eps is 1e-5, as the file says and transformers computes; the authors "
+                     "trained with 1e-6")
+    if encoder:
+        notes.append("[ENC] begins what is read with a picture, as in training; transformers keeps [CLS] "
+                     "(encode_token=False)")
+    default = {"size": picture.image_size, "resample": 3}
+    image, pixels, told = read_preprocessor(preprocessor, picture, CLIP_PIXELS, default)
+    return Checkpoint(family="transformers", config=model, rows=transformers_rows(model), image=image, pixels=pixels,
+                      words=Words(vocabulary="bert"), ignore=IGNORED, notes=(*notes, *told))
+
+
+def write_transformers(config: BLIPConfig, image: ImageConfig, pixels: Pixels
+                       ) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
+    """`config.json`, `preprocessor_config.json` and the rows of a folder that transformers loads.
+
+    Raises `FileError` where it has no class that does only that.
+    """
+    text = config.text
+    if text.encoder == text.decoder or config.answer is not None or config.temperature is not None:
+        raise FileError("transformers has no such BLIP: it has classes that only write captions, and that only match, "
+                        "without a temperature")
+    odd = [f"text.{name} = {getattr(text, name)}" for name, value in (("encode_id", text.decode_id + 1),)
+           if getattr(text, name) != value]
+    if odd:
+        raise FileError(f"transformers has no such BLIP: {', '.join(odd)}")
+    described = {
+        "model_type": "blip", "image_text_hidden_size": config.embed_dim or 256,
+        "architectures": ["BlipForImageTextRetrieval" if text.encoder else "BlipForConditionalGeneration"],
+        "vision_config": write_stack(config.vision.transformer) | {
+            "model_type": "blip_vision_model", "image_size": config.vision.image_size,
+            "patch_size": config.vision.patch},
+        "text_config": write_stack(text.transformer) | {
+            "model_type": "blip_text_model", "vocab_size": text.vocab_size, "encoder_hidden_size": text.context_width,
+            "max_position_embeddings": text.positions, "bos_token_id": text.decode_id, "sep_token_id": text.end_id,
+            "eos_token_id": text.end_id, "pad_token_id": text.pad_id}}
+    return described, write_preprocessor(image, pixels, "blip"), transformers_rows(config)
 
 
 def transformers_rows(config: BLIPConfig) -> list[Row]:
@@ -26,14 +102,6 @@ def transformers_rows(config: BLIPConfig) -> list[Row]:
         *layers.layers("vision/encoder", f"{vision}.encoder.layers.{{}}", **block),
         *norm("vision/norm", f"{vision}.post_layernorm")]
     return rows + text_rows(config) + head_rows(config)
-
-
-def salesforce_rows(config: BLIPConfig) -> list[Row]:
-    """The files of the authors' repository, without momentum copies and queues."""
-    vision = [Row(f"vision/{row.ours}", f"visual_encoder.{row.theirs}", row.op, row.part, row.parts)
-              for row in timm.rows(config.vision)]
-    temperature = [Row("temperature", "temp")] if config.temperature is not None else []
-    return vision + text_rows(config) + head_rows(config) + temperature
 
 
 def head_rows(config: BLIPConfig) -> list[Row]:

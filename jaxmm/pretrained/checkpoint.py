@@ -6,7 +6,9 @@ from typing import Any
 
 from jaxmm.config import ImageConfig
 from jaxmm.data.tokenizers import Tokenizer
+from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
+from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.embeddings import Resize
 from jaxmm.nn.pixels import Pixels
@@ -14,8 +16,13 @@ from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.tables import Row
 from jaxmm.pretrained.words import Words
 from jaxmm.tasks.base import Task
+from jaxmm.tasks.blip import BLIPPretraining
+from jaxmm.tasks.caption import Captioning
 from jaxmm.tasks.classify import Classify
 from jaxmm.tasks.contrastive import Contrastive
+
+BLIP_LENGTH = 40
+"""Tokens of a text in BLIP's fine-tuning for captions and matching, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +31,7 @@ class Checkpoint:
 
     family: str
     """The format's name, as `jaxmm.load` and `save` use it."""
-    config: ViTConfig | CLIPConfig
+    config: ViTConfig | CLIPConfig | BLIPConfig
     rows: list[Row] = field(repr=False)
     image: ImageConfig
     pixels: Pixels
@@ -43,7 +50,16 @@ class Checkpoint:
         if isinstance(self.config, CLIPConfig):
             kind = "softmax" if self.config.logit_bias is None else "sigmoid"
             return Contrastive(model=self.config, pixels=self.pixels, kind=kind)
+        if isinstance(self.config, BLIPConfig):
+            task = BLIPPretraining if self.config.text.encoder else Captioning
+            return task(model=self.config, pixels=self.pixels)
         return Classify(model=self.config, pixels=self.pixels)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that texts are cut and padded to."""
+        text = self.config.text
+        return min(text.positions, BLIP_LENGTH) if isinstance(text, MedConfig) else text.context_length
 
 
 RESIZES: dict[str, Resize] = {"transformers": "bicubic", "npz": "linear"}

@@ -1,5 +1,6 @@
 """A model with its own preprocessing and words: `jaxmm.load`, and what is done with what it returns."""
 
+import itertools
 import json
 import logging
 import os
@@ -17,15 +18,18 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image
 
+from jaxmm.captioning import CAPTIONS, matcher, prompt_tokens, words, writer
 from jaxmm.config import ImageConfig
 from jaxmm.data.images import BadImage, decode
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.common import outputs, predict_fn, whole_batch
 from jaxmm.evals.zero_shot import TEMPLATES, unit
+from jaxmm.generate import Decoding
+from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
 from jaxmm.models.vit import ViT, ViTConfig
-from jaxmm.pretrained import native, open_clip, timm, transformers
+from jaxmm.pretrained import blip, native, open_clip, timm, transformers
 from jaxmm.pretrained.files import FileError, write_safetensors
 from jaxmm.pretrained.opening import open_checkpoint
 from jaxmm.pretrained.tables import Row, write_tensors
@@ -62,13 +66,17 @@ class Model:
 
     @property
     def config(self):
-        """The architecture: a `ViTConfig` or a `CLIPConfig`."""
+        """The architecture: a `ViTConfig`, a `CLIPConfig` or a `BLIPConfig`."""
         return self.task.model
 
     @property
-    def module(self) -> ViT | CLIP:
+    def module(self) -> ViT | CLIP | BLIP:
         """The Flax module, a pure function: `module.apply({"params": params}, image, ..., train=False)`."""
-        return CLIP(self.config) if isinstance(self.config, CLIPConfig) else ViT(self.config)
+        return {ViTConfig: ViT, CLIPConfig: CLIP, BLIPConfig: BLIP}[type(self.config)](self.config)
+
+    @property
+    def _vision(self) -> ViTConfig:
+        return getattr(self.config, "vision", self.config)
 
     @property
     def parameters(self) -> int:
@@ -93,7 +101,7 @@ class Model:
 
         A picture that cannot be read raises `BadImage` or OSError; with `on_error` it is handed there and left out.
         """
-        name = "image" if isinstance(self.config, CLIPConfig) else "features"
+        name = "image" if "image" in self.task.predict else "features"
         return self._run(name, self._pictures(pictures, on_error))
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "b e"]:
@@ -111,14 +119,15 @@ class Model:
     def _needed(self, tokens: Int32[np.ndarray, "b t"]) -> np.ndarray:
         """How many tokens of each text its embedding depends on, rounded up so that there are few lengths."""
         text, length = self.config.text, tokens.shape[1]
-        if not text.causal or text.pool not in ("argmax", "eos"):
+        if not isinstance(text, TextConfig) or not text.causal or text.pool not in ("argmax", "eos"):
             return np.full(len(tokens), length)
         last = tokens.argmax(axis=1) if text.pool == "argmax" else (tokens == text.eos_id).argmax(axis=1)
         return np.minimum(length, -(-(last + 1) // ROUNDED) * ROUNDED)
 
     def similarity(self, pictures: Iterable[Picture], texts: Sequence[str]) -> Float[np.ndarray, "b c"]:
-        """The model's logits: scale x cosine, plus SigLIP's bias."""
-        scale, bias = np.exp(np.asarray(self.params["logit_scale"])), np.asarray(self.params.get("logit_bias", 0.0))
+        """The model's logits: scale x cosine, plus SigLIP's bias; of BLIP, the cosines."""
+        scale = np.exp(np.asarray(self.params.get("logit_scale", 0.0)))
+        bias = np.asarray(self.params.get("logit_bias", 0.0))
         return scale * self.encode_image(pictures) @ self.encode_text(texts).T + bias
 
     def classify(
@@ -147,6 +156,52 @@ class Model:
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         return [[(labels[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]] for row in shares]
+
+    def caption(
+        self, pictures: Iterable[Picture], *, prompt: str | None = None, decoding: Decoding = CAPTIONS, top: int = 1,
+        seed: int = 0, on_error: OnError | None = None,
+    ) -> list[list[tuple[str, float]]]:
+        """The `top` best (caption, score) of each picture, best first.
+
+        Written behind `prompt` (None: the one that the model was trained with), which is not part of the result. The
+        score is the mean log-probability of a token, where `decoding.length_penalty` is 1. What is drawn depends on
+        `seed` and on a picture's number.
+        """
+        if not isinstance(self.config, BLIPConfig) or not self.config.text.decoder:
+            raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that writes, such as "
+                             "Salesforce/blip-image-captioning-base")
+        if not 0 < top <= decoding.beams:
+            raise ValueError(f"top is {top}; wanted 1 to decoding.beams = {decoding.beams}")
+        prompt = getattr(self.task, "prompt", "") if prompt is None else prompt
+        given = prompt_tokens(self._words, prompt, self.config.text.decode_id)
+        if given.shape[1] >= decoding.max_length:
+            raise ValueError(f"the prompt has {given.shape[1]} tokens; decoding.max_length = {decoding.max_length} "
+                             "leaves no room behind it")
+        fn, rows, captions = writer(self.task, decoding, seed, self.mesh), itertools.count(), []
+        batches = ({"prompt": np.repeat(given, len(batch["image"]), axis=0),
+                    "row": np.asarray(list(itertools.islice(rows, len(batch["image"]))), np.int32)} | batch
+                   for batch in self._pictures(pictures, on_error))
+        for result, _ in outputs(fn, self.params, map(self._filled, batches), self.mesh):
+            captions += [[(words(self._words, row, given.shape[1]), float(score))
+                          for row, score in zip(tokens[:top], scores, strict=False)]
+                         for tokens, scores in zip(result["tokens"], result["score"], strict=True)]
+        return captions
+
+    def match(self, pictures: Iterable[Picture], texts: Sequence[str], *, on_error: OnError | None = None
+              ) -> Float[np.ndarray, "b c"]:
+        """The probability that each picture and each text belong together. A picture is encoded once for all texts."""
+        if not isinstance(self.config, BLIPConfig) or not self.config.matching:
+            raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that matches, such as "
+                             "Salesforce/blip-itm-base-coco")
+        tokens, found = self.tokenize(texts), []
+        for batch in map(self._filled, self._pictures(pictures, on_error)):
+            found.append(matcher(self.task, self.mesh)(self.params, batch["image"], tokens)[batch["mask"]])
+        return np.concatenate(found) if found else np.zeros((0, len(texts)), np.float32)
+
+    @property
+    def _words(self) -> Tokenizer:
+        self.tokenize([])  # says what is missing
+        return self.tokenizer
 
     def save(self, folder: str | Path, *, format: Format = "jaxmm") -> None:
         """Writes a new `folder` with configuration, preprocessing, vocabulary and weights, as `format` has them.
@@ -179,7 +234,9 @@ class Model:
             described = native.describe(self.task, self.image, self.labels)
             return {native.MODEL: described}, weights, native.identity_rows(self.task)
         if format == "transformers":
-            config, preprocessor, rows = transformers.write(model, self.image, pixels, self.labels)
+            config, preprocessor, rows = (
+                blip.write_transformers(model, self.image, pixels) if isinstance(model, BLIPConfig)
+                else transformers.write(model, self.image, pixels, self.labels))
             return {"config.json": config, "preprocessor_config.json": preprocessor}, weights, rows
         if format == "timm" and isinstance(model, ViTConfig):
             config, rows = timm.write(model, self.image, pixels, self.labels)
@@ -194,7 +251,7 @@ class Model:
         if isinstance(picture, (str, Path)):
             picture = Path(picture).read_bytes()
         image = picture.convert("RGB") if isinstance(picture, Image.Image) else decode(picture)
-        size = self.config.vision.image_size if isinstance(self.config, CLIPConfig) else self.config.image_size
+        size = self._vision.image_size
         return eval_image(image, self.image)[:size, :size]  # what is left of a patch at the borders is not read
 
     def _pictures(
@@ -233,11 +290,10 @@ class Model:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Of what `task.predict[name]` makes of one picture or text."""
-        clip = isinstance(self.config, CLIPConfig)
-        side = (self.config.vision if clip else self.config).image_size
+        side = self._vision.image_size
         batch = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
-        if clip:
-            batch["tokens"] = jax.ShapeDtypeStruct((1, self.config.text.context_length), np.int32)
+        if self.tokenizer is not None:
+            batch["tokens"] = jax.ShapeDtypeStruct((1, self.tokenizer.context_length), np.int32)
         return jax.eval_shape(self.task.predict[name], self.params, batch).shape[1:]
 
     def _filled(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -272,8 +328,8 @@ def load(
                  labels=opened.labels, notes=opened.notes, mesh=mesh)
 
 
-def with_dtype(model: ViTConfig | TextConfig | CLIPConfig, dtype: str) -> ViTConfig | TextConfig | CLIPConfig:
-    """`model`, computing in `dtype`."""
-    if isinstance(model, CLIPConfig):
+def with_dtype(model: Any, dtype: str) -> Any:
+    """The configuration `model`, computing in `dtype`."""
+    if isinstance(model, (CLIPConfig, BLIPConfig)):
         return replace(model, vision=with_dtype(model.vision, dtype), text=with_dtype(model.text, dtype))
     return replace(model, transformer=replace(model.transformer, dtype=dtype))

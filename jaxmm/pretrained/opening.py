@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from jaxmm.pretrained import native, npz, open_clip, timm, transformers
+from jaxmm.pretrained import blip, native, npz, open_clip, timm, transformers
 from jaxmm.pretrained.checkpoint import Checkpoint, Opened
 from jaxmm.pretrained.files import FileError, Tensors, open_tensors
 from jaxmm.pretrained.source import Files, find
@@ -24,7 +24,7 @@ def open_checkpoint(
     tensors = npz.unwrapped(open_tensors(files.weights))
     found = understand(files, tensors)
     given = None if tokenizer is None else Path(tokenizer)
-    words = found.words and read_tokenizer(files, found.words, found.config.text.context_length, given)
+    words = found.words and read_tokenizer(files, found.words, found.context_length, given)
     return Opened(name=files.name, family=found.family, task=found.task, image=found.image, labels=found.labels,
                   notes=found.notes, tokenizer=words, tensors=tensors,
                   read=partial(read_params, tensors, found.rows, name=files.name, ignore=found.ignore))
@@ -35,6 +35,8 @@ def understand(files: Files, tensors: Tensors) -> Checkpoint:
     if (config := files.json("open_clip_config.json")) is not None:
         return open_clip.read(config, tensors)
     config = files.json("config.json") or {}
+    if config.get("model_type") == "blip":
+        return blip.read_transformers(config, tensors, files.json("preprocessor_config.json"))
     if "model_type" in config:
         return transformers.read(config, tensors, files.json("preprocessor_config.json"))
     if "architecture" in config:

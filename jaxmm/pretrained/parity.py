@@ -90,6 +90,8 @@ def compare(source: str | Path, *, revision: str | None = None) -> tuple[list[Di
     """Differences at every place that both have, in order; what ours computes; and against what it was compared, or
     why it was not. Raises `FileError`."""
     model = load(source, revision=revision)
+    if not isinstance(model.config, (ViTConfig, CLIPConfig)):
+        raise FileError(f"{source} is a {type(model.config).__name__}; compared are ViT, CLIP and SigLIP")
     pictures, tokens = golden_inputs(model.config)
     found = ours(model, pictures, tokens)
     files = find(source, revision=revision)

@@ -315,7 +315,8 @@ def write_siglip(model: CLIPConfig) -> dict[str, Any]:
 
 def write_preprocessor(image: ImageConfig, pixels: Pixels, model_type: str) -> dict[str, Any]:
     """`preprocessor_config.json`, for the image processor of `model_type`."""
-    processor = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip"}[model_type] + "ImageProcessor"
+    names = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip", "blip": "Blip"}
+    processor = f"{names[model_type]}ImageProcessor"
     resize, square = round(image.size * image.eval_resize), {"height": image.size, "width": image.size}
     size = {"shortest_edge": resize} if image.eval_crop != "squash" else {"height": resize, "width": resize}
     crop = image.eval_crop != "squash" or resize != image.size

@@ -15,6 +15,7 @@ from jaxmm.data.tokenizers import (
     CLIP_WORDS,
     Cleaning,
     Tokenizer,
+    read_bert,
     read_clip,
     read_file,
     read_sentencepiece,
@@ -24,7 +25,8 @@ from jaxmm.pretrained.source import Files
 
 FILES = {
     "openai": ("bpe_simple_vocab_16e6.txt.gz", "tokenizer.json", "vocab.json"),
-    "transformers": ("tokenizer.json", "vocab.json"), "file": ("tokenizer.json", "spiece.model")}
+    "transformers": ("tokenizer.json", "vocab.json"), "file": ("tokenizer.json", "spiece.model"),
+    "bert": ("tokenizer.json", "vocab.txt")}
 """Where a vocabulary may be, the preferred first."""
 
 SIGLIP_CLASSES: tuple[tuple[str, Cleaning], ...] = (("Siglip2", "lower"), ("Gemma", "lower"), ("Siglip", "siglip"))
@@ -35,9 +37,10 @@ SIGLIP_CLASSES: tuple[tuple[str, Cleaning], ...] = (("Siglip2", "lower"), ("Gemm
 class Words:
     """How a family reads texts."""
 
-    vocabulary: Literal["openai", "transformers", "file"]
+    vocabulary: Literal["openai", "transformers", "file", "bert"]
     """openai: CLIP's merges under OpenAI's rules, from any file that holds them; transformers: the same merges under
-    the rules of `CLIPTokenizer`; file: what `tokenizer.json` says, or a `spiece.model`."""
+    the rules of `CLIPTokenizer`; file: what `tokenizer.json` says, or a `spiece.model`; bert: the same, or
+    BERT's `vocab.txt`."""
     cleaning: Cleaning = "none"
     special: tuple[str, str] = CLIP_SPECIAL
     """What CLIP's begin and end are called in a text (open_clip gave them other names)."""
@@ -58,7 +61,8 @@ def read_tokenizer(files: Files, words: Words, context_length: int, given: Path 
         if found is None:
             return None
         path = folder / found
-    read: Callable[..., Tokenizer] = {"openai": _openai, "transformers": _transformers, "file": _file}[words.vocabulary]
+    read: Callable[..., Tokenizer] = {
+        "openai": _openai, "transformers": _transformers, "file": _file, "bert": _bert}[words.vocabulary]
     try:
         return read(path, files, words, context_length)
     except Exception as error:  # the library raises bare Exceptions
@@ -92,6 +96,11 @@ def _file(path: Path, files: Files, words: Words, context_length: int) -> Tokeni
     if cleaning in ("siglip", "lower") and isinstance(kind, str):
         cleaning = next((each for name, each in SIGLIP_CLASSES if kind.startswith(name)), "none")
     return Tokenizer(backend, context_length, **special, cleaning=cleaning, literal=_special(backend))
+
+
+def _bert(path: Path, files: Files, words: Words, context_length: int) -> Tokenizer:
+    backend, special = read_bert(path) if path.suffix == ".txt" else read_file(path)
+    return Tokenizer(backend, context_length, **special, literal=_special(backend))
 
 
 def _special(backend: tokenizers.Tokenizer) -> tuple[str, ...]:

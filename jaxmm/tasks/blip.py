@@ -1,4 +1,7 @@
-"""BLIP's pre-training (Li et al. 2022, section 3.2): contrast with a teacher and queues, matching, writing."""
+"""BLIP's pre-training (Li et al. 2022, section 3.2): contrast with a teacher and queues, matching, writing.
+
+Without a decoder it is the fine-tuning for retrieval (section 4.1), which does not write.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +20,7 @@ from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.sharding import constrain_batch, constrain_replicated
 from jaxmm.tasks.base import Task
+from jaxmm.tasks.caption import with_vocabulary
 
 NOBODY = -(2**31)
 """The id of a place in the queue that no example has taken."""
@@ -48,9 +52,8 @@ class BLIPPretraining(Task):
         """Checks that the model has the three modes, and ranges."""
         check_types(self, "task")
         model = self.model
-        require(model.embed_dim and model.matching and model.temperature is not None and model.text.decoder
-                and model.answer is None, "task.model", model,
-                "embed_dim, matching, temperature and a decoder, and no answer")
+        require(model.embed_dim and model.matching and model.answer is None, "task.model", model,
+                "embed_dim, matching, and no answer")
         require(self.queue > 0, "task.queue", self.queue, "a positive number")
         require(self.ramp >= 0, "task.ramp", self.ramp, "0 or more steps")
         for name in ("momentum", "alpha", "smoothing"):
@@ -61,15 +64,14 @@ class BLIPPretraining(Task):
         matched."""
         require(image_size == self.model.vision.image_size, "data.image.size", image_size,
                 f"the model's task.model.vision.image_size = {self.model.vision.image_size}")
+        require(self.model.temperature is not None, "task.model.temperature", None, "a number to start from")
         if tokenizer is None:
             raise ConfigError("data.train has no texts; wanted a source with captions, such as captions:FILE.jsonl")
         require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
         require(tokenizer.context_length <= self.model.text.positions, "data.tokenizer.context_length",
                 tokenizer.context_length,
                 f"at most the model's task.model.text.positions = {self.model.text.positions}")
-        text = replace(self.model.text, vocab_size=tokenizer.vocab_size + 2, decode_id=tokenizer.vocab_size,
-                       encode_id=tokenizer.vocab_size + 1, end_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-        return replace(self, model=replace(self.model, text=text))
+        return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
 
     def init(self, rng):
         """Fresh parameters."""
@@ -113,16 +115,16 @@ class BLIPPretraining(Task):
             image, text, taught_image, taught_text, extra, batch, params["temperature"], jnp.asarray(alpha))
 
         matching, accuracy = self._match(variables, seen, tokens, to_text, to_image, positive, drawing, rngs[2])
-        pad, start = self.model.text.pad_id, self.model.text.decode_id
-        written = tokens.at[:, 0].set(start)
-        logits = model.apply(variables, written, seen, train=True, method=BLIP.write, rngs=rngs[3])
-        writing = language_loss(logits, written, written != pad, self.smoothing)
+        metrics = {"contrastive": contrastive, "matching": matching, "match_accuracy": accuracy,
+                   "temperature": params["temperature"], "alpha": jnp.asarray(alpha)}
+        if self.model.text.decoder:
+            written = tokens.at[:, 0].set(self.model.text.decode_id)
+            logits = model.apply(variables, written, seen, train=True, method=BLIP.write, rngs=rngs[3])
+            metrics["writing"] = language_loss(logits, written, written != self.model.text.pad_id, self.smoothing)
 
         extra = extra | self._enqueue(extra, taught_image, taught_text, batch) | {
             "teacher": teacher, "step": extra["step"] + 1}
-        return contrastive + matching + writing, (extra, {
-            "contrastive": contrastive, "matching": matching, "writing": writing, "match_accuracy": accuracy,
-            "temperature": params["temperature"], "alpha": jnp.asarray(alpha)})
+        return contrastive + matching + metrics.get("writing", 0.0), (extra, metrics)
 
     def _teach(self, teacher, params, pixels, tokens, rng):
         """The teacher's embeddings of the batch."""
@@ -171,7 +173,8 @@ class BLIPPretraining(Task):
 
     @property
     def predict(self) -> Mapping:
-        """`image` and `text` [b e], normalised; `seen` [b n d], the picture's tokens; `features` [b d], the first."""
+        """`image` and `text` [b e], normalised; `match` [b], the probability that the picture and the text of the same
+        row belong together; `features` [b d], the picture's first token."""
         model = BLIP(self.model)
 
         def see(params, batch):
@@ -183,7 +186,12 @@ class BLIPPretraining(Task):
         def text(params, batch):
             return model.apply({"params": params}, batch["tokens"], train=False, method=BLIP.embed_text)
 
-        return {"image": image, "text": text, "seen": see,
+        def match(params, batch):
+            logits = model.apply({"params": params}, batch["tokens"], see(params, batch), train=False,
+                                 method=BLIP.match)
+            return jax.nn.softmax(logits)[:, 1]
+
+        return {"image": image, "text": text, "match": match,
                 "features": lambda params, batch: see(params, batch)[:, 0].astype(jnp.float32)}
 
 
@@ -192,7 +200,7 @@ def _ids(batch: Mapping[str, Array], name: str, size: int) -> Int[Array, "b 2"]:
     return batch[name] if name in batch else jnp.full((size, 2), NOBODY, jnp.int32)
 
 
-def _belong(batch: Mapping[str, Array], extra: Mapping[str, Array], size: int, queue: int) -> Bool[Array, "b n"]:
+def _belong(batch: Mapping[str, Array], extra: Mapping[str, Any], size: int, queue: int) -> Bool[Array, "b n"]:
     """Which of the batch and the queue belong to each of the batch: the same picture, or the same words."""
     positive = jnp.concatenate([jnp.eye(size, dtype=bool), jnp.zeros((size, queue), bool)], axis=1)
     for name, queued in (("image_id", "image_ids"), ("text_id", "text_ids")):

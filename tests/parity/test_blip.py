@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from jaxmm.generate import Decoding
 from jaxmm.models.blip import BLIP, BLIPConfig, write_texts
@@ -16,9 +17,11 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.blip import transformers_rows
 from jaxmm.pretrained.files import open_tensors
+from jaxmm.pretrained.model import load
 from jaxmm.pretrained.tables import read_params
 from tests.parity.test_loading import shaken
 from tests.parity.test_published import close
+from tests.training.common import assert_same_bits
 
 pytestmark = pytest.mark.parity
 SIDE, LENGTH, VOCABULARY = 20, 9, 90
@@ -119,6 +122,45 @@ def test_answering(tmp_path, record_property):
         input_ids=torched(WORDS).long(), attention_mask=MASK, encoder_hidden_states=want.image_embeds,
         encoder_attention_mask=torch.ones(want.image_embeds.shape[:2]).long()).last_hidden_state[MASK.bool()], 1e-4,
         "BLIP question states", record_property)
+
+
+@pytest.mark.parametrize("kind", ["captions", "matching"])
+@torch.no_grad()
+def test_folders_in_and_out(kind, tmp_path):
+    config = BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), **NONE) if kind == "captions" else BLIPConfig(
+        vision=TOWER, text=replace(MED, decoder=False), embed_dim=20, temperature=None)
+    cls = transformers.BlipForConditionalGeneration if kind == "captions" else transformers.BlipForImageTextRetrieval
+    theirs, params, _ = pair(cls, config, tmp_path / "theirs")
+    transformers.BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "theirs")
+    names = ["[PAD]", "[UNK]", "[CLS]", "a", "picture", "of", *(f"w{i}" for i in range(81)), "[SEP]"]
+    (tmp_path / "theirs" / "vocab.txt").write_text("\n".join(names) + "\n")
+    ours = load(tmp_path / "theirs")
+    assert_same_bits(ours.params, params["params"])
+    pictures = [RNG.integers(0, 256, (SIDE + i, SIDE, 3), np.uint8) for i in range(5)]
+    pixels = transformers.BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})(
+        [Image.fromarray(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
+    if kind == "captions":
+        prompt = np.tile(np.array([[88, 3, 4, 5, 87]]), (5, 1))      # [DEC] a picture of [SEP]
+        want = theirs.generate(pixel_values=pixels, input_ids=torched(prompt), max_length=12, num_beams=3, min_length=5)
+        words = [" ".join(names[i] for i in row[4:].tolist() if i not in (0, 87)) for row in want]
+        captions = ours.caption(pictures, decoding=Decoding(beams=3, min_length=5, max_length=12), top=3)
+        assert [found[0][0] for found in captions] == words
+        assert all(len(found) == 3 and found[0][1] >= found[1][1] >= found[2][1] for found in captions)
+    else:
+        texts = ["w3 a w7", "picture of w1 w2 w3", "w40"]
+        ids = torched(ours.tokenize(texts)).long()
+        ids[:, 0] = 89
+        for i in range(5):
+            score = theirs(ids, pixels[i:i + 1].repeat(3, 1, 1, 1), attention_mask=(ids != 0).long()).itm_score
+            np.testing.assert_allclose(ours.match(pictures[i:i + 1], texts)[0], score.softmax(1)[:, 1], atol=1e-5)
+        assert ours.similarity(pictures, texts).shape == (5, 3)
+    ours.save(tmp_path / "ours", format="transformers")
+    back, told = cls.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
+    wanted, found = theirs.state_dict(), back.state_dict()
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    again = load(tmp_path / "ours")
+    assert (again.config, again.image, again.task.pixels) == (ours.config, ours.image, ours.task.pixels)
 
 
 @pytest.mark.parametrize("options", [

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmm.models.clip import siglip
 from jaxmm.models.vit import ViTConfig
-from jaxmm.pretrained import npz, open_clip, timm, transformers
+from jaxmm.pretrained import blip, npz, open_clip, timm, transformers
 from jaxmm.pretrained.files import Tensor
 from jaxmm.sharding import named_leaves
 from jaxmm.tasks.contrastive import Contrastive
@@ -35,6 +35,8 @@ def families():
         "transformers_vit_5": transformers.vit_rows(vit, "vit.", 5, ["classifier"]),
         "transformers_deit": transformers.vit_rows(deit, "deit.", 4, ["cls_classifier", "distillation_classifier"]),
         "transformers_clip": transformers.clip_rows(), "transformers_siglip": transformers.siglip_rows(),
+        "transformers_blip_captions": blip.transformers_rows(tiny.CAPTIONER.model),
+        "transformers_blip_matching": blip.transformers_rows(tiny.MATCHER.model),
         "timm_vit": timm.rows(vit), "timm_deit": timm.rows(deit), "timm_siglip": timm.rows(pooled),
         "open_clip": open_clip.rows(clip, custom=False),
         "open_clip_custom": open_clip.rows(replace(clip, text_projection_bias=True, logit_bias=-10.0), custom=True),

@@ -13,6 +13,8 @@ import jaxmm
 from jaxmm.data.images import BadImage
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.common import predict_fn
+from jaxmm.generate import Decoding
+from jaxmm.models.blip import BLIP, write_texts
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.model import load
 from jaxmm.sharding import make_mesh, named_leaves
@@ -180,6 +182,58 @@ def test_a_work_folder_is_a_model(tmp_path):
     data.write_bytes(data.read_bytes()[:-1] + b"?")
     with pytest.raises(FileError, match="is damaged"):
         load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("format", ["jaxmm", "transformers"])
+@pytest.mark.parametrize("kind", ["captioner", "matcher"])
+def test_blip_is_saved_and_loaded(kind, format, tmp_path):
+    model = getattr(tiny, kind)()
+    model.save(tmp_path / "saved", format=format)
+    again = load(tmp_path / "saved")
+    assert_same_bits(again.params, model.params)
+    assert again.config == model.config
+    if kind == "captioner" and format == "jaxmm":
+        assert again.caption(tiny.pictures(3)) == model.caption(tiny.pictures(3))
+    with pytest.raises(FileError, match="wanted jaxmm, transformers"):
+        model.save(tmp_path / "x", format="open_clip")
+
+
+def test_captions_are_what_the_decoder_writes_whatever_the_batch():
+    model = tiny.captioner()
+    pictures, decoding = tiny.pictures(5), Decoding(beams=2, max_length=9)
+    captions = model.caption(pictures, decoding=decoding, top=2)
+    seen = model.module.apply({"params": model.params}, model.task.pixels(jnp.asarray(model.preprocess(pictures))),
+                              train=False, method=BLIP.see)
+    prompt = jnp.asarray([[tiny.MED.decode_id, *tiny.TOKENIZER(["a"])[0, 1:2].tolist()]] * 5, jnp.int32)
+    want = write_texts(tiny.CAPTIONER.model, model.params, seen, prompt, jnp.full(5, 2),
+                       jax.random.split(jax.random.key(0), 5), decoding)
+    assert [[text for text, _ in found] for found in captions] == [
+        [tiny.TOKENIZER.decode(row[2:]) for row in rows] for rows in np.asarray(want.tokens)]
+    np.testing.assert_allclose([[score for _, score in found] for found in captions], want.score, atol=1e-4)
+    assert model.caption(pictures[:1], decoding=decoding, top=2)[0][0][0] == captions[0][0][0]
+    drawn = Decoding(sample=True, top_p=0.9, max_length=9)
+    assert model.caption(pictures, decoding=drawn, seed=1) == model.caption(pictures, decoding=drawn, seed=1)
+    with pytest.raises(ValueError, match=r"top is 3; wanted 1 to decoding\.beams = 2"):
+        model.caption(pictures, decoding=decoding, top=3)
+    with pytest.raises(ValueError, match="leaves no room behind it"):
+        model.caption(pictures, prompt="a small red circle", decoding=Decoding(max_length=4))
+    with pytest.raises(ValueError, match="wanted one that writes"):
+        tiny.vit().caption(pictures)
+
+
+def test_matching_is_of_every_picture_with_every_text():
+    model = tiny.matcher()
+    pictures, texts = tiny.pictures(3), ["a red circle", "two stars"]
+    got = model.match(pictures, texts)
+    images, tokens = model.preprocess(pictures), model.tokenize(texts)
+    for i, j in np.ndindex(3, 2):
+        want = model.task.predict["match"](model.params, {"image": jnp.asarray(images[i:i + 1]),
+                                                          "tokens": jnp.asarray(tokens[j:j + 1])})
+        np.testing.assert_allclose(got[i, j], want[0], atol=1e-5)
+    cosines = model.encode_image(pictures) @ model.encode_text(texts).T
+    np.testing.assert_allclose(model.similarity(pictures, texts), cosines, atol=1e-6)
+    with pytest.raises(ValueError, match="wanted one that matches"):
+        tiny.clip().match(pictures, texts)
 
 
 def test_what_describes_no_model_is_refused(clip, tmp_path):

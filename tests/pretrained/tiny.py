@@ -8,10 +8,14 @@ from PIL import Image
 
 from jaxmm.config import ImageConfig, TokenizerConfig
 from jaxmm.data.tokenizers import make_tokenizer
+from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig, TextConfig
+from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.model import Model
+from jaxmm.tasks.blip import BLIPPretraining
+from jaxmm.tasks.caption import Captioning
 from jaxmm.tasks.classify import Classify
 from jaxmm.tasks.contrastive import Contrastive
 from tests.tasks.common import params
@@ -35,6 +39,24 @@ def clip() -> Model:
 
 def vit() -> Model:
     return Model(task=VIT, params=params(VIT), image=IMAGE, labels=LABELS)
+
+
+MED = MedConfig(transformer=replace(STACK, width=16, heads=2), vocab_size=TOKENIZER.vocab_size + 2, positions=24,
+                context_width=24, decode_id=TOKENIZER.vocab_size, encode_id=TOKENIZER.vocab_size + 1,
+                end_id=TOKENIZER.eos_id)
+TOWER = replace(VIT.model, classes=None)
+CAPTIONER = Captioning(prompt="a", model=BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), embed_dim=None,
+                                                    matching=False, temperature=None))
+MATCHER = BLIPPretraining(model=BLIPConfig(vision=TOWER, text=replace(MED, decoder=False), embed_dim=12,
+                                           temperature=None))
+
+
+def captioner() -> Model:
+    return Model(task=CAPTIONER, params=params(CAPTIONER), image=IMAGE, tokenizer=TOKENIZER)
+
+
+def matcher() -> Model:
+    return Model(task=MATCHER, params=params(MATCHER), image=IMAGE, tokenizer=TOKENIZER)
 
 
 def pictures(count: int) -> list[np.ndarray]:

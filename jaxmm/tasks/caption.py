@@ -1,0 +1,90 @@
+"""Writing captions of pictures: BLIP's decoder, fine-tuned (Li et al. 2022, section 4.3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxmm.config import ConfigError, check_types, require
+from jaxmm.losses.language import language_loss
+from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import Pixels
+from jaxmm.tasks.base import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioning(Task):
+    """A picture encoder and a decoder that writes what it sees, behind a prompt that is always the same."""
+
+    model: BLIPConfig
+    pixels: Pixels = CLIP_PIXELS
+    """How bytes become the model's input."""
+    prompt: str = "a picture of"
+    """What every caption begins with. It is given, not learned."""
+    prompt_ids: tuple[int, ...] | None = None
+    """The tokens of `prompt`; None: as the tokenizer of the run has them."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    reads: ClassVar = ("image", "text")
+
+    def __post_init__(self):
+        """Checks that the model writes."""
+        check_types(self, "task")
+        require(self.model.text.decoder and self.model.answer is None, "task.model.text.decoder",
+                self.model.text.decoder, "True, and no answer")
+        require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
+
+    def bind(self, *, image_size, classes, tokenizer):
+        """The vocabulary is the tokenizer's and two tokens more, where the recipe's has no room for it."""
+        require(image_size == self.model.vision.image_size, "data.image.size", image_size,
+                f"the model's task.model.vision.image_size = {self.model.vision.image_size}")
+        if tokenizer is None:
+            raise ConfigError("data.train has no texts; wanted a source with captions, such as captions:FILE.jsonl")
+        require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
+        row = tokenizer([self.prompt])[0].tolist()
+        ids = tuple(row[1:row.index(tokenizer.eos_id)]) if self.prompt else ()
+        longest = tokenizer.context_length + len(ids)
+        require(longest <= self.model.text.positions, "data.tokenizer.context_length", tokenizer.context_length,
+                f"at most task.model.text.positions = {self.model.text.positions}, less the prompt's {len(ids)}")
+        text = with_vocabulary(self.model.text, tokenizer)
+        return replace(self, prompt_ids=ids, model=replace(self.model, text=text))
+
+    def init(self, rng):
+        """Fresh parameters."""
+        size = self.model.vision.image_size
+        image, tokens = jnp.zeros((1, size, size, 3)), jnp.ones((1, 2), jnp.int32)
+        return BLIP(self.model).init(rng, image, tokens, train=False)["params"]
+
+    def loss(self, params, extra, batch, rng):
+        """Cross-entropy of the tokens behind the prompt, over all texts of the batch."""
+        model, text = BLIP(self.model), self.model.text
+        first, second = ({"dropout": key} for key in jax.random.split(rng))
+        seen = model.apply({"params": params}, self.pixels(batch["image"]), train=True, method=BLIP.see, rngs=first)
+        b, given = len(batch["tokens"]), self.prompt_ids or ()
+        start = jnp.broadcast_to(jnp.asarray((text.decode_id, *given), jnp.int32), (b, 1 + len(given)))
+        tokens = jnp.concatenate([start, batch["tokens"][:, 1:]], axis=1)
+        logits = model.apply({"params": params}, tokens, seen, train=True, method=BLIP.write, rngs=second)
+        counts = (tokens != text.pad_id) & (jnp.arange(tokens.shape[1]) > len(given))
+        loss = language_loss(logits, tokens, counts, self.smoothing)
+        right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]
+        return loss, (extra, {"accuracy": right.sum() / jnp.maximum(counts.sum(), 1)})
+
+    @property
+    def predict(self) -> Mapping:
+        """`features` [b d], the picture's first token."""
+        def features(params, batch):
+            return BLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), train=False,
+                                          method=BLIP.see)[:, 0].astype(jnp.float32)
+        return {"features": features}
+
+
+def with_vocabulary(text, tokenizer):
+    """The text transformer for a tokenizer: two tokens behind its own begin what is written, and what is matched."""
+    size = tokenizer.vocab_size
+    if text.vocab_size >= size + 2 and {text.decode_id, text.encode_id} & set(range(size)) == set():
+        return replace(text, end_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    return replace(text, vocab_size=size + 2, decode_id=size, encode_id=size + 1, end_id=tokenizer.eos_id,
+                   pad_id=tokenizer.pad_id)
