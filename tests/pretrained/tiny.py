@@ -41,8 +41,8 @@ def vit() -> Model:
     return Model(task=VIT, params=params(VIT), image=IMAGE, labels=LABELS)
 
 
-MED = MedConfig(transformer=replace(STACK, width=16, heads=2), vocab_size=TOKENIZER.vocab_size + 2, positions=24,
-                context_width=24, decode_id=TOKENIZER.vocab_size, encode_id=TOKENIZER.vocab_size + 1,
+MED = MedConfig(transformer=replace(STACK, width=16, heads=2, init="normal"), positions=24, context_width=24,
+                vocab_size=TOKENIZER.vocab_size + 2, decode_id=TOKENIZER.vocab_size, encode_id=TOKENIZER.vocab_size + 1,
                 end_id=TOKENIZER.eos_id)
 TOWER = replace(VIT.model, classes=None)
 CAPTIONER = Captioning(prompt="a", model=BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), embed_dim=None,
