@@ -1,6 +1,6 @@
 """Pictures and texts to embeddings, from files on disk: jaxmm against transformers, CLIP ViT-B/32, the same weights.
 
-    python -m benchmarks.encoding --pictures FOLDER --texts coco:FILE.json --merges bpe_simple_vocab_16e6.txt.gz
+    python -m benchmarks.encoding --pictures FOLDER --texts captions.json --merges bpe_simple_vocab_16e6.txt.gz
         [--count 512] [--rounds 3] [--json FILE]
 
 Both read the files, decode, prepare, tokenize and encode in batches of 64. transformers' side prepares the next batch
@@ -89,13 +89,14 @@ def prepare(args, folder: Path) -> None:
     import jax
 
     from jaxmm.config import ImageConfig, TokenizerConfig
-    from jaxmm.data.sources import find_pictures, open_source, record_texts
+    from jaxmm.data.sources import find_pictures
     from jaxmm.data.tokenizers import make_tokenizer
     from jaxmm.models.clip import clip
     from jaxmm.pretrained.model import Model
     from jaxmm.tasks.contrastive import Contrastive
-    pictures, source = find_pictures(args.pictures), open_source(args.texts)
-    texts = [text for i in range(len(source)) for text in record_texts(source, i)][:args.count]
+    pictures, text = find_pictures(args.pictures), Path(args.texts).read_text(encoding="utf-8")
+    texts = ([each["caption"] for each in json.loads(text)["annotations"]] if args.texts.endswith(".json")
+             else text.splitlines())[:args.count]
     if min(len(pictures), len(texts)) < args.count:
         sys.exit(f"there are {len(pictures)} pictures and {len(texts)} texts; wanted {args.count}")
     step = len(pictures) // args.count
@@ -110,7 +111,7 @@ def main():
     """Measures, prints, records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", help="a folder")
-    parser.add_argument("--texts", help="a source with captions")
+    parser.add_argument("--texts", help="COCO's captions, or a file with a text a line")
     parser.add_argument("--merges", help="CLIP's vocabulary")
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3, help="rounds that must count")
