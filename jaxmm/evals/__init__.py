@@ -1,5 +1,6 @@
 """Evaluators: one metric a file, each a frozen dataclass whose `run` yields `(name, value)`."""
 
+from jaxmm.evals.captions import Captions
 from jaxmm.evals.classification import Classification
 from jaxmm.evals.common import EvalContext, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.evals.knn import KNN
@@ -7,5 +8,5 @@ from jaxmm.evals.probe import LinearProbe
 from jaxmm.evals.retrieval import Retrieval
 from jaxmm.evals.zero_shot import ZeroShot
 
-__all__ = ["KNN", "Classification", "EvalContext", "LinearProbe", "PredictionExample", "Retrieval",
+__all__ = ["KNN", "Captions", "Classification", "EvalContext", "LinearProbe", "PredictionExample", "Retrieval",
            "RetrievalExample", "Retrieved", "ZeroShot"]

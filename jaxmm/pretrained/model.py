@@ -109,6 +109,9 @@ class Model:
 
         Where nothing behind the end token is seen (CLIP), texts of like length go together and are cut behind it.
         """
+        if "text" not in self.task.predict:
+            raise ValueError(f"this model is a {type(self.task).__name__}, which puts no texts into a space; wanted "
+                             "CLIP, SigLIP, or BLIP that matches")
         tokens = self.tokenize(texts)
         needed = self._needed(tokens)
         order = np.argsort(needed, kind="stable")
@@ -149,7 +152,7 @@ class Model:
         else:
             if labels is not None:
                 raise ValueError(f"labels is given, but this model has a head for {self.config.classes} of its own")
-            if self.config.classes is None:
+            if getattr(self.config, "classes", None) is None:
                 raise ValueError("this model has no head; wanted one, or two towers and labels")
             logits = self._run("logits", self._pictures(pictures, on_error))
             labels = self.labels or [str(i) for i in range(logits.shape[1])]

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from jaxmm.pretrained import blip, native, npz, open_clip, timm, transformers
+from jaxmm.pretrained import blip, native, npz, open_clip, salesforce, timm, transformers
 from jaxmm.pretrained.checkpoint import Checkpoint, Opened
 from jaxmm.pretrained.files import FileError, Tensors, open_tensors
 from jaxmm.pretrained.source import Files, find
@@ -43,7 +43,10 @@ def understand(files: Files, tensors: Tensors) -> Checkpoint:
         return timm.read(config, tensors)
     if "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors:
         return open_clip.read_openai(tensors)
+    if "visual_encoder.patch_embed.proj.weight" in tensors:
+        return salesforce.read(tensors)
     if files.weights.suffix == ".npz":
         return npz.read(tensors, files.name)
     raise FileError(f"{files.name} has no configuration that says what model it is: wanted a config.json with "
-                    "model_type (transformers) or architecture (timm), an open_clip_config.json, or OpenAI's weights")
+                    "model_type (transformers) or architecture (timm), an open_clip_config.json, or the weights of "
+                    "OpenAI or Salesforce")

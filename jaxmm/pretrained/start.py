@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmm.config import ConfigError, InitConfig
+from jaxmm.config import ConfigError, InitConfig, require
+from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.embeddings import resize_positions
@@ -22,7 +23,7 @@ from jaxmm.tasks.base import Task
 
 HOW_TRAINED = ("dropout", "attention_dropout", "drop_path", "dtype", "remat", "scan", "init")
 """Fields of a stack that say how it is computed and trained; the rest is the architecture."""
-ANEW = re.compile(r"(^|/)(head|distillation_head|pre_logits)/")
+ANEW = re.compile(r"^(vision/)?(head|distillation_head|pre_logits)/")
 """What belongs to the old classes."""
 
 
@@ -37,15 +38,20 @@ def open_start(init: InitConfig) -> Opened:
 def adopt(task: Task, trained: Task, image_size: int) -> Task:
     """`task` with the architecture of `trained`, at `image_size`, and without its heads.
 
-    A classifier takes the picture tower of two; two towers take a classifier's as theirs. What only training sees
+    A classifier takes the picture tower of CLIP or BLIP; these take a classifier's as theirs. What only training sees
     (dropout, remat, dtype) stays that of `task`. Raises `ConfigError` where they have nothing in common.
     """
     ours, theirs = task.model, trained.model
     if isinstance(ours, ViTConfig):
-        theirs = theirs.vision if isinstance(theirs, CLIPConfig) else theirs
-        model = _tower(ours, theirs, image_size)
+        model = _tower(ours, getattr(theirs, "vision", theirs), image_size)
     elif isinstance(theirs, ViTConfig):
         model = replace(ours, vision=replace(_tower(ours.vision, theirs, image_size), distillation_head=False))
+    elif isinstance(ours, BLIPConfig) or isinstance(theirs, BLIPConfig):
+        require(type(ours) is type(theirs) and _parts(ours) == _parts(theirs), "init.from", type(trained).__name__,
+                f"a ViT, or a model with the parts of {type(task).__name__}")
+        text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
+        model = replace(theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text,
+                        temperature=ours.temperature)
     else:
         text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
         model = replace(theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text,
@@ -82,8 +88,8 @@ def start_weights(init: InitConfig, task: Task, mesh: Mesh) -> tuple[Mapping[str
     return given, anew
 
 
-def _resized(table: jax.Array, model: ViTConfig | CLIPConfig, opened: Opened, mesh: Mesh) -> jax.Array:
-    vision = model.vision if isinstance(model, CLIPConfig) else model
+def _resized(table: jax.Array, model: ViTConfig | CLIPConfig | BLIPConfig, opened: Opened, mesh: Mesh) -> jax.Array:
+    vision = getattr(model, "vision", model)
     prefix = int(vision.class_token and vision.position_class) + vision.distillation_token
     whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(table)
     new = resize_positions(whole, vision.grid, opened.resize, prefix=prefix)
@@ -92,11 +98,18 @@ def _resized(table: jax.Array, model: ViTConfig | CLIPConfig, opened: Opened, me
 
 def _their_path(path: str, ours: Any, theirs: Any) -> str:
     """Where the model `theirs` has what `ours` has at `path`."""
-    if isinstance(ours, CLIPConfig) and isinstance(theirs, ViTConfig):
+    if not isinstance(ours, ViTConfig) and isinstance(theirs, ViTConfig):
         return path.removeprefix("vision/") if path.startswith("vision/") else ""
-    if isinstance(ours, ViTConfig) and isinstance(theirs, CLIPConfig):
+    if isinstance(ours, ViTConfig) and not isinstance(theirs, ViTConfig):
         return f"vision/{path}"
     return path
+
+
+def _parts(model: BLIPConfig) -> tuple:
+    """Which parts there are."""
+    text = model.text
+    return (text.encoder, text.decoder, text.own if text.encoder and text.decoder else None, model.answer is None,
+            model.embed_dim, model.matching)
 
 
 def _tower(ours: ViTConfig, theirs: ViTConfig, image_size: int) -> ViTConfig:

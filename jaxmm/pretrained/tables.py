@@ -8,6 +8,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,10 @@ from jaxmm.sharding import named_leaves
 Shape = tuple[int, ...]
 SHOWN = 20
 """Problems of a kind that a message lists."""
+COLUMNS = 16
+"""Of a transposed matrix that are copied at a time: a cache line of fp32."""
+READERS = 2
+"""Tensors that are read at a time, at most; each is in memory besides the result."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +99,25 @@ def read_params(
     for row in rows:
         groups[row.theirs].append(row)
     filled = {}
-    for group in groups.values():  # arrays that share a tensor are filled together, so that it is read once
+
+    def fill(group: list[Row]) -> None:
+        """Arrays that share a tensor are filled together, so that it is read once."""
         hosts = [_empty(leaves[row.ours]) for row in group]
         for layer, key in enumerate(group[0].keys(_depth(leaves, group[0]))):
             theirs = tensors[key].read()
             for row, host in zip(group, hosts, strict=True):
-                target = host[layer] if row.layered else host
+                target = host[layer, ...] if row.layered else host
                 rows_each = len(theirs) // row.parts if row.parts > 1 else 0
                 piece = theirs[row.part * rows_each:(row.part + 1) * rows_each] if row.parts > 1 else theirs
-                target[...] = row.op.read(piece, target.shape)
+                _copy(target, row.op.read(piece, target.shape))
             del theirs
         while hosts:
             host = hosts.pop()
             filled[group[len(hosts)].ours] = _place(host, leaves[group[len(hosts)].ours])
             del host
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(fill, groups.values()))
     paths = [path for path, _ in named_leaves(like)]
     return jax.tree.unflatten(jax.tree.structure(like), [filled[path] for path in paths])
 
@@ -130,7 +140,14 @@ def write_tensors(params: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
         for row, layer in parts:
             ours = np.asarray(leaves[row.ours])
             arrays.append(row.op.write(ours[layer] if row.layered else ours))
-        return np.asarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), order="C")
+        result = np.empty((sum(map(len, arrays)), *arrays[0].shape[1:]) if len(arrays) > 1 else arrays[0].shape,
+                          arrays[0].dtype)
+        start = 0
+        for array in arrays:
+            target = result[start:start + len(array)] if len(arrays) > 1 else result
+            _copy(target, array)
+            start += len(target) if len(arrays) > 1 else 0
+        return result
 
     tensors = {}
     for key, parts in groups.items():
@@ -175,6 +192,25 @@ def _check(tensors, rows, leaves, name, ignore) -> None:
 def _listed(what: str, found: list[str]) -> str:
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return f"{len(found)} {what}: {', '.join(sorted(found)[:SHOWN])}{more}"
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """`target[...] = source`, of which `target` is contiguous.
+
+    A transposed matrix goes a few columns at a time: numpy's copy of it misses the cache for every element.
+    """
+    if source.ndim > 1 and source.size > COLUMNS**2:
+        for shape in ((len(source), -1), (-1, source.shape[-1])):
+            try:
+                flat = source.reshape(shape, copy=False)
+            except ValueError:
+                continue
+            if flat.strides[0] == flat.itemsize < flat.strides[1]:
+                target = target.reshape(flat.shape)
+                for start in range(0, flat.shape[1], COLUMNS):
+                    target[:, start:start + COLUMNS] = flat[:, start:start + COLUMNS]
+                return
+    target[...] = source
 
 
 def _empty(like: Any) -> np.ndarray:

@@ -57,6 +57,23 @@ def test_a_classifier_from_two_towers_and_two_towers_from_a_classifier(saved):
     np.testing.assert_array_equal(given["vision/class_token"], tiny.vit().params["class_token"])
 
 
+def test_blip_takes_a_picture_tower_and_its_own_kind(saved):
+    tiny.captioner().save(saved / "captioner")
+    tower = replace(tiny.CAPTIONER, model=replace(tiny.CAPTIONER.model, vision=replace(tiny.TOWER, image_size=20)))
+    task = adopt(tower, tiny.VIT, 20)
+    given, anew = start_weights(InitConfig(source=str(saved / "vit")), task, MESH)
+    assert all(path.startswith("vision/") for path in given) and all(path.startswith("text/") for path in anew)
+    task = adopt(tower, tiny.CAPTIONER, 20)
+    given, anew = start_weights(InitConfig(source=str(saved / "captioner")), task, MESH)
+    assert not anew and given["vision/positions"].shape == (26, 24)
+    np.testing.assert_array_equal(given["text/head/bias"], tiny.captioner().params["text"]["head"]["bias"])
+    assert adopt(tiny.VIT, tiny.CAPTIONER, tiny.SIDE).model.transformer == tiny.TOWER.transformer
+    with pytest.raises(ConfigError, match=r"init\.from is 'BLIPPretraining'; wanted a ViT"):
+        adopt(tiny.CAPTIONER, tiny.MATCHER, tiny.SIDE)
+    with pytest.raises(ConfigError, match=r"init\.from is 'Contrastive'"):
+        adopt(tiny.CAPTIONER, tiny.CLIP, tiny.SIDE)
+
+
 def test_skipped_paths_start_anew_and_training_fields_stay(saved):
     stack = replace(tiny.VISION.transformer, drop_path=0.1, remat="full", width=48, activation="quick_gelu")
     recipe = replace(tiny.CLIP, model=replace(tiny.CLIP.model, vision=replace(tiny.VISION, transformer=stack)))

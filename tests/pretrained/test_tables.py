@@ -40,6 +40,23 @@ def test_operations_are_what_they_say_and_back(op, ours, theirs):
     np.testing.assert_array_equal(op.read(op.write(x), ours), x)
 
 
+@pytest.mark.parametrize("op, shape", [
+    (TRANSPOSED, (70, 33)), (TRANSPOSED, (16, 17)), (linear(), (50, 3, 7)), (linear(2), (3, 7, 50)), (SAME, (40, 41)),
+    (CONV, (4, 4, 3, 60)), (TRANSPOSED, (1, 400)), (TRANSPOSED, (400, 1))])
+@pytest.mark.parametrize("layered", [False, True])
+def test_large_arrays_are_copied_right(op, shape, layered):
+    """Large enough to be copied a few columns at a time."""
+    ours = np.random.default_rng(0).normal(size=(2, *shape) if layered else shape).astype(np.float32)
+    row = Row("x", "theirs.{}" if layered else "theirs", op)
+    tensors = write_tensors({"x": jnp.asarray(ours)}, [row])
+    for i, array in enumerate(ours if layered else [ours]):
+        name = row.theirs.format(i)
+        np.testing.assert_array_equal(tensors[name].read(), op.write(array))
+        assert tensors[name].read().flags.c_contiguous
+    like = {"x": jax.ShapeDtypeStruct(ours.shape, np.float32)}
+    np.testing.assert_array_equal(read_params(tensors, [row], like, name="w")["x"], ours)
+
+
 def test_linear_computes_what_torch_does():
     kernel, x = np.random.default_rng(0).normal(size=(4, 2, 3)), np.arange(4.0)
     np.testing.assert_allclose(linear().write(kernel) @ x, np.einsum("d,dhk->hk", x, kernel).reshape(-1))

@@ -1,0 +1,87 @@
+"""The files of BLIP's authors (`.pth`): pre-training, captioning, retrieval.
+
+They hold no configuration. Sizes are read off the weights; heads of 64, epsilons and token ids are the same for all
+that were released. What only training needs (momentum copies, queues) is left out.
+"""
+
+from jaxmm.config import ImageConfig
+from jaxmm.models.blip import BLIPConfig
+from jaxmm.models.med import MedConfig, Part
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.pretrained import timm
+from jaxmm.pretrained.blip import IGNORED, head_rows, text_rows
+from jaxmm.pretrained.checkpoint import Checkpoint
+from jaxmm.pretrained.files import FileError, Tensors
+from jaxmm.pretrained.tables import Row
+from jaxmm.pretrained.words import Words
+
+HEAD = 64
+"""Width of an attention head, in both towers of every size."""
+TRAINING = (r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", r"^(image|text|idx)_queue$",
+            r"^(queue_ptr|ptr_queue)$")
+COPIES = r"^text_decoder\.bert\.(embeddings\.|encoder\.layer\.\d+\.({})\.)"
+"""The decoder's second names of what it shares with the encoder."""
+NAMES: dict[Part, tuple[str, str]] = {
+    "attention": ("attention", "attention.self.query.weight"),
+    "cross_attention": ("crossattention", "crossattention.self.query.weight"),
+    "mlp": ("intermediate|output", "intermediate.dense.weight")}
+"""A part's names in a layer, and one of its weights."""
+
+
+def read(tensors: Tensors) -> Checkpoint:
+    """Understands a file of the authors'. Raises `FileError` for those of questions and of two pictures."""
+    encoder, decoder = (any(key.startswith(f"text_{part}.") for key in tensors) for part in ("encoder", "decoder"))
+    if any(".crossattention.self0." in key for key in tensors):
+        raise FileError("this BLIP reads two pictures (NLVR2); supported are pre-training, captioning and retrieval")
+    if encoder and decoder and "itm_head.weight" not in tensors:
+        raise FileError("this BLIP answers questions; supported are pre-training, captioning and retrieval")
+    if not encoder and not decoder:
+        raise FileError("this BLIP has neither text_encoder nor text_decoder")
+    width, _, _, patch = tensors["visual_encoder.patch_embed.proj.weight"].shape
+    slots = tensors["visual_encoder.pos_embed"].shape[1] - 1
+    side = round(slots**0.5) * patch
+    vision = ViTConfig(
+        transformer=TransformerConfig(
+            width=width, depth=depth(tensors, "visual_encoder.blocks."), heads=width // HEAD, eps=1e-6, init="normal",
+            mlp_dim=tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0]),
+        image_size=side, patch=patch)
+    bert = "text_encoder." if encoder else "text_decoder.bert."
+    vocabulary, text_width = tensors[f"{bert}embeddings.word_embeddings.weight"].shape
+    own = tuple(part for part in NAMES if encoder and decoder and not shared(tensors, part))
+    text = MedConfig(
+        transformer=TransformerConfig(
+            width=text_width, depth=depth(tensors, f"{bert}encoder.layer."), heads=text_width // HEAD, eps=1e-12,
+            init="normal", mlp_dim=tensors[f"{bert}encoder.layer.0.intermediate.dense.weight"].shape[0]),
+        vocab_size=vocabulary, positions=tensors[f"{bert}embeddings.position_embeddings.weight"].shape[0],
+        context_width=tensors[f"{bert}encoder.layer.0.crossattention.self.key.weight"].shape[1], encoder=encoder,
+        decoder=decoder, own=own if encoder and decoder else ("attention",), decode_id=vocabulary - 2,
+        encode_id=vocabulary - 1)
+    embed = tensors["vision_proj.weight"].shape[0] if "vision_proj.weight" in tensors else None
+    model = BLIPConfig(vision=vision, text=text, embed_dim=embed, matching="itm_head.weight" in tensors,
+                       temperature=0.07 if "temp" in tensors else None)
+    copies = "|".join(names for part, (names, _) in NAMES.items() if part not in own) if encoder and decoder else None
+    return Checkpoint(
+        family="salesforce", config=model, rows=rows(model), pixels=CLIP_PIXELS, words=Words(vocabulary="bert"),
+        image=ImageConfig(size=side, eval_crop="squash"),
+        ignore=(*IGNORED, *TRAINING, *([COPIES.format(copies)] if copies else [])))
+
+
+def rows(config: BLIPConfig) -> list[Row]:
+    """The weights."""
+    vision = [Row(f"vision/{row.ours}", f"visual_encoder.{row.theirs}", row.op, row.part, row.parts)
+              for row in timm.rows(config.vision)]
+    temperature = [Row("temperature", "temp")] if config.temperature is not None else []
+    return vision + text_rows(config) + head_rows(config) + temperature
+
+
+def shared(tensors: Tensors, part: Part) -> bool:
+    """Whether encoder and decoder have the same `part`, as the first layer shows."""
+    name = f"encoder.layer.0.{NAMES[part][1]}"
+    return bool((tensors[f"text_encoder.{name}"].read() == tensors[f"text_decoder.bert.{name}"].read()).all())
+
+
+def depth(tensors: Tensors, prefix: str) -> int:
+    """How many layers have names that begin with `prefix` and a number."""
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix))

@@ -1,0 +1,44 @@
+"""Captions of held-out pictures against the ones that they have."""
+
+import numpy as np
+import pytest
+
+from jaxmm.config import ConfigError, DataConfig
+from jaxmm.evals import Captions, EvalContext
+from jaxmm.generate import Decoding
+from tests.evals.conftest import MemorySource
+from tests.pretrained import tiny
+
+DECODING = Decoding(beams=2, max_length=9)
+
+
+def context(source, model=None):
+    model = tiny.captioner() if model is None else model
+    return EvalContext(task=model.task, params=model.params, data=DataConfig(image=tiny.IMAGE), val=source,
+                       tokenizer=tiny.TOKENIZER)
+
+
+def test_share_of_captions_that_are_exact():
+    pictures = tiny.pictures(7)
+    written = tiny.captioner().caption(pictures, decoding=DECODING)
+    texts = [("a star", found[0][0].upper()) if i % 3 else ("a heart",) for i, found in enumerate(written)]
+    source = MemorySource(images=tuple(pictures), captions=tuple(texts))
+    # a model that has learned nothing also writes what no text becomes
+    exact = [i % 3 > 0 and tiny.TOKENIZER.decode(tiny.TOKENIZER([found[0][0]])[0]) == found[0][0]
+             for i, found in enumerate(written)]
+    assert 0 < sum(exact) < 7
+    evaluator, seen = Captions(decoding=DECODING, batch_size=4, examples=3), context(source)
+    got = dict(evaluator.run(seen))
+    assert tuple(got) == evaluator.metrics(seen) == ("val/caption_exact", "val/caption_score")
+    assert got["val/caption_exact"] == pytest.approx(np.mean(exact))
+    assert got["val/caption_score"] == pytest.approx(np.mean([found[0][1] for found in written]), abs=1e-4)
+    assert [example.predictions[0][0] for example in seen.examples] == [written[i][0][0] for i in (0, 3, 6)]
+    limited = dict(Captions(decoding=DECODING, batch_size=4, limit=4, examples=0).run(context(source)))
+    assert limited["val/caption_exact"] == pytest.approx(np.mean(exact[:4]))
+
+
+def test_who_does_not_write_is_refused():
+    source = MemorySource(images=tuple(tiny.pictures(2)), captions=(("a",), ("b",)))
+    for model in (tiny.clip(), tiny.matcher()):
+        with pytest.raises(ConfigError, match="Captions asks for a model that writes"):
+            Captions().check(context(source, model))

@@ -1,0 +1,56 @@
+"""BLIP in the loop: one step for every model, queues and teacher in the checkpoint."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jaxmm.evals import Captions, Retrieval
+from jaxmm.generate import Decoding
+from jaxmm.models.blip import BLIPConfig
+from jaxmm.models.med import MedConfig
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.pretrained.model import load
+from jaxmm.tasks.blip import BLIPPretraining
+from jaxmm.tasks.caption import Captioning
+from jaxmm.training.loop import train
+from tests.training.common import assert_same_bits, clip_run, lines, restored
+
+STACK = {"depth": 2, "heads": 2, "dropout": 0.1}
+VISION = ViTConfig(transformer=TransformerConfig(width=24, mlp_dim=40, **STACK), image_size=16, patch=4)
+TEXT = MedConfig(transformer=TransformerConfig(width=16, mlp_dim=56, eps=1e-12, **STACK), context_width=24,
+                 positions=24)
+TASKS = {
+    "pretraining": BLIPPretraining(model=BLIPConfig(vision=VISION, text=TEXT, embed_dim=20), queue=31, momentum=0.9,
+                                   ramp=4),
+    "captioning": Captioning(prompt="a", model=BLIPConfig(
+        vision=VISION, text=replace(TEXT, encoder=False), embed_dim=None, matching=False, temperature=None))}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_an_interrupted_run_goes_on_bit_for_bit(kind, data, tmp_path):
+    evals = (Captions(decoding=Decoding(max_length=8), limit=12, batch_size=8, examples=2),)
+    if kind == "pretraining":
+        evals += (Retrieval(batch_size=16),)
+    config = replace(clip_run(data, steps=6), task=TASKS[kind], evals=evals)
+    config = replace(config, data=replace(config.data, val="scenes:tiny/val"))
+    whole = train(config, tmp_path / "whole")
+    train(replace(config, steps=3), tmp_path / "run")
+    assert train(config, tmp_path / "run") == whole
+    one, other = restored(tmp_path / "run", 6), restored(tmp_path / "whole", 6)
+    assert_same_bits(one, other)
+    assert 0 <= whole["val/caption_exact"] <= 1 and whole["val/caption_score"] < 0
+    assert [step for step, _ in lines(tmp_path / "run", "train/loss")] == list(range(1, 7))
+    if kind == "pretraining":
+        assert int(one["extra"]["place"]) == 6 * 12 % 31 and int(one["extra"]["step"]) == 6
+        teacher, student = (tree["vision"]["positions"] for tree in (one["extra"]["teacher"], one["params"]))
+        assert np.abs(np.asarray(teacher) - np.asarray(student)).max() > 0
+    model = load(tmp_path / "run")
+    assert len(model.caption([np.zeros((20, 20, 3), np.uint8)], decoding=Decoding(max_length=8))[0]) == 1
+    assert (tmp_path / "run" / "report.html").exists()
