@@ -1,4 +1,4 @@
-"""From pictures to words: the compiled function, and the words of what it writes."""
+"""From pictures to words: the compiled functions that write captions and that match."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -13,6 +13,8 @@ from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.generate import Decoding
 from jaxmm.models.blip import BLIP, write_texts
 from jaxmm.tasks.base import Task
+from jaxmm.tasks.caption import prompt_ids
+from jaxmm.training.step import compile_prediction
 
 CAPTIONS = Decoding(beams=3, min_length=5, max_length=20)
 """As the authors write captions of COCO."""
@@ -32,7 +34,7 @@ def writer(task: Task, decoding: Decoding, seed: int, mesh: Mesh | None) -> Call
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(batch["row"])
         return write_texts(model, params, seen, batch["prompt"], lengths, keys, decoding)._asdict()
 
-    return jax.jit(run, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    return compile_prediction(run, mesh)
 
 
 @lru_cache(maxsize=4)
@@ -59,10 +61,4 @@ def matcher(task: Task, mesh: Mesh | None) -> Callable[[Any, np.ndarray, np.ndar
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, decode_id: int) -> np.ndarray:
     """[1 p]: the token that begins what is written, and those of `prompt`."""
-    row = tokenizer([prompt])[0].tolist()
-    return np.asarray([[decode_id, *(row[1:row.index(tokenizer.eos_id)] if prompt else ())]], np.int32)
-
-
-def words(tokenizer: Tokenizer, tokens: np.ndarray, skip: int) -> str:
-    """The text of one row, without its first `skip` tokens."""
-    return tokenizer.decode(tokens[skip:])
+    return np.asarray([[decode_id, *prompt_ids(tokenizer, prompt)]], np.int32)

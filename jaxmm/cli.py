@@ -47,14 +47,14 @@ Words = Annotated[str, tyro.conf.Positional, place("WORDS")]
 
 
 class Skipped:
-    """Names pictures that cannot be read as they come, and counts them."""
+    """Names pictures that cannot be read as they come, and remembers them."""
 
     def __init__(self):
-        self.count = 0
+        self.pictures: list[Any] = []
 
     def __call__(self, picture: Any, error: Exception) -> None:
         """One more."""
-        self.count += 1
+        self.pictures.append(picture)
         tqdm.write(f"skipped {picture}: {error}", file=sys.stderr)
 
 
@@ -76,15 +76,9 @@ def classify(
         top: So many classes a picture.
         json: A line of JSON a picture instead of a table.
     """
-    paths, names = expand(pictures), None if labels is None else read_labels(labels)
-    skipped, loaded, unreadable = Skipped(), load(model), set()
-
-    def on_error(picture, error):
-        unreadable.add(picture)
-        skipped(picture, error)
-
-    results = loaded.classify(progress(paths), names, top=top, on_error=on_error)
-    rows = list(zip((path for path in paths if path not in unreadable), results, strict=True))
+    names = None if labels is None else read_labels(labels)
+    rows, skipped = each(pictures, lambda paths, on_error: load(model).classify(
+        progress(paths), names, top=top, on_error=on_error))
     if json:
         for path, found in rows:
             print_json({"picture": path, "labels": [{"label": name, "probability": share} for name, share in found]})
@@ -110,15 +104,8 @@ def caption(
         seed: Of what is drawn.
         json: A line of JSON a picture instead of a table.
     """
-    paths, skipped, unreadable = expand(pictures), Skipped(), set()
-
-    def on_error(picture, error):
-        unreadable.add(picture)
-        skipped(picture, error)
-
-    results = load(model).caption(progress(paths), prompt=prompt, decoding=decoding, top=top, seed=seed,
-                                  on_error=on_error)
-    rows = list(zip((path for path in paths if path not in unreadable), results, strict=True))
+    rows, skipped = each(pictures, lambda paths, on_error: load(model).caption(
+        progress(paths), prompt=prompt, decoding=decoding, top=top, seed=seed, on_error=on_error))
     if json:
         for path, found in rows:
             print_json({"picture": path, "captions": [{"caption": text, "score": score} for text, score in found]})
@@ -265,6 +252,16 @@ def expand(pictures: Iterable[Path]) -> list[str]:
     return paths
 
 
+def each(
+    pictures: Iterable[Path], run: Callable[[list[str], Skipped], list]
+) -> tuple[list[tuple[str, Any]], Skipped]:
+    """What `run` finds of each of `pictures` that can be read, with its path; and those that cannot."""
+    paths, skipped = expand(pictures), Skipped()
+    results = run(paths, skipped)
+    unreadable = set(skipped.pictures)
+    return list(zip((path for path in paths if path not in unreadable), results, strict=True)), skipped
+
+
 def read_labels(labels: str) -> list[str]:
     """Labels as they are typed, or of a file with one a line."""
     lines = Path(labels).read_text(encoding="utf-8").splitlines() if os.path.isfile(labels) else labels.split(",")
@@ -299,8 +296,8 @@ def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> No
 
 def end(skipped: Skipped, good: int) -> None:
     """Says how many were left out; a failure if all were."""
-    if skipped.count:
-        print(f"{skipped.count} of {skipped.count + good} pictures could not be read", file=sys.stderr)
+    if count := len(skipped.pictures):
+        print(f"{count} of {count + good} pictures could not be read", file=sys.stderr)
     if not good:
         raise ConfigError("no picture could be read")
 

@@ -102,6 +102,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def laid_out(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of `tree` with the shardings that the rules give them."""
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree,
+                        shardings(tree, mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading axis over every device that holds its own examples."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

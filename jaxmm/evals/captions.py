@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxmm.captioning import CAPTIONS, prompt_tokens, words, writer
+from jaxmm.captioning import CAPTIONS, prompt_tokens, writer
 from jaxmm.config import ConfigError, Evaluator
 from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source, record_texts
@@ -61,7 +61,7 @@ class Captions(Evaluator):
         right, scores, written = [], [], {}
         for result, batch in outputs(fn, chosen_weights(self, context), batches, context.mesh):
             for tokens, score, index in zip(result["tokens"], result["score"], batch["index"].tolist(), strict=True):
-                written[index] = words(tokenizer, tokens[0], given.shape[1])
+                written[index] = tokenizer.decode(tokens[0][given.shape[1]:])
                 right.append(written[index] in self._references(source, index, tokenizer))
                 scores.append(float(score[0]))
             if self.limit is not None and len(right) >= self.limit:

@@ -14,7 +14,7 @@ from jaxmm.config import ConfigError, DataConfig, Evaluator, Task, require
 from jaxmm.data.images import decode
 from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source, open_source
-from jaxmm.training.step import compiler_options
+from jaxmm.training.step import compile_prediction
 
 INPUTS = ("image", "tokens", "prompt", "row")
 """Keys of a batch that the functions of `Task.predict` may read; the rest stays on the host."""
@@ -126,9 +126,7 @@ def predict_fn(task: Task, names: tuple[str, ...], mesh: Mesh | None) -> Callabl
     def predict(params, batch):
         return {name: task.predict[name](params, batch) for name in names}
 
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return jax.jit(predict, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
-                   compiler_options=compiler_options(platform))
+    return compile_prediction(predict, mesh)
 
 
 def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | None

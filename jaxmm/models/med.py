@@ -93,12 +93,10 @@ class MedLayer(nn.Module):
         self.dropout = nn.Dropout(self.config.transformer.dropout)
 
     def _names(self) -> list[str]:
-        config, parts = self.config, ("attention", "cross_attention", "mlp")
-        names = list(parts) if config.encoder else []
-        if config.decoder:
-            names += [f"causal_{part}" if config.encoder and part in config.own else part for part in parts
-                      if not config.encoder or part in config.own]
-        return names
+        parts = ("attention", "cross_attention", "mlp")
+        encoding = parts if self.config.encoder else ()
+        decoding = map(self._causal, parts) if self.config.decoder else ()
+        return list(dict.fromkeys((*encoding, *decoding)))
 
     def _branch(self, part: str) -> nn.Module:
         stack = self.config.transformer

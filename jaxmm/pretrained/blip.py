@@ -14,8 +14,8 @@ from jaxmm.pretrained import layers
 from jaxmm.pretrained.checkpoint import Checkpoint
 from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
-from jaxmm.pretrained.tables import CONV, Row, lead
-from jaxmm.pretrained.transformers import STACK, read_preprocessor, stack, write_preprocessor, write_stack
+from jaxmm.pretrained.tables import Row, lead
+from jaxmm.pretrained.transformers import STACK, patches, read_preprocessor, stack, write_preprocessor, write_stack
 from jaxmm.pretrained.words import Words
 
 PARTS = {"attention": "attention", "cross_attention": "crossattention"}
@@ -32,7 +32,7 @@ def read_transformers(config: Mapping[str, Any], tensors: Tensors, preprocessor:
                       ) -> Checkpoint:
     """Understands a folder of transformers' BLIP classes: the one that writes captions, and the one that matches."""
     vision, text = VISION | config.get("vision_config", {}), TEXT | config.get("text_config", {})
-    encoder, decoder = (any(key.startswith(f"text_{part}.") for key in tensors) for part in ("encoder", "decoder"))
+    encoder, decoder = halves(tensors)
     if encoder and decoder:
         raise FileError("this BLIP answers questions; supported are those that write captions and that match")
     if not encoder and not decoder:
@@ -62,6 +62,12 @@ def read_transformers(config: Mapping[str, Any], tensors: Tensors, preprocessor:
                       words=Words(vocabulary="bert"), ignore=IGNORED, notes=(*notes, *told))
 
 
+def halves(tensors: Tensors) -> tuple[bool, bool]:
+    """Whether there is a text encoder, and a text decoder."""
+    encoder, decoder = (any(key.startswith(f"text_{part}.") for key in tensors) for part in ("encoder", "decoder"))
+    return encoder, decoder
+
+
 def write_transformers(config: BLIPConfig, image: ImageConfig, pixels: Pixels
                        ) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
     """`config.json`, `preprocessor_config.json` and the rows of a folder that transformers loads.
@@ -72,10 +78,8 @@ def write_transformers(config: BLIPConfig, image: ImageConfig, pixels: Pixels
     if text.encoder == text.decoder or config.answer is not None or config.temperature is not None:
         raise FileError("transformers has no such BLIP: it has classes that only write captions, and that only match, "
                         "without a temperature")
-    odd = [f"text.{name} = {getattr(text, name)}" for name, value in (("encode_id", text.decode_id + 1),)
-           if getattr(text, name) != value]
-    if odd:
-        raise FileError(f"transformers has no such BLIP: {', '.join(odd)}")
+    if text.encode_id != text.decode_id + 1:
+        raise FileError(f"transformers has no such BLIP: text.encode_id = {text.encode_id}")
     described = {
         "model_type": "blip", "image_text_hidden_size": config.embed_dim or 256,
         "architectures": ["BlipForImageTextRetrieval" if text.encoder else "BlipForConditionalGeneration"],
@@ -95,8 +99,7 @@ def transformers_rows(config: BLIPConfig) -> list[Row]:
     block = {"attention": ("self_attn.qkv.weight", "self_attn.qkv.bias"), "out_name": "self_attn.projection",
              "mlp": ("mlp.fc1", "mlp.fc2"), "norms": ("layer_norm1", "layer_norm2")}
     rows = [
-        Row("vision/patches/kernel", f"{vision}.embeddings.patch_embedding.weight", CONV),
-        Row("vision/patches/bias", f"{vision}.embeddings.patch_embedding.bias"),
+        *patches(f"{vision}.embeddings.patch_embedding", True, "vision/"),
         Row("vision/class_token", f"{vision}.embeddings.class_embedding", lead(2)),
         Row("vision/positions", f"{vision}.embeddings.position_embedding", lead(1)),
         *layers.layers("vision/encoder", f"{vision}.encoder.layers.{{}}", **block),

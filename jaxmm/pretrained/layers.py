@@ -2,9 +2,15 @@
 
 from collections.abc import Mapping
 
+from jaxmm.pretrained.files import Tensors
 from jaxmm.pretrained.tables import FLAT, SAME, TRANSPOSED, Row, linear
 
 PARTS = ("query", "key", "value")
+
+
+def depth(tensors: Tensors, prefix: str) -> int:
+    """How many layers have names that begin with `prefix` and a number."""
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix))
 
 
 def norm(ours: str, theirs: str) -> list[Row]:

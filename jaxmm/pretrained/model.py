@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image
 
-from jaxmm.captioning import CAPTIONS, matcher, prompt_tokens, words, writer
+from jaxmm.captioning import CAPTIONS, matcher, prompt_tokens, writer
 from jaxmm.config import ImageConfig
 from jaxmm.data.images import BadImage, decode
 from jaxmm.data.tokenizers import Tokenizer
@@ -34,7 +34,7 @@ from jaxmm.pretrained.files import FileError, write_safetensors
 from jaxmm.pretrained.opening import open_checkpoint
 from jaxmm.pretrained.tables import Row, write_tensors
 from jaxmm.pretrained.words import is_openai, tokenizer_files
-from jaxmm.sharding import shardings
+from jaxmm.sharding import laid_out
 from jaxmm.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class Model:
                     "row": np.asarray(list(itertools.islice(rows, len(batch["image"]))), np.int32)} | batch
                    for batch in self._pictures(pictures, on_error))
         for result, _ in outputs(fn, self.params, map(self._filled, batches), self.mesh):
-            captions += [[(words(self._words, row, given.shape[1]), float(score))
+            captions += [[(self._words.decode(row[given.shape[1]:]), float(score))
                           for row, score in zip(tokens[:top], scores, strict=False)]
                          for tokens, scores in zip(result["tokens"], result["score"], strict=True)]
         return captions
@@ -325,8 +325,7 @@ def load(
     like = jax.eval_shape(task.init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), like)
     if mesh is not None:
-        like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-                            like, shardings(like, mesh))
+        like = laid_out(like, mesh)
     return Model(task=task, params=opened.read(like), image=opened.image, tokenizer=opened.tokenizer,
                  labels=opened.labels, notes=opened.notes, mesh=mesh)
 

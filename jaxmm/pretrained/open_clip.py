@@ -80,9 +80,8 @@ def read_openai(tensors: Tensors) -> Checkpoint:
     conv, positions = tensors["visual.conv1.weight"].shape, tensors["visual.positional_embedding"].shape
 
     def stack(width, prefix):
-        depth = 1 + max(int(key.split(".")[prefix.count(".")]) for key in tensors if key.startswith(prefix))
-        return TransformerConfig(width=width, depth=depth, heads=width // 64, mlp_dim=4 * width, eps=1e-5,
-                                 activation="quick_gelu")
+        return TransformerConfig(width=width, depth=layers.depth(tensors, prefix), heads=width // 64,
+                                 mlp_dim=4 * width, eps=1e-5, activation="quick_gelu")
 
     side = math.isqrt(positions[0] - 1) * conv[-1]
     vocabulary, width = tensors["token_embedding.weight"].shape

@@ -11,9 +11,10 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import timm
-from jaxmm.pretrained.blip import IGNORED, head_rows, text_rows
+from jaxmm.pretrained.blip import IGNORED, halves, head_rows, text_rows
 from jaxmm.pretrained.checkpoint import Checkpoint
 from jaxmm.pretrained.files import FileError, Tensors
+from jaxmm.pretrained.layers import depth
 from jaxmm.pretrained.tables import Row
 from jaxmm.pretrained.words import Words
 
@@ -32,7 +33,7 @@ NAMES: dict[Part, tuple[str, str]] = {
 
 def read(tensors: Tensors) -> Checkpoint:
     """Understands a file of the authors'. Raises `FileError` for those of questions and of two pictures."""
-    encoder, decoder = (any(key.startswith(f"text_{part}.") for key in tensors) for part in ("encoder", "decoder"))
+    encoder, decoder = halves(tensors)
     if any(".crossattention.self0." in key for key in tensors):
         raise FileError("this BLIP reads two pictures (NLVR2); supported are pre-training, captioning and retrieval")
     if encoder and decoder and "itm_head.weight" not in tensors:
@@ -80,8 +81,3 @@ def shared(tensors: Tensors, part: Part) -> bool:
     """Whether encoder and decoder have the same `part`, as the first layer shows."""
     name = f"encoder.layer.0.{NAMES[part][1]}"
     return bool((tensors[f"text_encoder.{name}"].read() == tensors[f"text_decoder.bert.{name}"].read()).all())
-
-
-def depth(tensors: Tensors, prefix: str) -> int:
-    """How many layers have names that begin with `prefix` and a number."""
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix))

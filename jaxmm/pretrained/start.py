@@ -18,7 +18,7 @@ from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.checkpoint import Opened
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.opening import open_checkpoint
-from jaxmm.sharding import named_leaves, replicated, shardings
+from jaxmm.sharding import laid_out, named_leaves, replicated
 from jaxmm.tasks.base import Task
 
 HOW_TRAINED = ("dropout", "attention_dropout", "drop_path", "dtype", "remat", "scan", "init")
@@ -66,8 +66,7 @@ def start_weights(init: InitConfig, task: Task, mesh: Mesh) -> tuple[Mapping[str
     """
     opened = open_start(init)
     like = jax.eval_shape(opened.task.init, jax.random.key(0))
-    like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-                        like, shardings(like, mesh))
+    like = laid_out(like, mesh)
     try:
         found = dict(named_leaves(opened.read(like)))
     except FileError as error:

@@ -39,14 +39,13 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
     class_token, distilled = "cls_token" in tensors, "dist_token" in tensors
     slots = _shape(tensors, "pos_embed", 3)[1] - class_token - distilled
     side = round(slots**0.5) * patch
-    depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
     activation = "quick_gelu" if tower == "_clip_quickgelu" else "gelu_tanh" if TANH.fullmatch(name) else "gelu"
     activation = known({"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"},
                        arguments.get("act_layer", activation), "model_args.act_layer")
     pool = arguments.get("global_pool") or config.get("global_pool") or ("token" if class_token else "avg")
     model = ViTConfig(
         transformer=TransformerConfig(
-            width=width, depth=depth, heads=arguments.get("num_heads", HEADS[found["size"]]),
+            width=width, depth=layers.depth(tensors, "blocks."), heads=arguments.get("num_heads", HEADS[found["size"]]),
             mlp_dim=_shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0], activation=activation,
             eps=1e-5 if "clip" in tower else 1e-6, init="normal"),
         image_size=side, patch=patch, class_token=class_token, pool=known(POOLS, pool, "global_pool"),

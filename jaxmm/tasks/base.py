@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import Array, Float, Key
 
+from jaxmm.validation import ConfigError, require
+
 Params = Any
 """A pytree of fp32 arrays."""
 Batch = dict[str, jax.Array]
@@ -13,6 +15,17 @@ Batch = dict[str, jax.Array]
 Outputs = Any
 """A pytree of arrays with a leading example axis: what the loss needs to know of each example."""
 Metrics = dict[str, Float[Array, ""]]
+
+
+def check_pairs(image_size: int, vision: Any, tokenizer: Any | None) -> None:
+    """Raises `ConfigError` where pictures and texts of the data do not fit a task that reads both.
+
+    `vision` is the configuration of the model's picture tower.
+    """
+    require(image_size == vision.image_size, "data.image.size", image_size,
+            f"the model's task.model.vision.image_size = {vision.image_size}")
+    if tokenizer is None:
+        raise ConfigError("data.train has no texts; wanted a source with captions, such as captions:FILE.jsonl")
 
 
 class Task:

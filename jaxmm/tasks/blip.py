@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxmm.config import ConfigError, check_types, require
+from jaxmm.config import check_types, require
 from jaxmm.losses.contrastive import distilled_targets, equal_ids, soft_contrastive
 from jaxmm.losses.language import language_loss
 from jaxmm.losses.matching import hard_negatives, matching_loss
@@ -19,7 +19,7 @@ from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.sharding import constrain_batch, constrain_replicated
-from jaxmm.tasks.base import Task
+from jaxmm.tasks.base import Task, check_pairs
 from jaxmm.tasks.caption import with_vocabulary
 
 NOBODY = -(2**31)
@@ -62,11 +62,8 @@ class BLIPPretraining(Task):
     def bind(self, *, image_size, classes, tokenizer):
         """The vocabulary is the tokenizer's, and two tokens more: the first of what is written, and of what is
         matched."""
-        require(image_size == self.model.vision.image_size, "data.image.size", image_size,
-                f"the model's task.model.vision.image_size = {self.model.vision.image_size}")
+        check_pairs(image_size, self.model.vision, tokenizer)
         require(self.model.temperature is not None, "task.model.temperature", None, "a number to start from")
-        if tokenizer is None:
-            raise ConfigError("data.train has no texts; wanted a source with captions, such as captions:FILE.jsonl")
         require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
         require(tokenizer.context_length <= self.model.text.positions, "data.tokenizer.context_length",
                 tokenizer.context_length,

@@ -7,12 +7,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxmm.config import ConfigError, check_types, require
+from jaxmm.config import check_types, require
 from jaxmm.losses.language import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
-from jaxmm.tasks.base import Task
+from jaxmm.tasks.base import Task, check_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,9 @@ class Captioning(Task):
 
     def bind(self, *, image_size, classes, tokenizer):
         """The vocabulary is the tokenizer's and two tokens more, where the recipe's has no room for it."""
-        require(image_size == self.model.vision.image_size, "data.image.size", image_size,
-                f"the model's task.model.vision.image_size = {self.model.vision.image_size}")
-        if tokenizer is None:
-            raise ConfigError("data.train has no texts; wanted a source with captions, such as captions:FILE.jsonl")
+        check_pairs(image_size, self.model.vision, tokenizer)
         require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
-        row = tokenizer([self.prompt])[0].tolist()
-        ids = tuple(row[1:row.index(tokenizer.eos_id)]) if self.prompt else ()
+        ids = prompt_ids(tokenizer, self.prompt)
         longest = tokenizer.context_length + len(ids)
         require(longest <= self.model.text.positions, "data.tokenizer.context_length", tokenizer.context_length,
                 f"at most task.model.text.positions = {self.model.text.positions}, less the prompt's {len(ids)}")
@@ -79,6 +75,12 @@ class Captioning(Task):
             return BLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), train=False,
                                           method=BLIP.see)[:, 0].astype(jnp.float32)
         return {"features": features}
+
+
+def prompt_ids(tokenizer, prompt: str) -> tuple[int, ...]:
+    """The tokens of `prompt`, without begin and end."""
+    row = tokenizer([prompt])[0].tolist()
+    return tuple(row[1:row.index(tokenizer.eos_id)]) if prompt else ()
 
 
 def with_vocabulary(text, tokenizer):

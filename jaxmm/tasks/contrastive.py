@@ -7,12 +7,12 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
-from jaxmm.config import ConfigError, check_types, require
+from jaxmm.config import check_types, require
 from jaxmm.losses import contrastive as losses
 from jaxmm.models.clip import CLIP, CLIPConfig, normalise
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
-from jaxmm.tasks.base import Task
+from jaxmm.tasks.base import Task, check_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,7 @@ class Contrastive(Task):
     def bind(self, *, image_size, classes, tokenizer):
         """The vocabulary comes from the tokenizer where the recipe leaves it open."""
         model, text = self.model, self.model.text
-        require(image_size == model.vision.image_size, "data.image.size", image_size,
-                f"the model's task.model.vision.image_size = {model.vision.image_size}")
-        if tokenizer is None:
-            raise ConfigError("data.train has no texts; wanted a source with captions, such as captions:FILE.jsonl")
+        check_pairs(image_size, model.vision, tokenizer)
         require(tokenizer.context_length == text.context_length, "data.tokenizer.context_length",
                 tokenizer.context_length, f"the model's task.model.text.context_length = {text.context_length}")
         require(text.vocab_size is None or text.vocab_size >= tokenizer.vocab_size, "task.model.text.vocab_size",

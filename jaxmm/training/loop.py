@@ -16,7 +16,7 @@ from jaxmm.data.sources import Source, open_source, record_texts
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.evals.common import EvalContext
 from jaxmm.pretrained.start import adopt, open_start, start_weights
-from jaxmm.sharding import batch_shards, make_mesh, place_batch, shardings, undivided
+from jaxmm.sharding import batch_shards, laid_out, make_mesh, place_batch, undivided
 from jaxmm.tasks.base import Task
 from jaxmm.training.checkpoint import Checkpoints
 from jaxmm.training.logs import MetricLog, Watch, duration
@@ -207,8 +207,7 @@ def _restore(
     """The newest whole checkpoint on this run's mesh, or the state before the first step and the paths of the
     parameters that no trained model gave."""
     like = abstract_state(setup.task, setup.optimizer)
-    like = jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-                        like, shardings(like, setup.mesh))
+    like = laid_out(like, setup.mesh)
     found = checkpoints.restore(like)
     if found is None:
         init, anew, given = setup.config.init, [], {}

@@ -1,5 +1,6 @@
 """The one train step: for every model, on every mesh."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -51,6 +52,13 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     0.12, AMD Zen 4): it is left the reductions, which it does better.
     """
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"} if platform == "cpu" else None
+
+
+def compile_prediction(predict: Callable, mesh: Mesh | None) -> Callable:
+    """`predict` as a jitted function on `mesh` (None: the default device), whose results every host holds whole."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return jax.jit(predict, out_shardings=None if mesh is None else replicated(mesh),
+                   compiler_options=compiler_options(platform))
 
 
 def compile_step(task: Task, optimizer: Optimizer, mesh: Mesh, state: State, **options):

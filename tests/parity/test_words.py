@@ -63,7 +63,7 @@ def read(folder, words, length):
 
 
 def test_open_clip(merges, tmp_path, record_property):
-    open_clip = pytest.importorskip("open_clip")
+    open_clip = pytest.importorskip("open_clip", reason="as for the merges")
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(Path(merges).read_bytes())
     ours = read(tmp_path, Words(vocabulary="openai", special=("<start_of_text>", "<end_of_text>")), 77)
     texts = strings()
