@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.generate import Decoding
 from jaxmm.models.blip import BLIP, write_texts
+from jaxmm.models.med import Med
 from jaxmm.tasks.base import Task
 from jaxmm.tasks.caption import prompt_ids
 from jaxmm.training.step import compile_prediction
@@ -57,6 +58,40 @@ def matcher(task: Task, mesh: Mesh | None) -> Callable[[Any, np.ndarray, np.ndar
         return np.stack([np.asarray(match(params, seen, row)) for row in tokens], axis=1)
 
     return run
+
+
+@lru_cache(maxsize=4)
+def looker(task: Task, mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
+    """(parameters, batch of `image` and of `tokens` [b t], as written) to `look` [b t g g], compiled.
+
+    Where in the picture's grid of patches the decoder looked when it wrote each token: its cross-attention, the mean
+    over layers and heads. Of the first token, which was given, zeros.
+    """
+    model = task.model
+
+    def run(params, batch):
+        seen = BLIP(model).apply({"params": params}, task.pixels(batch["image"]), train=False, method=BLIP.see)
+        tokens = batch["tokens"].at[:, 0].set(model.text.decode_id)
+        weights = Med(model.text).apply({"params": params["text"]}, tokens, seen, causal=True,
+                                        method=Med.cross_attention)
+        side = model.vision.image_size // model.vision.patch
+        told = weights.mean(axis=(0, 2))[:, :-1, -side * side:]  # a token is written where the one before it is read
+        return {"look": jnp.pad(told, ((0, 0), (1, 0), (0, 0))).reshape(*tokens.shape, side, side)}
+
+    return compile_prediction(run, mesh)
+
+
+def words_looked(tokenizer: Tokenizer, tokens: np.ndarray, look: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """The words that `tokens` [t] spell, and where each looked [g g]: the mean of `look` [t g g] over its tokens."""
+    words, maps = [], []
+    for i in range(1, len(tokens) + 1):
+        told = tokenizer.decode(tokens[:i]).split()
+        if len(told) > len(words):
+            maps.append([])
+        words = told
+        if maps and tokens[i - 1] not in (tokenizer.eos_id, tokenizer.pad_id):
+            maps[-1].append(look[i - 1])
+    return [(word, np.mean(each, axis=0)) for word, each in zip(words, maps, strict=True)]
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, decode_id: int) -> np.ndarray:

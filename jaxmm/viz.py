@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from jaxmm.evals.common import PredictionExample, RetrievalExample
+from jaxmm.evals.common import CaptionExample, PredictionExample, RetrievalExample
+
+Example = RetrievalExample | PredictionExample | CaptionExample
 
 Series = dict[str, list[tuple[int, float]]]
 """Metric name to (step, value) pairs by rising step; NaN where the run wrote null."""
@@ -31,7 +33,7 @@ _MAX_PANELS = 24
 _MAX_TEXT = 180
 
 
-def write_report(workdir: Path | str, examples: Iterable[RetrievalExample | PredictionExample] = ()) -> Path:
+def write_report(workdir: Path | str, examples: Iterable[Example] = ()) -> Path:
     """Writes `report.html` from `config.json`, `metrics.jsonl` and the evaluators' `examples`; returns its path."""
     workdir = Path(workdir)
     examples = list(examples)
@@ -39,7 +41,7 @@ def write_report(workdir: Path | str, examples: Iterable[RetrievalExample | Pred
     notes = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}
     queries = [e for e in examples if isinstance(e, RetrievalExample)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "picture": picture, "cut": _cut}
+    environment.filters |= {"number": number, "picture": picture, "cut": _cut, "lit": lit}
     template = environment.from_string(files("jaxmm").joinpath("report.html.jinja").read_text("utf-8"))
     page = template.render(
         title=workdir.resolve().name,
@@ -51,6 +53,7 @@ def write_report(workdir: Path | str, examples: Iterable[RetrievalExample | Pred
         image_queries=[e for e in queries if not isinstance(e.query, str)],
         text_queries=[e for e in queries if isinstance(e.query, str)],
         predictions=[e for e in examples if isinstance(e, PredictionExample)],
+        captions=[e for e in examples if isinstance(e, CaptionExample)],
     )
     path, part = workdir / "report.html", workdir / "report.html.part"
     part.write_text(page, "utf-8")
@@ -204,6 +207,15 @@ def picture(pixels: np.ndarray) -> str:
     image = Image.fromarray(pixels)
     image.save(out, "WEBP", lossless=max(image.size) <= 64, quality=85)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def lit(pixels: np.ndarray, look: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3], bright where `look` [g, g] is high and dark where it is low."""
+    height, width = pixels.shape[:2]
+    light = look - look.min()
+    light = Image.fromarray((255 * light / max(float(light.max()), 1e-12)).astype(np.uint8))
+    light = np.asarray(light.resize((width, height), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+    return (pixels * (0.2 + 0.8 * light)).astype(np.uint8)
 
 
 def _cut(text: str) -> str:

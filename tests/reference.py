@@ -187,18 +187,22 @@ def clip(p, image, tokens, config):
     return unit(x), unit(y + p["text_projection"].get("bias", 0.0))
 
 
-def med_layer(p, x, config, own, mask, context, context_mask=None):
+def med_layer(p, x, config, own, mask, context, context_mask=None, shares=None):
     """One layer behind whose branches the norms are; `own` maps the parts to the names that this mode uses."""
     def add(part, x, y):
         return norm(p[f"{own[part]}_norm"], x + y, config.eps)
     x = add("attention", x, attention(p[own["attention"]], x, x, mask)[0])
     if context is not None:
-        x = add("cross_attention", x, attention(p[own["cross_attention"]], x, context, context_mask)[0])
+        y, weights = attention(p[own["cross_attention"]], x, context, context_mask)
+        x = add("cross_attention", x, y)
+        if shares is not None:
+            shares.append(weights)
     return add("mlp", x, mlp(p[own["mlp"]], x, config.activation))
 
 
-def med(p, tokens, config, context=None, *, causal=False, keep=None):
-    """States of a text transformer with norms behind its branches; `keep` [b t]: tokens that are there."""
+def med(p, tokens, config, context=None, *, causal=False, keep=None, shares=None):
+    """States of a text transformer with norms behind its branches; `keep` [b t]: tokens that are there; `shares`: a
+    list that takes each layer's weights of cross-attention."""
     stack = config.transformer
     table, places = p["embedding"]["tokens"]["embedding"], p["embedding"]["positions"]
     x = norm(p["embedding"]["norm"], table[tokens] + places[:tokens.shape[1]], stack.eps)
@@ -211,7 +215,7 @@ def med(p, tokens, config, context=None, *, causal=False, keep=None):
     own = {part: f"causal_{part}" if both and part in config.own else part
            for part in ("attention", "cross_attention", "mlp")}
     for layer in range(stack.depth):
-        x = med_layer(jax.tree.map(lambda a, i=layer: a[i], p["blocks"]), x, stack, own, mask, context)
+        x = med_layer(jax.tree.map(lambda a, i=layer: a[i], p["blocks"]), x, stack, own, mask, context, shares=shares)
     return x
 
 

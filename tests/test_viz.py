@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from jaxmm.config import DataConfig, Evaluator, TrainConfig, save_config
-from jaxmm.evals import PredictionExample, RetrievalExample, Retrieved
+from jaxmm.evals import CaptionExample, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.models.vit import vit
 from jaxmm.tasks.classify import Classify
-from jaxmm.viz import curves, final_values, number, panels, picture, read_metrics, summary, write_report
+from jaxmm.viz import curves, final_values, lit, number, panels, picture, read_metrics, summary, write_report
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (7, 9, 3)).astype(np.uint8)
 ATTACK = '<script>alert("x")</script> & <b onclick=1>'
@@ -99,6 +99,14 @@ def test_pictures_survive_the_page():
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(body))).convert("RGB")), PICTURE)
 
 
+def test_what_was_looked_at_is_lit():
+    white = np.full((8, 12, 3), 200, np.uint8)
+    light = lit(white, np.asarray([[1.0, 0.0], [0.5, 0.0]]))
+    assert light.shape == white.shape and light[0, 0, 0] == 200 and light[0, -1, 0] == light[-1, -1, 0] == 40
+    assert 40 < light[-1, 0, 0] < 200
+    np.testing.assert_array_equal(lit(white, np.full((2, 2), 0.25)), 40)
+
+
 @pytest.mark.parametrize("value, text", [(0.91234, "0.9123"), (1e-5, "1e-05"), (12345.6, "12,346"), (3, "3"),
                                          (math.nan, "–"), (math.inf, "inf"), (-2.5e12, "-2.5e+12")])
 def test_numbers(value, text):
@@ -126,18 +134,21 @@ def test_a_whole_report_is_self_contained_and_escapes_what_people_wrote(tmp_path
     seen = (Retrieved(item=PICTURE, score=0.75, right=False),)
     path = write_report(tmp_path, [
         RetrievalExample(query=PICTURE, results=found), RetrievalExample(query=ATTACK, results=seen),
-        PredictionExample(image=PICTURE, truth=ATTACK, predictions=((ATTACK, 0.625), ("cat", 0.25)))])
+        PredictionExample(image=PICTURE, truth=ATTACK, predictions=((ATTACK, 0.625), ("cat", 0.25))),
+        CaptionExample(image=PICTURE, caption="a dog", right=True, truth="a cat",
+                       words=(("a", np.eye(3)), (ATTACK, np.ones((3, 3)))))])
     assert path == tmp_path / "report.html" and not list(tmp_path.glob("*.part"))
     text = path.read_text()
     page = Page(text)
     assert page.count("script") == page.count("link") == 0 and not any("onclick" in a for _, a in page.tags)
     assert all(a["src"].startswith("data:image/webp;base64,") for t, a in page.tags if t == "img")
     assert not re.search(r'(src|href)="(?!data:|#)|url\((?!#)|@import', text)
-    assert page.count("img") == 3 and page.count("img", **{"class": "small"}) == 3
+    assert page.count("img") == 6 and page.count("img", **{"class": "small"}) == 6
     assert page.count("svg") == 2                                        # train/loss and train/learning_rate
     assert page.count("li", **{"class": "right"}) == 1                   # the right text
     assert page.count("li", **{"class": "bar right", "style": "--share: 62.5%"}) == 1
-    assert page.words.count(ATTACK) == 3 and f"“{ATTACK}”" in page.words  # found, truth, predicted
+    assert page.count("span", **{"class": "tick"}) == 3 and "a dog" in page.words
+    assert page.words.count(ATTACK) == 4 and f"“{ATTACK}”" in page.words  # found, truth, predicted
     assert "0.912" in page.words and "0.9124" in page.words and "-0.25" in page.words
     assert any(w.endswith("…") for w in page.words) and "jax 9.8.7" in page.words and "cpu, cpu" in page.words
     assert "Classify · kind softmax · label smoothing 0 · mixup 0 · cutmix 0" in page.words

@@ -2,11 +2,11 @@
 
 from jaxmm.evals.captions import Captions
 from jaxmm.evals.classification import Classification
-from jaxmm.evals.common import EvalContext, PredictionExample, RetrievalExample, Retrieved
+from jaxmm.evals.common import CaptionExample, EvalContext, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.evals.knn import KNN
 from jaxmm.evals.probe import LinearProbe
 from jaxmm.evals.retrieval import Retrieval
 from jaxmm.evals.zero_shot import ZeroShot
 
-__all__ = ["KNN", "Captions", "Classification", "EvalContext", "LinearProbe", "PredictionExample", "Retrieval",
-           "RetrievalExample", "Retrieved", "ZeroShot"]
+__all__ = ["KNN", "CaptionExample", "Captions", "Classification", "EvalContext", "LinearProbe", "PredictionExample",
+           "Retrieval", "RetrievalExample", "Retrieved", "ZeroShot"]

@@ -5,18 +5,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxmm.captioning import CAPTIONS, prompt_tokens, writer
+from jaxmm.captioning import CAPTIONS, looker, prompt_tokens, words_looked, writer
 from jaxmm.config import ConfigError, Evaluator
+from jaxmm.data.images import decode
 from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source, record_texts
+from jaxmm.data.transforms import eval_image
 from jaxmm.evals.common import (
+    CaptionExample,
     EvalContext,
-    PredictionExample,
     check,
+    chosen_source,
     chosen_weights,
     outputs,
     spread,
-    thumbnail,
     whole_batch,
 )
 from jaxmm.generate import Decoding
@@ -25,8 +27,9 @@ from jaxmm.models.blip import BLIPConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Captions(Evaluator):
-    """Yields `caption_exact`, the share of pictures whose caption is, word for word, one of those that they have, and
-    `caption_score`, the mean of the captions' scores (see `jaxmm.generate.Written`)."""
+    """Yields `caption_exact`, the share of pictures whose caption is, word for word, one of those that they have,
+    `caption_score`, the mean of the captions' scores (see `jaxmm.generate.Written`), and for scenes `caption_largest`,
+    the share whose caption names colour and shape of the largest object."""
 
     decoding: Decoding = field(default_factory=lambda: CAPTIONS)
     """How captions are written."""
@@ -47,7 +50,9 @@ class Captions(Evaluator):
 
     def metrics(self, context: EvalContext) -> tuple[str, ...]:
         """The names that `run` yields."""
-        return f"{self.prefix}/caption_exact", f"{self.prefix}/caption_score"
+        known = hasattr(chosen_source(self, context), "names_largest")
+        names = ("exact", "score", "largest") if known else ("exact", "score")
+        return tuple(f"{self.prefix}/caption_{name}" for name in names)
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
         """Yields metric names and values."""
@@ -58,22 +63,38 @@ class Captions(Evaluator):
         batches = (batch | {"prompt": np.repeat(given, size, axis=0), "row": batch["index"].astype(np.int32)}
                    for batch in eval_batches(source, context.data, size))
         fn = writer(task, self.decoding, 0, context.mesh)
-        right, scores, written = [], [], {}
-        for result, batch in outputs(fn, chosen_weights(self, context), batches, context.mesh):
-            for tokens, score, index in zip(result["tokens"], result["score"], batch["index"].tolist(), strict=True):
-                written[index] = tokenizer.decode(tokens[0][given.shape[1]:])
-                right.append(written[index] in self._references(source, index, tokenizer))
-                scores.append(float(score[0]))
-            if self.limit is not None and len(right) >= self.limit:
+        weights, found = chosen_weights(self, context), {}
+        for result, batch in outputs(fn, weights, batches, context.mesh):
+            found |= {index: (tokens[0], float(score[0])) for index, tokens, score in zip(
+                batch["index"].tolist(), result["tokens"], result["score"], strict=True)}
+            if self.limit is not None and len(found) >= self.limit:
                 break
-        indices = sorted(written)
-        for i in spread(len(indices), self.examples) if self.examples else ():
-            index = indices[i]
-            context.examples.append(PredictionExample(
-                image=thumbnail(source, index), truth=record_texts(source, index)[0],
-                predictions=((written[index], float(np.exp(scores[i]))),)))
-        yield f"{self.prefix}/caption_exact", float(np.mean(right)) if right else float("nan")
-        yield f"{self.prefix}/caption_score", float(np.mean(scores)) if scores else float("nan")
+        tokens = {index: row for index, (row, _) in found.items()}
+        written = {index: tokenizer.decode(row[given.shape[1]:]) for index, row in tokens.items()}
+        exact = {i: text in self._references(source, i, tokenizer) for i, text in written.items()}
+        for i, image, words in self._looked(context, source, weights, tokens):
+            context.examples.append(CaptionExample(image=image, caption=written[i], right=exact[i],
+                                                   truth=record_texts(source, i)[0], words=words))
+        measured = {"exact": list(exact.values()),
+                    "score": [score for _, score in found.values()]}
+        if hasattr(source, "names_largest"):
+            measured["largest"] = [source.names_largest(i, text) for i, text in written.items()]
+        for name, values in measured.items():
+            yield f"{self.prefix}/caption_{name}", float(np.mean(values)) if values else float("nan")
+
+    def _looked(self, context, source, weights, written):
+        """Of some pictures, spread over all: their number, the picture as the model saw it, and where each word
+        looked."""
+        chosen = [sorted(written)[i] for i in spread(len(written), self.examples)] if self.examples else []
+        if not chosen:
+            return
+        size = whole_batch(len(chosen), context.mesh)
+        rows = [chosen[min(row, len(chosen) - 1)] for row in range(size)]
+        batch = {"image": np.stack([eval_image(decode(source[i]["image"]), context.data.image) for i in rows]),
+                 "tokens": np.stack([written[i] for i in rows]), "mask": np.arange(size) < len(chosen)}
+        (result, batch), = outputs(looker(context.task, context.mesh), weights, [batch], context.mesh)
+        for i, image, tokens, look in zip(chosen, batch["image"], batch["tokens"], result["look"], strict=True):
+            yield i, image, tuple(words_looked(context.tokenizer, tokens[1:], look[1:]))
 
     @staticmethod
     def _references(source: Source, index: int, tokenizer) -> set[str]:

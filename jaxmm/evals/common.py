@@ -36,7 +36,7 @@ class EvalContext:
     mesh: Mesh | None = None
     """The batch is cut over its `data` and `fsdp` axes; None: the default device."""
     examples: list = field(default_factory=list)
-    """Evaluators add held-out examples for the report: `RetrievalExample`, `PredictionExample`."""
+    """Evaluators add held-out examples for the report: `RetrievalExample`, `PredictionExample`, `CaptionExample`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,19 @@ class PredictionExample:
     image: np.ndarray
     truth: str
     predictions: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionExample:
+    """A uint8 [h, w, 3] picture as the model saw it, what it wrote, whether that is one of the picture's captions, and
+    one of these."""
+
+    image: np.ndarray
+    caption: str
+    right: bool
+    truth: str
+    words: tuple[tuple[str, np.ndarray], ...]
+    """Each word of the caption, and how much it looked at each patch, [g, g]."""
 
 
 def chosen_weights(evaluator: Evaluator, context: EvalContext) -> Any:

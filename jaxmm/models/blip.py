@@ -81,18 +81,23 @@ class BLIP(nn.Module):
         return normalise(self.text_projection(first.astype(jnp.float32)))
 
     def read(
-        self, tokens: Int[Array, "b t"], seen: Float[Array, "b n c"], *, train: bool,
-        mask: Bool[Array, "b t"] | None = None,
+        self, tokens: Int[Array, "b t"], seen: Float[Array, "r n c"], *, train: bool,
+        mask: Bool[Array, "b t"] | None = None, looking: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Texts read in view of pictures: the image-grounded encoder."""
+        """Texts read in view of pictures: the image-grounded encoder. `looking` says which picture each text is read
+        with; None: that of its own row."""
         mask = tokens != self.config.text.pad_id if mask is None else mask
         if self.config.encode_token:
             tokens = tokens.at[:, 0].set(self.config.text.encode_id)
-        return self.text.encode(tokens, seen, train=train, mask=mask)
+        return self.text.encode(tokens, seen, train=train, mask=mask, looking=looking)
 
-    def match(self, tokens: Int[Array, "b t"], seen: Float[Array, "b n c"], *, train: bool) -> Float[Array, "b 2"]:
-        """Logits of "do not belong together" and "belong together", fp32."""
-        return self.matching_head(self.read(tokens, seen, train=train)[:, 0].astype(jnp.float32))
+    def match(
+        self, tokens: Int[Array, "b t"], seen: Float[Array, "r n c"], *, train: bool,
+        looking: Int[Array, "b"] | None = None,
+    ) -> Float[Array, "b 2"]:
+        """Logits of "do not belong together" and "belong together", fp32. `looking` as in `read`."""
+        read = self.read(tokens, seen, train=train, looking=looking)
+        return self.matching_head(read[:, 0].astype(jnp.float32))
 
     def write(
         self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, train: bool,

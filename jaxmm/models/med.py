@@ -5,6 +5,7 @@ cross-attention to a picture, and an MLP; each mode uses its part of them, so th
 structure.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -39,8 +40,9 @@ class MedConfig:
     transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(
         width=768, depth=12, heads=12, mlp_dim=3072, eps=1e-12, init="normal", dropout=0.1, attention_dropout=0.1))
     """`dropout` is on the embeddings and behind each branch."""
-    vocab_size: int = 30_524
-    """BERT's 30,522, and the first tokens of the decoder and of the image-grounded encoder."""
+    vocab_size: int | None = 30_524
+    """BERT's 30,522, and the first tokens of the decoder and of the image-grounded encoder. None: those of the run's
+    tokenizer, and these two."""
     positions: int = 512
     """Longest text, in tokens."""
     context_width: int = 768
@@ -65,11 +67,12 @@ class MedConfig:
         """Checks ranges."""
         check_types(self, "text")
         require(self.encoder or self.decoder, "text.encoder", self.encoder, "True, where decoder is False")
-        for name in ("vocab_size", "positions", "context_width"):
+        require(self.vocab_size is None or self.vocab_size > 0, "text.vocab_size", self.vocab_size, "positive, or None")
+        for name in ("positions", "context_width"):
             require(getattr(self, name) > 0, f"text.{name}", getattr(self, name), "a positive number")
         for name in ("pad_id", "end_id"):
-            require(0 <= getattr(self, name) < self.vocab_size, f"text.{name}", getattr(self, name),
-                    f"below vocab_size = {self.vocab_size}")
+            require(0 <= getattr(self, name) < (self.vocab_size or math.inf), f"text.{name}", getattr(self, name),
+                    f"0 or more, below vocab_size = {self.vocab_size}")
 
 
 class Cache(NamedTuple):
@@ -114,26 +117,30 @@ class MedLayer(nn.Module):
         return f"causal_{part}" if self.config.encoder and part in self.config.own else part
 
     def encode(
-        self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "b n c"] | None,
-        context_mask: ContextMask | None, *, train: bool,
-    ) -> Float[Array, "b t d"]:
-        """The layer of the unimodal encoder, and with a `context` of the image-grounded one."""
-        x = self._add("attention", x, self.attention(x, x, mask, train=train)[0], train)
+        self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "r n c"] | None,
+        context_mask: ContextMask | None, looking: Int[Array, "b"] | None = None, *, train: bool, weights: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t n"] | None]:
+        """The layer of the unimodal encoder, and with a `context` of the image-grounded one; and with `weights` those
+        of cross-attention."""
+        x, shares = self._add("attention", x, self.attention(x, x, mask, train=train)[0], train), None
         if context is not None:
-            y, _ = self.cross_attention(x, context, context_mask, train=train)
+            seen = self.cross_attention.keys_values(context)
+            if looking is not None:
+                seen = tuple(constrain_batch(each[looking]) for each in seen)
+            y, shares = self.cross_attention.attend_to(x, seen, context_mask, train=train, weights=weights)
             x = self._add("cross_attention", x, y, train)
-        return self._add("mlp", x, self.mlp(x, train=train), train)
+        return self._add("mlp", x, self.mlp(x, train=train), train), shares
 
     def decode(
         self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "b n c"], context_mask: ContextMask | None, *,
-        train: bool,
-    ) -> Float[Array, "b t d"]:
-        """The layer of the image-grounded decoder, all tokens at once."""
+        train: bool, weights: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t n"] | None]:
+        """The layer of the image-grounded decoder, all tokens at once; and with `weights` those of cross-attention."""
         own, cross, mlp = map(self._causal, ("attention", "cross_attention", "mlp"))
         x = self._add(own, x, getattr(self, own)(x, x, mask, train=train)[0], train)
-        y, _ = getattr(self, cross)(x, context, context_mask, train=train)
+        y, shares = getattr(self, cross)(x, context, context_mask, train=train, weights=weights)
         x = self._add(cross, x, y, train)
-        return self._add(mlp, x, getattr(self, mlp)(x, train=train), train)
+        return self._add(mlp, x, getattr(self, mlp)(x, train=train), train), shares
 
     def look(self, context: Float[Array, "b n c"]) -> KeysValues:
         """What `step` sees of the context."""
@@ -163,8 +170,8 @@ class MedLayer(nn.Module):
         """Every mode once, to make its parameters."""
         mask = jnp.ones((1, 1, 1, 1), bool)
         if self.config.encoder:
-            x = self.encode(x, mask, context, None, train=False)
-        return self.decode(x, mask, context, None, train=False) if self.config.decoder else x
+            x, _ = self.encode(x, mask, context, None, train=False)
+        return self.decode(x, mask, context, None, train=False)[0] if self.config.decoder else x
 
 
 class Embedding(nn.Module):
@@ -234,18 +241,20 @@ class Med(nn.Module):
             self.head = LanguageHead(config)
 
     def encode(
-        self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"] | None = None, *, train: bool,
+        self, tokens: Int[Array, "b t"], context: Float[Array, "r n c"] | None = None, *, train: bool,
         mask: Bool[Array, "b t"] | None = None, context_mask: Bool[Array, "b n"] | None = None,
+        looking: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Tokens read both ways: by themselves, or with a picture (whose first token is then `encode_id`).
 
-        `mask` says which tokens are there; None: those that are not padding.
+        `mask` says which tokens are there; None: those that are not padding. `looking` says which row of the context
+        each text looks at, whose keys and values are then computed once for all that do; None: its own.
         """
         mask = tokens != self.config.pad_id if mask is None else mask
         x = self.embedding(tokens, train=train)
         if self.is_initializing():
             return x
-        return self._run(MedLayer.encode, x, mask[:, None, None, :], context, context_mask, train)
+        return self._run(MedLayer.encode, x, mask[:, None, None, :], context, context_mask, looking, train=train)[0]
 
     def decode(
         self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, train: bool,
@@ -256,8 +265,19 @@ class Med(nn.Module):
         x = self.embedding(tokens, train=train)
         if not self.is_initializing():
             seen = causal_mask(tokens.shape[1]) & mask[:, None, None, :]
-            x = self._run(MedLayer.decode, x, seen, context, context_mask, train)
+            x, _ = self._run(MedLayer.decode, x, seen, context, context_mask, train=train)
         return self.head(x, self.embedding)
+
+    def cross_attention(
+        self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, causal: bool,
+        context_mask: Bool[Array, "b n"] | None = None,
+    ) -> Float[Array, "l b h t n"]:
+        """Where in the context each token looks, in every layer: of the decoder, or of the encoder."""
+        mask, method = (tokens != self.config.pad_id)[:, None, None, :], MedLayer.encode
+        if causal:
+            mask, method = causal_mask(tokens.shape[1]) & mask, MedLayer.decode
+        x = self.embedding(tokens, train=False)
+        return self._run(method, x, mask, context, context_mask, train=False, weights=True)[1]
 
     def look(self, context: Float[Array, "b n c"]) -> Cache:
         """Every layer's keys and values of a context, computed once for all steps."""
@@ -287,8 +307,8 @@ class Med(nn.Module):
         x, cache = jax.lax.scan(one, x, (self.blocks, cache.key, cache.value, tuple(seen)))
         return self.head(x, self.embedding)[:, 0], cache
 
-    def _run(self, method, x, mask, context, context_mask, train: bool):
-        """All layers, one after the other."""
+    def _run(self, method, x, mask, context, context_mask, *more, train: bool, weights: bool = False):
+        """All layers, one after the other: the tokens, and with `weights` those of cross-attention."""
         stack = self.config.transformer
         layer = MedLayer(self.config, parent=None)
         context_mask = None if context_mask is None else context_mask[:, None, None, :]
@@ -299,17 +319,19 @@ class Med(nn.Module):
         def one(x, inputs):
             params, key = inputs
             rngs = None if key is None else {"dropout": key}
-            x = layer.apply({"params": params}, constrain_batch(x), mask, context, context_mask, train=train,
-                            rngs=rngs, method=method)
-            return constrain_batch(x), None
+            x, shares = layer.apply({"params": params}, constrain_batch(x), mask, context, context_mask, *more,
+                                    train=train, weights=weights, rngs=rngs, method=method)
+            return constrain_batch(x), shares
 
         if stack.remat != "none":
             one = jax.checkpoint(one, policy=REMAT_POLICIES[stack.remat], prevent_cse=not stack.scan)
         if stack.scan:
-            return jax.lax.scan(one, x, (self.blocks, keys))[0]
+            return jax.lax.scan(one, x, (self.blocks, keys))
+        collected = []
         for inputs in unstack((self.blocks, keys), stack.depth):
-            x, _ = one(x, inputs)
-        return x
+            x, shares = one(x, inputs)
+            collected.append(shares)
+        return x, jnp.stack(collected) if weights else None
 
 
 def empty_cache(config: MedConfig, batch: int, length: int) -> Cache:

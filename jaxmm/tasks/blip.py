@@ -151,10 +151,10 @@ class BLIPPretraining(Task):
         pictures, has_picture = hard_negatives(jax.lax.stop_gradient(to_image), positive, first)
         texts, has_text = hard_negatives(jax.lax.stop_gradient(to_text), positive, second)
         b = len(tokens)
-        all_seen = jnp.concatenate([seen, seen[pictures], seen])
-        all_tokens = jnp.concatenate([tokens, tokens, tokens[texts]])
-        logits = BLIP(self.model).apply(variables, constrain_batch(all_tokens), constrain_batch(all_seen), train=True,
-                                        method=BLIP.match, rngs=rngs)
+        all_tokens = constrain_batch(jnp.concatenate([tokens, tokens, tokens[texts]]))
+        looking = jnp.concatenate([jnp.arange(b), pictures, jnp.arange(b)])
+        logits = BLIP(self.model).apply(variables, all_tokens, seen, train=True, looking=looking, method=BLIP.match,
+                                        rngs=rngs)
         labels = jnp.repeat(jnp.asarray([1, 0, 0]), b)
         counts = jnp.concatenate([jnp.ones(b, bool), has_picture, has_text])
         return matching_loss(logits, labels, counts)

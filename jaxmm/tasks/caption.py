@@ -83,10 +83,14 @@ def prompt_ids(tokenizer, prompt: str) -> tuple[int, ...]:
     return tuple(row[1:row.index(tokenizer.eos_id)]) if prompt else ()
 
 
-def with_vocabulary(text, tokenizer):
-    """The text transformer for a tokenizer: two tokens behind its own begin what is written, and what is matched."""
-    size = tokenizer.vocab_size
-    if text.vocab_size >= size + 2 and {text.decode_id, text.encode_id} & set(range(size)) == set():
-        return replace(text, end_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    return replace(text, vocab_size=size + 2, decode_id=size, encode_id=size + 1, end_id=tokenizer.eos_id,
-                   pad_id=tokenizer.pad_id)
+def with_vocabulary(text, tokenizer, name: str = "task.model.text"):
+    """The text transformer for a tokenizer: two tokens that it does not have begin what is written, and what is
+    matched. Raises `ConfigError` where the recipe's vocabulary has no room for them."""
+    size, ends = tokenizer.vocab_size, {"end_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    if text.vocab_size is None:
+        return replace(text, vocab_size=size + 2, decode_id=size, encode_id=size + 1, **ends)
+    first = min(text.decode_id, text.encode_id)
+    require(size <= first and max(text.decode_id, text.encode_id) < text.vocab_size, f"{name}.vocab_size",
+            text.vocab_size, f"None: the tokenizer has {size} tokens, and those that begin texts are "
+            f"{text.decode_id} and {text.encode_id}")
+    return replace(text, **ends)

@@ -200,6 +200,9 @@ def test_records(folder):
         assert record["texts"] == record["true_texts"] and record["noise"] == "correct" and record["clean"] is True
         assert len(record["questions"]) == len(record["answers"]) == len(record["question_kinds"]) >= 4
         assert all(isinstance(answers, tuple) for answers in record["answers"])
+        largest = max(objects, key=lambda o: o.radius)
+        assert source.names_largest(i, record["texts"][0])
+        assert not source.names_largest(i, f"a {largest.shape} that is {largest.color}")
     assert len(keys) == len(range(0, 160, 7))
     assert source[-1] == source[159]
     with pytest.raises(IndexError, match="160"):

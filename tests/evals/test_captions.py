@@ -1,5 +1,7 @@
 """Captions of held-out pictures against the ones that they have."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -32,9 +34,26 @@ def test_share_of_captions_that_are_exact():
     assert tuple(got) == evaluator.metrics(seen) == ("val/caption_exact", "val/caption_score")
     assert got["val/caption_exact"] == pytest.approx(np.mean(exact))
     assert got["val/caption_score"] == pytest.approx(np.mean([found[0][1] for found in written]), abs=1e-4)
-    assert [example.predictions[0][0] for example in seen.examples] == [written[i][0][0] for i in (0, 3, 6)]
+    chosen = [(written[i][0][0], exact[i], texts[i][0]) for i in (0, 3, 6)]
+    assert [(example.caption, example.right, example.truth) for example in seen.examples] == chosen
+    for example in seen.examples:
+        told = "".join(word for word, _ in example.words)
+        assert told == "a" + example.caption.removeprefix("##").replace(" ", "") and example.image.shape == (12, 12, 3)
+        assert all(look.shape == (3, 3) and 0 < look.sum() < 1 for _, look in example.words)
     limited = dict(Captions(decoding=DECODING, batch_size=4, limit=4, examples=0).run(context(source)))
     assert limited["val/caption_exact"] == pytest.approx(np.mean(exact[:4]))
+
+
+def test_scenes_tell_what_is_largest():
+    @dataclass(frozen=True)
+    class Scenes(MemorySource):
+        def names_largest(self, index, caption):
+            return index % 3 > 0
+
+    source = Scenes(images=tuple(tiny.pictures(7)), captions=(("a star",),) * 7)
+    evaluator = Captions(decoding=DECODING, examples=0)
+    got = dict(evaluator.run(context(source)))
+    assert tuple(got) == evaluator.metrics(context(source)) and got["val/caption_largest"] == pytest.approx(4 / 7)
 
 
 def test_who_does_not_write_is_refused():

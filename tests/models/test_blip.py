@@ -65,6 +65,25 @@ def test_every_mode(model):
     np.testing.assert_allclose(got["logits"], want, rtol=1e-4, atol=1e-4)
 
 
+def test_where_each_token_looks():
+    params, image, first = parameters(MODEL), np.asarray(IMAGE, np.float64), TOKENS.at[:, 0].set(MED.encode_id)
+    seen = reference.vit(fp64(params)["vision"], image, VISION)[0]
+    for causal, tokens in ((True, TOKENS), (False, first)):
+        want: list = []
+        reference.med(fp64(params)["text"], np.asarray(tokens), MED, seen, causal=causal, shares=want)
+        got = Med(MED).apply({"params": params["text"]}, tokens, jnp.asarray(seen, jnp.float32), causal=causal,
+                             method=Med.cross_attention)
+        np.testing.assert_allclose(got, np.stack(want), atol=1e-6)
+
+
+def test_texts_that_look_at_the_same_picture():
+    params, looking = parameters(MODEL), jnp.asarray([2, 0, 2])
+    seen = apply(MODEL, params, IMAGE, train=False, method=BLIP.see)
+    got = apply(MODEL, params, TOKENS, seen, train=False, looking=looking, method=BLIP.match)
+    np.testing.assert_allclose(got, apply(MODEL, params, TOKENS, seen[looking], train=False, method=BLIP.match),
+                               atol=1e-6)
+
+
 def test_what_is_shared_is_there_once(model):
     config, params = model
     blocks = {path.split("/")[0] for path, _ in named_leaves(params["text"]["blocks"])}

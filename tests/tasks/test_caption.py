@@ -42,7 +42,7 @@ def test_loss():
 
 
 def test_bind_takes_the_prompt_and_the_vocabulary_from_the_tokenizer():
-    model = replace(WRITES, text=replace(WRITES.text, positions=30))
+    model = replace(WRITES, text=replace(WRITES.text, positions=30, vocab_size=None))
     task = replace(TASK, model=model, prompt="a red circle", prompt_ids=None).bind(
         image_size=6, classes=None, tokenizer=TOKENIZER)
     ids = TOKENIZER(["a red circle"])[0].tolist()
@@ -53,8 +53,12 @@ def test_bind_takes_the_prompt_and_the_vocabulary_from_the_tokenizer():
                                                                            TOKENIZER.eos_id)
     kept = replace(WRITES.text, vocab_size=size + 50, decode_id=size + 30, encode_id=size + 31)
     assert with_vocabulary(kept, TOKENIZER).decode_id == size + 30
+    for narrow in (replace(kept, vocab_size=size + 31), replace(kept, decode_id=size - 1)):
+        with pytest.raises(ConfigError, match=rf"vocab_size is {narrow.vocab_size}; wanted None: .* {size} tokens"):
+            with_vocabulary(narrow, TOKENIZER)
     for tokenizer, message in ((None, "has no texts"), (TOKENIZER, r"at most task\.model\.text\.positions = 9")):
         with pytest.raises(ConfigError, match=message):
-            TASK.bind(image_size=6, classes=None, tokenizer=tokenizer)
+            replace(TASK, model=replace(WRITES, text=replace(WRITES.text, vocab_size=None))).bind(
+                image_size=6, classes=None, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match=r"task\.model\.text\.decoder is False"):
         replace(TASK, model=replace(MODEL, text=replace(MED, decoder=False)))

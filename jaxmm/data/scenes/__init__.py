@@ -82,6 +82,12 @@ class ScenesSource:
         }
 
 
+    def names_largest(self, index: int, caption: str) -> bool:
+        """Whether `caption` names colour and shape of the largest object of picture `index`."""
+        largest = max(self[index]["objects"], key=lambda o: o["radius"])
+        return f"{largest['color']} {largest['shape']}" in caption
+
+
 def prepare(config: str = "default", data_dir: str | None = None) -> Any:
     """The TFDS builder of `scenes/config`, drawn first where it is not there yet.
 
