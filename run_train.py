@@ -1,6 +1,6 @@
 """Trains a model: `python run_train.py [--config configs/X.py] [--workdir DIR] [--any.field value]`.
 
-Without arguments it trains CLIP on generated scenes. The same command with the same `--workdir` goes on where the
+Without arguments it trains BLIP on generated scenes. The same command with the same `--workdir` goes on where the
 run was left.
 """
 
@@ -19,6 +19,9 @@ import tyro
 
 from jaxmm.config import ConfigError, TrainConfig, require
 from jaxmm.data.sources import DataError
+from jaxmm.models.blip import BLIPConfig
+from jaxmm.models.clip import CLIPConfig
+from jaxmm.tasks.base import Task
 from jaxmm.training.checkpoint import CheckpointError
 from jaxmm.training.loop import TrainError, train
 from jaxmm.training.process import keep_memory, use_compilation_cache
@@ -30,7 +33,7 @@ HERE = Path(__file__).parent
 class Run:
     """What is not part of the recipe."""
 
-    config: Path = HERE / "configs" / "clip_scenes.py"
+    config: Path = HERE / "configs" / "blip_scenes.py"
     """The recipe: a Python file with `get_config()`. Its fields are the options below."""
     workdir: Path | None = None
     """Where everything is written: config.json, metrics.jsonl, checkpoints/, report.html. A folder that holds a run
@@ -89,6 +92,25 @@ def start_distributed(workdir: Path | None) -> None:
         raise ConfigError(f"distributed is True, but there is no cluster to join: {error}") from None
 
 
+def next_commands(task: Task, workdir: Path) -> list[tuple[str, str]]:
+    """(what, command): what can be done with the model that was trained in `workdir`."""
+    model, found = task.model, []
+    if isinstance(model, BLIPConfig):
+        if model.answer is not None:
+            found += [("answer questions", f'jaxmm answer PICTURE "what is this?" --model {workdir}')]
+        elif model.text.decoder:
+            found += [("caption pictures", f"jaxmm caption PICTURES --model {workdir}")]
+        if model.matching:
+            found += [("see whether words fit", f'jaxmm match PICTURE "a red circle" --model {workdir}')]
+    elif isinstance(model, CLIPConfig):
+        found += [("search a folder", f"jaxmm search index FOLDER INDEX --model {workdir}"),
+                  ("classify", f'jaxmm classify PICTURES --labels "a cat,a dog" --model {workdir}')]
+    elif model.classes:
+        found += [("classify", f"jaxmm classify PICTURES --model {workdir}")]
+    return [*found, ("in Python", f'import jaxmm; model = jaxmm.load("{workdir}")'),
+            ("train on your own", "README.md, Train on your own data")]
+
+
 def main(args: list[str]) -> int:
     """Parses, trains, and turns what can go wrong into one line; the exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -98,7 +120,11 @@ def main(args: list[str]) -> int:
         if command.distributed:
             start_distributed(command.workdir)
         use_compilation_cache(command.cache)
-        train(command.train, command.workdir or new_workdir(command.config))
+        workdir = command.workdir or new_workdir(command.config)
+        if train(command.train, workdir) and jax.process_index() == 0:
+            print("what it can do now:")
+            for what, line in next_commands(command.train.task, workdir):
+                print(f"  {what + ':':24}{line}")
     except (ConfigError, DataError, CheckpointError, TrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
