@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmm.nn.precision import widened
+
 
 def token_losses(
     logits: Float[Array, "b t v"], tokens: Int[Array, "b t"], counts: Bool[Array, "b t"], smoothing: float = 0.0
@@ -13,7 +15,7 @@ def token_losses(
     `logits[:, i]` says what follows `tokens[:, i]`. Smoothing is torch's: (1 - s) x the token's own loss + s x the mean
     loss of all tokens of the vocabulary.
     """
-    told = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    told = jax.nn.log_softmax(widened(logits[:, :-1]))
     own = jnp.take_along_axis(told, tokens[:, 1:, None], axis=2)[..., 0]
     losses = -(1 - smoothing) * own - smoothing * told.mean(axis=-1)
     return jnp.pad(jnp.where(counts[:, 1:], losses, 0.0), ((0, 0), (1, 0)))

@@ -11,6 +11,7 @@ from jaxmm.generate import Decoding, Written, write
 from jaxmm.models.clip import normalise
 from jaxmm.models.med import Med, MedConfig, empty_cache
 from jaxmm.models.vit import ViT, ViTConfig, vit
+from jaxmm.nn.precision import widened
 from jaxmm.validation import check_types, require
 
 
@@ -73,12 +74,12 @@ class BLIP(nn.Module):
 
     def embed_image(self, seen: Float[Array, "b n c"]) -> Float[Array, "b e"]:
         """Pictures in the shared space, length 1, fp32."""
-        return normalise(self.vision_projection(seen[:, 0].astype(jnp.float32)))
+        return normalise(self.vision_projection(widened(seen[:, 0])))
 
     def embed_text(self, tokens: Int[Array, "b t"], *, train: bool) -> Float[Array, "b e"]:
         """Texts in the shared space, length 1, fp32: the unimodal encoder."""
         first = self.text.encode(tokens, train=train)[:, 0]
-        return normalise(self.text_projection(first.astype(jnp.float32)))
+        return normalise(self.text_projection(widened(first)))
 
     def read(
         self, tokens: Int[Array, "b t"], seen: Float[Array, "r n c"], *, train: bool,
@@ -97,7 +98,7 @@ class BLIP(nn.Module):
     ) -> Float[Array, "b 2"]:
         """Logits of "do not belong together" and "belong together", fp32. `looking` as in `read`."""
         read = self.read(tokens, seen, train=train, looking=looking)
-        return self.matching_head(read[:, 0].astype(jnp.float32))
+        return self.matching_head(widened(read[:, 0]))
 
     def write(
         self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, train: bool,

@@ -13,6 +13,7 @@ from jaxmm.models.vit import ViT, ViTConfig, transformer, vit
 from jaxmm.nn.attention import causal_mask
 from jaxmm.nn.embeddings import TokenEmbedding
 from jaxmm.nn.pooling import MapHead
+from jaxmm.nn.precision import widened
 from jaxmm.nn.transformer import Stack, TransformerConfig, layer_norm
 
 
@@ -121,7 +122,7 @@ class CLIPOutput(NamedTuple):
 
 def normalise(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
     """Rows of length 1, in fp32."""
-    x = x.astype(jnp.float32)
+    x = widened(x)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -149,17 +150,16 @@ class CLIP(nn.Module):
 
     def encode_image(self, image: Float[Array, "b H W c"], *, train: bool) -> Float[Array, "b e"]:
         """Pictures in the shared space, not normalised, fp32."""
-        pooled = self.vision(image, train=train).pooled
-        x = pooled.astype(jnp.float32)
+        x = widened(self.vision(image, train=train).pooled)
         return self.vision_projection(x) if self.config.vision_projection else x
 
     def encode_text(self, tokens: Int[Array, "b t"], *, train: bool) -> Float[Array, "b e"]:
         """Texts in the shared space, not normalised, fp32."""
-        return self.text_projection(self.text(tokens, train=train).astype(jnp.float32))
+        return self.text_projection(widened(self.text(tokens, train=train)))
 
     def image_features(self, image: Float[Array, "b H W c"]) -> Float[Array, "b d"]:
         """The pooled picture before the projection (what CLIP's linear probes read)."""
-        return self.vision(image, train=False).pooled.astype(jnp.float32)
+        return widened(self.vision(image, train=False).pooled)
 
     def __call__(
         self, image: Float[Array, "b H W c"], tokens: Int[Array, "b t"], *, train: bool

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.nn.attention import Attention, KeysValues, Mask, causal_mask
 from jaxmm.nn.embeddings import TokenEmbedding
+from jaxmm.nn.precision import wide
 from jaxmm.nn.transformer import (
     ACTIVATIONS,
     REMAT_POLICIES,
@@ -201,7 +202,7 @@ class Embedding(nn.Module):
     def attend(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Products with every token's vector, fp32."""
         table = self.tokens.table
-        return jnp.einsum("btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum("btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=wide(x.dtype))
 
 
 class LanguageHead(nn.Module):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 from jaxmm.config import check_types, require
 from jaxmm.nn.embeddings import PatchEmbedding, sincos_positions
 from jaxmm.nn.pooling import MapHead
+from jaxmm.nn.precision import widened
 from jaxmm.nn.transformer import Stack, TransformerConfig, initializers, layer_norm
 from jaxmm.sharding import constrain_batch
 
@@ -162,7 +163,7 @@ class ViT(nn.Module):
                              f"{config.image_size} x {config.image_size}")
         patches = PatchEmbedding(config.patch, width, config.patch_bias, jnp.dtype(config.transformer.dtype),
                                  initializers(config.transformer).patches, name="patches")
-        x = patches(image).astype(jnp.float32)
+        x = widened(patches(image))
 
         slots = config.grid[0] * config.grid[1]
         on_class = int(config.class_token and config.position_class) + config.distillation_token
@@ -216,7 +217,7 @@ class ViT(nn.Module):
         head = nn.Dense(config.classes, kernel_init=kernel, bias_init=nn.initializers.constant(config.head_bias),
                         name=name)
         # Held here, or XLA's partitioner gives wrong gradients below a pre-logits layer on data x fsdp x tensor.
-        return constrain_batch(head(pooled.astype(jnp.float32)))
+        return constrain_batch(head(widened(pooled)))
 
     def _pool(self, tokens, train):
         if self.config.pool == "cls":

@@ -10,6 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
+from jaxmm.nn.precision import wide, widened
+
 Initializer = Callable[..., Array]
 Mask = Bool[Array, "#b #h #t #s"]
 
@@ -24,7 +26,7 @@ def attention_weights(
 ) -> Float[Array, "b h t s"]:
     """softmax(q k' / sqrt(k)) in fp32; positions where `mask` is False get weight 0."""
     query = query * (query.shape[-1] ** -0.5)
-    scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=wide(query.dtype))
     if mask is not None:  # the scores are fp32 here, so that finfo.min fits
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     return jax.nn.softmax(scores)
@@ -69,13 +71,14 @@ def _by_head(x: Float[Array, "b t h k"]) -> Float[Array, "b h t k"]:
 
 def _fused_forward(query, key, value, mask):
     query, k, v = _by_head(query * query.shape[-1] ** -0.5), _by_head(key), _by_head(value)
-    scores = jnp.einsum("bhtk,bhsk->bhts", query, k, preferred_element_type=jnp.float32)
+    kind = {"preferred_element_type": wide(value.dtype)}
+    scores = jnp.einsum("bhtk,bhsk->bhts", query, k, **kind)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     highest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), v, preferred_element_type=jnp.float32) / total
+    out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), v, **kind) / total
     out = checkpoint_name(_by_head(out).astype(value.dtype), "attention")
     log_total = checkpoint_name((highest + jnp.log(total))[..., 0], "attention")
     return out, (log_total, mask)
@@ -90,14 +93,14 @@ def _fused_backward(residuals, gradient):
     """Scores are laid out [b h s t] here: what multiplies them then needs no transposed copy of them."""
     query, key, value, out, log_total, mask = residuals
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
-    fp32 = {"preferred_element_type": jnp.float32}
-    delta = (gradient.astype(jnp.float32) * out).sum(axis=-1).swapaxes(1, 2)  # [b h t]
+    kind = {"preferred_element_type": wide(dtype)}
+    delta = (widened(gradient) * out).sum(axis=-1).swapaxes(1, 2)  # [b h t]
     q, k, v, g = _by_head(query * scale), _by_head(key), _by_head(value), _by_head(gradient)
-    weights = jnp.exp(jnp.einsum("bhsk,bhtk->bhst", k, q, **fp32) - log_total[:, :, None])
+    weights = jnp.exp(jnp.einsum("bhsk,bhtk->bhst", k, q, **kind) - log_total[:, :, None])
     if mask is not None:
         weights = jnp.where(mask.swapaxes(-1, -2), weights, 0.0)
     d_value = jnp.einsum("bhst,bhtk->bhsk", weights.astype(dtype), g)
-    d_scores = weights * (jnp.einsum("bhsk,bhtk->bhst", v, g, **fp32) - delta[:, :, None])
+    d_scores = weights * (jnp.einsum("bhsk,bhtk->bhst", v, g, **kind) - delta[:, :, None])
     d_scores = d_scores.astype(dtype)
     d_key = jnp.einsum("bhst,bhtk->bhsk", d_scores, q)
     d_query = jnp.einsum("bhst,bhsk->bhtk", d_scores, k) * scale

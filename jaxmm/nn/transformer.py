@@ -64,8 +64,9 @@ class TransformerConfig:
     """On the attention weights."""
     drop_path: float = 0.0
     """Stochastic depth: chance that the last layer's branches are skipped, falling linearly to 0 at the first."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the activations; parameters, norms' statistics and softmax stay fp32."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Of the activations; parameters, norms' statistics and softmax stay fp32. float64, for checks of gradients, needs
+    `jax.enable_x64`, and then everything is."""
     remat: Literal["none", "cheap", "dots", "full"] = "none"
     """What the backward pass computes again: nothing; norms and activations; all but matrix products of parameters;
     everything inside a layer."""
@@ -78,6 +79,8 @@ class TransformerConfig:
         for name in ("width", "depth", "heads", "mlp_dim"):
             require(getattr(self, name) > 0, f"transformer.{name}", getattr(self, name), "a positive number")
         require(self.width % self.heads == 0, "transformer.heads", self.heads, f"a divisor of width = {self.width}")
+        require(self.dtype != "float64" or jax.config.jax_enable_x64, "transformer.dtype", self.dtype,
+                "float32 or bfloat16, where jax_enable_x64 is off")
         for name in ("dropout", "attention_dropout", "drop_path"):
             require(0 <= getattr(self, name) < 1, f"transformer.{name}", getattr(self, name), "0 or more, below 1")
 
