@@ -2,7 +2,8 @@
 
     python -m benchmarks.parity [--only NAME] [--json FILE]
 
-The same comparison as `jaxmm parity SOURCE`, of CLIP ViT-L/14, SigLIP B/16 and ViT-L/16 at 384.
+The same comparison as `jaxmm parity SOURCE`, of CLIP ViT-L/14, SigLIP B/16, ViT-L/16 at 384 and BLIP's classes that
+write captions and that match. "ids" are those of 20 new tokens: 0 says that they are the same.
 """
 
 import argparse
@@ -17,7 +18,12 @@ from benchmarks.common import machine
 from jaxmm.pretrained.parity import compare
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-MODELS = ("CLIP ViT-L/14", "SigLIP B/16", "ViT-L/16 at 384")
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+BLIP = {"BLIP base at 384, captions": (BASE, 384, "BlipForConditionalGeneration"),
+        "BLIP base at 384, matching": (BASE, 384, "BlipForImageTextRetrieval"),
+        "BLIP base at 480, captions": (BASE, 480, "BlipForConditionalGeneration"),
+        "BLIP large at 384, captions": (LARGE, 384, "BlipForConditionalGeneration")}
+MODELS = ("CLIP ViT-L/14", "SigLIP B/16", "ViT-L/16 at 384", *BLIP)
 
 
 def write(name: str, folder: Path) -> None:
@@ -32,6 +38,12 @@ def write(name: str, folder: Path) -> None:
         transformers.CLIPModel(config).save_pretrained(folder)
     elif name == "SigLIP B/16":
         transformers.SiglipModel(transformers.SiglipConfig()).save_pretrained(folder)
+    elif name in BLIP:      # the class's defaults are 8 heads, 1e-5, and pictures that hardly matter
+        vision, size, kind = BLIP[name]
+        vision = vision | {"image_size": size, "layer_norm_eps": 1e-6, "initializer_range": 0.02}
+        text = BASE | {"encoder_hidden_size": vision["hidden_size"], "initializer_range": 0.02}
+        config = transformers.BlipConfig(text_config=text, vision_config=vision, initializer_range=0.02)
+        getattr(transformers, kind)(config).save_pretrained(folder)
     else:
         config = transformers.ViTConfig(**LARGE, image_size=384, patch_size=16, num_labels=1000)
         transformers.ViTForImageClassification(config).save_pretrained(folder)

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
 from jaxmm.models.vit import ViT, ViTConfig
 from jaxmm.nn.attention import causal_mask
 from jaxmm.nn.transformer import Stack
+from jaxmm.pretrained import parity_blip
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.model import Model, load
 from jaxmm.pretrained.source import Files, find
@@ -39,13 +41,15 @@ class Difference:
     """Largest absolute value of theirs."""
 
 
-def golden_inputs(model: ViTConfig | CLIPConfig) -> tuple[np.ndarray, np.ndarray | None]:
+def golden_inputs(model: ViTConfig | CLIPConfig | BLIPConfig) -> tuple[np.ndarray, np.ndarray | None]:
     """Normalised pictures [2 s s 3], and token ids [2 t] that end in the middle: the same ones always."""
     rng = np.random.default_rng(2021)
-    vision = model.vision if isinstance(model, CLIPConfig) else model
+    vision = model if isinstance(model, ViTConfig) else model.vision
     pictures = rng.uniform(-2, 2, (GOLDEN, vision.image_size, vision.image_size, 3)).astype(np.float32)
     if vision is model:
         return pictures, None
+    if isinstance(model, BLIPConfig):
+        return pictures, parity_blip.golden_tokens(model, rng, GOLDEN)
     text = model.text
     end = text.vocab_size - 1 if text.eos_id is None else text.eos_id
     tokens = rng.integers(2, text.vocab_size - 2, (GOLDEN, text.context_length)).astype(np.int32)
@@ -57,7 +61,9 @@ def golden_inputs(model: ViTConfig | CLIPConfig) -> tuple[np.ndarray, np.ndarray
 
 
 def ours(model: Model, pictures: np.ndarray, tokens: np.ndarray | None) -> Outputs:
-    """Every layer's tokens, what is pooled, and logits or embeddings."""
+    """Every layer's tokens, what is pooled, and logits or embeddings; of BLIP, what each mode makes of them."""
+    if isinstance(model.config, BLIPConfig):
+        return _arrays(parity_blip.ours(model.config, model.params, pictures, tokens))
     clip = isinstance(model.config, CLIPConfig)
     vision, params = (model.config.vision, model.params["vision"]) if clip else (model.config, model.params)
     seen = jax.jit(lambda p, x: ViT(vision).apply({"params": p}, x, train=False, hidden=True))(params, pictures)
@@ -90,8 +96,9 @@ def compare(source: str | Path, *, revision: str | None = None) -> tuple[list[Di
     """Differences at every place that both have, in order; what ours computes; and against what it was compared, or
     why it was not. Raises `FileError`."""
     model = load(source, revision=revision)
-    if not isinstance(model.config, (ViTConfig, CLIPConfig)):
-        raise FileError(f"{source} is a {type(model.config).__name__}; compared are ViT, CLIP and SigLIP")
+    if not isinstance(model.config, (ViTConfig, CLIPConfig, BLIPConfig)) or getattr(model.config, "answer", None):
+        raise FileError(f"{source} is a {type(model.config).__name__}; compared are ViT, CLIP, SigLIP, and BLIP that "
+                        "writes captions or matches")
     pictures, tokens = golden_inputs(model.config)
     found = ours(model, pictures, tokens)
     files = find(source, revision=revision)
@@ -133,6 +140,8 @@ def _transformers(folder: Path, pictures: np.ndarray, tokens: np.ndarray | None)
     kind = getattr(transformers, (config.architectures or ["AutoModel"])[0])
     model = kind.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
+        if config.model_type == "blip":
+            return _arrays(parity_blip.theirs(model, torch.from_numpy(pictures), torch.from_numpy(tokens).long()))
         if tokens is None:
             out = model(torch.from_numpy(pictures), output_hidden_states=True)
             found = _layers("vision", out.hidden_states, config.num_hidden_layers)

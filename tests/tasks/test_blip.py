@@ -142,10 +142,13 @@ def watched(patch, held):
     """What the functions return that are held or draw, as they are called; of those in `held`, what that says."""
     found = {}
     for owner, name in (*HELD, (tasks, "hard_negatives")):
-        def run(*args, name=name, real=getattr(owner, name)):
+        real = getattr(owner, name)
+
+        def run(*args, name=name, real=real):
             calls = found.setdefault(name, [])
             calls.append(held[name][len(calls)] if name in held else real(*args))
             return calls[-1]
+
         patch.setattr(owner, name, run)
     return found
 
