@@ -1,4 +1,4 @@
-"""From pictures to words: the compiled functions that write captions and that match."""
+"""From pictures to words: the compiled functions that write captions (and answers) and that match."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.generate import Decoding
@@ -21,19 +22,30 @@ CAPTIONS = Decoding(beams=3, min_length=5, max_length=20)
 """As the authors write captions of COCO."""
 
 
+def ground(task: Task, params: Any, batch: Mapping) -> tuple[Float[Array, "b n c"], Bool[Array, "b n"] | None]:
+    """What is written in view of, and which of it is there: pictures, or questions that were read with them."""
+    model, variables = BLIP(task.model), {"params": params}
+    seen = model.apply(variables, task.pixels(batch["image"]), train=False, method=BLIP.see)
+    if task.model.answer is None:
+        return seen, None
+    there = batch["tokens"] != task.model.text.pad_id
+    return model.apply(variables, batch["tokens"], seen, train=False, mask=there, method=BLIP.read), there
+
+
 @lru_cache(maxsize=16)
 def writer(task: Task, decoding: Decoding, seed: int, mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
     """(parameters, batch of `image`, `prompt` [b p] and `row` [b]) to `tokens` [b k L] and `score` [b k], compiled.
 
+    Of a model that answers, the batch has `tokens` besides: the questions.
     What is drawn for a picture depends on `seed` and its `row` only.
     """
     model = task.model
 
     def run(params, batch):
-        seen = BLIP(model).apply({"params": params}, task.pixels(batch["image"]), train=False, method=BLIP.see)
+        context, there = ground(task, params, batch)
         lengths = (batch["prompt"] != model.text.pad_id).sum(axis=1)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(batch["row"])
-        return write_texts(model, params, seen, batch["prompt"], lengths, keys, decoding)._asdict()
+        return write_texts(model, params, context, batch["prompt"], lengths, keys, decoding, there)._asdict()
 
     return compile_prediction(run, mesh)
 

@@ -73,11 +73,14 @@ class TokenizerConfig:
     """Largest vocabulary when one is trained, special tokens included."""
     context_length: int = 77
     """Tokens a text is cut or padded to, begin and end tokens included."""
+    answer_length: int = 10
+    """Tokens an answer to a question is cut or padded to, likewise."""
 
     def __post_init__(self):
         """Checks that published kinds name a file."""
         check_types(self, "data.tokenizer")
-        require(self.context_length >= 3, "data.tokenizer.context_length", self.context_length, "3 or more")
+        for name in ("context_length", "answer_length"):
+            require(getattr(self, name) >= 3, f"data.tokenizer.{name}", getattr(self, name), "3 or more")
         require(self.vocab_size >= 16, "data.tokenizer.vocab_size", self.vocab_size, "16 or more")
         if not self.kind.startswith("train-"):
             require(self.file is not None, "data.tokenizer.file", self.file, f"a path, for kind {self.kind!r}")
@@ -86,7 +89,7 @@ class TokenizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train and validate on. A source is one string: `scenes:train`, `digits:train`, `folder:DIR`,
-    `captions:FILE.jsonl`, `coco:FILE.json`, `tfds:NAME:SPLIT`."""
+    `captions:FILE.jsonl`, `coco:FILE.json`, `tfds:NAME:SPLIT`, `vqa:PLACE`."""
 
     train: str = "scenes:train"
     """Source of the training pictures."""

@@ -9,7 +9,8 @@ from jaxmm.data.sources import DataError, Source, record_key
 
 Batch = dict[str, np.ndarray]
 
-REASONS = ("empty", "not an image", "too large", "truncated", "corrupt", "unreadable", "no text", "no label")
+REASONS = ("empty", "not an image", "too large", "truncated", "corrupt", "unreadable", "no text", "no label",
+           "no answer")
 """Why a record can be unusable. `fault` in a batch is 1 + the number in this list, 0 for a good record."""
 
 

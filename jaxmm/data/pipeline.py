@@ -25,7 +25,7 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int
 
 from jaxmm.config import DataConfig, ImageConfig
-from jaxmm.data import images, transforms
+from jaxmm.data import images, transforms, vqa
 from jaxmm.data.faults import REASONS, BadRecord, Batch, FaultCounter
 from jaxmm.data.sources import DataError, Record, Source, record_key, record_texts
 
@@ -72,12 +72,17 @@ def train_batches(
     A batch has `image` uint8 [b, size, size, 3], `image_id` int32 [b, 2], `index`, `drawn` and `fault` int32 [b]; with
     a tokenizer `tokens` int32 [b, t] and `text_id` int32 [b, 2] of one caption of each picture, drawn by chance; with
     `labels`, if the source has classes, `label` int32 [b]. `drawn` is the record whose turn it was and `index` the one
-    in the batch: another one, drawn by chance, where `fault` says that the first was bad.
+    in the batch: another one, drawn by chance, where `fault` says that the first was bad. Where records have questions,
+    `tokens` are the question's, and there are `answers` and `answer_weight` (see `vqa.answer_arrays`).
 
     Raises `DataError` when the batch does not divide over the hosts; the iterator raises it when `TRIES` records in a
     row are bad.
     """
-    return TrainIterator(TrainBatch(source, config, tokenizer, seed, _rows(config.batch_size, shard), labels))
+    answering = None
+    if hasattr(source, "most_answers") and tokenizer is not None:
+        answering = tokenizer.at_length(config.tokenizer.answer_length)
+    return TrainIterator(TrainBatch(source, config, tokenizer, seed, _rows(config.batch_size, shard), labels,
+                                    answering))
 
 
 def eval_batches(
@@ -203,13 +208,18 @@ class TrainBatch:
     seed: int
     rows: range
     labels: bool
+    answering: Any = None
+    """The tokenizer of answers."""
 
     def __call__(self, step: int) -> Batch:
         """Loads batch `step`."""
         size = self.config.batch_size
         drawn = step_records(len(self.source), size, self.seed, step)
         rows = [self._row(step * size + row, int(drawn[row])) for row in self.rows]
-        return _stack(rows, self.tokenizer)
+        batch = _stack(rows, self.tokenizer)
+        if "answers" in rows[0]:
+            batch |= vqa.answer_arrays([row["answers"] for row in rows], self.answering, self.source.most_answers)
+        return batch
 
     def _row(self, position: int, drawn: int) -> dict[str, Any]:
         fault = 0
@@ -269,9 +279,14 @@ def _load(source: Source, index: int, with_text: bool, with_label: bool, rng: np
         raise BadRecord("unreadable", f"{type(error).__name__}: {error}") from None
     row: dict[str, Any] = {}
     if with_text:
-        texts = [text for text in record.get("texts", ()) if text.strip()]
+        texts = (record["question"],) if "question" in record else record.get("texts", ())
+        texts = [text for text in texts if text.strip()]
         if not texts:
-            raise BadRecord("no text", "it has no caption")
+            raise BadRecord("no text", "it has no caption and no question")
+        if "question" in record and rng is not None:
+            row["answers"] = vqa.weighted(record.get("answers", ()))
+            if not row["answers"]:
+                raise BadRecord("no answer", "its question has no answer")
         row["text"] = texts[rng.integers(len(texts)) if rng is not None and len(texts) > 1 else 0]
     if with_label and source.classes is not None:
         if not 0 <= record.get("label", -1) < len(source.classes):

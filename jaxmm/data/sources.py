@@ -1,6 +1,7 @@
 """Where pictures and words come from: one string names a source, which is read by record number.
 
-`folder:DIR`, `captions:FILE.jsonl`, `coco:FILE.json`, `digits:SPLIT`, `scenes:SPLIT` and `tfds:NAME:SPLIT`.
+`folder:DIR`, `captions:FILE.jsonl`, `coco:FILE.json`, `digits:SPLIT`, `scenes:SPLIT`, `tfds:NAME:SPLIT` and
+`vqa:PLACE`.
 """
 
 import difflib
@@ -16,7 +17,8 @@ import numpy as np
 
 Record = dict[str, Any]
 """Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]), `image_id` (str; without one, pictures of the
-same bytes count as the same), `texts` (tuple of str: all captions of the picture), `label` (int)."""
+same bytes count as the same), `texts` (tuple of str: all captions of the picture), `label` (int), `question` (str) with
+`answers` (tuple of str, repeats counted)."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
@@ -169,7 +171,7 @@ def open_folder(spec: str, location: str, data_dir: str | None = None) -> Files:
 
 def open_captions(spec: str, location: str, data_dir: str | None = None) -> Files:
     """A JSON object a line: `image` (a path relative to the file), `caption` or `captions`, perhaps `image_id`."""
-    lines = _read(spec, location).split("\n")
+    lines = read_text(spec, location).split("\n")
     files, captions, image_ids = [], [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -194,7 +196,7 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
 
 def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
     """COCO's captions layout: a record a picture, with all its captions, in the order of `images`."""
-    text = _read(spec, location)
+    text = read_text(spec, location)
     try:
         content = json.loads(text)
         images = [(image["id"], image["file_name"]) for image in content["images"]]
@@ -207,7 +209,7 @@ def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
         raise DataError(f"source {spec!r}: {location} is not COCO's captions layout (`images` with `id`, `file_name`; "
                         f"`annotations` with `image_id`, `caption`): {type(error).__name__} {error}") from None
     files = [name for _, name in images]
-    root = _image_folder(Path(location), files[0]) if files else Path(location).parent
+    root = image_folder(Path(location), files[0]) if files else Path(location).parent
     if root is None:
         raise DataError(f"source {spec!r}: {files[0]!r}, the first picture, is neither beside {location} nor in a "
                         f"folder beside it or beside its folder")
@@ -247,15 +249,23 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> Source:
     return tfds.open_tfds(spec, location, data_dir)
 
 
-def _read(spec: str, location: str) -> str:
+def open_vqa(spec: str, location: str, data_dir: str | None = None) -> Source:
+    """Questions about pictures, with answers."""
+    from jaxmm.data import vqa
+
+    return vqa.open_questions(spec, location, data_dir)
+
+
+def read_text(spec: str, location: str) -> str:
+    """The text of a file of the source `spec`. Raises `DataError`."""
     try:
         return Path(location).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise DataError(f"source {spec!r}: cannot read {location}: {error.strerror}") from None
 
 
-def _image_folder(file: Path, picture: str) -> Path | None:
-    """Finds the folder of COCO's pictures: beside the annotations, or beside the folder that they are in."""
+def image_folder(file: Path, picture: str) -> Path | None:
+    """The folder of COCO's pictures: beside the annotations, or beside the folder that they are in."""
     folder = file.resolve().parent
     for candidate in (folder, folder / "images", *_folders(folder), *_folders(folder.parent)):
         if (candidate / picture).is_file():
@@ -276,5 +286,6 @@ KINDS: dict[str, tuple[Opener, str]] = {
     "folder": (open_folder, "DIR"),
     "scenes": (open_scenes, "SPLIT"),
     "tfds": (open_tfds, "NAME:SPLIT"),
+    "vqa": (open_vqa, "PLACE"),
 }
 """What a spec can begin with: how it is opened, and what follows the colon."""

@@ -103,6 +103,10 @@ class Tokenizer:
                 ids.pop()
         return self.backend.decode(ids, skip_special_tokens=True).strip()
 
+    def at_length(self, length: int) -> "Tokenizer":
+        """The same for texts of another length; a copy, because other threads may be reading with this one."""
+        return _rebuild(self.backend.to_str(), self._settings() | {"context_length": length})
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""

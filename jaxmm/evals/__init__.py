@@ -6,7 +6,8 @@ from jaxmm.evals.common import CaptionExample, EvalContext, PredictionExample, R
 from jaxmm.evals.knn import KNN
 from jaxmm.evals.probe import LinearProbe
 from jaxmm.evals.retrieval import Retrieval
+from jaxmm.evals.vqa import VQAAccuracy
 from jaxmm.evals.zero_shot import ZeroShot
 
 __all__ = ["KNN", "CaptionExample", "Captions", "Classification", "EvalContext", "LinearProbe", "PredictionExample",
-           "Retrieval", "RetrievalExample", "Retrieved", "ZeroShot"]
+           "Retrieval", "RetrievalExample", "Retrieved", "VQAAccuracy", "ZeroShot"]

@@ -156,16 +156,29 @@ class MedLayer(nn.Module):
 
         `seen` may have fewer rows than `x`: then each of them is looked at by as many rows of `x` in turn.
         """
-        own, cross, mlp = map(self._causal, ("attention", "cross_attention", "mlp"))
+        own = self._causal("attention")
         new = getattr(self, own).keys_values(x)
         past = tuple(jax.lax.dynamic_update_slice_in_dim(old, row.astype(old.dtype), at, axis=1)
                      for old, row in zip(past, new, strict=True))
         x = self._add(own, x, getattr(self, own).attend_to(x, past, mask, train=False)[0], False)
-        b, rows = len(x), len(seen[0])
-        beams = x.reshape(rows, b // rows, x.shape[-1])  # the beams of a picture side by side, as if they were tokens
-        y = getattr(self, cross).attend_to(beams, seen, context_mask, train=False)[0].reshape(x.shape)
+        return self._grounded(x, seen, context_mask), past
+
+    def follow(
+        self, x: Float[Array, "b t d"], mask: Mask,
+        seen: tuple[Float[Array, "r n h k"], Float[Array, "r n h k"]], context_mask: ContextMask | None,
+    ) -> Float[Array, "b t d"]:
+        """`decode` without dropout, of what `look` saw; with fewer rows in `seen` as in `step`."""
+        own = self._causal("attention")
+        return self._grounded(self._add(own, x, getattr(self, own)(x, x, mask, train=False)[0], False), seen,
+                              context_mask)
+
+    def _grounded(self, x, seen, context_mask):
+        cross, mlp = self._causal("cross_attention"), self._causal("mlp")
+        rows = len(seen[0])
+        texts = x.reshape(rows, -1, x.shape[-1])  # the texts of a picture side by side, as if they were one
+        y = getattr(self, cross).attend_to(texts, seen, context_mask, train=False)[0].reshape(x.shape)
         x = self._add(cross, x, y, False)
-        return self._add(mlp, x, getattr(self, mlp)(x, train=False), False), past
+        return self._add(mlp, x, getattr(self, mlp)(x, train=False), False)
 
     def __call__(self, x: Float[Array, "b t d"], context: Float[Array, "b n c"]) -> Float[Array, "b t d"]:
         """Every mode once, to make its parameters."""
@@ -307,6 +320,21 @@ class Med(nn.Module):
         x = self.embedding(tokens[:, None], at, train=False)
         x, cache = jax.lax.scan(one, x, (self.blocks, cache.key, cache.value, tuple(seen)))
         return self.head(x, self.embedding)[:, 0], cache
+
+    def follow(
+        self, tokens: Int[Array, "b t"], seen: Cache, context_mask: Bool[Array, "r n"] | None = None,
+    ) -> Float[Array, "b t v"]:
+        """`decode` without dropout, of what `look` made; each of its rows is seen by as many texts in turn."""
+        layer = MedLayer(self.config, parent=None)
+        mask = causal_mask(tokens.shape[1]) & (tokens != self.config.pad_id)[:, None, None, :]
+        context_mask = None if context_mask is None else context_mask[:, None, None, :]
+
+        def one(x, inputs):
+            params, seen = inputs
+            return layer.apply({"params": params}, x, mask, seen, context_mask, method=MedLayer.follow), None
+
+        x, _ = jax.lax.scan(one, self.embedding(tokens, train=False), (self.blocks, tuple(seen)))
+        return self.head(x, self.embedding)
 
     def _run(self, method, x, mask, context, context_mask, *more, train: bool, weights: bool = False):
         """All layers, one after the other: the tokens, and with `weights` those of cross-attention."""

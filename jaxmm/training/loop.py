@@ -27,7 +27,7 @@ from jaxmm.training.step import compile_step
 from jaxmm.training.workdir import begin, begun
 from jaxmm.viz import write_report
 
-INPUTS = ("image", "tokens", "label", "image_id", "text_id")
+INPUTS = ("image", "tokens", "label", "image_id", "text_id", "answers", "answer_weight")
 """What of a batch goes to the devices."""
 CORPUS = 200_000
 """Records whose texts a tokenizer is trained on, at most."""
@@ -87,6 +87,8 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
             f"1: the loss of {type(config.task).__name__} cannot be computed in parts")
     source = open_source(config.data.train, data_dir=config.data.data_dir)
     began = begun(config, workdir, source)
+    require("answers" not in config.task.reads or getattr(source, "most_answers", 0), "data.train", config.data.train,
+            "a source of questions with answers, such as vqa:DIR or vqa:FILE.json")
     val = open_source(config.data.val, data_dir=config.data.data_dir) if config.data.val else None
     if val is not None and None not in (source.classes, val.classes) and source.classes != val.classes:
         odd = sorted(set(source.classes) ^ set(val.classes))

@@ -1,0 +1,92 @@
+"""Answering questions about pictures: BLIP reads the question in view of the picture and writes (Li et al. 2022,
+section 4.4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxmm.config import check_types, require
+from jaxmm.losses.language import token_losses
+from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import Pixels
+from jaxmm.tasks.base import Task, check_pairs
+from jaxmm.tasks.caption import with_vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQA(Task):
+    """The picture is encoded and the question read once, for all of its answers, each of which has a weight."""
+
+    model: BLIPConfig
+    pixels: Pixels = CLIP_PIXELS
+    """How bytes become the model's input."""
+    smoothing: float = 0.1
+    """Label smoothing of the answers' tokens."""
+    reads: ClassVar = ("image", "text", "answers")
+    decomposes: ClassVar[bool] = True
+
+    def __post_init__(self):
+        """Checks that the model reads questions and writes answers."""
+        check_types(self, "task")
+        text, answer = self.model.text, self.model.answer
+        require(text.encoder and not text.decoder, "task.model.text.decoder", text.decoder,
+                "False: task.model.answer writes")
+        require(answer is not None and answer.decoder and not answer.encoder, "task.model.answer", answer,
+                "a MedConfig with encoder=False")
+        require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
+
+    def bind(self, *, image_size, classes, tokenizer):
+        """The vocabulary of questions and answers is the tokenizer's and two tokens more, where the recipe's has no
+        room for it."""
+        check_pairs(image_size, self.model.vision, tokenizer)
+        require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
+        require(tokenizer.context_length <= self.model.text.positions, "data.tokenizer.context_length",
+                tokenizer.context_length, f"at most task.model.text.positions = {self.model.text.positions}")
+        text, answer = (with_vocabulary(part, tokenizer) for part in (self.model.text, self.model.answer))
+        return replace(self, model=replace(self.model, text=text, answer=answer))
+
+    def init(self, rng):
+        """Fresh parameters."""
+        size = self.model.vision.image_size
+        image, tokens = jnp.zeros((1, size, size, 3)), jnp.ones((1, 2), jnp.int32)
+        return BLIP(self.model).init(rng, image, tokens, train=False)["params"]
+
+    def encode(self, params, batch, rng):
+        """For each question the weighted sum of its answers' losses, and its answers' tokens: right ones, and all."""
+        model, answer = BLIP(self.model), self.model.answer
+        rngs = [{"dropout": key} for key in jax.random.split(rng, 3)]
+        tokens, weights = batch["answers"], batch["answer_weight"]
+        b, a, t = tokens.shape
+        require(t <= answer.positions, "data.tokenizer.answer_length", t,
+                f"at most task.model.answer.positions = {answer.positions}")
+
+        def run(method, *args, rngs, **options):
+            return model.apply({"params": params}, *args, train=True, method=method, rngs=rngs, **options)
+
+        seen = run(BLIP.see, self.pixels(batch["image"]), rngs=rngs[0])
+        states = run(BLIP.read, batch["tokens"], seen, rngs=rngs[1])
+        tokens = tokens.reshape(b * a, t).at[:, 0].set(answer.decode_id)
+        there = jnp.repeat(batch["tokens"] != self.model.text.pad_id, a, axis=0)
+        logits = run(BLIP.write, tokens, jnp.repeat(states, a, axis=0), context_mask=there, rngs=rngs[2])
+        counts = (tokens != answer.pad_id) & (weights.reshape(-1, 1) > 0)
+        losses = token_losses(logits, tokens, counts, self.smoothing).sum(axis=1).reshape(b, a)
+        right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]
+        return {"loss": (losses * weights).sum(axis=1), "right": right.reshape(b, -1).sum(axis=1),
+                "all": counts[:, 1:].reshape(b, -1).sum(axis=1)}
+
+    def objective(self, params, outputs, batch):
+        """The mean over questions; the share of tokens of answers that are the likeliest."""
+        accuracy = outputs["right"].sum() / jnp.maximum(outputs["all"].sum(), 1)
+        return outputs["loss"].mean(), {"accuracy": accuracy}
+
+    @property
+    def predict(self) -> Mapping:
+        """`features` [b d], the picture's first token."""
+        def features(params, batch):
+            return BLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), train=False,
+                                          method=BLIP.see)[:, 0].astype(jnp.float32)
+        return {"features": features}
