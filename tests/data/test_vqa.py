@@ -1,0 +1,143 @@
+"""Questions and answers: every layout, what is wrong with files, and the arrays of a batch."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from jaxmm.config import DataConfig, ImageConfig, TokenizerConfig
+from jaxmm.data.pipeline import REASONS, FaultCounter, eval_batches, image_id, train_batches
+from jaxmm.data.sources import DataError, open_source, record_key, record_texts
+from jaxmm.data.tokenizers import make_tokenizer
+from jaxmm.data.vqa import clean_question, common_answers, weighted
+from tests.data.test_sources import png, write
+
+ROWS = [{"image": "p/1.png", "question": "What is #1?", "answers": ["a cat", "cat", "a cat"]},
+        {"image": "p/2.png", "question": "Is it (red)?", "answer": "yes"},
+        {"image": "p/1.png", "question": "How many?", "answer": 3},
+        {"image": "p/2.png", "question": "Why?"}]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in (1, 2):
+        write(tmp_path / f"p/{number}.png", png(number))
+    return tmp_path
+
+
+@pytest.fixture
+def source(folder):
+    return open_source(f"vqa:{write(folder / 'qa.json', json.dumps(ROWS))}")
+
+
+def test_list_and_lines(source, folder):
+    lines = open_source(f"vqa:{write(folder / 'qa.jsonl', chr(10).join(map(json.dumps, ROWS)))}")
+    for each in (source, lines, pickle.loads(pickle.dumps(source))):
+        assert [(each[i]["question"], each[i]["answers"], each[i]["image"]) for i in range(4)] == [
+            ("what is 1?", ("a cat", "cat", "a cat"), png(1)), ("is it red?", ("yes",), png(2)),
+            ("how many?", ("3",), png(1)), ("why?", (), png(2))]
+        assert "texts" not in each[0] and each.most_answers == 2 and each.classes is None
+    assert record_texts(source, 0) == ("what is 1?", "a cat", "cat")
+    assert len({record_key(source, i) for i in range(4)}) == 4 and record_key(source, 1).startswith("p/2.png")
+    np.testing.assert_array_equal(image_id(source[0]), image_id(source[2]))
+    assert (image_id(source[0]) != image_id(source[1])).any()
+    assert open_source(source.name).fingerprint == source.fingerprint != lines.fingerprint
+    one = open_source(f"vqa:{write(folder / 'one.jsonl', json.dumps(ROWS[0]))}")
+    assert len(one) == 1 and one[0]["answers"] == tuple(ROWS[0]["answers"])
+    assert common_answers(source, 2) == ["a cat", "cat"] and len(common_answers(source, 9)) == 4
+
+
+def test_easy_vqa(tmp_path):
+    write(tmp_path / "questions.json", '[["what is it?", "circle", 7], ["is it Red?", "no", 0]]')
+    for number in (0, 7):
+        write(tmp_path / f"images/{number}.png", png(number))
+    source = open_source(f"vqa:{tmp_path}")
+    assert [(r["question"], r["answers"], r["image"], r["image_id"]) for r in (source[0], source[1])] == [
+        ("what is it?", ("circle",), png(7), "7"), ("is it red?", ("no",), png(0), "0")]
+
+
+@pytest.mark.parametrize("names", [
+    ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
+    ("OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json"),
+    ("questions.json", "annotations.json")])
+@pytest.mark.parametrize("picture", ["val2014/COCO_val2014_{:012d}.jpg", "images/{:012d}.jpg"])
+def test_vqav2(names, picture, tmp_path):
+    questions = {"data_subtype": "val2014", "questions": [
+        {"question_id": 90, "image_id": 9, "question": "One?"}, {"question_id": 41, "image_id": 4, "question": "Two?"},
+        {"question_id": 42, "image_id": 4, "question": "Three?"}]}
+    annotations = {"data_subtype": "val2014", "annotations": [
+        {"question_id": 41, "image_id": 4, "answers": [{"answer": "x", "answer_id": 1}, {"answer": "y"}]},
+        {"question_id": 90, "image_id": 9, "answers": [{"answer": "z"}] * 10}]}
+    for name, content in zip(names, (questions, annotations), strict=True):
+        write(tmp_path / "vqa" / name, json.dumps(content))
+    for number in (4, 9):
+        write(tmp_path / picture.format(number), png(number))
+    one, other = (open_source(f"vqa:{tmp_path}/vqa/{name}") for name in names)
+    for source in (one, other):
+        records = [source[i] for i in range(3)]
+        assert [(r["question"], r["answers"], r["image"], r["image_id"]) for r in records] == [
+            ("one?", ("z",) * 10, png(9), "9"), ("two?", ("x", "y"), png(4), "4"), ("three?", (), png(4), "4")]
+    (tmp_path / "vqa" / names[1]).unlink()
+    alone = open_source(f"vqa:{tmp_path}/vqa/{names[0]}")
+    assert alone.most_answers == 0 and alone[1]["answers"] == ()
+
+
+def test_blip_lists_find_their_pictures_in_the_folder_beside(tmp_path):
+    rows = [{"question": "What?", "answer": ["a", "b"], "image": "val2014/1.jpg", "question_id": 5, "dataset": "vqa"}]
+    write(tmp_path / "coco/val2014/1.jpg", png(1))
+    source = open_source(f"vqa:{write(tmp_path / 'lists/vqa_train.json', json.dumps(rows))}")
+    assert source[0]["image"] == png(1) and source[0]["answers"] == ("a", "b")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.json", "[1,", r"a\.json:1 is not JSON"),
+    ("a.jsonl", '{"image": "x", "question": "y"}\n{"image"', r"a\.jsonl:2 is not JSON"),
+    ("a.json", "5", "is int; wanted questions"),
+    ("a.json", "[]", "is empty"),
+    ("a.json", '[{"image": "x"}]', "record 1: wanted an object with `image`"),
+    ("a.json", '[{"image": "x", "question": "y", "answers": [["z"]]}]', "record 1: wanted `answer`"),
+    ("a.json", '{"questions": [{"image_id": 1, "question": "y"}]}', "not VQAv2's layout .*'question_id'"),
+    ("a.json", '{"questions": [{"image_id": 1, "question": "y", "question_id": 2}]}', "_000000000001.jpg', the first"),
+    ("v2_mscoco_val2014_annotations.json", '{"annotations": []}', "v2_OpenEnded_mscoco_val2014_questions.json"),
+    ("b/questions.json", '[["a", "b"]]', r"record 1 is \['a', 'b'\]; wanted \[question"),
+    ("b/other.json", "[]", "no questions.json in the folder")])
+def test_bad_files(name, content, message, tmp_path):
+    file = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=message):
+        open_source(f"vqa:{file.parent if name.startswith('b/') else file}")
+
+
+def test_questions_are_cleaned_as_blip_does():
+    assert clean_question('  Is "THE" cat (really): #1?!\n') == "is the cat really 1?"
+    assert clean_question(" ".join(["w"] * 60)).split() == ["w"] * 50
+
+
+def test_weights_are_shares_of_all_answers():
+    assert weighted(["a", "b", "a", " ", "A"]) == [("a", 0.5), ("b", 0.25), ("A", 0.25)]
+    assert weighted([""]) == []
+
+
+def test_batches(source):
+    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=90), [text for i in range(4) for text in record_texts(
+        source, i)]).at_length(11)
+    config = DataConfig(batch_size=8, image=ImageConfig(size=6), max_bad=1.0, tokenizer=TokenizerConfig(answer_length=5))
+    batches = train_batches(source, config, tokenizer, seed=3)
+    faults, answers = FaultCounter(source, max_bad=1.0), tokenizer.at_length(5)
+    for _ in range(2):
+        batch = next(batches)
+        faults.update(batch)
+        assert batch["answers"].shape == (8, 2, 5) and batch["answers"].dtype == np.int32
+        assert batch["answer_weight"].dtype == np.float32
+        for row, index in enumerate(batch["index"].tolist()):
+            np.testing.assert_array_equal(batch["tokens"][row], tokenizer([source[index]["question"]])[0])
+            wanted = weighted(source[index]["answers"])
+            np.testing.assert_allclose(batch["answer_weight"][row], [*(w for _, w in wanted), 0, 0][:2], rtol=1e-6)
+            np.testing.assert_array_equal(batch["answers"][row, :len(wanted)], answers([text for text, _ in wanted]))
+            assert (batch["answers"][row, len(wanted):] == tokenizer.pad_id).all()
+    assert faults.counts == {"no answer": 4}      # each record four times, one of the four has none
+    batches.close()
+    [batch] = eval_batches(source, config, 5, tokenizer)
+    assert batch["mask"].tolist() == [True] * 4 + [False] and "answers" not in batch
+    np.testing.assert_array_equal(batch["tokens"][3], tokenizer(["why?"])[0])
+    assert batch["fault"].sum() == 0 and "no answer" in REASONS
