@@ -98,7 +98,7 @@ def candidate_tokens(tokenizer: Tokenizer, choices: Sequence[str], config: BLIPC
     text = config.text if config.answer is None else config.answer
     start = prompt_tokens(tokenizer, prompt, text.decode_id)
     room = text.positions - start.shape[1]
-    require(room > 1, "prompt", prompt, f"at most {text.positions - 3} tokens")
+    require(room > 1, "prompt", prompt, f"at most {text.positions - 3} tokens, for a choice and its end")
     own = tokenizer.at_length(room + 1)(choices)[:, 1:]
     own = own[:, :1 + np.flatnonzero((own != tokenizer.pad_id).any(axis=0)).max()]
     return np.concatenate([np.repeat(start, len(own), axis=0), own], axis=1), start.shape[1]
