@@ -20,10 +20,10 @@ def get_config() -> TrainConfig:
     """The recipe."""
     vision = ViTConfig(
         transformer=TransformerConfig(width=128, depth=3, heads=4, mlp_dim=384),
-        image_size=64, patch=8)
+        image_size=64, patch=16)
     words = TransformerConfig(width=128, depth=2, heads=4, mlp_dim=384, eps=1e-12, init="normal")
     text = MedConfig(transformer=words, vocab_size=8, positions=24, context_width=128, decoder=False, end_id=3)
-    answer = MedConfig(transformer=words, vocab_size=8, positions=12, context_width=128, encoder=False, end_id=3)
+    answer = MedConfig(transformer=words, vocab_size=8, positions=24, context_width=128, encoder=False, end_id=3)
     model = BLIPConfig(vision=vision, text=text, answer=answer, embed_dim=None, matching=False, temperature=None)
     return TrainConfig(
         task=VQA(model=model),
@@ -31,7 +31,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             train="vqa:data/train", val="vqa:data/test", batch_size=128,
             # Mirror images are harmless as long as no question speaks of left and right.
-            image=ImageConfig(size=64, train_crop="squash", eval_crop="squash"),
+            image=ImageConfig(size=64, train_crop="pad", eval_crop="squash"),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=400, context_length=16, answer_length=6)),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05, warmup=100, b2=0.98),
         evals=(VQAAccuracy(),),

@@ -76,11 +76,11 @@ def rank(
 
 @lru_cache(maxsize=16)
 def ranker(task: Task, given: int, top: int, shortlist: int, smoothing: float, mesh: Mesh | None
-           ) -> Callable[[Any, Int[Array, "m t"], Mapping], dict]:
-    """(parameters, candidates [m t], batch of `image` and, of a model that answers, `tokens`) to `Ranked`'s fields,
+           ) -> Callable[[Any, Mapping, Int[Array, "m t"]], dict]:
+    """(parameters, batch of `image` and, of a model that answers, `tokens`; candidates [m t]) to `Ranked`'s fields,
     compiled."""
 
-    def run(params, candidates, batch):
+    def run(params, batch, candidates):
         context, there = ground(task, params, batch)
         return rank(task.model, params, context, candidates, there, given=given, top=top, shortlist=shortlist,
                     smoothing=smoothing)._asdict()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from jaxmm.answering import ANSWERS
 from jaxmm.captioning import CAPTIONS
 from jaxmm.config import ConfigError
 from jaxmm.data.faults import BadRecord
@@ -29,6 +30,7 @@ from jaxmm.training.process import keep_memory, use_compilation_cache
 
 DEFAULT = "openai/clip-vit-base-patch32"
 CAPTIONER = "Salesforce/blip-image-captioning-base"
+ANSWERER = "Salesforce/blip-vqa-base"
 MATCHER = "Salesforce/blip-itm-base-coco"
 
 
@@ -44,6 +46,7 @@ Source = Annotated[str, tyro.conf.Positional, place("SOURCE")]
 Folder = Annotated[Path, tyro.conf.Positional, place("FOLDER")]
 Out = Annotated[Path, tyro.conf.Positional, place("OUT")]
 Words = Annotated[str, tyro.conf.Positional, place("WORDS")]
+Question = Annotated[str, tyro.conf.Positional, place("QUESTION")]
 
 
 class Skipped:
@@ -91,7 +94,7 @@ def classify(
 
 def caption(
     pictures: Pictures, model: str = CAPTIONER, prompt: str | None = None, top: int = 1,
-    decoding: Decoding = CAPTIONS, seed: int = 0, json: bool = False,
+    decoding: Decoding = CAPTIONS, seed: int = 0, choices: str | None = None, json: bool = False,
 ) -> None:
     """Writes captions of pictures.
 
@@ -102,10 +105,12 @@ def caption(
         top: So many captions a picture, at most as many as beams.
         decoding: How they are written.
         seed: Of what is drawn.
+        choices: Captions to choose from instead, separated by commas; or a text file with one a line.
         json: A line of JSON a picture instead of a table.
     """
     rows, skipped = each(pictures, lambda paths, on_error: load(model).caption(
-        progress(paths), prompt=prompt, decoding=decoding, top=top, seed=seed, on_error=on_error))
+        progress(paths), prompt=prompt, decoding=decoding, top=top, seed=seed, on_error=on_error,
+        choices=None if choices is None else read_labels(choices)))
     if json:
         for path, found in rows:
             print_json({"picture": path, "captions": [{"caption": text, "score": score} for text, score in found]})
@@ -114,6 +119,30 @@ def caption(
             (path if i == 0 else "", text, f"{score:.3f}") for path, found in rows
             for i, (text, score) in enumerate(found)))
     end(skipped, len(rows))
+
+
+def answer(
+    picture: Picture, question: Question, model: str = ANSWERER, choices: str | None = None, top: int = 1,
+    decoding: Decoding = ANSWERS, json: bool = False,
+) -> None:
+    """Answers a question about a picture.
+
+    Args:
+        picture: A file.
+        question: What is asked.
+        model: BLIP that answers: a repository of the hub, a folder, a file, or a run's work folder.
+        choices: Answers to choose from, separated by commas; or a text file with one a line. If not said, any.
+        top: So many answers; without choices at most as many as beams.
+        decoding: How they are written, without choices.
+        json: A line of JSON an answer instead of a table.
+    """
+    names = None if choices is None else read_labels(choices)
+    [found] = load(model).answer([str(picture)], question, choices=names, decoding=decoding, top=top)
+    if json:
+        for text, score in found:
+            print_json({"answer": text, "score": score})
+    else:
+        print_table(("answer", "score"), ((text, f"{score:.3f}") for text, score in found))
 
 
 def match(picture: Picture, texts: Texts, model: str = MATCHER, json: bool = False) -> None:
@@ -319,8 +348,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         use_compilation_cache()
         tyro.extras.subcommand_cli_from_dict(
-            {"classify": classify, "caption": caption, "match": match, "search": search, "convert": convert,
-             "show": show, "parity": parity},
+            {"classify": classify, "caption": caption, "answer": answer, "match": match, "search": search,
+             "convert": convert, "show": show, "parity": parity},
             prog="jaxmm", args=args, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
     except (ConfigError, FileError, SearchError, BadRecord, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

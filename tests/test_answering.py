@@ -79,7 +79,6 @@ def test_what_else_is_there_does_not_matter(model, monkeypatch):
 
 
 def test_shortlist(model):
-    config, params, context = model
     want = scores(*model, CANDIDATES, MASK, 1)
     firsts = scores(*model, CANDIDATES[:, :2], MASK, 1)
     got = run(model, shortlist=3, top=2)

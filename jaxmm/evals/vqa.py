@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,7 @@ class VQAAccuracy(Evaluator):
             fn = writer(task, self.decoding, 0, context.mesh)
         else:
             candidates, given = candidate_tokens(tokenizer, choices, task.model)
-            compiled = ranker(task, given, 3, self.shortlist, self.smoothing, context.mesh)
-            fn = lambda params, batch: compiled(params, candidates, batch)  # noqa: E731
+            fn = partial(ranker(task, given, 3, self.shortlist, self.smoothing, context.mesh), candidates=candidates)
         for result, batch in outputs(fn, chosen_weights(self, context), batches, context.mesh):
             for row, index in enumerate(batch["index"].tolist()):
                 texts = ([choices[i] for i in result["index"][row]] if choices is not None

@@ -30,22 +30,22 @@ IGNORED = (r"\.position_ids$", r"\.predictions\.decoder\.(weight|bias)$")
 
 def read_transformers(config: Mapping[str, Any], tensors: Tensors, preprocessor: Mapping[str, Any] | None
                       ) -> Checkpoint:
-    """Understands a folder of transformers' BLIP classes: the one that writes captions, and the one that matches."""
+    """Understands a folder of transformers' BLIP classes: those that write captions, that match and that answer."""
     vision, text = VISION | config.get("vision_config", {}), TEXT | config.get("text_config", {})
     encoder, decoder = halves(tensors)
-    if encoder and decoder:
-        raise FileError("this BLIP answers questions; supported are those that write captions and that match")
     if not encoder and not decoder:
-        raise FileError("this BLIP has neither text_encoder nor text_decoder; supported are those that write captions "
-                        "and that match")
+        raise FileError("this BLIP has neither text_encoder nor text_decoder; supported are those that write captions, "
+                        "that match and that answer questions")
     picture = ViTConfig(transformer=stack(vision), image_size=vision["image_size"], patch=vision["patch_size"])
     words = MedConfig(
         transformer=replace(stack(text), init="normal"), vocab_size=text["vocab_size"],
         positions=text["max_position_embeddings"], context_width=text["encoder_hidden_size"], encoder=encoder,
-        decoder=decoder, pad_id=text["pad_token_id"], end_id=text["sep_token_id"], decode_id=text["bos_token_id"],
+        decoder=not encoder, pad_id=text["pad_token_id"], end_id=text["sep_token_id"], decode_id=text["bos_token_id"],
         encode_id=text["bos_token_id"] + 1)
-    model = BLIPConfig(vision=picture, text=words, matching=encoder, temperature=None,
-                       embed_dim=tensors["vision_proj.weight"].shape[0] if encoder else None)
+    matching = encoder and not decoder
+    model = BLIPConfig(vision=picture, text=words, matching=matching, temperature=None,
+                       answer=answering(words, tensors) if encoder and decoder else None,
+                       embed_dim=tensors["vision_proj.weight"].shape[0] if matching else None)
     notes = []
     if "num_attention_heads" not in config.get("text_config", {}):
         notes.append("text_config.num_attention_heads is left out: 12 are used, with which every released model was "
@@ -68,21 +68,31 @@ def halves(tensors: Tensors) -> tuple[bool, bool]:
     return encoder, decoder
 
 
+def answering(text: MedConfig, tensors: Tensors) -> MedConfig:
+    """The decoder of answers beside the question encoder `text`: the same, but for what it sees."""
+    key = tensors["text_decoder.bert.encoder.layer.0.crossattention.self.key.weight"]
+    return replace(text, encoder=False, decoder=True, context_width=key.shape[1])
+
+
 def write_transformers(config: BLIPConfig, image: ImageConfig, pixels: Pixels
                        ) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
     """`config.json`, `preprocessor_config.json` and the rows of a folder that transformers loads.
 
     Raises `FileError` where it has no class that does only that.
     """
-    text = config.text
-    if text.encoder == text.decoder or config.answer is not None or config.temperature is not None:
-        raise FileError("transformers has no such BLIP: it has classes that only write captions, and that only match, "
-                        "without a temperature")
+    text, answer = config.text, config.answer
+    if text.encoder == text.decoder or config.temperature is not None or (
+            answer is not None and (config.matching or config.embed_dim)):
+        raise FileError("transformers has no such BLIP: it has classes that only write captions, that only match, and "
+                        "that only answer, without a temperature")
+    if answer is not None and replace(text, encoder=False, decoder=True) != answer:
+        raise FileError("transformers has no such BLIP: text and answer differ, and it has one configuration for both")
     if text.encode_id != text.decode_id + 1:
         raise FileError(f"transformers has no such BLIP: text.encode_id = {text.encode_id}")
+    name = "QuestionAnswering" if answer else "ImageTextRetrieval" if text.encoder else "ConditionalGeneration"
     described = {
         "model_type": "blip", "image_text_hidden_size": config.embed_dim or 256,
-        "architectures": ["BlipForImageTextRetrieval" if text.encoder else "BlipForConditionalGeneration"],
+        "architectures": [f"BlipFor{name}"],
         "vision_config": write_stack(config.vision.transformer) | {
             "model_type": "blip_vision_model", "image_size": config.vision.image_size,
             "patch_size": config.vision.patch},

@@ -20,9 +20,12 @@ from jaxmm.tasks.blip import BLIPPretraining
 from jaxmm.tasks.caption import Captioning
 from jaxmm.tasks.classify import Classify
 from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.vqa import VQA
 
 BLIP_LENGTH = 40
 """Tokens of a text in BLIP's fine-tuning for captions and matching, at most."""
+QUESTION_LENGTH = 35
+"""Tokens of a question, likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class Checkpoint:
             kind = "softmax" if self.config.logit_bias is None else "sigmoid"
             return Contrastive(model=self.config, pixels=self.pixels, kind=kind)
         if isinstance(self.config, BLIPConfig):
-            task = BLIPPretraining if self.config.text.encoder else Captioning
+            task = VQA if self.config.answer else BLIPPretraining if self.config.text.encoder else Captioning
             return task(model=self.config, pixels=self.pixels)
         return Classify(model=self.config, pixels=self.pixels)
 
@@ -59,7 +62,9 @@ class Checkpoint:
     def context_length(self) -> int:
         """Tokens that texts are cut and padded to."""
         text = self.config.text
-        return min(text.positions, BLIP_LENGTH) if isinstance(text, MedConfig) else text.context_length
+        if not isinstance(text, MedConfig):
+            return text.context_length
+        return min(text.positions, QUESTION_LENGTH if self.config.answer else BLIP_LENGTH)
 
 
 RESIZES: dict[str, Resize] = {"transformers": "bicubic", "npz": "linear"}

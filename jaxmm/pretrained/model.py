@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image
 
+from jaxmm.answering import ANSWERS, SHORTLIST, candidate_tokens, ranker
 from jaxmm.captioning import CAPTIONS, matcher, prompt_tokens, writer
 from jaxmm.config import ImageConfig
 from jaxmm.data.images import BadImage, decode
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
+from jaxmm.data.vqa import clean_question
 from jaxmm.evals.common import outputs, predict_fn, whole_batch
 from jaxmm.evals.zero_shot import TEMPLATES, unit
 from jaxmm.generate import Decoding
@@ -162,33 +165,76 @@ class Model:
 
     def caption(
         self, pictures: Iterable[Picture], *, prompt: str | None = None, decoding: Decoding = CAPTIONS, top: int = 1,
-        seed: int = 0, on_error: OnError | None = None,
+        seed: int = 0, choices: Sequence[str] | None = None, on_error: OnError | None = None,
     ) -> list[list[tuple[str, float]]]:
         """The `top` best (caption, score) of each picture, best first.
 
         Written behind `prompt` (None: the one that the model was trained with), which is not part of the result. The
         score is the mean log-probability of a token, where `decoding.length_penalty` is 1. What is drawn depends on
-        `seed` and on a picture's number.
+        `seed` and on a picture's number. Among `choices`, the score is the log-probability of the whole text.
         """
         if not isinstance(self.config, BLIPConfig) or not self.config.text.decoder:
             raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that writes, such as "
                              "Salesforce/blip-image-captioning-base")
+        prompt = getattr(self.task, "prompt", "") if prompt is None else prompt
+        batches = self._pictures(pictures, on_error)
+        if choices is not None:
+            return self._chosen(batches, choices, prompt, top, max(1, len(choices)))
+        return self._written(batches, prompt, decoding, top, seed)
+
+    def answer(
+        self, pictures: Iterable[Picture], questions: Sequence[str] | str, *, choices: Sequence[str] | None = None,
+        decoding: Decoding = ANSWERS, top: int = 1, shortlist: int = SHORTLIST,
+    ) -> list[list[tuple[str, float]]]:
+        """The `top` best (answer, score) to each picture's question (one text: the same for all), best first.
+
+        Written freely, with scores as of captions; or chosen among `choices`, by the log-probability of the whole
+        answer, of which those `shortlist` are compared whose first token is likeliest (see `jaxmm.answering.rank`).
+        """
+        if not isinstance(self.config, BLIPConfig) or self.config.answer is None:
+            raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that answers questions, such as "
+                             "Salesforce/blip-vqa-base")
+        pictures = list(pictures)
+        asked = [questions] * len(pictures) if isinstance(questions, str) else questions
+        if len(asked) != len(pictures):
+            raise ValueError(f"there are {len(asked)} questions for {len(pictures)} pictures; wanted one for each")
+        cleaned = [clean_question(question) for question in asked]
+        if "" in cleaned:
+            raise ValueError(f"question {asked[cleaned.index('')]!r} has no words")
+        starts, tokens = itertools.count(0, BATCH), self.tokenize(cleaned)
+        batches = (batch | {"tokens": tokens[start:start + len(batch["image"])]}
+                   for start, batch in zip(starts, self._pictures(pictures), strict=False))
+        if choices is not None:
+            return self._chosen(batches, choices, "", top, shortlist)
+        return self._written(batches, "", decoding, top, 0)
+
+    def _written(self, batches: Iterable[dict[str, np.ndarray]], prompt: str, decoding: Decoding, top: int, seed: int
+                 ) -> list[list[tuple[str, float]]]:
         if not 0 < top <= decoding.beams:
             raise ValueError(f"top is {top}; wanted 1 to decoding.beams = {decoding.beams}")
-        prompt = getattr(self.task, "prompt", "") if prompt is None else prompt
-        given = prompt_tokens(self._words, prompt, self.config.text.decode_id)
+        given = prompt_tokens(self._words, prompt, (self.config.answer or self.config.text).decode_id)
         if given.shape[1] >= decoding.max_length:
             raise ValueError(f"the prompt has {given.shape[1]} tokens; decoding.max_length = {decoding.max_length} "
                              "leaves no room behind it")
-        fn, rows, captions = writer(self.task, decoding, seed, self.mesh), itertools.count(), []
+        fn, rows, texts = writer(self.task, decoding, seed, self.mesh), itertools.count(), []
         batches = ({"prompt": np.repeat(given, len(batch["image"]), axis=0),
                     "row": np.asarray(list(itertools.islice(rows, len(batch["image"]))), np.int32)} | batch
-                   for batch in self._pictures(pictures, on_error))
+                   for batch in batches)
         for result, _ in outputs(fn, self.params, map(self._filled, batches), self.mesh):
-            captions += [[(self._words.decode(row[given.shape[1]:]), float(score))
-                          for row, score in zip(tokens[:top], scores, strict=False)]
-                         for tokens, scores in zip(result["tokens"], result["score"], strict=True)]
-        return captions
+            texts += [[(self._words.decode(row[given.shape[1]:]), float(score))
+                       for row, score in zip(tokens[:top], scores, strict=False)]
+                      for tokens, scores in zip(result["tokens"], result["score"], strict=True)]
+        return texts
+
+    def _chosen(self, batches: Iterable[dict[str, np.ndarray]], choices: Sequence[str], prompt: str, top: int,
+                shortlist: int) -> list[list[tuple[str, float]]]:
+        if top < 1 or shortlist < 1:
+            raise ValueError(f"top is {top} and shortlist {shortlist}; wanted positive numbers")
+        candidates, given = candidate_tokens(self._words, choices, self.config, prompt)
+        fn = partial(ranker(self.task, given, top, shortlist, 0.0, self.mesh), candidates=candidates)
+        return [[(choices[i], float(score)) for i, score in zip(*each, strict=True)]
+                for result, _ in outputs(fn, self.params, map(self._filled, batches), self.mesh)
+                for each in zip(result["index"], result["score"], strict=True)]
 
     def match(self, pictures: Iterable[Picture], texts: Sequence[str], *, on_error: OnError | None = None
               ) -> Float[np.ndarray, "b c"]:
@@ -333,5 +379,7 @@ def load(
 def with_dtype(model: Any, dtype: str) -> Any:
     """The configuration `model`, computing in `dtype`."""
     if isinstance(model, (CLIPConfig, BLIPConfig)):
-        return replace(model, vision=with_dtype(model.vision, dtype), text=with_dtype(model.text, dtype))
+        towers = {name: with_dtype(getattr(model, name), dtype) for name in ("vision", "text", "answer")
+                  if getattr(model, name, None) is not None}
+        return replace(model, **towers)
     return replace(model, transformer=replace(model.transformer, dtype=dtype))

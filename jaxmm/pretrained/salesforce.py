@@ -1,4 +1,4 @@
-"""The files of BLIP's authors (`.pth`): pre-training, captioning, retrieval.
+"""The files of BLIP's authors (`.pth`): pre-training, captioning, retrieval, questions.
 
 They hold no configuration. Sizes are read off the weights; heads of 64, epsilons and token ids are the same for all
 that were released. What only training needs (momentum copies, queues) is left out.
@@ -11,7 +11,7 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import timm
-from jaxmm.pretrained.blip import IGNORED, halves, head_rows, text_rows
+from jaxmm.pretrained.blip import IGNORED, answering, halves, head_rows, text_rows
 from jaxmm.pretrained.checkpoint import Checkpoint
 from jaxmm.pretrained.files import FileError, Tensors
 from jaxmm.pretrained.layers import depth
@@ -32,12 +32,13 @@ NAMES: dict[Part, tuple[str, str]] = {
 
 
 def read(tensors: Tensors) -> Checkpoint:
-    """Understands a file of the authors'. Raises `FileError` for those of questions and of two pictures."""
+    """Understands a file of the authors'. Raises `FileError` for those of two pictures."""
     encoder, decoder = halves(tensors)
     if any(".crossattention.self0." in key for key in tensors):
-        raise FileError("this BLIP reads two pictures (NLVR2); supported are pre-training, captioning and retrieval")
-    if encoder and decoder and "itm_head.weight" not in tensors:
-        raise FileError("this BLIP answers questions; supported are pre-training, captioning and retrieval")
+        raise FileError("this BLIP reads two pictures (NLVR2); supported are pre-training, captioning, retrieval "
+                        "and questions")
+    answers = encoder and decoder and "itm_head.weight" not in tensors
+    both = encoder and decoder and not answers
     if not encoder and not decoder:
         raise FileError("this BLIP has neither text_encoder nor text_decoder")
     width, _, _, patch = tensors["visual_encoder.patch_embed.proj.weight"].shape
@@ -50,19 +51,20 @@ def read(tensors: Tensors) -> Checkpoint:
         image_size=side, patch=patch)
     bert = "text_encoder." if encoder else "text_decoder.bert."
     vocabulary, text_width = tensors[f"{bert}embeddings.word_embeddings.weight"].shape
-    own = tuple(part for part in NAMES if encoder and decoder and not shared(tensors, part))
+    own = tuple(part for part in NAMES if both and not shared(tensors, part))
     text = MedConfig(
         transformer=TransformerConfig(
             width=text_width, depth=depth(tensors, f"{bert}encoder.layer."), heads=text_width // HEAD, eps=1e-12,
             init="normal", mlp_dim=tensors[f"{bert}encoder.layer.0.intermediate.dense.weight"].shape[0]),
         vocab_size=vocabulary, positions=tensors[f"{bert}embeddings.position_embeddings.weight"].shape[0],
         context_width=tensors[f"{bert}encoder.layer.0.crossattention.self.key.weight"].shape[1], encoder=encoder,
-        decoder=decoder, own=own if encoder and decoder else ("attention",), decode_id=vocabulary - 2,
+        decoder=decoder and not answers, own=own if both else ("attention",), decode_id=vocabulary - 2,
         encode_id=vocabulary - 1)
     embed = tensors["vision_proj.weight"].shape[0] if "vision_proj.weight" in tensors else None
     model = BLIPConfig(vision=vision, text=text, embed_dim=embed, matching="itm_head.weight" in tensors,
+                       answer=answering(text, tensors) if answers else None,
                        temperature=0.07 if "temp" in tensors else None)
-    copies = "|".join(names for part, (names, _) in NAMES.items() if part not in own) if encoder and decoder else None
+    copies = "|".join(names for part, (names, _) in NAMES.items() if part not in own) if both else None
     return Checkpoint(
         family="salesforce", config=model, rows=rows(model), pixels=CLIP_PIXELS, words=Words(vocabulary="bert"),
         image=ImageConfig(size=side, eval_crop="squash"),

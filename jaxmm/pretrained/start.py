@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxmm.config import ConfigError, InitConfig, require
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
+from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.embeddings import resize_positions
 from jaxmm.nn.transformer import TransformerConfig
@@ -25,6 +26,8 @@ HOW_TRAINED = ("dropout", "attention_dropout", "drop_path", "dtype", "remat", "s
 """Fields of a stack that say how it is computed and trained; the rest is the architecture."""
 ANEW = re.compile(r"^(vision/)?(head|distillation_head|pre_logits)/")
 """What belongs to the old classes."""
+CONTEXT = re.compile(r"^answer/blocks/cross_attention/(key|value)/kernel$")
+"""What saw pictures and will see questions, whose width may be another (BLIP large)."""
 
 
 def open_start(init: InitConfig) -> Opened:
@@ -38,7 +41,8 @@ def open_start(init: InitConfig) -> Opened:
 def adopt(task: Task, trained: Task, image_size: int) -> Task:
     """`task` with the architecture of `trained`, at `image_size`, and without its heads.
 
-    A classifier takes the picture tower of CLIP or BLIP; these take a classifier's as theirs. What only training sees
+    A classifier takes the picture tower of CLIP or BLIP; these take a classifier's as theirs. What answers questions
+    takes what another BLIP reads and writes with. What only training sees
     (dropout, remat, dtype) stays that of `task`. Raises `ConfigError` where they have nothing in common.
     """
     ours, theirs = task.model, trained.model
@@ -46,11 +50,19 @@ def adopt(task: Task, trained: Task, image_size: int) -> Task:
         model = _tower(ours, getattr(theirs, "vision", theirs), image_size)
     elif isinstance(theirs, ViTConfig):
         model = replace(ours, vision=replace(_tower(ours.vision, theirs, image_size), distillation_head=False))
+    elif isinstance(theirs, BLIPConfig) and theirs.answer is None and getattr(ours, "answer", None) is not None:
+        text = replace(theirs.text, encoder=True, decoder=False, own=ours.text.own,
+                       transformer=_stack(ours.text.transformer, theirs.text.transformer))
+        answer = replace(text, encoder=False, decoder=True, context_width=text.transformer.width,
+                         transformer=_stack(ours.answer.transformer, theirs.text.transformer))
+        model = replace(ours, vision=_tower(ours.vision, theirs.vision, image_size), text=text, answer=answer)
     elif isinstance(ours, BLIPConfig) or isinstance(theirs, BLIPConfig):
         require(type(ours) is type(theirs) and _parts(ours) == _parts(theirs), "init.from", type(trained).__name__,
                 f"a ViT, or a model with the parts of {type(task).__name__}")
         text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
-        model = replace(theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text,
+        answer = theirs.answer and replace(
+            theirs.answer, transformer=_stack(ours.answer.transformer, theirs.answer.transformer))
+        model = replace(theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text, answer=answer,
                         temperature=ours.temperature)
     else:
         text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
@@ -80,6 +92,9 @@ def start_weights(init: InitConfig, task: Task, mesh: Mesh) -> tuple[Mapping[str
             continue
         if theirs.shape != leaf.shape and path.endswith("positions") and not path.startswith("text/"):
             theirs = _resized(theirs, task.model, opened, mesh)
+        if theirs.shape != leaf.shape and CONTEXT.search(path):
+            anew.append(path)
+            continue
         if theirs.shape != leaf.shape:
             raise ConfigError(f"init.from is {init.source!r}, whose {path} is {list(theirs.shape)}; wanted "
                               f"{list(leaf.shape)}, or the path in init.skip")
@@ -101,7 +116,22 @@ def _their_path(path: str, ours: Any, theirs: Any) -> str:
         return path.removeprefix("vision/") if path.startswith("vision/") else ""
     if isinstance(ours, ViTConfig) and not isinstance(theirs, ViTConfig):
         return f"vision/{path}"
+    if getattr(ours, "answer", None) is not None and theirs.answer is None:
+        return _before_answers(path, theirs.text)
     return path
+
+
+def _before_answers(path: str, text: MedConfig) -> str:
+    """Where one text transformer has what `path` names of question encoder and answer decoder; "" for nowhere."""
+    part, _, rest = path.partition("/")
+    if part not in ("text", "answer"):
+        return path
+    if not (text.encoder if part == "text" else text.decoder):
+        return ""
+    found = re.match(r"blocks/(attention|cross_attention|mlp)(_norm)?/", rest)
+    if part == "answer" and found and text.encoder and found[1] in text.own:
+        rest = rest.replace("blocks/", "blocks/causal_", 1)
+    return f"text/{rest}"
 
 
 def _parts(model: BLIPConfig) -> tuple:

@@ -37,7 +37,7 @@ def describe(opened: Opened) -> dict[str, Any]:
 def part_of(path: str) -> str:
     """The part of a model that the parameter at `path` belongs to: the module, under its tower where there is one."""
     names = path.split("/")[:-1]
-    depth = 2 if names[:1] in (["vision"], ["text"]) else 1
+    depth = 2 if names[:1] in (["vision"], ["text"], ["answer"]) else 1
     return "/".join(names[:depth]) or path
 
 

@@ -121,7 +121,8 @@ def test_weights_are_shares_of_all_answers():
 def test_batches(source):
     tokenizer = make_tokenizer(TokenizerConfig(vocab_size=90), [text for i in range(4) for text in record_texts(
         source, i)]).at_length(11)
-    config = DataConfig(batch_size=8, image=ImageConfig(size=6), max_bad=1.0, tokenizer=TokenizerConfig(answer_length=5))
+    config = DataConfig(batch_size=8, image=ImageConfig(size=6), max_bad=1.0,
+                        tokenizer=TokenizerConfig(answer_length=5))
     batches = train_batches(source, config, tokenizer, seed=3)
     faults, answers = FaultCounter(source, max_bad=1.0), tokenizer.at_length(5)
     for _ in range(2):

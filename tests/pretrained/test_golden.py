@@ -37,6 +37,7 @@ def families():
         "transformers_clip": transformers.clip_rows(), "transformers_siglip": transformers.siglip_rows(),
         "transformers_blip_captions": blip.transformers_rows(tiny.CAPTIONER.model),
         "transformers_blip_matching": blip.transformers_rows(tiny.MATCHER.model),
+        "transformers_blip_answers": blip.transformers_rows(tiny.ANSWERER.model),
         "timm_vit": timm.rows(vit), "timm_deit": timm.rows(deit), "timm_siglip": timm.rows(pooled),
         "open_clip": open_clip.rows(clip, custom=False),
         "open_clip_custom": open_clip.rows(replace(clip, text_projection_bias=True, logit_bias=-10.0), custom=True),

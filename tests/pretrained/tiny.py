@@ -18,6 +18,7 @@ from jaxmm.tasks.blip import BLIPPretraining
 from jaxmm.tasks.caption import Captioning
 from jaxmm.tasks.classify import Classify
 from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.vqa import VQA
 from tests.tasks.common import params
 
 SIDE, LENGTH = 12, 9
@@ -51,8 +52,18 @@ MATCHER = BLIPPretraining(model=BLIPConfig(vision=TOWER, text=replace(MED, decod
                                            temperature=None))
 
 
+ANSWERER = VQA(model=BLIPConfig(
+    vision=replace(TOWER, transformer=replace(TOWER.transformer, width=16, heads=2)),
+    text=replace(MED, decoder=False, context_width=16), answer=replace(MED, encoder=False, context_width=16),
+    embed_dim=None, matching=False, temperature=None))
+
+
 def captioner() -> Model:
     return Model(task=CAPTIONER, params=params(CAPTIONER), image=IMAGE, tokenizer=TOKENIZER)
+
+
+def answerer() -> Model:
+    return Model(task=ANSWERER, params=params(ANSWERER), image=IMAGE, tokenizer=TOKENIZER)
 
 
 def matcher() -> Model:

@@ -1,0 +1,101 @@
+"""Official accuracies computed by hand, and the share of questions that a model answers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxmm.config import ConfigError, DataConfig
+from jaxmm.data.sources import open_source
+from jaxmm.evals import EvalContext, VQAAccuracy
+from jaxmm.evals.vqa import accuracy_of, normalise_answer
+from jaxmm.generate import Decoding
+from tests.evals.conftest import MemorySource
+from tests.pretrained import tiny
+
+QUESTIONS = ["a small red?", "two green stars", "above a heart?", "a blue circle?", "large?"]
+CHOICES = ["red", "a star", "blue", "two hearts"]
+
+
+@pytest.mark.parametrize("text, want", [
+    ("The Cat", "cat"), ("a an the", ""), ("Yes.", "yes"), ("2.5", "2.5"), ("two dogs", "2 dogs"), ("none", "0"),
+    ("black/white", "black white"), ("black / white", "black white"), ("1,000", "1000"), ("1,000 (ish)", "1000 ish"),
+    ("red,blue", "red blue"), ("red, blue", "red blue"), ("dont know", "don't know"), ("don't", "don t"),
+    ("its o'clock ", "its o clock"), ("12 oclock", "12 o'clock"), ("t-shirt!", "t-shirt!"), ("what?\n", "what"),
+    ("shouldntve", "shouldntve"), ("whats up", "what's up"), ("ten", "10"), ("somebody'd", "somebody d")])
+def test_normalised(text, want):
+    assert normalise_answer(text) == want
+
+
+@pytest.mark.parametrize("answer, truth, want", [
+    ("yes", ["yes"] * 10, 1.0), ("yes", ["no"] * 10, 0.0),
+    ("yes", ["yes"] * 3 + ["no"] * 7, (3 * 2 / 3 + 7) / 10),      # three subsets have two, seven have three
+    ("yes", ["yes"] * 4 + ["no"] * 6, 1.0), ("yes", ["yes"] + ["no"] * 9, 9 * (1 / 3) / 10),
+    ("yes", ["yes"] * 2 + ["no"] * 8, (2 * 1 / 3 + 8 * 2 / 3) / 10), ("2", ["two", "Two.", "2", "three"], 0.75),
+    ("The cat", ["cat"], 1.0), ("dog", ["cat"], 0.0), ("cat", ["cat", "a dog"], 0.5), ("cat", ["cat"] * 3, 1.0)])
+def test_accuracy(answer, truth, want):
+    assert accuracy_of(answer, truth) == pytest.approx(want)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    rows = []
+    for i, (picture, question) in enumerate(zip(tiny.pictures(5), QUESTIONS, strict=True)):
+        Image.fromarray(picture).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": question, "answers": CHOICES if i == 2 else [CHOICES[i % 4]]})
+    rows[4]["answers"] = []
+    (folder / "qa.json").write_text(json.dumps(rows))
+    return open_source(f"vqa:{folder}/qa.json")
+
+
+def context(source, **fields):
+    model = tiny.answerer()
+    return EvalContext(task=model.task, params=model.params, data=DataConfig(image=tiny.IMAGE), val=source,
+                       tokenizer=tiny.TOKENIZER, **fields)
+
+
+def test_chosen_from_a_list(source, tmp_path):
+    (tmp_path / "answers.txt").write_text("\n".join([*CHOICES, "", "red"]))
+    evaluator = VQAAccuracy(answers=str(tmp_path / "answers.txt"), batch_size=2, examples=2)
+    seen = context(source)
+    got = dict(evaluator.run(seen))
+    found = tiny.answerer().answer(tiny.pictures(5), QUESTIONS, choices=CHOICES, top=3)
+    want = np.mean([accuracy_of(found[i][0][0], source.answers[i]) for i in range(4)])
+    assert got == {"val/vqa_accuracy": pytest.approx(want)} and tuple(got) == evaluator.metrics(seen)
+    assert [(each.truth, [text for text, _ in each.predictions]) for each in seen.examples] == [
+        ("a small red? — red", [text for text, _ in found[0]]), ("large? — ", [text for text, _ in found[4]])]
+    seen = context(source, train=source)
+    assert VQAAccuracy().choices(seen) == ["red", "a star", "two hearts", "blue"]
+    assert VQAAccuracy(limit=2).choices(seen) == ["red", "a star"]
+    some = dict(VQAAccuracy(batch_size=2, questions=2, examples=0).run(seen))
+    assert some["val/vqa_accuracy"] == pytest.approx(
+        np.mean([accuracy_of(found[i][0][0], source.answers[i]) for i in range(2)]))
+
+
+def test_written_freely(source):
+    decoding = Decoding(beams=2, max_length=6)
+    seen = context(source)
+    found = tiny.answerer().answer(tiny.pictures(5), QUESTIONS, decoding=decoding, top=2)
+    known = replace(source, answers=[(found[0][0][0],), ("x",), *source.answers[2:]])
+    got = dict(VQAAccuracy(answers=None, decoding=decoding, batch_size=4, examples=1).run(replace(seen, val=known)))
+    assert normalise_answer(found[0][0][0]) and got["val/vqa_accuracy"] == pytest.approx(
+        np.mean([accuracy_of(found[i][0][0], known.answers[i]) for i in range(4)]))
+    assert got["val/vqa_accuracy"] >= 0.25
+
+
+def test_what_cannot_be_measured(source, tmp_path):
+    (tmp_path / "none.txt").write_text("\n \n")
+    seen = context(source)
+    captions = MemorySource(images=tuple(tiny.pictures(2)), captions=(("a",), ("b",)))
+    captioner = replace(seen, task=tiny.CAPTIONER, params=tiny.captioner().params)
+    for evaluator, where, message in (
+            (VQAAccuracy(answers=None), captioner, "asks for a model that answers; Captioning does not"),
+            (VQAAccuracy(answers=None), context(captions), "source is 'memory'; wanted questions with answers"),
+            (VQAAccuracy(), seen, "answers is 'train'; wanted a run that trains on questions"),
+            (VQAAccuracy(answers=str(tmp_path / "none.txt")), seen, "one answer a line; it has none"),
+            (VQAAccuracy(answers=str(tmp_path / "no.txt")), seen, "no.txt': No such file")):
+        with pytest.raises(ConfigError, match=message):
+            evaluator.check(where)
