@@ -1,4 +1,4 @@
-"""BLIP (Li et al. 2022): a picture encoder, and a text transformer that encodes, matches and writes."""
+"""BLIP (Li et al. 2022): a picture encoder, and a text transformer that encodes, matches, writes and compares."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmm.generate import Decoding, Written, write
 from jaxmm.models.clip import normalise
-from jaxmm.models.med import Med, MedConfig, empty_cache
+from jaxmm.models.med import Context, Med, MedConfig, empty_cache
 from jaxmm.models.vit import ViT, ViTConfig, vit
 from jaxmm.nn.precision import widened
 from jaxmm.validation import check_types, require
@@ -41,10 +41,17 @@ class BLIPConfig:
                 f"the picture encoder's width = {width}")
         require(self.text.encoder or not (self.matching or self.embed_dim or self.answer), "text.encoder", False,
                 "True, for embed_dim, matching or answer")
+        require(not self.pair or not (self.matching or self.embed_dim or self.answer or self.temperature),
+                "text.merge_from", self.text.merge_from, "None, for embed_dim, matching, answer or temperature")
         if self.answer is not None:
             width = self.text.transformer.width
             require(self.answer.context_width == width, "answer.context_width", self.answer.context_width,
                     f"the question encoder's width = {width}")
+
+    @property
+    def pair(self) -> bool:
+        """Whether texts are read with two pictures and a head tells whether they are true (section 4.5)."""
+        return self.text.merge_from is not None
 
 
 class BLIP(nn.Module):
@@ -64,12 +71,23 @@ class BLIP(nn.Module):
             self.text_projection = nn.Dense(config.embed_dim, kernel_init=nn.initializers.normal(0.02))
         if config.matching:
             self.matching_head = nn.Dense(2, kernel_init=nn.initializers.normal(0.02))
+        if config.pair:
+            self.pair_hidden = nn.Dense(config.text.transformer.width, kernel_init=nn.initializers.normal(0.02))
+            self.pair_head = nn.Dense(2, kernel_init=nn.initializers.normal(0.02))
         if config.temperature is not None:
             self.temperature = self.param("temperature", nn.initializers.constant(config.temperature), ())
 
     def see(self, image: Float[Array, "b H W 3"], *, train: bool) -> Float[Array, "b n c"]:
         """A picture's tokens behind the last norm, which everything else looks at; computed once for all of it."""
         return self.vision(image, train=train).tokens
+
+    def see_two(self, image: Float[Array, "b 2 H W 3"], *, train: bool
+                ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """The tokens of the first and of the second pictures, which are encoded as one batch of twice as many."""
+        b = len(image)
+        seen = self.see(image.reshape(2 * b, *image.shape[2:]), train=train)
+        seen = seen.reshape(b, 2, *seen.shape[1:])
+        return seen[:, 0], seen[:, 1]
 
     def embed_image(self, seen: Float[Array, "b n c"]) -> Float[Array, "b e"]:
         """Pictures in the shared space, length 1, fp32."""
@@ -81,11 +99,11 @@ class BLIP(nn.Module):
         return normalise(self.text_projection(widened(first)))
 
     def read(
-        self, tokens: Int[Array, "b t"], seen: Float[Array, "r n c"], *, train: bool,
-        mask: Bool[Array, "b t"] | None = None, looking: Int[Array, "b"] | None = None,
+        self, tokens: Int[Array, "b t"], seen: Context, *, train: bool, mask: Bool[Array, "b t"] | None = None,
+        looking: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Texts read in view of pictures: the image-grounded encoder. `looking` says which picture each text is read
-        with; None: that of its own row."""
+        """Texts read in view of pictures, or of two each: the image-grounded encoder. `looking` says which picture each
+        text is read with; None: that of its own row."""
         mask = tokens != self.config.text.pad_id if mask is None else mask
         if self.config.encode_token:
             tokens = tokens.at[:, 0].set(self.config.text.encode_id)
@@ -99,6 +117,13 @@ class BLIP(nn.Module):
         read = self.read(tokens, seen, train=train, looking=looking)
         return self.matching_head(widened(read[:, 0]))
 
+    def compare(
+        self, tokens: Int[Array, "b t"], first: Float[Array, "b n c"], second: Float[Array, "b n c"], *, train: bool,
+    ) -> Float[Array, "b 2"]:
+        """Logits of "false" and "true" of what each text says of two pictures, fp32 (section 4.5)."""
+        read = self.read(tokens, (first, second), train=train)
+        return self.pair_head(nn.relu(self.pair_hidden(widened(read[:, 0]))))
+
     def write(
         self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, train: bool,
         context_mask: Bool[Array, "b n"] | None = None,
@@ -111,8 +136,11 @@ class BLIP(nn.Module):
         """The decoder that writes: of answers, where there is one."""
         return self.text if self.config.answer is None else self.answer
 
-    def __call__(self, image: Float[Array, "b H W 3"], tokens: Int[Array, "b t"], *, train: bool) -> dict[str, Array]:
-        """Everything that the parts do, of pictures and texts side by side."""
+    def __call__(self, image: Float[Array, "b *p H W 3"], tokens: Int[Array, "b t"], *, train: bool
+                 ) -> dict[str, Array]:
+        """Everything that the parts do, of pictures (where they are compared, two each) and texts side by side."""
+        if self.config.pair:
+            return {"compare": self.compare(tokens, *self.see_two(image, train=train), train=train)}
         config, seen = self.config, self.see(image, train=train)
         found: dict[str, Array] = {}
         if config.embed_dim:

@@ -31,7 +31,11 @@ from jaxmm.sharding import constrain_batch
 from jaxmm.validation import check_types, require
 
 ContextMask = Bool[Array, "#r 1 1 #n"]
+Context = Float[Array, "b n c"] | tuple[Float[Array, "b n c"], Float[Array, "b n c"]]
+"""The tokens that cross-attention looks at; a text about two pictures looks at those of both."""
 Part = Literal["attention", "cross_attention", "mlp"]
+TWINS = ("first_cross_attention", "second_cross_attention")
+"""The cross-attentions of a layer that looks at two pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,9 @@ class MedConfig:
     own: tuple[Part, ...] = ("attention",)
     """What the decoder does not share with the encoder. The paper compares all but self-attention (the default, table
     3), all but cross-attention, everything, and nothing."""
+    merge_from: int | None = None
+    """Read with two pictures (section 4.5): each layer has a cross-attention for either, whose results the layers from
+    this number on merge by a linear layer (BLIP: 6 of 12); those before take the mean. None: one picture."""
     pad_id: int = 0
     """Hidden from attention."""
     end_id: int = 102
@@ -74,6 +81,11 @@ class MedConfig:
         for name in ("pad_id", "end_id"):
             require(0 <= getattr(self, name) < (self.vocab_size or math.inf), f"text.{name}", getattr(self, name),
                     f"0 or more, below vocab_size = {self.vocab_size}")
+        if self.merge_from is not None:
+            depth = self.transformer.depth
+            require(0 < self.merge_from < depth, "text.merge_from", self.merge_from,
+                    f"1 to {depth - 1}, below the depth, or None")
+            require(not self.decoder, "text.decoder", self.decoder, "False: with merge_from it only encodes")
 
 
 class Cache(NamedTuple):
@@ -87,13 +99,21 @@ class MedLayer(nn.Module):
     """One layer, in every mode that `config` has."""
 
     config: MedConfig
+    merging: bool = False
+    """Whether it merges what it sees of two pictures, by `merge`."""
 
     def setup(self):
         """Declares the parts that the modes need, the shared ones once."""
         for name in self._names():
             part = name.removeprefix("causal_")
-            setattr(self, name, self._branch(part))
+            twins = TWINS if part == "cross_attention" and self.config.merge_from is not None else (name,)
+            for each in twins:
+                setattr(self, each, self._branch(part))
             setattr(self, f"{name}_norm", layer_norm(self.config.transformer, None))
+        if self.merging:
+            stack = self.config.transformer
+            self.merge = Linear((stack.width,), dtype=jnp.dtype(stack.dtype),
+                                kernel_init=initializers(stack).attention_out)
         self.dropout = nn.Dropout(self.config.transformer.dropout)
 
     def _names(self) -> list[str]:
@@ -118,19 +138,24 @@ class MedLayer(nn.Module):
         return f"causal_{part}" if self.config.encoder and part in self.config.own else part
 
     def encode(
-        self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "r n c"] | None,
-        context_mask: ContextMask | None, looking: Int[Array, "b"] | None = None, *, train: bool, weights: bool = False,
+        self, x: Float[Array, "b t d"], mask: Mask, context: Context | None, context_mask: ContextMask | None,
+        looking: Int[Array, "b"] | None = None, *, train: bool, weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t n"] | None]:
         """The layer of the unimodal encoder, and with a `context` of the image-grounded one; and with `weights` those
         of cross-attention."""
         x, shares = self._add("attention", x, self.attention(x, x, mask, train=train)[0], train), None
         if context is not None:
-            seen = self.cross_attention.keys_values(context)
-            if looking is not None:
-                seen = tuple(constrain_batch(each[looking]) for each in seen)
-            y, shares = self.cross_attention.attend_to(x, seen, context_mask, train=train, weights=weights)
+            y, shares = self._see(x, context, context_mask, looking, train=train, weights=weights)
             x = self._add("cross_attention", x, y, train)
         return self._add("mlp", x, self.mlp(x, train=train), train), shares
+
+    def _see(self, x, context, context_mask, train: bool):
+        """What cross-attention finds in a picture; of two, each by its own, what they find is merged, or its mean."""
+        if self.config.merge_from is None:
+            return self.cross_attention(x, context, context_mask, train=train)[0]
+        first, second = (getattr(self, name)(x, picture, context_mask, train=train)[0]
+                         for name, picture in zip(TWINS, context, strict=True))
+        return self.merge(jnp.concatenate([first, second], axis=-1)) if self.merging else (first + second) / 2
 
     def decode(
         self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "b n c"], context_mask: ContextMask | None, *,
@@ -184,7 +209,8 @@ class MedLayer(nn.Module):
         """Every mode once, to make its parameters."""
         mask = jnp.ones((1, 1, 1, 1), bool)
         if self.config.encoder:
-            x, _ = self.encode(x, mask, context, None, train=False)
+            pictures = context if self.config.merge_from is None else (context, context)
+            x, _ = self.encode(x, mask, pictures, None, train=False)
         return self.decode(x, mask, context, None, train=False)[0] if self.config.decoder else x
 
 
@@ -239,27 +265,31 @@ class Med(nn.Module):
     config: MedConfig
 
     def setup(self):
-        """Declares the parts; layers are stacked under `blocks`."""
+        """Declares the parts; layers are stacked under `blocks`, what only some of them have under `merge`."""
         config = self.config
         self.embedding = Embedding(config)
-        layer = MedLayer(config, parent=None)
+        depth = config.transformer.depth
 
-        def init(rng):
+        def init(rng, count, merging=False):
+            layer = MedLayer(config, merging, parent=None)
+
             def one(key):
                 return layer.init(key, jnp.zeros((1, 1, config.transformer.width)),
                                   jnp.zeros((1, 1, config.context_width)))["params"]
-            return jax.vmap(one)(jax.random.split(rng, config.transformer.depth))
+            return jax.vmap(one)(jax.random.split(rng, count))
 
-        self.blocks = self.param("blocks", init)
+        self.blocks = self.param("blocks", init, depth)
+        if config.merge_from is not None:
+            self.merge = self.param("merge", lambda rng: init(rng, depth - config.merge_from, True)["merge"])
         if config.decoder:
             self.head = LanguageHead(config)
 
     def encode(
-        self, tokens: Int[Array, "b t"], context: Float[Array, "r n c"] | None = None, *, train: bool,
+        self, tokens: Int[Array, "b t"], context: Context | None = None, *, train: bool,
         mask: Bool[Array, "b t"] | None = None, context_mask: Bool[Array, "b n"] | None = None,
         looking: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Tokens read both ways: by themselves, or with a picture (whose first token is then `encode_id`).
+        """Tokens read both ways: by themselves, or with a picture (whose first token is then `encode_id`), or two.
 
         `mask` says which tokens are there; None: those that are not padding. `looking` says which row of the context
         each text looks at, whose keys and values are then computed once for all that do; None: its own.
@@ -337,30 +367,40 @@ class Med(nn.Module):
         return self.head(x, self.embedding)
 
     def _run(self, method, x, mask, context, context_mask, *more, train: bool, weights: bool = False):
-        """All layers, one after the other: the tokens, and with `weights` those of cross-attention."""
-        stack = self.config.transformer
-        layer = MedLayer(self.config, parent=None)
+        """All layers, one after the other, those that merge last: the tokens, and with `weights` those of
+        cross-attention."""
+        stack, first = self.config.transformer, self.config.merge_from
         context_mask = None if context_mask is None else context_mask[:, None, None, :]
         keys = None
         if train and stack.stochastic:
             keys = jax.random.split(self.make_rng("dropout"), stack.depth)
 
-        def one(x, inputs):
-            params, key = inputs
-            rngs = None if key is None else {"dropout": key}
-            x, shares = layer.apply({"params": params}, constrain_batch(x), mask, context, context_mask, *more,
-                                    train=train, weights=weights, rngs=rngs, method=method)
-            return constrain_batch(x), shares
+        def run(x, layer, layers, count):
+            def one(x, inputs):
+                params, key = inputs
+                rngs = None if key is None else {"dropout": key}
+                x, shares = layer.apply({"params": params}, constrain_batch(x), mask, context, context_mask, *more,
+                                        train=train, weights=weights, rngs=rngs, method=method)
+                return constrain_batch(x), shares
 
-        if stack.remat != "none":
-            one = jax.checkpoint(one, policy=REMAT_POLICIES[stack.remat], prevent_cse=not stack.scan)
-        if stack.scan:
-            return jax.lax.scan(one, x, (self.blocks, keys))
-        collected = []
-        for inputs in unstack((self.blocks, keys), stack.depth):
-            x, shares = one(x, inputs)
-            collected.append(shares)
-        return x, jnp.stack(collected) if weights else None
+            if stack.remat != "none":
+                one = jax.checkpoint(one, policy=REMAT_POLICIES[stack.remat], prevent_cse=not stack.scan)
+            if stack.scan:
+                return jax.lax.scan(one, x, layers)
+            collected = []
+            for inputs in unstack(layers, count):
+                x, shares = one(x, inputs)
+                collected.append(shares)
+            return x, jnp.stack(collected) if weights else None
+
+        layers = self.blocks, keys
+        if first is None:
+            return run(x, MedLayer(self.config, parent=None), layers, stack.depth)
+        low, (params, keys) = (jax.tree.map(lambda leaf, part=part: leaf[part], layers)
+                               for part in (slice(first), slice(first, None)))
+        x, _ = run(x, MedLayer(self.config, parent=None), low, first)
+        layers = {**params, "merge": self.merge}, keys
+        return run(x, MedLayer(self.config, True, parent=None), layers, stack.depth - first)
 
 
 def empty_cache(config: MedConfig, batch: int, length: int) -> Cache:

@@ -30,9 +30,13 @@ SHARING = {"all but self-attention": ("attention",), "all but cross-attention": 
            "nothing": ("attention", "cross_attention", "mlp")}
 
 
-def parameters(config):
+PAIR = replace(MODEL, text=replace(MED, decoder=False, merge_from=2), embed_dim=None, matching=False, temperature=None)
+PICTURES = jnp.stack([IMAGE, IMAGE[::-1] * 0.7 + 0.1], axis=1)
+
+
+def parameters(config, image=IMAGE):
     return random_like(jax.eval_shape(
-        lambda key: BLIP(config).init(key, IMAGE, TOKENS, train=False)["params"], jax.random.key(0)))
+        lambda key: BLIP(config).init(key, image, TOKENS, train=False)["params"], jax.random.key(0)))
 
 
 @pytest.fixture(scope="module", params=SHARING, ids=str)
@@ -170,7 +174,46 @@ def test_published_sizes():
     assert (large.text.context_width, large.vision.transformer.drop_path) == (1024, 0.1)
 
 
+def test_two_pictures_are_read_by_cross_attentions_of_their_own():
+    params = parameters(PAIR, PICTURES)
+    assert params["text"]["merge"]["kernel"].shape == (1, 24, 12)
+    p, stack = fp64(params), MED.transformer
+    first, second = (reference.vit(p["vision"], np.asarray(PICTURES[:, i], np.float64), VISION)[0] for i in (0, 1))
+    tokens, text = np.asarray(TOKENS).copy(), p["text"]
+    keep = np.broadcast_to((tokens != 0)[:, None, None], (B, 1, T, T))
+    tokens[:, 0] = MED.encode_id
+    x = text["embedding"]["tokens"]["embedding"][tokens] + text["embedding"]["positions"][:T]
+    x = reference.norm(text["embedding"]["norm"], x, stack.eps)
+    for number in range(3):
+        layer = jax.tree.map(lambda leaf, number=number: leaf[number], text["blocks"])
+        x = reference.norm(layer["attention_norm"], x + reference.attention(layer["attention"], x, x, keep)[0],
+                           stack.eps)
+        one = reference.attention(layer["first_cross_attention"], x, first)[0]
+        two = reference.attention(layer["second_cross_attention"], x, second)[0]
+        seen = (one + two) / 2
+        if number == 2:
+            kernel = text["merge"]["kernel"][0]
+            seen = one @ kernel[:12] + two @ kernel[12:] + text["merge"]["bias"][0]
+        x = reference.norm(layer["cross_attention_norm"], x + seen, stack.eps)
+        x = reference.norm(layer["mlp_norm"], x + reference.mlp(layer["mlp"], x, "gelu"), stack.eps)
+    hidden = np.maximum(x[:, 0] @ p["pair_hidden"]["kernel"] + p["pair_hidden"]["bias"], 0)
+    want = hidden @ p["pair_head"]["kernel"] + p["pair_head"]["bias"]
+    got = apply(PAIR, params, PICTURES, TOKENS, train=False, method=BLIP.__call__)["compare"]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    turned = apply(PAIR, params, PICTURES[:, ::-1], TOKENS, train=False, method=BLIP.__call__)["compare"]
+    assert np.abs(turned - got).max() > 1e-3
+    for change in ({"scan": False}, {"remat": "cheap"}):
+        other = replace(PAIR, text=replace(PAIR.text, transformer=replace(stack, **change)))
+        grads = [jax.jit(jax.grad(lambda p, config=config: jnp.sin(BLIP(config).apply(
+            {"params": p}, PICTURES, TOKENS, train=True)["compare"]).sum()))(params) for config in (PAIR, other)]
+        for one, two in zip(*map(jax.tree.leaves, grads), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("build, message", [
+    (lambda: replace(PAIR, matching=True), "text.merge_from is 2; wanted None, for embed_dim, matching"),
+    (lambda: replace(MED, merge_from=2), "text.decoder is True; wanted False: with merge_from"),
+    (lambda: replace(MED, decoder=False, merge_from=3), "text.merge_from is 3; wanted 1 to 2"),
     (lambda: replace(MODEL, text=replace(MED, context_width=11)), "text.context_width is 11"),
     (lambda: replace(MODEL, answer=MED), "answer.context_width is 10; wanted the question encoder's width = 12"),
     (lambda: replace(MED, encoder=False, decoder=False), "text.encoder is False"),
