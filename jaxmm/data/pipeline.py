@@ -9,6 +9,7 @@ paid once a batch, and any step is reached at once.
 import functools
 import hashlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -69,11 +70,12 @@ def train_batches(
 ) -> "TrainIterator":
     """Endless training batches, starting at step 0; `set_state({"step": k})` goes to step k at once.
 
-    A batch has `image` uint8 [b, size, size, 3], `image_id` int32 [b, 2], `index`, `drawn` and `fault` int32 [b]; with
-    a tokenizer `tokens` int32 [b, t] and `text_id` int32 [b, 2] of one caption of each picture, drawn by chance; with
-    `labels`, if the source has classes, `label` int32 [b]. `drawn` is the record whose turn it was and `index` the one
-    in the batch: another one, drawn by chance, where `fault` says that the first was bad. Where records have questions,
-    `tokens` are the question's, and there are `answers` and `answer_weight` (see `vqa.answer_arrays`).
+    A batch has `image` uint8 [b, size, size, 3] ([b, 2, size, size, 3] where a record has two pictures), `image_id`
+    int32 [b, 2], `index`, `drawn` and `fault` int32 [b]; with a tokenizer `tokens` int32 [b, t] and `text_id` int32
+    [b, 2] of one caption of each picture, drawn by chance; with `labels`, if the source has classes, `label` int32
+    [b]. `drawn` is the record whose turn it was and `index` the one in the batch: another one, drawn by chance, where
+    `fault` says that the first was bad. Where records have questions, `tokens` are the question's, and there are
+    `answers` and `answer_weight` (see `vqa.answer_arrays`).
 
     Raises `DataError` when the batch does not divide over the hosts; the iterator raises it when `TRIES` records in a
     row are bad.
@@ -96,7 +98,7 @@ def eval_batches(
     load = EvalBatch(source, config.image, tokenizer, batch_size, _rows(batch_size, shard))
     batches = grain.MapDataset.range(len(source)).batch(batch_size).map(load)
     faults = FaultCounter(source, max_bad=1.0)
-    for batch in _iterate(batches, _batch_bytes(load.rows, config.image)):
+    for batch in _iterate(batches, _batch_bytes(load.rows, _image_shape(source, config.image))):
         faults.update(batch)
         yield batch
     if faults.seen and faults.bad == faults.seen:
@@ -143,8 +145,9 @@ def image_id(record: Record) -> Int[np.ndarray, "2"]:
     """64 bits that are the same for the same picture: of its `image_id`, else of its bytes."""
     if "image_id" in record:
         return _hash(hashlib.blake2b, record["image_id"].encode(errors="replace"))
-    data = record["image"]  # SHA-1 is twice as fast as BLAKE2 on processors that have it built in
-    return _hash(hashlib.sha1, data.tobytes() if isinstance(data, np.ndarray) else data)
+    data = record["image"] if isinstance(record["image"], tuple) else (record["image"],)
+    # SHA-1 is twice as fast as BLAKE2 on processors that have it built in
+    return _hash(hashlib.sha1, b"".join(one.tobytes() if isinstance(one, np.ndarray) else one for one in data))
 
 
 def text_id(text: str) -> Int[np.ndarray, "2"]:
@@ -166,7 +169,8 @@ class TrainIterator(grain.DatasetIterator):
         load, config = self._load, self._load.config
         if not self._running:
             batches = grain.MapDataset.range(self._step, 2**62).map(load)
-            self._running.append(_iterate(batches, _batch_bytes(load.rows, config.image), config.workers))
+            shape = _image_shape(load.source, config.image)
+            self._running.append(_iterate(batches, _batch_bytes(load.rows, shape), config.workers))
         try:
             batch = next(self._running[0])
         except DataError as error:  # as one message, without Grain's notes on workers and threads
@@ -228,7 +232,7 @@ class TrainBatch:
             index = int(rng.integers(len(self.source))) if attempt else drawn
             try:
                 row = _load(self.source, index, self.tokenizer is not None, self.labels, rng)
-                row["image"] = transforms.train_image(row["image"], self.config.image, rng)
+                row["image"] = _each(row["image"], transforms.train_image, self.config.image, rng)
             except BadRecord as error:
                 fault, last = fault or 1 + REASONS.index(error.reason), error
                 continue
@@ -257,11 +261,11 @@ class EvalBatch:
             row = _load(self.source, index, self.tokenizer is not None, True, None)
         except BadRecord as error:
             return self._blank(index) | {"fault": 1 + REASONS.index(error.reason)}
-        row["image"] = transforms.eval_image(row["image"], self.image)
+        row["image"] = _each(row["image"], transforms.eval_image, self.image)
         return row | {"index": index, "drawn": index, "fault": 0, "mask": True}
 
     def _blank(self, index: int) -> dict[str, Any]:
-        row = {"image": np.zeros((self.image.size, self.image.size, 3), np.uint8), "image_id": np.zeros(2, np.int32),
+        row = {"image": np.zeros(_image_shape(self.source, self.image), np.uint8), "image_id": np.zeros(2, np.int32),
                "index": index, "drawn": index, "fault": 0, "mask": False}
         if self.source.classes is not None:
             row["label"] = 0
@@ -277,6 +281,8 @@ def _load(source: Source, index: int, with_text: bool, with_label: bool, rng: np
         raise
     except Exception as error:  # sources read files and foreign formats, which fail in many ways
         raise BadRecord("unreadable", f"{type(error).__name__}: {error}") from None
+    if rng is not None and hasattr(source, "vary"):
+        record = source.vary(record, rng)
     row: dict[str, Any] = {}
     if with_text:
         texts = (record["question"],) if "question" in record else record.get("texts", ())
@@ -294,7 +300,16 @@ def _load(source: Source, index: int, with_text: bool, with_label: bool, rng: np
         row["label"] = record["label"]
     if "image" not in record:
         raise BadRecord("unreadable", "it has no picture")
-    return row | {"image": images.decode(record["image"]), "image_id": image_id(record)}
+    image = record["image"]
+    decoded = tuple(map(images.decode, image)) if isinstance(image, tuple) else images.decode(image)
+    return row | {"image": decoded, "image_id": image_id(record)}
+
+
+def _each(image: Any, transform: Callable, *args: Any) -> np.ndarray:
+    """The transformed picture; of two, both, each by chances of its own."""
+    if isinstance(image, tuple):
+        return np.stack([transform(one, *args) for one in image])
+    return transform(image, *args)
 
 
 def _stack(rows: list[dict[str, Any]], tokenizer: Any) -> Batch:
@@ -350,8 +365,13 @@ def _rows(batch_size: int, shard: Shard) -> range:
     return range(host * share, (host + 1) * share)
 
 
-def _batch_bytes(rows: range, config: ImageConfig) -> int:
-    return len(rows) * config.size**2 * 3
+def _image_shape(source: Source, config: ImageConfig) -> tuple[int, ...]:
+    count = getattr(source, "pictures", 1)
+    return (*((count,) if count > 1 else ()), config.size, config.size, 3)
+
+
+def _batch_bytes(rows: range, shape: tuple[int, ...]) -> int:
+    return len(rows) * math.prod(shape)
 
 
 def _hash(function: Callable, data: bytes) -> Int[np.ndarray, "2"]:

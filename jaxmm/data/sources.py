@@ -1,7 +1,7 @@
 """Where pictures and words come from: one string names a source, which is read by record number.
 
-`folder:DIR`, `captions:FILE.jsonl`, `coco:FILE.json`, `digits:SPLIT`, `scenes:SPLIT`, `tfds:NAME:SPLIT` and
-`vqa:PLACE`.
+`folder:DIR`, `captions:FILE.jsonl`, `coco:FILE.json`, `nlvr:FILE.json`, `digits:SPLIT`, `scenes:SPLIT`,
+`tfds:NAME:SPLIT` and `vqa:PLACE`.
 """
 
 import difflib
@@ -16,9 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 Record = dict[str, Any]
-"""Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]), `image_id` (str; without one, pictures of the
-same bytes count as the same), `texts` (tuple of str: all captions of the picture), `label` (int), `question` (str) with
-`answers` (tuple of str, repeats counted)."""
+"""Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]; or a tuple of two such), `image_id` (str; without
+one, pictures of the same bytes count as the same), `texts` (tuple of str: all captions of the picture), `label` (int),
+`question` (str) with `answers` (tuple of str, repeats counted)."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
@@ -31,7 +31,8 @@ class DataError(ValueError):
 class Source(Protocol):
     """Records by number. Must pickle, because worker processes read it too.
 
-    May have `key(i)` and `texts(i)`, which answer without reading the picture.
+    May have `key(i)` and `texts(i)`, which answer without reading the picture; `pictures`, how many a record has (1);
+    and `vary(record, rng)`, a record as training sees it, changed by chance.
     """
 
     name: str
@@ -242,6 +243,13 @@ def open_scenes(spec: str, location: str, data_dir: str | None = None) -> Source
     return scenes.open_scenes(location, data_dir)
 
 
+def open_nlvr(spec: str, location: str, data_dir: str | None = None) -> Source:
+    """Sentences about two pictures."""
+    from jaxmm.data import nlvr
+
+    return nlvr.open_nlvr(spec, location)
+
+
 def open_tfds(spec: str, location: str, data_dir: str | None = None) -> Source:
     """Any TFDS data set that was prepared as ArrayRecord."""
     from jaxmm.data import tfds
@@ -284,6 +292,7 @@ KINDS: dict[str, tuple[Opener, str]] = {
     "coco": (open_coco, "FILE.json"),
     "digits": (open_digits, "SPLIT"),
     "folder": (open_folder, "DIR"),
+    "nlvr": (open_nlvr, "FILE.json"),
     "scenes": (open_scenes, "SPLIT"),
     "tfds": (open_tfds, "NAME:SPLIT"),
     "vqa": (open_vqa, "PLACE"),

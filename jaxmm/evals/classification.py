@@ -46,7 +46,8 @@ class Classification(Evaluator):
     def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
         """Yields metric names and values."""
         source, params = self.check(context), chosen_weights(self, context)
-        batches = eval_batches(source, context.data, whole_batch(self.batch_size, context.mesh))
+        tokenizer = context.tokenizer if "text" in context.task.reads else None
+        batches = eval_batches(source, context.data, whole_batch(self.batch_size, context.mesh), tokenizer)
         fn = predict_fn(context.task, ("logits",), context.mesh)
         logits = ((result["logits"], batch) for result, batch in outputs(fn, params, batches, context.mesh))
         for name, value in score(logits, source, source.classes, context, self.examples):

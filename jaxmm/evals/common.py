@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 
 from jaxmm.config import ConfigError, DataConfig, Evaluator, Task, require
 from jaxmm.data.images import decode
@@ -196,10 +197,17 @@ def frozen_features(evaluator: Evaluator, source: Source, context: EvalContext
 
 
 def thumbnail(source: Source, index: int, side: int = 112) -> np.ndarray:
-    """Picture `index` of `source`, uint8 [h, w, 3], its longer side at most `side` pixels."""
-    image = decode(source[index]["image"])
-    image.thumbnail((side, side))
-    return np.asarray(image)
+    """Picture `index` of `source`, uint8 [h, w, 3], its longer side at most `side` pixels; of two, side by side."""
+    found = source[index]["image"]
+    pictures = [decode(one) for one in (found if isinstance(found, tuple) else (found,))]
+    for picture in pictures:
+        picture.thumbnail((side, side))
+    if len(pictures) == 1:
+        return np.asarray(pictures[0])
+    both = Image.new("RGB", (sum(one.width for one in pictures), max(one.height for one in pictures)), "white")
+    for number, picture in enumerate(pictures):
+        both.paste(picture, (sum(one.width for one in pictures[:number]), 0))
+    return np.asarray(both)
 
 
 def spread(n: int, count: int) -> np.ndarray:

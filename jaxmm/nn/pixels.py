@@ -13,7 +13,7 @@ class Pixels:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
-    def __call__(self, image: Num[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    def __call__(self, image: Num[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
         """(x / 255 - mean) / std of pictures in 0 to 255, on the device, in fp32."""
         scale = 1 / (255 * jnp.asarray(self.std, jnp.float32))
         shift = jnp.asarray(self.mean, jnp.float32) / jnp.asarray(self.std, jnp.float32)

@@ -81,7 +81,7 @@ def write_transformers(config: BLIPConfig, image: ImageConfig, pixels: Pixels
     Raises `FileError` where it has no class that does only that.
     """
     text, answer = config.text, config.answer
-    if text.encoder == text.decoder or config.temperature is not None or (
+    if text.encoder == text.decoder or config.pair or config.temperature is not None or (
             answer is not None and (config.matching or config.embed_dim)):
         raise FileError("transformers has no such BLIP: it has classes that only write captions, that only match, and "
                         "that only answer, without a temperature")

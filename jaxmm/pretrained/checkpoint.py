@@ -20,6 +20,7 @@ from jaxmm.tasks.blip import BLIPPretraining
 from jaxmm.tasks.caption import Captioning
 from jaxmm.tasks.classify import Classify
 from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.nlvr import NLVR
 from jaxmm.tasks.vqa import VQA
 
 BLIP_LENGTH = 40
@@ -54,7 +55,8 @@ class Checkpoint:
             kind = "softmax" if self.config.logit_bias is None else "sigmoid"
             return Contrastive(model=self.config, pixels=self.pixels, kind=kind)
         if isinstance(self.config, BLIPConfig):
-            task = VQA if self.config.answer else BLIPPretraining if self.config.text.encoder else Captioning
+            task = (NLVR if self.config.pair else VQA if self.config.answer else
+                    BLIPPretraining if self.config.text.encoder else Captioning)
             return task(model=self.config, pixels=self.pixels)
         return Classify(model=self.config, pixels=self.pixels)
 

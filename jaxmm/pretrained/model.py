@@ -23,6 +23,7 @@ from jaxmm.answering import ANSWERS, SHORTLIST, candidate_tokens, ranker
 from jaxmm.captioning import CAPTIONS, matcher, prompt_tokens, writer
 from jaxmm.config import ImageConfig
 from jaxmm.data.images import BadImage, decode
+from jaxmm.data.nlvr import cleaned
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
 from jaxmm.data.vqa import clean_question
@@ -246,6 +247,22 @@ class Model:
         for batch in map(self._filled, self._pictures(pictures, on_error)):
             found.append(matcher(self.task, self.mesh)(self.params, batch["image"], tokens)[batch["mask"]])
         return np.concatenate(found) if found else np.zeros((0, len(texts)), np.float32)
+
+    def compare(self, pairs: Sequence[tuple[Picture, Picture]], texts: Sequence[str]) -> Float[np.ndarray, "b"]:
+        """The probability that each text is true of the two pictures in its place. They are read as in NLVR2."""
+        if not isinstance(self.config, BLIPConfig) or not self.config.pair:
+            raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that reads two pictures, such as "
+                             "model_base_nlvr.pth")
+        if len(pairs) != len(texts):
+            raise ValueError(f"there are {len(pairs)} pairs and {len(texts)} texts; wanted a text for each")
+        if not pairs:
+            return np.zeros(0, np.float32)
+        tokens = self.tokenize([cleaned(text) for text in texts])
+        parts = [slice(start, start + BATCH // 2) for start in range(0, len(pairs), BATCH // 2)]
+        images = (self.preprocess([*itertools.chain(*pairs[part])]) for part in parts)
+        logits = self._run("logits", ({"image": image.reshape(-1, 2, *image.shape[1:]), "tokens": tokens[part]}
+                                      for image, part in zip(images, parts, strict=True)))
+        return np.asarray(jax.nn.softmax(logits)[:, 1])
 
     @property
     def _words(self) -> Tokenizer:

@@ -1,20 +1,23 @@
-"""The files of BLIP's authors (`.pth`): pre-training, captioning, retrieval, questions.
+"""The files of BLIP's authors (`.pth`): pre-training, captioning, retrieval, questions, NLVR2.
 
 They hold no configuration. Sizes are read off the weights; heads of 64, epsilons and token ids are the same for all
 that were released. What only training needs (momentum copies, queues) is left out.
 """
 
+from dataclasses import replace
+
 from jaxmm.config import ImageConfig
+from jaxmm.data.nlvr import CLASSES
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig, Part
+from jaxmm.models.med import TWINS, MedConfig, Part
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.pretrained import timm
-from jaxmm.pretrained.blip import IGNORED, answering, halves, head_rows, text_rows
+from jaxmm.pretrained import layers, timm
+from jaxmm.pretrained.blip import IGNORED, answering, embedding_rows, halves, head_rows, part_rows, text_rows
 from jaxmm.pretrained.checkpoint import Checkpoint
 from jaxmm.pretrained.files import FileError, Tensors
-from jaxmm.pretrained.layers import depth
+from jaxmm.pretrained.layers import dense, depth, norm
 from jaxmm.pretrained.tables import Row
 from jaxmm.pretrained.words import Words
 
@@ -32,11 +35,8 @@ NAMES: dict[Part, tuple[str, str]] = {
 
 
 def read(tensors: Tensors) -> Checkpoint:
-    """Understands a file of the authors'. Raises `FileError` for those of two pictures."""
+    """Understands a file of the authors'. Raises `FileError` for those that are none."""
     encoder, decoder = halves(tensors)
-    if any(".crossattention.self0." in key for key in tensors):
-        raise FileError("this BLIP reads two pictures (NLVR2); supported are pre-training, captioning, retrieval "
-                        "and questions")
     answers = encoder and decoder and "itm_head.weight" not in tensors
     both = encoder and decoder and not answers
     if not encoder and not decoder:
@@ -51,23 +51,25 @@ def read(tensors: Tensors) -> Checkpoint:
         image_size=side, patch=patch)
     bert = "text_encoder." if encoder else "text_decoder.bert."
     vocabulary, text_width = tensors[f"{bert}embeddings.word_embeddings.weight"].shape
+    cross = "self0" if f"{bert}encoder.layer.0.crossattention.self0.key.weight" in tensors else "self"
     own = tuple(part for part in NAMES if both and not shared(tensors, part))
     text = MedConfig(
         transformer=TransformerConfig(
             width=text_width, depth=depth(tensors, f"{bert}encoder.layer."), heads=text_width // HEAD, eps=1e-12,
             init="normal", mlp_dim=tensors[f"{bert}encoder.layer.0.intermediate.dense.weight"].shape[0]),
         vocab_size=vocabulary, positions=tensors[f"{bert}embeddings.position_embeddings.weight"].shape[0],
-        context_width=tensors[f"{bert}encoder.layer.0.crossattention.self.key.weight"].shape[1], encoder=encoder,
+        context_width=tensors[f"{bert}encoder.layer.0.crossattention.{cross}.key.weight"].shape[1], encoder=encoder,
         decoder=decoder and not answers, own=own if both else ("attention",), decode_id=vocabulary - 2,
-        encode_id=vocabulary - 1)
+        encode_id=vocabulary - 1, merge_from=first_merge(tensors) if cross == "self0" else None)
     embed = tensors["vision_proj.weight"].shape[0] if "vision_proj.weight" in tensors else None
     model = BLIPConfig(vision=vision, text=text, embed_dim=embed, matching="itm_head.weight" in tensors,
                        answer=answering(text, tensors) if answers else None,
                        temperature=0.07 if "temp" in tensors else None)
+    labels = CLASSES if model.pair else None
     copies = "|".join(names for part, (names, _) in NAMES.items() if part not in own) if both else None
     return Checkpoint(
         family="salesforce", config=model, rows=rows(model), pixels=CLIP_PIXELS, words=Words(vocabulary="bert"),
-        image=ImageConfig(size=side, eval_crop="squash"),
+        labels=labels, image=ImageConfig(size=side, eval_crop="squash"),
         ignore=(*IGNORED, *TRAINING, *([COPIES.format(copies)] if copies else [])))
 
 
@@ -76,7 +78,30 @@ def rows(config: BLIPConfig) -> list[Row]:
     vision = [Row(f"vision/{row.ours}", f"visual_encoder.{row.theirs}", row.op, row.part, row.parts)
               for row in timm.rows(config.vision)]
     temperature = [Row("temperature", "temp")] if config.temperature is not None else []
-    return vision + text_rows(config) + head_rows(config) + temperature
+    text = text_rows(config) + head_rows(config) if not config.pair else pair_rows(config.text.merge_from)
+    return vision + text + temperature
+
+
+def pair_rows(first: int) -> list[Row]:
+    """The text transformer that reads two pictures, whose layers merge from number `first` on, and its head."""
+    layer = "text_encoder.encoder.layer.{}"
+    name, rows = f"{layer}.crossattention", embedding_rows("text", "text_encoder.embeddings")
+    for part in ("attention", "mlp"):
+        rows += part_rows(f"text/blocks/{part}", layer, part)
+    for number, twin in enumerate(TWINS):
+        rows += layers.projections(f"text/blocks/{twin}", {each: f"{name}.self{number}.{each}"
+                                                           for each in layers.PARTS})
+        rows += layers.out(f"text/blocks/{twin}", f"{name}.output.dense{number}")
+    merge = [replace(row, first=first) for row in dense("text/merge", f"{name}.output.merge_layer")]
+    return [*rows, *norm("text/blocks/cross_attention_norm", f"{name}.output.LayerNorm"), *merge,
+            *dense("pair_hidden", "cls_head.0"), *dense("pair_head", "cls_head.2")]
+
+
+def first_merge(tensors: Tensors) -> int:
+    """The first layer that merges what it sees of two pictures; half of them, where none does: then it is missing."""
+    prefix = "text_encoder.encoder.layer."
+    found = [int(key.removeprefix(prefix).split(".")[0]) for key in tensors if ".output.merge_layer." in key]
+    return min(found, default=depth(tensors, prefix) // 2)
 
 
 def shared(tensors: Tensors, part: Part) -> bool:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxmm.config import ConfigError, InitConfig, require
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med import TWINS, MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.embeddings import resize_positions
 from jaxmm.nn.transformer import TransformerConfig
@@ -28,6 +28,7 @@ ANEW = re.compile(r"^(vision/)?(head|distillation_head|pre_logits)/")
 """What belongs to the old classes."""
 CONTEXT = re.compile(r"^answer/blocks/cross_attention/(key|value)/kernel$")
 """What saw pictures and will see questions, whose width may be another (BLIP large)."""
+TWIN = re.compile(f"/({'|'.join(TWINS)})/")
 
 
 def open_start(init: InitConfig) -> Opened:
@@ -42,8 +43,9 @@ def adopt(task: Task, trained: Task, image_size: int) -> Task:
     """`task` with the architecture of `trained`, at `image_size`, and without its heads.
 
     A classifier takes the picture tower of CLIP or BLIP; these take a classifier's as theirs. What answers questions
-    takes what another BLIP reads and writes with. What only training sees
-    (dropout, remat, dtype) stays that of `task`. Raises `ConfigError` where they have nothing in common.
+    takes what another BLIP reads and writes with. BLIP that reads two pictures takes any BLIP that reads texts with
+    one: its cross-attention becomes both of theirs. What only training sees (dropout, remat, dtype) stays that of
+    `task`. Raises `ConfigError` where they have nothing in common.
     """
     ours, theirs = task.model, trained.model
     if isinstance(ours, ViTConfig):
@@ -57,12 +59,17 @@ def adopt(task: Task, trained: Task, image_size: int) -> Task:
                          transformer=_stack(ours.answer.transformer, theirs.text.transformer))
         model = replace(ours, vision=_tower(ours.vision, theirs.vision, image_size), text=text, answer=answer)
     elif isinstance(ours, BLIPConfig) or isinstance(theirs, BLIPConfig):
-        require(type(ours) is type(theirs) and _parts(ours) == _parts(theirs), "init.from", type(trained).__name__,
+        blips = type(ours) is type(theirs)
+        doubled = blips and ours.pair and not theirs.pair and theirs.text.encoder
+        require(doubled or (blips and _parts(ours) == _parts(theirs)), "init.from", type(trained).__name__,
                 f"a ViT, or a model with the parts of {type(task).__name__}")
         text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
         answer = theirs.answer and replace(
             theirs.answer, transformer=_stack(ours.answer.transformer, theirs.answer.transformer))
-        model = replace(theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text, answer=answer,
+        if doubled:
+            text = replace(text, decoder=False, own=ours.text.own, merge_from=ours.text.merge_from)
+        model = replace(ours if doubled else theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text,
+                        answer=answer,
                         temperature=ours.temperature)
     else:
         text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
@@ -118,6 +125,8 @@ def _their_path(path: str, ours: Any, theirs: Any) -> str:
         return f"vision/{path}"
     if getattr(ours, "answer", None) is not None and theirs.answer is None:
         return _before_answers(path, theirs.text)
+    if isinstance(ours, BLIPConfig) and ours.pair and not theirs.pair:
+        return TWIN.sub("/cross_attention/", path)
     return path
 
 
@@ -138,7 +147,7 @@ def _parts(model: BLIPConfig) -> tuple:
     """Which parts there are."""
     text = model.text
     return (text.encoder, text.decoder, text.own if text.encoder and text.decoder else None, model.answer is None,
-            model.embed_dim, model.matching)
+            model.embed_dim, model.matching, text.merge_from)
 
 
 def _tower(ours: ViTConfig, theirs: ViTConfig, image_size: int) -> ViTConfig:

@@ -67,17 +67,19 @@ class Row:
     """One of our arrays and where a checkpoint has it."""
 
     ours: str
-    """Our path. One with `blocks/` is stacked over layers."""
+    """Our path. One of whose keys there is one a layer is stacked over layers."""
     theirs: str
     """Their key; `{}` stands for the number of a layer."""
     op: Op = SAME
     part: int = 0
     parts: int = 1
     """Theirs is `parts` arrays one after the other along the first axis, and ours is number `part` of them."""
+    first: int = 0
+    """Their number of the first layer that has it."""
 
     def keys(self, depth: int) -> list[str]:
         """Their keys, one a layer where they have one a layer."""
-        return [self.theirs.format(i) for i in range(depth)] if self.layered else [self.theirs]
+        return [self.theirs.format(self.first + i) for i in range(depth)] if self.layered else [self.theirs]
 
     @property
     def layered(self) -> bool:

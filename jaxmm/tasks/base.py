@@ -38,6 +38,8 @@ class Task:
 
     reads: ClassVar[tuple[str, ...]] = ("image",)
     """What of a record it needs: `image`, and `text` or `label`."""
+    pictures: ClassVar[int] = 1
+    """How many a record has."""
     decomposes: ClassVar[bool] = False
     """Whether the loss of a batch is the mean of the losses of its parts."""
     bounds: ClassVar[tuple[tuple[str, float, float], ...]] = ()

@@ -94,6 +94,10 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
         odd = sorted(set(source.classes) ^ set(val.classes))
         raise ConfigError(f"data.val is {config.data.val!r}, whose classes are not those of {config.data.train!r}: "
                           f"{', '.join(odd[:10])} only in one of them")
+    for name, each in (("train", source), ("val", val)):
+        count = 1 if each is None else getattr(each, "pictures", 1)
+        require(each is None or count == config.task.pictures, f"data.{name}", getattr(each, "name", None),
+                f"a source with {config.task.pictures} pictures a record, not {count}")
     task, trained = config.task, None
     if config.init.source is not None and began is None:
         trained = open_start(config.init)
@@ -151,7 +155,8 @@ def _tokenizer(config: TrainConfig, task: Task, source: Source, workdir: Path) -
         if wanted.kind.startswith("train-"):
             raise ConfigError(f"init.from is {config.init.source!r}, which came without a vocabulary; wanted "
                               "data.tokenizer.kind and .file, such as clip and bpe_simple_vocab_16e6.txt.gz")
-        wanted = dataclasses.replace(wanted, context_length=task.model.text.context_length)
+        length = getattr(task.model.text, "context_length", wanted.context_length)
+        wanted = dataclasses.replace(wanted, context_length=length)
     corpus = (text for i in range(min(len(source), CORPUS)) for text in _texts(source, i))
     return make_tokenizer(wanted, corpus)
 
