@@ -18,10 +18,10 @@ def get_config() -> TrainConfig:
     vision = ViTConfig(
         transformer=TransformerConfig(width=128, depth=4, heads=2, mlp_dim=384, remat="cheap"), image_size=48, patch=8)
     text = MedConfig(
-        transformer=TransformerConfig(width=128, depth=2, heads=2, mlp_dim=384, remat="cheap"),
+        transformer=TransformerConfig(width=128, depth=2, heads=2, mlp_dim=384, remat="cheap", init="xavier"),
         vocab_size=None, positions=40, context_width=128)
     return TrainConfig(
-        task=BLIPPretraining(model=BLIPConfig(vision=vision, text=text, embed_dim=128), queue=1024, momentum=0.98,
+        task=BLIPPretraining(model=BLIPConfig(vision=vision, text=text, embed_dim=128, temperature=0.02), queue=1024, momentum=0.95,
                              alpha=0.2, ramp=200, smoothing=0.0),
         steps=600,
         data=DataConfig(
@@ -29,7 +29,8 @@ def get_config() -> TrainConfig:
             # No crop and no mirror image: the captions speak of sizes, left and right.
             image=ImageConfig(size=48, train_crop="squash", eval_crop="squash", flip=False),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=32)),
-        optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.05, warmup=50, b2=0.98),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.05, warmup=50, b2=0.98,
+                                  multipliers=((r"^temperature$", 0.1),)),
         checkpoint=CheckpointConfig(every=100),
         evals=(Retrieval(pool=100, captions="first"),
                Captions(decoding=Decoding(beams=1, max_length=36))),

@@ -69,7 +69,7 @@ def adopt(task: Task, trained: Task, image_size: int) -> Task:
         if doubled:
             text = replace(text, decoder=False, own=ours.text.own, merge_from=ours.text.merge_from)
         model = replace(ours if doubled else theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text,
-                        answer=answer,
+                        answer=None if doubled else answer,
                         temperature=ours.temperature)
     else:
         text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
