@@ -22,8 +22,8 @@ def get_config() -> TrainConfig:
         transformer=TransformerConfig(width=128, depth=3, heads=4, mlp_dim=384),
         image_size=64, patch=16)
     words = TransformerConfig(width=128, depth=2, heads=4, mlp_dim=384, eps=1e-12, init="normal")
-    text = MedConfig(transformer=words, vocab_size=8, positions=24, context_width=128, decoder=False, end_id=3)
-    answer = MedConfig(transformer=words, vocab_size=8, positions=24, context_width=128, encoder=False, end_id=3)
+    text = MedConfig(transformer=words, vocab_size=None, positions=24, context_width=128, decoder=False)
+    answer = MedConfig(transformer=words, vocab_size=None, positions=24, context_width=128, encoder=False)
     model = BLIPConfig(vision=vision, text=text, answer=answer, embed_dim=None, matching=False, temperature=None)
     return TrainConfig(
         task=VQA(model=model),

@@ -149,13 +149,16 @@ class MedLayer(nn.Module):
             x = self._add("cross_attention", x, y, train)
         return self._add("mlp", x, self.mlp(x, train=train), train), shares
 
-    def _see(self, x, context, context_mask, train: bool):
+    def _see(self, x, context, context_mask, looking, *, train: bool, weights: bool):
         """What cross-attention finds in a picture; of two, each by its own, what they find is merged, or its mean."""
         if self.config.merge_from is None:
-            return self.cross_attention(x, context, context_mask, train=train)[0]
+            seen = self.cross_attention.keys_values(context)
+            if looking is not None:
+                seen = tuple(constrain_batch(each[looking]) for each in seen)
+            return self.cross_attention.attend_to(x, seen, context_mask, train=train, weights=weights)
         first, second = (getattr(self, name)(x, picture, context_mask, train=train)[0]
                          for name, picture in zip(TWINS, context, strict=True))
-        return self.merge(jnp.concatenate([first, second], axis=-1)) if self.merging else (first + second) / 2
+        return self.merge(jnp.concatenate([first, second], axis=-1)) if self.merging else (first + second) / 2, None
 
     def decode(
         self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "b n c"], context_mask: ContextMask | None, *,

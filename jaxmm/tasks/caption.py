@@ -38,7 +38,7 @@ class Captioning(Task):
         require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """The vocabulary is the tokenizer's and two tokens more, where the recipe's has no room for it."""
+        """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
         check_pairs(image_size, self.model.vision, tokenizer)
         require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
         ids = prompt_ids(tokenizer, self.prompt)

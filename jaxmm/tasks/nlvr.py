@@ -33,7 +33,7 @@ class NLVR(Task):
         require(self.model.pair, "task.model.text.merge_from", None, "the number of a layer: two pictures are read")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """The vocabulary is the tokenizer's and two tokens more, where the recipe's has no room for it."""
+        """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
         check_pairs(image_size, self.model.vision, tokenizer)
         require(classes == 2, "data.train", f"a source with {classes or 'no'} classes", "one with two: false and true")
         require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")

@@ -40,14 +40,15 @@ class VQA(Task):
         require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """The vocabulary of questions and answers is the tokenizer's and two tokens more, where the recipe's has no
-        room for it."""
+        """The vocabulary of questions and answers is the tokenizer's and two tokens more, where the recipe leaves it
+        open."""
         check_pairs(image_size, self.model.vision, tokenizer)
         require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
         require(tokenizer.context_length <= self.model.text.positions, "data.tokenizer.context_length",
                 tokenizer.context_length, f"at most task.model.text.positions = {self.model.text.positions}")
-        text, answer = (with_vocabulary(part, tokenizer) for part in (self.model.text, self.model.answer))
-        return replace(self, model=replace(self.model, text=text, answer=answer))
+        parts = {name: with_vocabulary(getattr(self.model, name), tokenizer, f"task.model.{name}")
+                 for name in ("text", "answer")}
+        return replace(self, model=replace(self.model, **parts))
 
     def init(self, rng):
         """Fresh parameters."""

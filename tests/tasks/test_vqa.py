@@ -58,7 +58,8 @@ def test_loss(params):
 
 
 def test_bind():
-    model = replace(ANSWERS, text=replace(ANSWERS.text, positions=30))
+    model = replace(ANSWERS, text=replace(ANSWERS.text, positions=30, vocab_size=None),
+                    answer=replace(ANSWERS.answer, vocab_size=None))
     task = replace(TASK, model=model).bind(image_size=6, classes=None, tokenizer=TOKENIZER)
     size = TOKENIZER.vocab_size
     for part in (task.model.text, task.model.answer):
