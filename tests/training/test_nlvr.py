@@ -1,0 +1,74 @@
+"""BLIP learns to tell whether the left or the right of two pictures is red."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
+from jaxmm.evals import Classification
+from jaxmm.models.blip import BLIPConfig
+from jaxmm.models.med import MedConfig
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.pretrained.model import load
+from jaxmm.tasks.nlvr import NLVR
+from jaxmm.training.loop import train
+from tests.training.common import lines
+
+COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220)}
+STACK = {"depth": 2, "heads": 2, "init": "xavier"}
+MODEL = BLIPConfig(
+    vision=ViTConfig(transformer=TransformerConfig(width=24, mlp_dim=40, **STACK), image_size=8, patch=4),
+    text=MedConfig(transformer=TransformerConfig(width=16, mlp_dim=56, eps=1e-12, **STACK), context_width=24,
+                   positions=12, decoder=False, merge_from=1),
+    embed_dim=None, matching=False, temperature=None)
+
+
+def colour(name):
+    return np.full((9, 11, 3), COLOURS[name], np.uint8)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A work folder, and the last metrics."""
+    folder, lines = tmp_path_factory.mktemp("nlvr"), []
+    for name in COLOURS:
+        Image.fromarray(colour(name)).save(folder / f"{name}.png")
+    for left, right, side, said in itertools.product(COLOURS, COLOURS, ("left", "right"), COLOURS):
+        truth = (left if side == "left" else right) == said
+        lines.append({"sentence": f"The {side} is {said}.", "label": str(truth),
+                      "images": [f"{left}.png", f"{right}.png"]})
+    (folder / "all.json").write_text(json.dumps(lines))
+    data = DataConfig(train=f"nlvr:{folder}/all.json", val=f"nlvr:{folder}/all.json", batch_size=32,
+                      image=ImageConfig(size=8, scale=(0.5, 1.0), eval_crop="squash"),
+                      tokenizer=TokenizerConfig(vocab_size=40, context_length=8))
+    config = TrainConfig(
+        task=NLVR(model=MODEL), steps=150, log_every=10, data=data, mesh=MeshConfig(data=1), microbatches=2,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=10, weight_decay=0.0), evals=(Classification(examples=3),))
+    return folder / "run", train(config, folder / "run")
+
+
+def test_it_learns(run):
+    folder, metrics = run
+    losses = [loss for _, loss in lines(folder, "train/loss")]
+    print(losses, metrics)
+    assert losses[0] > 0.5 and losses[-1] < 0.1 and metrics["val/loss"] < 0.1 and metrics["val/top1"] == 1
+    assert (folder / "report.html").read_text().count("<b>True</b>") >= 1
+
+
+def test_what_it_learned_is_asked_of_pictures(run):
+    model = load(run[0])
+    red, blue = map(colour, COLOURS)
+    found = model.compare([(red, blue), (blue, red), (red, blue)],
+                          ["The left is red!", "the left is red", "the right is blue"])
+    assert (found > 0.5).tolist() == [True, False, True] and found.shape == (3,)
+    batch = {"image": model.preprocess([blue, red])[None], "tokens": model.tokenize(["the left is red"])}
+    logits = model.task.predict["logits"](model.params, batch)
+    np.testing.assert_allclose(found[1], jax.nn.softmax(logits)[0, 1], rtol=1e-4)
+    assert model.encode_image([red]).shape == (1, 24) and model.compare([], []).shape == (0,)
+    with pytest.raises(ValueError, match="1 pairs and 2 texts"):
+        model.compare([(red, blue)], ["one", "two"])
