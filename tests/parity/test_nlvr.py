@@ -1,12 +1,12 @@
 """BLIP on NLVR2: the authors' file, against what they published written once more in plain torch."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from jaxmm.models.blip import BLIP
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.model import load
 from jaxmm.tasks.nlvr import NLVR
@@ -124,8 +124,8 @@ def test_the_authors_file(tmp_path, record_property):
     ours = load(tmp_path / "nlvr.pth")
     assert (type(ours.task), ours.config.text.merge_from, ours.image.size) == (NLVR, 6, SIDE)
     assert ours.labels == ("False", "True") and ours.params["text"]["merge"]["kernel"].shape == (2, 256, 128)
-    got = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), jnp.asarray(WORDS), train=False,
-                            method=BLIP.__call__)["compare"]
+    got = jax.jit(lambda params: ours.module.apply({"params": params}, jnp.asarray(IMAGE), jnp.asarray(WORDS),
+                                                   train=False)["compare"])(ours.params)
     first, second = (torch.from_numpy(IMAGE[:, i].transpose(0, 3, 1, 2).copy()) for i in (0, 1))
     want = published(w, first, second, torch.from_numpy(WORDS).long())
     close(got, want, 1e-5, "Salesforce NLVR2 logits", record_property)

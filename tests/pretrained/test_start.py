@@ -74,6 +74,24 @@ def test_blip_takes_a_picture_tower_and_its_own_kind(saved):
         adopt(tiny.CAPTIONER, tiny.CLIP, tiny.SIDE)
 
 
+def test_two_pictures_are_read_as_one_was(saved):
+    tiny.matcher().save(saved / "matcher")
+    task = adopt(tiny.PAIR, tiny.MATCHER, tiny.SIDE)
+    assert task == tiny.PAIR
+    given, anew = start_weights(InitConfig(source=str(saved / "matcher")), task, MESH)
+    assert {path.split("/")[0] for path in anew} == {"pair_hidden", "pair_head", "text"}
+    assert sorted(path for path in anew if path.startswith("text/")) == ["text/merge/bias", "text/merge/kernel"]
+    blocks = tiny.matcher().params["text"]["blocks"]
+    for twin in ("first", "second"):
+        for part in ("query", "out"):
+            np.testing.assert_array_equal(given[f"text/blocks/{twin}_cross_attention/{part}/kernel"],
+                                          blocks["cross_attention"][part]["kernel"])
+    with pytest.raises(ConfigError, match=r"init\.from is 'Captioning'; wanted a ViT"):
+        adopt(tiny.PAIR, tiny.CAPTIONER, tiny.SIDE)
+    with pytest.raises(ConfigError, match=r"init\.from is 'NLVR'; wanted a ViT"):
+        adopt(tiny.MATCHER, tiny.PAIR, tiny.SIDE)
+
+
 def test_skipped_paths_start_anew_and_training_fields_stay(saved):
     stack = replace(tiny.VISION.transformer, drop_path=0.1, remat="full", width=48, activation="quick_gelu")
     recipe = replace(tiny.CLIP, model=replace(tiny.CLIP.model, vision=replace(tiny.VISION, transformer=stack)))

@@ -18,6 +18,7 @@ from jaxmm.tasks.blip import BLIPPretraining
 from jaxmm.tasks.caption import Captioning
 from jaxmm.tasks.classify import Classify
 from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.nlvr import NLVR
 from jaxmm.tasks.vqa import VQA
 from tests.tasks.common import params
 
@@ -50,6 +51,8 @@ CAPTIONER = Captioning(prompt="a", model=BLIPConfig(vision=TOWER, text=replace(M
                                                     matching=False, temperature=None))
 MATCHER = BLIPPretraining(model=BLIPConfig(vision=TOWER, text=replace(MED, decoder=False), embed_dim=12,
                                            temperature=None))
+PAIR = NLVR(model=BLIPConfig(vision=TOWER, text=replace(MED, decoder=False, merge_from=2), embed_dim=None,
+                             matching=False, temperature=None))
 
 
 ANSWERER = VQA(model=BLIPConfig(
