@@ -82,9 +82,10 @@ def write(
     prompt = jnp.pad(prompt, ((0, 0), (0, max(0, total - p))), constant_values=pad_id)[:, :total]
     lengths = jnp.minimum(lengths, total)
     first = jnp.full((b, k, total), pad_id, prompt.dtype).at[:, :, 0].set(prompt[:, :1])
+    score = jnp.full((b, k), NEVER).at[:, 0].set(0.0)
     start = State(
-        at=jnp.zeros((), jnp.int32), tokens=first, score=jnp.full((b, k), NEVER).at[:, 0].set(0.0), cache=cache,
-        done=first, done_score=jnp.full((b, k), NEVER), ended=jnp.zeros(b, bool))
+        at=jnp.zeros((), jnp.int32), tokens=first, score=score, cache=cache, done=first,
+        done_score=jnp.full((b, k), NEVER) if total > 1 else score, ended=jnp.zeros(b, bool))
 
     def going(state: State) -> Bool[Array, ""]:
         return (state.at < total - 1) & ~state.ended.all()

@@ -104,7 +104,7 @@ def beam_search(picture, prompt, decoding):
 
 @pytest.mark.parametrize("options", [
     {}, {"length_penalty": 0.0}, {"length_penalty": 2.0}, {"min_length": 5}, {"repetition_penalty": 1.5}, {"beams": 2},
-    {"beams": 5}], ids=str)
+    {"beams": 5}, {"beams": VOCABULARY + 3}], ids=str)
 def test_beams(options):
     decoding = Decoding(**{"max_length": 8, "beams": 3} | options)
     prompts = [[2], [3, 4], [2, 5, 3], [4]]
@@ -113,6 +113,42 @@ def test_beams(options):
         want = beam_search(picture, prompt, decoding)
         np.testing.assert_allclose(score[picture], [each for each, _ in want], rtol=1e-4)
         assert tokens[picture].tolist() == [told(text, 8) for _, text in want]
+
+
+def test_beams_that_all_end_at_once(monkeypatch):
+    """The end is all but certain behind every token: the best text is it alone, the others are one token longer."""
+    table = np.full_like(TABLE, -20.0) + TABLE
+    table[..., END] = 5
+    monkeypatch.setitem(globals(), "TABLE", table)
+    decoding, prompts = Decoding(beams=3, max_length=8), [[2], [3, 4], [2, 5, 3], [4]]
+    tokens, score = written(range(4), prompts, decoding)
+    for picture, prompt in enumerate(prompts):
+        want = beam_search(picture, prompt, decoding)
+        np.testing.assert_allclose(score[picture], [each for each, _ in want], rtol=1e-4, atol=1e-6)
+        assert tokens[picture].tolist() == [told(text, 8) for _, text in want]
+        assert tokens[picture, 0].tolist() == told([*prompt, END], 8)
+        assert [row.tolist().index(END) for row in tokens[picture]] == [len(prompt) + i for i in (0, 1, 1)]
+    assert np.isfinite(score).all() and (np.diff(score, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_no_room_behind_the_prompt(beams, length):
+    """Nothing is written: the best is the prompt, cut where it is too long, with the score of no token at all."""
+    prompts = [[2, 5, 3], [3, 4, 4], [2, 2, 2], [4, 5, 5]]
+    tokens, score = written(range(4), prompts, Decoding(beams=beams, max_length=length))
+    assert tokens[:, 0].tolist() == [prompt[:length] for prompt in prompts]
+    assert (score[:, 0] == 0).all() and np.isfinite(score).all() and (score[:, 1:] < -1e8).all()
+
+
+def test_more_beams_than_texts():
+    """Six texts can be written; what fills the other beams loses to them all."""
+    decoding = Decoding(beams=VOCABULARY + 3, max_length=2)
+    tokens, score = written([1], [[2]], decoding)
+    order = np.argsort(-logits(1, [2]))
+    assert tokens[0, :VOCABULARY].tolist() == [[2, token] for token in order]
+    np.testing.assert_allclose(score[0, :VOCABULARY], log_softmax(logits(1, [2]))[order], rtol=1e-5)
+    assert np.isfinite(score).all() and (score[0, VOCABULARY:] < -1e8).all()
 
 
 def test_wide_beams_find_the_best_of_all_texts():

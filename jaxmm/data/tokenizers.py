@@ -1,7 +1,8 @@
 """Words into token ids: CLIP's and BERT's published vocabularies, any `tokenizer.json`, or one trained here.
 
 Everything is encoded by the `tokenizers` library. Text is data only: what looks like a special token in it is split
-into ordinary ones, but for the tokenizers of published checkpoints, which do as they were published (`literal`).
+into ordinary ones, but for the tokenizers of published checkpoints that only encode, which do as they were published
+(`literal`).
 """
 
 import gzip

@@ -99,8 +99,9 @@ def _file(path: Path, files: Files, words: Words, context_length: int) -> Tokeni
 
 
 def _bert(path: Path, files: Files, words: Words, context_length: int) -> Tokenizer:
+    """BLIP learns to write what it reads: unlike transformers', a text cannot name [SEP] or [PAD]."""
     backend, special = read_bert(path) if path.suffix == ".txt" else read_file(path)
-    return Tokenizer(backend, context_length, **special, literal=_special(backend))
+    return Tokenizer(backend, context_length, **special)
 
 
 def _special(backend: tokenizers.Tokenizer) -> tuple[str, ...]:

@@ -49,6 +49,9 @@ class Task:
         """This task with what only the data knows filled in. Raises `ConfigError` where they do not fit."""
         raise NotImplementedError
 
+    def check_batch(self, size: int) -> None:
+        """Raises `ConfigError` where the loss takes no batch of this size."""
+
     def init(self, rng: Key[Array, ""]) -> Params:
         """Fresh parameters."""
         raise NotImplementedError

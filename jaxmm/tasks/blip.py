@@ -70,6 +70,10 @@ class BLIPPretraining(Task):
                 f"at most the model's task.model.text.positions = {self.model.text.positions}")
         return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
 
+    def check_batch(self, size):
+        """The queue has room for all of it."""
+        require(size <= self.queue, "task.queue", self.queue, f"at least data.batch_size = {size}")
+
     def init(self, rng):
         """Fresh parameters."""
         size = self.model.vision.image_size
@@ -94,7 +98,7 @@ class BLIPPretraining(Task):
     def loss(self, params, extra, batch, rng):
         """The sum of the three losses; the teacher is brought up to date before it is asked, the queues after."""
         model, tokens = BLIP(self.model), batch["tokens"]
-        require(len(tokens) <= self.queue, "task.queue", self.queue, f"at least the batch of {len(tokens)}")
+        self.check_batch(len(tokens))
         dropout, drawing, teaching = jax.random.split(rng, 3)
         rngs = [{"dropout": key} for key in jax.random.split(dropout, 4)]
         variables = {"params": params}

@@ -85,6 +85,7 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
             f"a multiple of mesh.data x mesh.fsdp x microbatches = {shards} x {config.microbatches}")
     require(config.microbatches == 1 or type(config.task).loss is Task.loss, "microbatches", config.microbatches,
             f"1: the loss of {type(config.task).__name__} cannot be computed in parts")
+    config.task.check_batch(config.data.batch_size)
     source = open_source(config.data.train, data_dir=config.data.data_dir)
     began = begun(config, workdir, source)
     require("answers" not in config.task.reads or getattr(source, "most_answers", 0), "data.train", config.data.train,

@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 
 from jaxmm.generate import Decoding
+from jaxmm.losses.language import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig, write_texts
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
@@ -18,6 +19,7 @@ from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.blip import transformers_rows
 from jaxmm.pretrained.files import open_tensors
 from jaxmm.pretrained.model import load
+from jaxmm.pretrained.parity import compare
 from jaxmm.pretrained.tables import read_params
 from tests.parity.test_loading import shaken
 from tests.parity.test_published import close
@@ -66,15 +68,20 @@ def torched(array):
 
 @torch.no_grad()
 def test_captioning(tmp_path, record_property):
+    """With the loss: what is -100 there does not count here, smoothing is that of their configuration."""
     config = BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), **NONE)
-    theirs, params, module = pair(transformers.BlipForConditionalGeneration, config, tmp_path)
+    theirs, params, module = pair(transformers.BlipForConditionalGeneration, config, tmp_path, label_smoothing=0.1)
     seen = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.see)
     want = theirs(pixel_values=torched(IMAGE.transpose(0, 3, 1, 2)), input_ids=torched(WORDS).long(),
-                  attention_mask=MASK)
+                  attention_mask=MASK, labels=torched(WORDS).long().masked_fill(MASK == 0, -100))
     close(seen, want.image_embeds, 1e-4, "BLIP picture tokens", record_property)
     logits = module.apply(params, jnp.asarray(WORDS), seen, train=False, method=BLIP.write)
     there = WORDS != 0
     close(logits[there], want.logits[torched(there)], 1e-4, "BLIP caption logits", record_property)
+    loss = language_loss(logits, jnp.asarray(WORDS), jnp.asarray(there), 0.1)
+    close(loss, want.loss, 1e-5, "BLIP caption loss", record_property)
+    unsmoothed = language_loss(logits, jnp.asarray(WORDS), jnp.asarray(there))
+    assert abs(float(unsmoothed - loss)) > 1e-2
 
 
 @torch.no_grad()
@@ -87,6 +94,9 @@ def test_matching(tmp_path, record_property):
     close(got["match"], theirs(ids, pixels, attention_mask=MASK).itm_score, 1e-4, "BLIP matching logits",
           record_property)
     cosine = theirs(ids, pixels, attention_mask=MASK, use_itm_head=False).itm_score
+    alone = theirs.text_encoder(ids, attention_mask=MASK).last_hidden_state[:, 0]
+    close(got["text"], torch.nn.functional.normalize(theirs.text_proj(alone)), 2e-5, "BLIP text features",
+          record_property)
     close(got["image"] @ got["text"].T, cosine, 2e-5, "BLIP cosines", record_property)
     ids[:, 0] = 89      # what training read, and the switch reproduces
     other = BLIP(replace(config, encode_token=True)).apply(params, jnp.asarray(IMAGE), jnp.asarray(WORDS), train=False)
@@ -134,6 +144,12 @@ def test_folders_in_and_out(kind, tmp_path):
     transformers.BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "theirs")
     names = ["[PAD]", "[UNK]", "[CLS]", "a", "picture", "of", *(f"w{i}" for i in range(81)), "[SEP]"]
     (tmp_path / "theirs" / "vocab.txt").write_text("\n".join(names) + "\n")
+    rows, _, library = compare(tmp_path / "theirs")
+    names = [row.name for row in rows]
+    assert library == "transformers" and {"vision layer 2", "picture tokens"} < set(names)
+    assert set(names) > ({"writing layer 3", "token logits", "loss"} if kind == "captions" else {
+        "text layer 3", "text embedding", "similarities", "matching layer 3", "matching logits"})
+    assert all(row.largest <= (0 if row.name.startswith("ids") else 1e-4) for row in rows), rows
     ours = load(tmp_path / "theirs")
     assert_same_bits(ours.params, params["params"])
     pictures = [RNG.integers(0, 256, (SIDE + i, SIDE, 3), np.uint8) for i in range(5)]

@@ -60,6 +60,23 @@ def test_special_tokens_in_a_text_are_what_the_family_calls_them(folder):
     assert END not in open_clip(["a <|endoftext|>"])[0, :4]
 
 
+def test_a_caption_cannot_name_bert_s_special_tokens(tmp_path):
+    """Neither through the list of words nor through the file of transformers, where they are added tokens."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", "[ENC]"]
+    words = ["[", "]", "pad", "sep", "dec", "enc", "cls", "a", "cat"]
+    (tmp_path / "vocab.txt").write_text("\n".join(special + words) + "\n")
+    plain = read(tmp_path, Words(vocabulary="bert"), length=20)
+    backend = tokenizers.Tokenizer.from_str(plain.backend.to_str())
+    backend.add_special_tokens(special)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    (tmp_path / "tokenizer.json").write_text(backend.to_str())
+    want = [2, 6, 10, 7, 6, 9, 7, 6, 8, 7, 6, 11, 7, 13, 14, 3, 0, 0, 0, 0]
+    for tokenizer in (plain, read(tmp_path, Words(vocabulary="bert"), length=20)):
+        assert tokenizer(["[DEC] [SEP] [PAD] [ENC] a cat"])[0].tolist() == want
+        assert tokenizer.decode(want) == "[ dec ] [ sep ] [ pad ] [ enc ] a cat"
+
+
 def test_transformers_rules_clean_less(folder):
     words = Words(vocabulary="transformers")
     tokenizer = read(folder, words)

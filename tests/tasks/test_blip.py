@@ -9,6 +9,7 @@ import pytest
 
 from jaxmm.config import ConfigError, MeshConfig
 from jaxmm.losses.matching import hard_negatives
+from jaxmm.models.blip import BLIP
 from jaxmm.sharding import make_mesh, place_batch, shardings
 from jaxmm.tasks import blip as tasks
 from jaxmm.tasks.blip import NOBODY, TAUGHT, BLIPPretraining
@@ -36,6 +37,12 @@ def batch(step):
 def start():
     params = parameters(MODEL) | {"temperature": jnp.float32(0.2)}
     return params, TASK.init_extra(params, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Value and gradients of the loss, compiled."""
+    return jax.jit(jax.value_and_grad(TASK.loss, has_aux=True))
 
 
 class Oracle:
@@ -200,16 +207,45 @@ def test_one_device_and_eight_compute_the_same(mesh):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_all_of_one_picture_is_finite():
+def writes_not(params, extra):
+    """The fine-tuning for retrieval: the task, its parameters and its state."""
+    model = replace(MODEL, text=replace(MODEL.text, decoder=False))
+    kept = {name: value for name, value in params["text"].items() if name != "head"}
+    kept["blocks"] = {name: value for name, value in kept["blocks"].items() if not name.startswith("causal")}
+    return replace(TASK, model=model), params | {"text": kept}, extra | {
+        "teacher": extra["teacher"] | {"text": kept}}
+
+
+def test_all_of_one_picture():
+    """Nothing is a negative: only the pairs themselves are matched, and every gradient is finite."""
+    task, params, extra = writes_not(*start())
+    data = batch(0) | {"image_id": jnp.zeros((B, 2), jnp.int32)}
+    (total, (_, metrics)), slopes = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(
+        params, extra, data, jax.random.key(0))
+    module = BLIP(task.model)
+    logits = module.apply({"params": params}, task.pixels(data["image"]), data["tokens"], train=False)["match"]
+    np.testing.assert_allclose(metrics["matching"], -jax.nn.log_softmax(logits)[:, 1].mean(), rtol=1e-5)
+    assert np.isfinite(float(total)) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+
+
+def test_texts_without_words_and_texts_with_holes(trained):
+    """An empty caption is its begin and end: only the end is written. What is padding in the middle counts nowhere."""
     params, extra = start()
     data = batch(0)
-    data["image_id"] = jnp.zeros_like(data["image_id"])
-    total, (_, metrics) = jax.jit(TASK.loss)(params, extra, data, jax.random.key(0))
-    assert np.isfinite(float(total)) and np.isfinite(float(metrics["matching"]))
+    end = MODEL.text.end_id
+    empty = jnp.zeros((B, T), jnp.int32).at[:, 0].set(2).at[:, 1].set(end)
+    holes = data["tokens"].at[:, 3].set(0)
+    for tokens in (empty, holes):
+        text = data | {"tokens": tokens}
+        (_, (_, metrics)), slopes = trained(params, extra, text, jax.random.key(0))
+        want = Oracle(params, extra).losses(text, jax.random.key(0))
+        np.testing.assert_allclose([metrics[name] for name in ("contrastive", "matching", "writing")], want, rtol=1e-5,
+                                   atol=1e-5)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
 def test_what_cannot_be():
-    with pytest.raises(ConfigError, match=r"task\.queue is 3; wanted at least the batch of 4"):
+    with pytest.raises(ConfigError, match=r"task\.queue is 3; wanted at least data\.batch_size = 4"):
         params, extra = start()
         jax.eval_shape(lambda: replace(TASK, queue=3).loss(params, extra, batch(0), jax.random.key(0)))
     with pytest.raises(ConfigError, match=r"task\.alpha is 1"):
@@ -220,11 +256,8 @@ def test_what_cannot_be():
 
 def test_without_a_decoder_it_does_not_write():
     params, extra = start()
-    model = replace(MODEL, text=replace(MODEL.text, decoder=False))
-    kept = {name: value for name, value in params["text"].items() if name != "head"}
-    kept["blocks"] = {name: value for name, value in kept["blocks"].items() if not name.startswith("causal")}
-    total, (_, metrics) = jax.jit(replace(TASK, model=model).loss)(params | {"text": kept}, extra | {
-        "teacher": extra["teacher"] | {"text": kept}}, batch(0), jax.random.key(0))
+    task, few, state = writes_not(params, extra)
+    total, (_, metrics) = jax.jit(task.loss)(few, state, batch(0), jax.random.key(0))
     whole, (_, all_metrics) = jax.jit(TASK.loss)(params, extra, batch(0), jax.random.key(0))
     assert "writing" not in metrics
     np.testing.assert_allclose(total, whole - all_metrics["writing"], rtol=1e-5)

@@ -21,8 +21,8 @@ TASK = Captioning(model=WRITES, prompt_ids=(5, 9), smoothing=0.1)
 def test_loss():
     params = random_like(jax.eval_shape(TASK.init, jax.random.key(0)))
     rng = np.random.default_rng(0)
-    tokens = np.array([[2, 7, 8, 3, 0, 0], [2, 4, 3, 0, 0, 0], [2, 11, 12, 13, 14, 3]], np.int32)
-    image = rng.integers(0, 256, (3, 6, 6, 3)).astype(np.uint8)
+    tokens = np.array([[2, 7, 8, 3, 0, 0], [2, 4, 3, 0, 0, 0], [2, 11, 12, 13, 14, 3], [2, 3, 0, 0, 0, 0]], np.int32)
+    image = rng.integers(0, 256, (4, 6, 6, 3)).astype(np.uint8)      # the last caption is empty: only its end counts
     loss, (extra, metrics) = jax.jit(TASK.loss)(params, {}, {"image": jnp.asarray(image),
                                                             "tokens": jnp.asarray(tokens)}, jax.random.key(0))
     p = fp64(params)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jaxmm.config import ConfigError
 from jaxmm.evals import Captions, Retrieval
 from jaxmm.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
@@ -14,7 +15,7 @@ from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.model import load
 from jaxmm.tasks.blip import BLIPPretraining
 from jaxmm.tasks.caption import Captioning
-from jaxmm.training.loop import train
+from jaxmm.training.loop import prepare, train
 from tests.training.common import assert_same_bits, clip_run, lines, restored
 
 STACK = {"depth": 2, "heads": 2, "dropout": 0.1}
@@ -31,6 +32,13 @@ TASKS = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
+
+
+def test_a_queue_with_too_little_room_stops_the_run_before_it_begins(data, tmp_path):
+    config = replace(clip_run(data, steps=6), task=replace(TASKS["pretraining"], queue=11), evals=())
+    with pytest.raises(ConfigError, match=r"task\.queue is 11; wanted at least data\.batch_size = 12"):
+        prepare(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", TASKS)
