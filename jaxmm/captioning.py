@@ -1,4 +1,4 @@
-"""From pictures to words: the compiled functions that write captions (and answers) and that match."""
+"""From pictures to words: the compiled functions that write captions (and answers), and where each word looked."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jaxmm.data.tokenizers import Tokenizer
@@ -48,28 +48,6 @@ def writer(task: Task, decoding: Decoding, seed: int, mesh: Mesh | None) -> Call
         return write_texts(model, params, context, batch["prompt"], lengths, keys, decoding, there)._asdict()
 
     return compile_prediction(run, mesh)
-
-
-@lru_cache(maxsize=4)
-def matcher(task: Task, mesh: Mesh | None) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
-    """(parameters, pictures [b h w 3], texts [c t]) to the probabilities [b c] that they belong together."""
-    model = BLIP(task.model)
-
-    @jax.jit
-    def see(params, image):
-        return model.apply({"params": params}, task.pixels(image), train=False, method=BLIP.see)
-
-    @jax.jit
-    def match(params, seen, tokens):
-        tokens = jnp.broadcast_to(tokens, (len(seen), *tokens.shape))
-        return jax.nn.softmax(model.apply({"params": params}, tokens, seen, train=False, method=BLIP.match))[:, 1]
-
-    def run(params, image, tokens):
-        where = None if mesh is None else NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-        seen = see(params, jax.device_put(image, where))
-        return np.stack([np.asarray(match(params, seen, row)) for row in tokens], axis=1)
-
-    return run
 
 
 @lru_cache(maxsize=4)

@@ -5,9 +5,10 @@ from jaxmm.evals.classification import Classification
 from jaxmm.evals.common import CaptionExample, EvalContext, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.evals.knn import KNN
 from jaxmm.evals.probe import LinearProbe
+from jaxmm.evals.reranking import Reranking
 from jaxmm.evals.retrieval import Retrieval
 from jaxmm.evals.vqa import VQAAccuracy
 from jaxmm.evals.zero_shot import ZeroShot
 
 __all__ = ["KNN", "CaptionExample", "Captions", "Classification", "EvalContext", "LinearProbe", "PredictionExample",
-           "Retrieval", "RetrievalExample", "Retrieved", "VQAAccuracy", "ZeroShot"]
+           "Reranking", "Retrieval", "RetrievalExample", "Retrieved", "VQAAccuracy", "ZeroShot"]

@@ -17,7 +17,7 @@ from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source, open_source
 from jaxmm.training.step import compile_prediction
 
-INPUTS = ("image", "tokens", "prompt", "row")
+INPUTS = ("image", "tokens", "prompt", "row", "seen")
 """Keys of a batch that the functions of `Task.predict` may read; the rest stays on the host."""
 
 
@@ -166,11 +166,17 @@ def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | 
 
 def embed(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | None
           ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """All that `outputs` yields, joined: predictions by name, and the batches' arrays without the inputs."""
+    """All that `outputs` yields, joined: predictions by name, and the batches' arrays without the pictures."""
+    return joined(outputs(fn, params, batches, mesh))
+
+
+def joined(found: Iterable[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
+           ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """As `embed`, of what is `found`."""
     results, rest = [], []
-    for result, batch in outputs(fn, params, batches, mesh):
+    for result, batch in found:
         results.append(result)
-        rest.append({k: v for k, v in batch.items() if k not in INPUTS})
+        rest.append({k: v for k, v in batch.items() if k != "image"})
     return tuple({k: np.concatenate([part[k] for part in parts]) for k in parts[0]} for parts in (results, rest))
 
 

@@ -1,8 +1,9 @@
 """Retrieval recall between pictures and texts, in both directions."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,6 +19,8 @@ from jaxmm.evals.common import (
     check,
     chosen_weights,
     embed,
+    joined,
+    outputs,
     predict_fn,
     spread,
     thumbnail,
@@ -31,8 +34,8 @@ CHUNK = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Evaluator):
-    """Yields `i2t_recall@k`, one of a picture's texts is among the k nearest, and `t2i_recall@k`, its picture is.
+class PairEvaluator(Evaluator):
+    """Base of what finds texts for pictures and pictures for texts, and takes recalls.
 
     The same picture twice, or the same words under two pictures, are right answers for each other. A tie counts
     as a miss.
@@ -45,8 +48,10 @@ class Retrieval(Evaluator):
     """Texts of each picture that take part."""
     ks: tuple[int, ...] = (1, 5, 10)
     """Ranks at which the recall is taken."""
-    examples: int = 6
-    """Queries in each direction added to the report."""
+    kind: ClassVar[str] = ""
+    """Part of the metrics' names."""
+    asks: ClassVar[tuple[str, ...]] = ("image", "text")
+    """What the task must predict."""
 
     def __post_init__(self):
         """Checks ranges."""
@@ -56,34 +61,51 @@ class Retrieval(Evaluator):
 
     def check(self, context: EvalContext) -> Source:
         """The source measured on; raises `ConfigError` where this cannot run."""
-        source = check(self, context, "image", "text", tokenizer=True)
-        require(_has_texts(source), "Retrieval.source", source.name, "a source whose pictures have texts")
-        require(self.pool is None or self.pool <= len(source), "Retrieval.pool", self.pool,
+        source, name = check(self, context, *self.asks, tokenizer=True), type(self).__name__
+        require(_has_texts(source), f"{name}.source", source.name, "a source whose pictures have texts")
+        require(self.pool is None or self.pool <= len(source), f"{name}.pool", self.pool,
                 f"at most the {len(source)} pictures of {source.name!r}")
         return source
 
     def metrics(self, context: EvalContext) -> tuple[str, ...]:
         """The names that `run` yields."""
-        return tuple(f"{self.prefix}/{way}_recall@{k}" for way in ("i2t", "t2i") for k in self.ks)
+        return tuple(self._name(way, k) for way in ("i2t", "t2i") for k in self.ks)
+
+    def _name(self, way: str, k: int) -> str:
+        return f"{self.prefix}/{way}_{self.kind}recall@{k}"
+
+    def pools(self, pairs: "Pairs") -> Iterator["Pairs"]:
+        """`pairs` cut into pools."""
+        count = len(pairs.image)
+        pool = count if self.pool is None else min(self.pool, count)
+        return (pairs.cut(start, start + pool) for start in range(0, count - pool + 1, pool))
+
+    def recalls(self, ranks: Iterable[tuple[Int[np.ndarray, "q"], Int[np.ndarray, "r"]]]
+                ) -> Iterator[tuple[str, float]]:
+        """Metric names and values, from the pools' ranks of pictures' texts and of texts' pictures."""
+        for way, found in zip(("i2t", "t2i"), zip(*ranks, strict=True), strict=True):
+            for k in self.ks:
+                shares = [np.mean(pool < k) for pool in found if len(pool)]
+                yield self._name(way, k), float(np.mean(shares)) if shares else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(PairEvaluator):
+    """Yields `i2t_recall@k`, one of a picture's texts is among the k nearest, and `t2i_recall@k`, its picture is."""
+
+    examples: int = 6
+    """Queries in each direction added to the report."""
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
         """Yields metric names and values."""
-        source, params = self.check(context), chosen_weights(self, context)
-        pairs = _embed(source, params, context, self.batch_size, self.captions)
-        count = len(pairs.image)
-        pool = count if self.pool is None else min(self.pool, count)
-        hits = {(way, k): [] for way in ("i2t", "t2i") for k in self.ks}
-        for start in range(0, count - pool + 1, pool):
-            part = pairs.cut(start, start + pool)
-            ranks = {"i2t": best_rank(part.image, part.text, part.picture, part.words, part.right),
-                     "t2i": best_rank(part.text, part.image, part.words, part.picture, part.right.T.tocsr())}
-            for way, k in hits:
-                if len(ranks[way]):
-                    hits[way, k].append(np.mean(ranks[way] < k))
-            if start == 0 and self.examples:
-                context.examples.extend(_examples(source, part, self.examples))
-        for (way, k), shares in hits.items():
-            yield f"{self.prefix}/{way}_recall@{k}", float(np.mean(shares)) if shares else float("nan")
+        source = self.check(context)
+        pairs = embed_pairs(self, source, context)
+        if self.examples:
+            context.examples.extend(_examples(source, next(self.pools(pairs)), self.examples))
+        yield from self.recalls(
+            (best_rank(pool.image, pool.text, pool.picture, pool.words, pool.right),
+             best_rank(pool.text, pool.image, pool.words, pool.picture, pool.right.T.tocsr()))
+            for pool in self.pools(pairs))
 
 
 def _has_texts(source: Source) -> bool:
@@ -97,11 +119,12 @@ def _has_texts(source: Source) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pairs:
+class Pairs:
     """n embedded pictures and their m texts, a picture's texts one after the other."""
 
     image: Float[np.ndarray, "n e"]
     text: Float[np.ndarray, "m e"]
+    tokens: Int[np.ndarray, "m t"]
     record: Int[np.ndarray, "n"]
     """Index in the source."""
     owner: Int[np.ndarray, "m"]
@@ -113,33 +136,41 @@ class _Pairs:
     right: csr_array
     """Whether a picture's number goes with a words' number."""
 
-    def cut(self, start: int, stop: int) -> "_Pairs":
+    def cut(self, start: int, stop: int) -> "Pairs":
         """Pictures from `start` to `stop` and their texts."""
         rows, columns = slice(start, stop), slice(*np.searchsorted(self.owner, (start, stop)).tolist())
-        return _Pairs(image=self.image[rows], text=self.text[columns], record=self.record[rows],
-                      owner=self.owner[columns] - start, picture=self.picture[rows], words=self.words[columns],
-                      right=self.right)
+        return Pairs(image=self.image[rows], text=self.text[columns], tokens=self.tokens[columns],
+                     record=self.record[rows], owner=self.owner[columns] - start, picture=self.picture[rows],
+                     words=self.words[columns], right=self.right)
 
 
-def _embed(source, params, context, batch_size, captions) -> _Pairs:
-    mesh, size = context.mesh, whole_batch(batch_size, context.mesh)
-    if captions == "first":
-        batches = eval_batches(source, context.data, size, context.tokenizer)
-        result, batch = embed(predict_fn(context.task, ("image", "text"), mesh), params, batches, mesh)
-        image, text, text_id, record = result["image"], result["text"], batch["text_id"], batch["index"]
-        owner = np.arange(len(image))
+def embed_pairs(
+    evaluator: PairEvaluator, source: Source, context: EvalContext, see: Callable[..., Iterator] | None = None
+) -> Pairs:
+    """The pictures of `source` and their texts, embedded.
+
+    `see` makes (predictions, batch) of parameters and batches, with `image` [b e] and, where a batch has tokens, `text`
+    [b e] among the predictions; None: as the task predicts them.
+    """
+    mesh, params, first = context.mesh, chosen_weights(evaluator, context), evaluator.captions == "first"
+    size = whole_batch(evaluator.batch_size, mesh)
+    if see is None:
+        see = partial(outputs, predict_fn(context.task, ("image", "text") if first else ("image",), mesh), mesh=mesh)
+    result, batch = joined(see(params, batches=eval_batches(
+        source, context.data, size, context.tokenizer if first else None)))
+    image, record = result["image"], batch["index"]
+    if first:
+        text, words, owner = result["text"], batch, np.arange(len(image))
     else:
-        batches = eval_batches(source, context.data, size)
-        result, batch = embed(predict_fn(context.task, ("image",), mesh), params, batches, mesh)
-        image, record = result["image"], batch["index"]
         texts = eval_texts(source, context.tokenizer, size)
         result, words = embed(predict_fn(context.task, ("text",), mesh), params, texts, mesh)
         owner = np.minimum(np.searchsorted(record, words["owner"]), len(record) - 1)
         kept = record[owner] == words["owner"]         # the texts of unreadable pictures are left out
-        text, text_id, owner = result["text"][kept], words["text_id"][kept], owner[kept]
-    picture, words = _numbered(batch["image_id"]), _numbered(text_id)
-    return _Pairs(image=image, text=text, record=record, owner=owner, picture=picture, words=words,
-                  right=right_answers(picture, words, owner))
+        text, owner = result["text"][kept], owner[kept]
+        words = {name: words[name][kept] for name in ("tokens", "text_id")}
+    picture, number = _numbered(batch["image_id"]), _numbered(words["text_id"])
+    return Pairs(image=image, text=text, tokens=words["tokens"], record=record, owner=owner, picture=picture,
+                 words=number, right=right_answers(picture, number, owner))
 
 
 def _numbered(ids: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
@@ -161,21 +192,33 @@ def best_rank(queries: Float[np.ndarray, "n e"], items: Float[np.ndarray, "m e"]
     `right` [query ids, item ids] says which items are. Where that similarity is not finite, the rank is worse
     than any k.
     """
-    ranks, rows = [np.empty(0, np.int64)], max(1, CHUNK // max(1, len(items)))
-    for start in range(0, len(queries), rows):
-        similarity = queries[start:start + rows] @ items.T
-        row, column = right[query_id[start:start + rows]][:, item_id].nonzero()
-        correct = similarity[row, column]
-        best = np.full(len(similarity), -np.inf, np.float32)
+    return best_rank_of(lambda rows: queries[rows] @ items.T, query_id, item_id, right, TIE)
+
+
+def best_rank_of(scores: Callable[[slice], Float[np.ndarray, "r m"]], query_id: Int[np.ndarray, "n"],
+                 item_id: Int[np.ndarray, "m"], right: csr_array, tie: np.float32) -> Int[np.ndarray, "q"]:
+    """As `best_rank`, by the `scores` of a slice of the queries, a new array; closer than `tie` is equal."""
+    ranks = [np.empty(0, np.int64)]
+    for rows in chunks(len(query_id), len(item_id)):
+        score = scores(rows)
+        row, column = right[query_id[rows]][:, item_id].nonzero()
+        correct = score[row, column]
+        best = np.full(len(score), -np.inf, np.float32)
         np.maximum.at(best, row, np.where(np.isfinite(correct), correct, -np.inf))
-        similarity[row, column] = -np.inf
-        above = len(items) - np.count_nonzero(similarity < best[:, None] - TIE, axis=1)     # NaN counts as above
+        score[row, column] = -np.inf
+        above = len(item_id) - np.count_nonzero(score < best[:, None] - tie, axis=1)     # NaN counts as above
         above = np.where(np.isfinite(best), above, np.iinfo(np.int64).max)
         ranks.append(above[np.unique(row)])
     return np.concatenate(ranks)
 
 
-def _examples(source: Source, pairs: _Pairs, count: int) -> Iterator[RetrievalExample]:
+def chunks(queries: int, items: int) -> Iterator[slice]:
+    """The queries, so many at a time that their similarities with all `items` fit into memory."""
+    rows = max(1, CHUNK // max(1, items))
+    return (slice(start, start + rows) for start in range(0, queries, rows))
+
+
+def _examples(source: Source, pairs: Pairs, count: int) -> Iterator[RetrievalExample]:
     """Queries in both directions, spread over `pairs`, with the nearest three texts or five pictures."""
     position = np.arange(len(pairs.owner)) - np.searchsorted(pairs.owner, pairs.owner)
 

@@ -102,8 +102,11 @@ class BLIP(nn.Module):
         self, tokens: Int[Array, "b t"], seen: Context, *, train: bool, mask: Bool[Array, "b t"] | None = None,
         looking: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Texts read in view of pictures, or of two each: the image-grounded encoder. `looking` says which picture each
-        text is read with; None: that of its own row."""
+        """Texts read in view of pictures, or of two each: the image-grounded encoder.
+
+        `looking` says which picture each text is read with; None: that of its own row, or with fewer pictures than
+        texts, as many texts in turn look at each.
+        """
         mask = tokens != self.config.text.pad_id if mask is None else mask
         if self.config.encode_token:
             tokens = tokens.at[:, 0].set(self.config.text.encode_id)

@@ -142,7 +142,11 @@ class MedLayer(nn.Module):
         looking: Int[Array, "b"] | None = None, *, train: bool, weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t n"] | None]:
         """The layer of the unimodal encoder, and with a `context` of the image-grounded one; and with `weights` those
-        of cross-attention."""
+        of cross-attention.
+
+        `context` may have fewer rows than `x`: then each of them is looked at by as many rows of `x` in turn, or by
+        those that `looking` says.
+        """
         x, shares = self._add("attention", x, self.attention(x, x, mask, train=train)[0], train), None
         if context is not None:
             y, shares = self._see(x, context, context_mask, looking, train=train, weights=weights)
@@ -155,7 +159,9 @@ class MedLayer(nn.Module):
             seen = self.cross_attention.keys_values(context)
             if looking is not None:
                 seen = tuple(constrain_batch(each[looking]) for each in seen)
-            return self.cross_attention.attend_to(x, seen, context_mask, train=train, weights=weights)
+            y, shares = self.cross_attention.attend_to(side_by_side(x, len(seen[0])), seen, context_mask, train=train,
+                                                       weights=weights)
+            return y.reshape(x.shape), shares
         first, second = (getattr(self, name)(x, picture, context_mask, train=train)[0]
                          for name, picture in zip(TWINS, context, strict=True))
         return self.merge(jnp.concatenate([first, second], axis=-1)) if self.merging else (first + second) / 2, None
@@ -202,8 +208,7 @@ class MedLayer(nn.Module):
 
     def _grounded(self, x, seen, context_mask):
         cross, mlp = self._causal("cross_attention"), self._causal("mlp")
-        rows = len(seen[0])
-        texts = x.reshape(rows, -1, x.shape[-1])  # the texts of a picture side by side, as if they were one
+        texts = side_by_side(x, len(seen[0]))
         y = getattr(self, cross).attend_to(texts, seen, context_mask, train=False)[0].reshape(x.shape)
         x = self._add(cross, x, y, False)
         return self._add(mlp, x, getattr(self, mlp)(x, train=False), False)
@@ -289,13 +294,14 @@ class Med(nn.Module):
 
     def encode(
         self, tokens: Int[Array, "b t"], context: Context | None = None, *, train: bool,
-        mask: Bool[Array, "b t"] | None = None, context_mask: Bool[Array, "b n"] | None = None,
+        mask: Bool[Array, "b t"] | None = None, context_mask: Bool[Array, "r n"] | None = None,
         looking: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Tokens read both ways: by themselves, or with a picture (whose first token is then `encode_id`), or two.
 
         `mask` says which tokens are there; None: those that are not padding. `looking` says which row of the context
-        each text looks at, whose keys and values are then computed once for all that do; None: its own.
+        each text looks at, whose keys and values are then computed once for all that do; None: its own, or with fewer
+        pictures than texts, as many texts in turn look at each.
         """
         mask = tokens != self.config.pad_id if mask is None else mask
         x = self.embedding(tokens, train=train)
@@ -404,6 +410,11 @@ class Med(nn.Module):
         x, _ = run(x, MedLayer(self.config, parent=None), low, first)
         layers = {**params, "merge": self.merge}, keys
         return run(x, MedLayer(self.config, True, parent=None), layers, stack.depth - first)
+
+
+def side_by_side(x: Float[Array, "b t d"], rows: int) -> Float[Array, "r s d"]:
+    """The texts that look at one of `rows` contexts, one behind the other, as if they were the tokens of one text."""
+    return x.reshape(rows, -1, x.shape[-1])
 
 
 def empty_cache(config: MedConfig, batch: int, length: int) -> Cache:

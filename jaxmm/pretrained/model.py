@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image
+from scipy.special import expit
 
 from jaxmm.answering import ANSWERS, SHORTLIST, candidate_tokens, ranker
-from jaxmm.captioning import CAPTIONS, matcher, prompt_tokens, writer
+from jaxmm.captioning import CAPTIONS, prompt_tokens, writer
 from jaxmm.config import ImageConfig
 from jaxmm.data.images import BadImage, decode
 from jaxmm.data.nlvr import cleaned
@@ -28,8 +29,10 @@ from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
 from jaxmm.data.vqa import clean_question
 from jaxmm.evals.common import outputs, predict_fn, whole_batch
+from jaxmm.evals.reranking import match_pairs
 from jaxmm.evals.zero_shot import TEMPLATES, unit
 from jaxmm.generate import Decoding
+from jaxmm.matching import seer
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
 from jaxmm.models.vit import ViT, ViTConfig
@@ -244,8 +247,12 @@ class Model:
             raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that matches, such as "
                              "Salesforce/blip-itm-base-coco")
         tokens, found = self.tokenize(texts), []
-        for batch in map(self._filled, self._pictures(pictures, on_error)):
-            found.append(matcher(self.task, self.mesh)(self.params, batch["image"], tokens)[batch["mask"]])
+        batches = map(self._filled, self._pictures(pictures, on_error))
+        for result, _ in outputs(seer(self.task, self.mesh), self.params, batches, self.mesh):
+            shape = len(result["seen"]), len(texts)
+            logits = match_pairs(self.task, self.params, result["seen"], tokens,
+                                 *(place.ravel() for place in np.indices(shape)), self.mesh)
+            found.append(expit(logits[:, 1] - logits[:, 0]).reshape(shape))
         return np.concatenate(found) if found else np.zeros((0, len(texts)), np.float32)
 
     def compare(self, pairs: Sequence[tuple[Picture, Picture]], texts: Sequence[str]) -> Float[np.ndarray, "b"]:
