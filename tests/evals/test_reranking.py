@@ -19,7 +19,7 @@ from tests.evals.conftest import MemorySource
 from tests.pretrained import tiny
 
 COUNT, KS = 11, (1, 2, 4)
-WORDS = "a small large red blue circle square two green stars above heart".split()
+WORDS = ["a", "small", "large", "red", "blue", "circle", "square", "two", "green", "stars", "above", "heart"]
 
 
 @cache

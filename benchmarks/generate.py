@@ -1,0 +1,258 @@
+"""Captions of pictures: jaxmm against transformers' `generate`, BLIP base at 384 pixels, the same random weights.
+
+    python -m benchmarks.generate [--only NAME] [--rounds 5] [--json FILE] [--force]
+
+A batch of 4 pictures, as bytes for jaxmm and as normalised pixels for transformers, becomes 20 new tokens behind the
+token that begins a text, greedily and with 3 beams; texts may not end before, so that both write all of them. The ids
+must be the same on both sides before anything is timed. `encode` is the picture encoder alone; what a call takes beyond
+it is `decode`. The arms are those of `benchmarks.train_step`; `tuned` is the one to quote.
+
+`a token more` is the slope of a line through the times of 5, 10, 20 and 40 new tokens, with the largest distance from
+it. `recompiled` counts what JAX compiles while more batches of other pictures are captioned. `peak` is the most memory
+that a process held while captioning with 3 beams, after a first call; each side in a process of its own.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import KEEP_MEMORY, Rounds, Worker, load_is_low, machine, seconds, serve, vendor_shim
+from benchmarks.loading import memory
+
+SIDE, BATCH, TOKENS, LENGTHS = 384, 4, 20, (5, 10, 20, 40)
+BEAMS = {"greedy": 1, "beam3": 3}
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def pictures(seed: int) -> np.ndarray:
+    """Bytes [b h w 3]: a few coarse blocks each, and noise."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (BATCH, 4, 4, 3)).repeat(SIDE // 4, axis=1).repeat(SIDE // 4, axis=2)
+    return np.clip(coarse + rng.integers(-20, 20, coarse.shape), 0, 255).astype(np.uint8)
+
+
+def ours(folder: Path):
+    """(a batch's tokens [b t] of mode, new tokens and seed; picture tokens of a seed; how much was compiled so far)."""
+    import jax
+
+    from jaxmm.captioning import writer
+    from jaxmm.generate import Decoding
+    from jaxmm.matching import seer
+    from jaxmm.pretrained.model import load
+    from jaxmm.training.process import keep_memory
+    keep_memory()  # as the command does
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None)
+    model = load(folder)
+    start = {"prompt": np.full((BATCH, 1), model.config.text.decode_id, np.int32),
+             "row": np.arange(BATCH, dtype=np.int32)}
+
+    def write(mode, count, seed):
+        decoding = Decoding(beams=BEAMS[mode], min_length=1 + count, max_length=1 + count)
+        fn = writer(model.task, decoding, 0, None)
+        return np.asarray(fn(model.params, start | {"image": pictures(seed)})["tokens"])[:, 0]
+
+    def see(seed):
+        return np.asarray(seer(model.task, None)(model.params, {"image": pictures(seed)})["seen"])
+
+    return write, see, lambda: len(compiled)
+
+
+def theirs(folder: Path):
+    """As `ours`."""
+    import torch
+    import transformers
+    model = transformers.BlipForConditionalGeneration.from_pretrained(folder).eval()
+
+    @cache
+    def pixels(seed):
+        image = (pictures(seed).astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+        return torch.from_numpy(image).permute(0, 3, 1, 2).contiguous()
+
+    def write(mode, count, seed):
+        with torch.inference_mode():
+            return model.generate(pixel_values=pixels(seed), num_beams=BEAMS[mode], do_sample=False,
+                                  min_length=1 + count, max_length=1 + count).numpy()
+
+    def see(seed):
+        with torch.inference_mode():
+            return model.vision_model(pixels(seed)).last_hidden_state.numpy()
+
+    return write, see, lambda: 0
+
+
+SIDES = {"theirs": theirs, "ours": ours}
+
+
+def worker(side: str, folder: Path) -> None:
+    """Serves one side: a request such as `greedy 20` chooses what the next runs do, and does it once."""
+    write, see, compiled = SIDES[side](folder)
+    chosen = None
+    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
+
+    def choose(function, check):
+        nonlocal chosen
+        chosen = function
+        return check(function(0))
+
+    def several(mode):
+        write(mode, TOKENS, 0)
+        before = compiled()
+        found = [write(mode, TOKENS, seed).tolist() for seed in range(1, 4)]
+        return {"compiled": compiled() - before, "tokens": found}
+
+    serve({}, {f"{mode} {count}": partial(choose, partial(write, mode, count), lambda found: {"tokens": found.tolist()})
+               for mode in BEAMS for count in LENGTHS}
+          | {f"{mode} batches": partial(several, mode) for mode in BEAMS}
+          | {"encode": partial(choose, see, lambda found: {"norm": float(np.linalg.norm(found))}),
+             "run": lambda: {"s": seconds(lambda: chosen(0))},
+             "pace": lambda: {"s": min(seconds(lambda: a @ a) for _ in range(20))}})
+
+
+def one(side: str, folder: Path) -> None:
+    """A process's whole life, for its memory in bytes."""
+    write, _, _ = SIDES[side](folder)
+    loaded = memory("VmRSS")
+    write("beam3", TOKENS, 0)
+    whole = memory("VmHWM")
+    with contextlib.suppress(OSError):  # from here on the peak counts anew
+        Path("/proc/self/clear_refs").write_text("5")
+    write("beam3", TOKENS, 1)
+    print(json.dumps({"loaded": loaded, "whole": whole, "peak": memory("VmHWM")}))
+
+
+def prepare(folder: Path) -> int:
+    """Random weights in transformers' form, large enough that what is written depends on the picture; their bytes."""
+    import jax
+
+    from jaxmm.config import ImageConfig
+    from jaxmm.models.blip import blip
+    from jaxmm.pretrained.model import Model
+    from jaxmm.tasks.caption import Captioning
+    model = blip("base", image_size=SIDE, embed_dim=None, matching=False, temperature=None)
+    task = Captioning(model=replace(model, text=replace(model.text, encoder=False)))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 3 * leaf if path[-1].key == "kernel" else leaf, jax.jit(task.init)(jax.random.key(0)))
+    made = Model(task=task, params=params, image=ImageConfig(size=SIDE, eval_crop="squash"))
+    made.save(folder, format="transformers")
+    return 4 * made.parameters
+
+
+def agreed(workers: dict[str, Worker], request: str) -> None:
+    """Asks all for it; ends where they do not find the same tokens, or picture tokens of the same length."""
+    found = {name: each.ask(request) for name, each in workers.items()}
+    first, *rest = found.values()
+    if "norm" in first:
+        same = all(abs(each["norm"] / first["norm"] - 1) < 1e-4 for each in rest)
+    else:
+        same = all(each == first for each in rest)
+    if not same:
+        sys.exit(f"{request}: the sides differ; nothing was timed. {found}")
+
+
+def medians(workers: dict[str, Worker], request: str, args) -> tuple[dict[str, float], int]:
+    """Seconds of `request` by worker, and how many rounds counted."""
+    agreed(workers, request)
+    rounds = Rounds(workers, workers[list(workers)[-1]], 0.15)
+    rounds.measure(args.rounds, args.rounds if args.force else 3 * args.rounds)
+    return {name: rounds.median(name) for name in workers}, len(rounds.kept())
+
+
+def line(lengths: tuple[int, ...], times: list[float]) -> tuple[float, float]:
+    """Slope of the line through `times`, and the largest distance from it."""
+    slope, start = np.polyfit(lengths, times, 1)
+    return float(slope), float(np.abs(start + slope * np.array(lengths) - times).max())
+
+
+def main():
+    """Measures, prints, records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="greedy or beam3")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--force", action="store_true", help="on a busy machine too; the record says so")
+    parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker[0], Path(args.worker[1]))
+        return
+    if args.one:
+        one(args.one[0], Path(args.one[1]))
+        return
+    busy = not load_is_low()
+    if busy and not args.force:
+        sys.exit(f"the load average is {os.getloadavg()[0]:.1f}: wait until nothing else runs, or --force.")
+    about, rows = machine(), []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        size = prepare(folder)
+        threads = {"OMP_NUM_THREADS": str(about["cores"]), "JAX_PLATFORMS": "cpu"}
+        arms = {"as installed": threads}
+        if shim := vendor_shim(Path(temporary)):
+            arms["tuned"] = threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}
+        peaks = {side: json.loads(subprocess.run(
+            [sys.executable, "-m", "benchmarks.generate", "--one", side, str(folder)], check=True, text=True,
+            stdout=subprocess.PIPE, env=os.environ | threads).stdout.splitlines()[-1]) for side in SIDES}
+        workers = {f"{side} {arm}": Worker([sys.executable, "-m", "benchmarks.generate", "--worker", side, str(folder)],
+                                           env) for arm, env in arms.items() for side in SIDES}
+        last = {f"{side} {list(arms)[-1]}": workers[f"{side} {list(arms)[-1]}"] for side in SIDES}
+        encode, _ = medians(workers, "encode", args)
+        for mode in (mode for mode in BEAMS if args.only in mode):
+            times, counted = medians(workers, f"{mode} {TOKENS}", args)
+            several = {name: each.ask(f"{mode} batches") for name, each in last.items()}
+            mine, other = several.values()
+            if mine["tokens"] != other["tokens"]:
+                sys.exit(f"{mode}: the sides write other tokens of other pictures")
+            recompiled = next(each["compiled"] for name, each in several.items() if name.startswith("ours"))
+            longer = {count: medians(last, f"{mode} {count}", args)[0] if count != TOKENS else times
+                      for count in LENGTHS}
+            lines = {side: line(LENGTHS, [each[f"{side} {list(arms)[-1]}"] for each in longer.values()])
+                     for side in SIDES}
+            for arm in arms:
+                row = {"name": f"BLIP base captions {mode}", "arm": arm, "batch": BATCH, "tokens": TOKENS}
+                for side in ("ours", "theirs"):
+                    whole, seen = times[f"{side} {arm}"], encode[f"{side} {arm}"]
+                    row |= {f"{side}_s": round(whole, 4), f"{side}_encode_s": round(seen, 4),
+                            f"{side}_decode_s": round(whole - seen, 4)}
+                row["ratio"] = round(row["theirs_s"] / row["ours_s"], 3)
+                rows.append(row | {
+                    "slope_s": {side: round(lines[side][0], 5) for side in SIDES},
+                    "residual_s": {side: round(lines[side][1], 5) for side in SIDES}, "lengths": LENGTHS,
+                    "recompiled": recompiled, "parameters": size, "peak": peaks, "rounds": counted, "busy": busy,
+                    "machine": about})
+        for each in workers.values():
+            each.close()
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    table = Table(title=f"{BATCH} pictures, {TOKENS} new tokens, {about['processor']}, {about['cores']} cores")
+    for column in ("", "arm", "ours s", "theirs s", "ratio", "encode", "theirs", "decode", "theirs"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["name"], row["arm"] + (" (busy)" if busy else ""), *(f"{row[key]:.2f}" for key in (
+            "ours_s", "theirs_s", "ratio", "ours_encode_s", "theirs_encode_s", "ours_decode_s", "theirs_decode_s")))
+    console = Console(width=120)
+    console.print(table)
+    for row in rows[::len(arms)]:
+        console.print(f"{row['name']}, {list(arms)[-1]}: a token more takes " + ", ".join(
+            f"{side} {row['slope_s'][side] * 1e3:.1f} ms (at most {row['residual_s'][side] * 1e3:.1f} ms off a line)"
+            for side in ("ours", "theirs")) + f"; recompiled {row['recompiled']} times over 3 more batches")
+    console.print("peak with 3 beams: " + ", ".join(
+        f"{side} {peaks[side]['peak'] / 2**20:.0f} MiB ({peaks[side]['whole'] / 2**20:.0f} with loading and compiling)"
+        for side in ("ours", "theirs")) + f"; parameters {size / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
