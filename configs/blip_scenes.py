@@ -4,7 +4,7 @@
 """
 
 from jaxmm.config import CheckpointConfig, DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
-from jaxmm.evals import Captions, Retrieval
+from jaxmm.evals import Captions, Reranking, Retrieval
 from jaxmm.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
@@ -20,18 +20,18 @@ def get_config() -> TrainConfig:
     text = MedConfig(
         transformer=TransformerConfig(width=128, depth=2, heads=2, mlp_dim=384, remat="cheap", init="xavier"),
         vocab_size=None, positions=40, context_width=128)
+    model = BLIPConfig(vision=vision, text=text, embed_dim=128, temperature=0.02)
     return TrainConfig(
-        task=BLIPPretraining(model=BLIPConfig(vision=vision, text=text, embed_dim=128, temperature=0.02), queue=1024, momentum=0.95,
-                             alpha=0.2, ramp=200, smoothing=0.0),
-        steps=600,
+        task=BLIPPretraining(model=model, queue=1024, momentum=0.97, alpha=0.2, ramp=300, smoothing=0.0),
+        steps=1500,
         data=DataConfig(
-            train="scenes:train", val="scenes:val", batch_size=64,
+            train="scenes:train", val="scenes:val", batch_size=32,
             # No crop and no mirror image: the captions speak of sizes, left and right.
             image=ImageConfig(size=48, train_crop="squash", eval_crop="squash", flip=False),
-            tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=32)),
-        optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.05, warmup=50, b2=0.98,
-                                  multipliers=((r"^temperature$", 0.1),)),
-        checkpoint=CheckpointConfig(every=100),
-        evals=(Retrieval(pool=100, captions="first"),
-               Captions(decoding=Decoding(beams=1, max_length=36))),
-        eval_every=300, log_every=25)
+            tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=30)),
+        optimizer=OptimizerConfig(learning_rate=1.2e-3, weight_decay=0.05, warmup=100, b2=0.98,
+                                  multipliers=((r"^temperature$", 0.05),)),
+        checkpoint=CheckpointConfig(every=500),
+        evals=(Retrieval(pool=100, captions="first"), Reranking(pool=100, captions="first"),
+               Captions(decoding=Decoding(beams=1, max_length=32))),
+        eval_every=500, log_every=50)

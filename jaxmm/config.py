@@ -140,13 +140,13 @@ class OptimizerConfig:
     name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
     learning_rate: float = 1e-3
     """Peak of the schedule."""
-    schedule: Literal["cosine", "rsqrt", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "exponential", "rsqrt", "linear", "constant"] = "cosine"
     warmup: float = 0.05
     """Linear warm-up from 0: a count of steps, or below 1 a share of all steps."""
     cooldown: float = 0.0
     """Linear decay to 0 at the end (for rsqrt and constant): a count of steps, or below 1 a share of all steps."""
     final: float = 0.0
-    """Where cosine and linear end, as a share of the peak."""
+    """Where cosine, linear and exponential end, as a share of the peak; exponential: above 0."""
     weight_decay: float = 0.0
     """Decoupled, multiplied by the learning rate (AdamW of torch and optax)."""
     decay: str = r"/(kernel|embedding)$"
@@ -177,6 +177,8 @@ class OptimizerConfig:
         require(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more")
         require(self.cooldown >= 0, "optimizer.cooldown", self.cooldown, "0 or more")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.final > 0 or self.schedule != "exponential", "optimizer.final", self.final,
+                "above 0 for the exponential schedule")
         require(self.clip is None or self.clip > 0, "optimizer.clip", self.clip, "a positive norm or None")
         for name in ("layer_decay", "average"):
             value = getattr(self, name)

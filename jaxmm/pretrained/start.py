@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxmm.config import ConfigError, InitConfig, require
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
-from jaxmm.models.med import TWINS, MedConfig
+from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.embeddings import resize_positions
 from jaxmm.nn.transformer import TransformerConfig
@@ -28,7 +28,6 @@ ANEW = re.compile(r"^(vision/)?(head|distillation_head|pre_logits)/")
 """What belongs to the old classes."""
 CONTEXT = re.compile(r"^answer/blocks/cross_attention/(key|value)/kernel$")
 """What saw pictures and will see questions, whose width may be another (BLIP large)."""
-TWIN = re.compile(f"/({'|'.join(TWINS)})/")
 
 
 def open_start(init: InitConfig) -> Opened:
@@ -42,35 +41,20 @@ def open_start(init: InitConfig) -> Opened:
 def adopt(task: Task, trained: Task, image_size: int) -> Task:
     """`task` with the architecture of `trained`, at `image_size`, and without its heads.
 
-    A classifier takes the picture tower of CLIP or BLIP; these take a classifier's as theirs. What answers questions
-    takes what another BLIP reads and writes with. BLIP that reads two pictures takes any BLIP that reads texts with
-    one: its cross-attention becomes both of theirs. What only training sees (dropout, remat, dtype) stays that of
-    `task`. Raises `ConfigError` where they have nothing in common.
+    A classifier takes the picture tower of CLIP or BLIP; these take a classifier's as theirs. BLIP keeps its own parts,
+    and takes for each what another BLIP reads or writes with; to read two pictures, cross-attention to one becomes that
+    to both. What only training sees (dropout, remat, dtype) stays that of `task`. Raises `ConfigError` where they have
+    nothing in common.
     """
     ours, theirs = task.model, trained.model
     if isinstance(ours, ViTConfig):
         model = _tower(ours, getattr(theirs, "vision", theirs), image_size)
     elif isinstance(theirs, ViTConfig):
         model = replace(ours, vision=replace(_tower(ours.vision, theirs, image_size), distillation_head=False))
-    elif isinstance(theirs, BLIPConfig) and theirs.answer is None and getattr(ours, "answer", None) is not None:
-        text = replace(theirs.text, encoder=True, decoder=False, own=ours.text.own,
-                       transformer=_stack(ours.text.transformer, theirs.text.transformer))
-        answer = replace(text, encoder=False, decoder=True, context_width=text.transformer.width,
-                         transformer=_stack(ours.answer.transformer, theirs.text.transformer))
-        model = replace(ours, vision=_tower(ours.vision, theirs.vision, image_size), text=text, answer=answer)
     elif isinstance(ours, BLIPConfig) or isinstance(theirs, BLIPConfig):
-        blips = type(ours) is type(theirs)
-        doubled = blips and ours.pair and not theirs.pair and theirs.text.encoder
-        require(doubled or (blips and _parts(ours) == _parts(theirs)), "init.from", type(trained).__name__,
-                f"a ViT, or a model with the parts of {type(task).__name__}")
-        text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
-        answer = theirs.answer and replace(
-            theirs.answer, transformer=_stack(ours.answer.transformer, theirs.answer.transformer))
-        if doubled:
-            text = replace(text, decoder=False, own=ours.text.own, merge_from=ours.text.merge_from)
-        model = replace(ours if doubled else theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text,
-                        answer=None if doubled else answer,
-                        temperature=ours.temperature)
+        require(type(ours) is type(theirs) and _common(ours, theirs), "init.from", type(trained).__name__,
+                f"a ViT, or a BLIP that reads or writes as {type(task).__name__} does")
+        model = _blip(ours, theirs, image_size)
     else:
         text = replace(theirs.text, transformer=_stack(ours.text.transformer, theirs.text.transformer))
         model = replace(theirs, vision=_tower(ours.vision, theirs.vision, image_size), text=text,
@@ -123,31 +107,43 @@ def _their_path(path: str, ours: Any, theirs: Any) -> str:
         return path.removeprefix("vision/") if path.startswith("vision/") else ""
     if isinstance(ours, ViTConfig) and not isinstance(theirs, ViTConfig):
         return f"vision/{path}"
-    if getattr(ours, "answer", None) is not None and theirs.answer is None:
-        return _before_answers(path, theirs.text)
-    if isinstance(ours, BLIPConfig) and ours.pair and not theirs.pair:
-        return TWIN.sub("/cross_attention/", path)
-    return path
-
-
-def _before_answers(path: str, text: MedConfig) -> str:
-    """Where one text transformer has what `path` names of question encoder and answer decoder; "" for nowhere."""
     part, _, rest = path.partition("/")
-    if part not in ("text", "answer"):
+    if not isinstance(ours, BLIPConfig) or part not in ("text", "answer"):
         return path
-    if not (text.encoder if part == "text" else text.decoder):
+    found = re.match(r"blocks/(causal_)?(attention|(?:first_|second_)?cross_attention|mlp)(_norm)?/", rest)
+    mine = ours.text if part == "text" else ours.answer
+    writes = not mine.encoder or rest.startswith("head/") or bool(found and found[1])
+    if writes and theirs.answer is not None:
+        return f"answer/{rest.replace('causal_', '', 1)}"
+    if not (theirs.text.decoder if writes else theirs.text.encoder):
         return ""
-    found = re.match(r"blocks/(attention|cross_attention|mlp)(_norm)?/", rest)
-    if part == "answer" and found and text.encoder and found[1] in text.own:
-        rest = rest.replace("blocks/", "blocks/causal_", 1)
+    if found:
+        name = found[2] if theirs.text.merge_from is not None else re.sub("^(first|second)_", "", found[2])
+        own = writes and theirs.text.encoder and name in theirs.text.own
+        rest = f"blocks/{'causal_' if own else ''}{name}{found[3] or ''}/{rest[found.end():]}"
     return f"text/{rest}"
 
 
-def _parts(model: BLIPConfig) -> tuple:
-    """Which parts there are."""
-    text = model.text
-    return (text.encoder, text.decoder, text.own if text.encoder and text.decoder else None, model.answer is None,
-            model.embed_dim, model.matching, text.merge_from)
+def _common(ours: BLIPConfig, theirs: BLIPConfig) -> bool:
+    """Whether both read texts, or both write."""
+    writes = theirs.text.decoder or theirs.answer is not None
+    if theirs.text.merge_from is not None and ours.text.merge_from is None:
+        return False
+    return (ours.text.encoder and theirs.text.encoder) or (bool(ours.text.decoder or ours.answer) and writes)
+
+
+def _blip(ours: BLIPConfig, theirs: BLIPConfig, image_size: int) -> BLIPConfig:
+    """The parts of `ours` with the sizes and the words of `theirs`."""
+    def words(mine: MedConfig, other: MedConfig, **kept) -> MedConfig:
+        both = mine.encoder and mine.decoder and other.encoder and other.decoder
+        return replace(other, encoder=mine.encoder, decoder=mine.decoder, own=other.own if both else mine.own,
+                       merge_from=mine.merge_from, transformer=_stack(mine.transformer, other.transformer), **kept)
+
+    width = theirs.text.transformer.width
+    answer = ours.answer and words(ours.answer, theirs.answer or theirs.text, context_width=width)
+    return replace(ours, vision=_tower(ours.vision, theirs.vision, image_size), text=words(ours.text, theirs.text),
+                   answer=answer, embed_dim=ours.embed_dim and (theirs.embed_dim or ours.embed_dim),
+                   encode_token=theirs.encode_token)
 
 
 def _tower(ours: ViTConfig, theirs: ViTConfig, image_size: int) -> ViTConfig:

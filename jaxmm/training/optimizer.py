@@ -41,7 +41,8 @@ def matching(params: Any, patterns: tuple[str, ...]) -> Any:
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up, the schedule itself, linear cool-down to 0 over the last steps of `steps`.
 
-    rsqrt falls as sqrt(w / t) after a warm-up of w steps (Zhai et al. 2022, section 3.5).
+    rsqrt falls as sqrt(w / t) after a warm-up of w steps (Zhai et al. 2022, section 3.5); exponential, by the same
+    factor every step down to `final`.
     """
     def count(value):
         return round(value * steps) if value < 1 else round(value)
@@ -54,6 +55,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         "constant": optax.constant_schedule(1.0),
         "linear": optax.linear_schedule(1.0, config.final, length),
         "cosine": optax.cosine_decay_schedule(1.0, length, config.final),
+        "exponential": lambda step: config.final ** (step / length),
         "rsqrt": lambda step: jnp.sqrt(max(warmup, 1) / (step + max(warmup, 1))),
     }[config.schedule]
 

@@ -1,17 +1,23 @@
 """Training that starts from a trained model."""
 
+import re
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmm import train
 from jaxmm.config import ConfigError, DataConfig, ImageConfig, InitConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxmm.models.blip import BLIP
 from jaxmm.nn.embeddings import resize_positions
+from jaxmm.pretrained.model import Model
 from jaxmm.pretrained.start import adopt, start_weights
 from jaxmm.sharding import make_mesh, named_leaves
+from jaxmm.tasks.blip import BLIPPretraining
 from tests.pretrained import tiny
+from tests.tasks.common import params
 from tests.training.common import assert_same_bits, lines, restored
 
 MESH = make_mesh(MeshConfig(data=1))
@@ -72,6 +78,35 @@ def test_blip_takes_a_picture_tower_and_its_own_kind(saved):
         adopt(tiny.CAPTIONER, tiny.MATCHER, tiny.SIDE)
     with pytest.raises(ConfigError, match=r"init\.from is 'Contrastive'"):
         adopt(tiny.CAPTIONER, tiny.CLIP, tiny.SIDE)
+
+
+@pytest.mark.parametrize("own", [("attention",), ("cross_attention", "mlp")], ids=str)
+def test_parts_of_a_pre_trained_blip_do_what_they_did(own, tmp_path):
+    text = replace(tiny.MED, own=own)
+    both = BLIPPretraining(model=replace(tiny.MATCHER.model, text=text))
+    source = Model(task=both, params=params(both), image=tiny.IMAGE, tokenizer=tiny.TOKENIZER)
+    source.save(tmp_path / "both")
+    image = jnp.asarray(np.random.default_rng(0).normal(size=(2, tiny.SIDE, tiny.SIDE, 3)), jnp.float32)
+    tokens = jnp.asarray(tiny.TOKENIZER(["a small red circle", "two stars"]))
+
+    def does(task, given, method, *args):
+        leaves, structure = jax.tree.flatten_with_path(jax.eval_shape(task.init, jax.random.key(0)))
+        names = [path for path, _ in named_leaves(jax.tree.unflatten(structure, [leaf for _, leaf in leaves]))]
+        tree = jax.tree.unflatten(structure, [given.get(path, 0.0) for path in names])
+        return BLIP(task.model).apply({"params": tree}, *args, train=False, method=method)
+
+    whole = dict(named_leaves(source.params))
+    seen = does(both, whole, BLIP.see, image)
+    captioner = replace(tiny.CAPTIONER, model=replace(tiny.CAPTIONER.model, text=replace(text, encoder=False)))
+    for task, method in ((captioner, BLIP.write), (tiny.MATCHER, BLIP.match), (both, BLIP.match), (both, BLIP.write),
+                         (tiny.ANSWERER, BLIP.read)):
+        task = adopt(task, both, tiny.SIDE)
+        given, anew = start_weights(InitConfig(source=str(tmp_path / "both")), task, MESH)
+        want = does(both, whole, method, tokens, seen)
+        np.testing.assert_allclose(does(task, given, method, tokens, seen), want, rtol=1e-5, atol=1e-5)
+        assert not anew or task.model.answer is not None
+    names = [path for path in anew if not re.search(r"answer/blocks/cross_attention/(key|value)/kernel", path)]
+    assert names == []
 
 
 def test_two_pictures_are_read_as_one_was(saved):
