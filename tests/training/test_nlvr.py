@@ -47,7 +47,7 @@ def run(tmp_path_factory):
                       image=ImageConfig(size=8, scale=(0.5, 1.0), eval_crop="squash"),
                       tokenizer=TokenizerConfig(vocab_size=40, context_length=8))
     config = TrainConfig(
-        task=NLVR(model=MODEL), steps=120, log_every=10, data=data, mesh=MeshConfig(data=1),
+        task=NLVR(model=MODEL), steps=150, log_every=10, data=data, mesh=MeshConfig(data=1),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup=10, weight_decay=0.0), evals=(Classification(examples=3),))
     return folder / "run", train(config, folder / "run")
 
@@ -66,7 +66,7 @@ def test_what_it_learned_is_asked_of_pictures(run):
                           ["The left is red!", "the left is red", "the right is blue"])
     assert (found > 0.5).tolist() == [True, False, True] and found.shape == (3,)
     batch = {"image": model.preprocess([blue, red])[None], "tokens": model.tokenize(["the left is red"])}
-    logits = model.task.predict["logits"](model.params, batch)
+    logits = jax.jit(model.task.predict["logits"])(model.params, batch)
     np.testing.assert_allclose(found[1], jax.nn.softmax(logits)[0, 1], rtol=1e-4)
     assert model.encode_image([red]).shape == (1, 24) and model.compare([], []).shape == (0,)
     with pytest.raises(ValueError, match="1 pairs and 2 texts"):
