@@ -47,7 +47,7 @@ def run(tmp_path_factory):
                       image=ImageConfig(size=8, scale=(0.5, 1.0), eval_crop="squash"),
                       tokenizer=TokenizerConfig(vocab_size=40, context_length=8))
     config = TrainConfig(
-        task=NLVR(model=MODEL), steps=150, log_every=10, data=data, mesh=MeshConfig(data=1),
+        task=NLVR(model=MODEL), steps=150, log_every=10, data=data, mesh=MeshConfig(data=1), microbatches=2,
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup=10, weight_decay=0.0), evals=(Classification(examples=3),))
     return folder / "run", train(config, folder / "run")
 
