@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 
+from jaxmm.answering import ANSWERS
 from jaxmm.generate import Decoding
 from jaxmm.losses.language import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig, write_texts
@@ -21,6 +22,7 @@ from jaxmm.pretrained.files import open_tensors
 from jaxmm.pretrained.model import load
 from jaxmm.pretrained.parity import compare
 from jaxmm.pretrained.tables import read_params
+from jaxmm.tasks.vqa import VQA
 from tests.parity.test_loading import shaken
 from tests.parity.test_published import close
 from tests.training.common import assert_same_bits
@@ -45,7 +47,8 @@ MASK = torch.from_numpy((WORDS != 0).astype(np.int64))
 
 def pair(kind, config, tmp_path, **fields):
     """Their model, our parameters with their values, and our module."""
-    described = transformers.BlipConfig(text_config=TEXT | fields, vision_config=VISION, image_text_hidden_size=20)
+    vision = VISION | {"hidden_size": config.vision.transformer.width}
+    described = transformers.BlipConfig(text_config=TEXT | fields, vision_config=vision, image_text_hidden_size=20)
     theirs = shaken(kind(described))
     for name, parameter in theirs.named_parameters():
         if "word_embeddings" in name or ("crossattention" in name and parameter.ndim > 1):
@@ -105,18 +108,16 @@ def test_matching(tmp_path, record_property):
     assert np.abs(other["match"] - got["match"]).max() > 1e-3
 
 
+# transformers gives question encoder and answer decoder one configuration, whose context is the picture's width
+ANSWERING = BLIPConfig(vision=replace(TOWER, transformer=replace(STACKED, eps=1e-6)), encode_token=False,
+                       text=replace(MED, decoder=False, context_width=48),
+                       answer=replace(MED, encoder=False, context_width=48), **NONE)
+
+
 @torch.no_grad()
 def test_answering(tmp_path, record_property):
-    config = BLIPConfig(vision=TOWER, text=replace(MED, decoder=False),
-                        answer=replace(MED, encoder=False, context_width=48), encode_token=False, **NONE)
-    # transformers gives question encoder and answer decoder one configuration, whose context is the picture's width
-    vision = replace(TOWER, transformer=replace(TOWER.transformer, width=48))
-    config = replace(config, vision=vision, text=replace(config.text, context_width=48))
-    VISION["hidden_size"] = 48
-    try:
-        theirs, params, module = pair(transformers.BlipForQuestionAnswering, config, tmp_path, encoder_hidden_size=48)
-    finally:
-        VISION["hidden_size"] = 36
+    theirs, params, module = pair(transformers.BlipForQuestionAnswering, ANSWERING, tmp_path, encoder_hidden_size=48,
+                                  label_smoothing=0.1)
     answers = RNG.integers(1, 86, (2, 5)).astype(np.int32)
     want = theirs(torched(WORDS).long(), torched(IMAGE.transpose(0, 3, 1, 2)), attention_mask=MASK,
                   decoder_input_ids=torched(answers).long(), decoder_attention_mask=torch.ones(2, 5).long())
@@ -132,15 +133,66 @@ def test_answering(tmp_path, record_property):
         input_ids=torched(WORDS).long(), attention_mask=MASK, encoder_hidden_states=want.image_embeds,
         encoder_attention_mask=torch.ones(want.image_embeds.shape[:2]).long()).last_hidden_state[MASK.bool()], 1e-4,
         "BLIP question states", record_property)
+    full = WORDS.copy()
+    full[1, 6:] = 7
+    given = np.concatenate([np.full((2, 1), 2), answers[:, 1:], np.full((2, 1), 87), np.zeros((2, 1))], axis=1).astype(
+        np.int32)
+    given[1, 3:] = [87, 0, 0, 0]
+    image = RNG.integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
+    task = VQA(model=ANSWERING)
+    outputs = task.encode(params["params"], {
+        "image": jnp.asarray(image), "tokens": jnp.asarray(full), "answers": jnp.asarray(given[:, None]),
+        "answer_weight": jnp.ones((2, 1))}, jax.random.key(0))
+    pixels = torched(np.asarray(task.pixels(jnp.asarray(image))).transpose(0, 3, 1, 2))
+    states = theirs.text_encoder(
+        input_ids=torched(full).long(), encoder_hidden_states=theirs.vision_model(pixels).last_hidden_state,
+        attention_mask=torch.ones(2, LENGTH).long()).last_hidden_state
+    given[:, 0] = MED.decode_id
+    labels = torched(np.where(given == 0, -100, given)).long()
+    losses = theirs.text_decoder(input_ids=torched(given).long(), attention_mask=torched(given != 0).long(),
+                                 encoder_hidden_states=states, labels=labels, reduction="none").loss
+    close(outputs["loss"], losses, 1e-3, "BLIP losses of answers", record_property)
 
 
-@pytest.mark.parametrize("kind", ["captions", "matching"])
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_answers_are_the_same_tokens(beams, tmp_path):
+    theirs, params, module = pair(transformers.BlipForQuestionAnswering, ANSWERING, tmp_path, encoder_hidden_size=48)
+    count = 6
+    image = RNG.standard_normal((count, SIDE, SIDE, 3), np.float32) * 3
+    words = RNG.integers(1, 86, (count, LENGTH)).astype(np.int32)
+    words[3:, 6:] = 0
+    want = theirs.generate(torched(words).long(), torched(image.transpose(0, 3, 1, 2)), num_beams=beams, min_length=1,
+                           attention_mask=torched(words != 0).long(), max_length=10, do_sample=False)
+    want = np.pad(want.numpy(), ((0, 0), (0, 10 - want.shape[1])))
+    assert len({tuple(row) for row in want}) > 1      # pictures and questions matter
+
+    @jax.jit
+    def run(params):
+        seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.see)
+        states = module.apply(params, jnp.asarray(words), seen, train=False, method=BLIP.read)
+        keys, decoding = jax.random.split(jax.random.key(0), count), replace(ANSWERS, beams=beams)
+        return [write_texts(ANSWERING, params["params"], states, jnp.full((count, 1), 2), jnp.ones(count, jnp.int32),
+                            keys, decoding, mask).tokens[:, 0] for mask in (jnp.asarray(words != 0), None)]
+
+    hidden, shown = run(params)
+    np.testing.assert_array_equal(hidden[:3], want[:3])
+    np.testing.assert_array_equal(shown, want)      # transformers looks at padding too
+
+
+KINDS = {
+    "captions": (transformers.BlipForConditionalGeneration,
+                 BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), **NONE)),
+    "matching": (transformers.BlipForImageTextRetrieval,
+                 BLIPConfig(vision=TOWER, text=replace(MED, decoder=False), embed_dim=20, temperature=None)),
+    "answers": (transformers.BlipForQuestionAnswering, replace(ANSWERING, encode_token=True))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_folders_in_and_out(kind, tmp_path):
-    config = BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), **NONE) if kind == "captions" else BLIPConfig(
-        vision=TOWER, text=replace(MED, decoder=False), embed_dim=20, temperature=None)
-    cls = transformers.BlipForConditionalGeneration if kind == "captions" else transformers.BlipForImageTextRetrieval
-    theirs, params, _ = pair(cls, config, tmp_path / "theirs")
+    cls, config = KINDS[kind]
+    theirs, params, _ = pair(cls, config, tmp_path / "theirs", encoder_hidden_size=config.text.context_width)
     transformers.BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "theirs")
     names = ["[PAD]", "[UNK]", "[CLS]", "a", "picture", "of", *(f"w{i}" for i in range(81)), "[SEP]"]
     (tmp_path / "theirs" / "vocab.txt").write_text("\n".join(names) + "\n")
@@ -162,6 +214,13 @@ def test_folders_in_and_out(kind, tmp_path):
         captions = ours.caption(pictures, decoding=Decoding(beams=3, min_length=5, max_length=12), top=3)
         assert [found[0][0] for found in captions] == words
         assert all(len(found) == 3 and found[0][1] >= found[1][1] >= found[2][1] for found in captions)
+    elif kind == "answers":
+        question = "a picture of w3 w7"
+        ids = torched(ours.tokenize([question])[:, :7]).long()      # without padding
+        ids[:, 0] = 89
+        want = theirs.generate(ids.repeat(5, 1), pixels, num_beams=3, max_length=10, min_length=1)
+        words = [" ".join(names[i] for i in row[1:].tolist() if i not in (0, 87)) for row in want]
+        assert [found[0][0] for found in ours.answer(pictures, question)] == words
     else:
         texts = ["w3 a w7", "picture of w1 w2 w3", "w40"]
         ids = torched(ours.tokenize(texts)).long()

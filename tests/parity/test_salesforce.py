@@ -106,9 +106,26 @@ def test_pretraining_with_its_copies_and_queues(own, tmp_path, record_property):
 
 
 @torch.no_grad()
+def test_questions(tmp_path, record_property):
+    model = theirs(transformers.BlipForQuestionAnswering)
+    ours = opened(renamed(model), tmp_path / "vqa.pth")
+    assert (ours.config.matching, ours.config.embed_dim, ours.config.answer.context_width) == (False, None, 128)
+    seen = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.see)
+    states = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), seen, train=False, method=BLIP.read)
+    first = ids()
+    first[:, 0] = ours.config.text.encode_id
+    theirs_states = model.text_encoder(
+        input_ids=first, attention_mask=MASK, encoder_hidden_states=torched(seen),
+        encoder_attention_mask=torch.ones(seen.shape[:2]).long()).last_hidden_state
+    close(states[WORDS != 0], theirs_states[MASK.bool()], 1e-4, "Salesforce question states", record_property)
+    logits = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS[:, :4]), states, train=False,
+                               method=BLIP.write)
+    want = model.text_decoder(input_ids=ids()[:, :4], encoder_hidden_states=torched(states)).logits
+    close(logits, want, 1e-4, "Salesforce answer logits", record_property)
+
+
+@torch.no_grad()
 def test_what_is_not_supported_is_said(tmp_path):
-    with pytest.raises(FileError, match="answers questions"):
-        opened(renamed(theirs(transformers.BlipForQuestionAnswering)), tmp_path / "vqa.pth")
     weights = renamed(theirs(transformers.BlipForImageTextRetrieval))
     del weights["itm_head.bias"]
     with pytest.raises(FileError, match=r"1 missing: itm_head\.bias"):
