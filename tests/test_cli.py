@@ -21,6 +21,7 @@ def models(tmp_path_factory):
     tiny.vit().save(folder / "vit")
     tiny.captioner().save(folder / "captioner")
     tiny.matcher().save(folder / "matcher")
+    tiny.answerer().save(folder / "answerer")
     return folder
 
 
@@ -90,6 +91,23 @@ def test_caption_and_match(jaxmm, models, tmp_path):
     assert status == 0 and [row["probability"] for row in rows(out)] == pytest.approx(want.tolist(), abs=1e-5)
     status, _, err = jaxmm("caption", *paths, "--model", models / "vit")
     assert status == 1 and "wanted one that writes" in err
+
+
+def test_answer_and_choices(jaxmm, models, tmp_path):
+    [path] = tiny.picture_files(tmp_path / "pictures", 1)
+    status, out, _ = jaxmm("answer", path, "a red circle?", "--model", models / "answerer", "--choices",
+                           "red, a heart,two", "--top", 2, "--json")
+    want = tiny.answerer().answer([path], "a red circle?", choices=["red", "a heart", "two"], top=2)[0]
+    assert status == 0 and [(row["answer"], pytest.approx(row["score"], abs=1e-4)) for row in rows(out)] == want
+    (tmp_path / "choices.txt").write_text("red circle\n\ntwo stars\n")
+    status, out, _ = jaxmm("caption", path, "--model", models / "captioner", "--choices", tmp_path / "choices.txt",
+                           "--json")
+    want = tiny.captioner().caption([path], choices=["red circle", "two stars"])[0]
+    assert status == 0 and [each["caption"] for each in rows(out)[0]["captions"]] == [want[0][0]]
+    status, _, err = jaxmm("answer", path, "a?", "--model", models / "answerer", "--choices", ",")
+    assert status == 2 and "choices is []" in err
+    status, _, err = jaxmm("answer", path, "?", "--model", models / "captioner")
+    assert status == 1 and "wanted one that answers" in err
 
 
 def test_convert(jaxmm, models, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import jaxmm
+from jaxmm.answering import candidate_tokens, rank
 from jaxmm.data.images import BadImage
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.common import predict_fn
@@ -185,7 +186,7 @@ def test_a_work_folder_is_a_model(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["jaxmm", "transformers"])
-@pytest.mark.parametrize("kind", ["captioner", "matcher"])
+@pytest.mark.parametrize("kind", ["captioner", "matcher", "answerer"])
 def test_blip_is_saved_and_loaded(kind, format, tmp_path):
     model = getattr(tiny, kind)()
     model.save(tmp_path / "saved", format=format)
@@ -219,6 +220,56 @@ def test_captions_are_what_the_decoder_writes_whatever_the_batch():
         model.caption(pictures, prompt="a small red circle", decoding=Decoding(max_length=4))
     with pytest.raises(ValueError, match="wanted one that writes"):
         tiny.vit().caption(pictures)
+
+
+def test_answers_are_what_the_decoder_writes_or_finds_likeliest():
+    model, decoding = tiny.answerer(), Decoding(beams=2, max_length=6)
+    pictures, questions = tiny.pictures(3), ["A (red) circle?", "two stars", "above a large green heart"]
+    images, asked = model.preprocess(pictures), model.tokenize(["a red circle?", *questions[1:]])
+    choices = ["red", "two blue stars", "a heart"]
+    candidates, _ = candidate_tokens(tiny.TOKENIZER, choices, model.config)
+    written = model.answer(pictures, questions, decoding=decoding, top=2)
+    chosen = model.answer(pictures, questions, choices=choices, top=3)
+    for i in range(3):      # each alone, without padding
+        tokens = jnp.asarray(asked[i:i + 1, :(asked[i] != 0).sum()])
+        seen = model.module.apply({"params": model.params}, model.task.pixels(jnp.asarray(images[i:i + 1])),
+                                  train=False, method=BLIP.see)
+        states = model.module.apply({"params": model.params}, tokens, seen, train=False, method=BLIP.read)
+        want = write_texts(model.config, model.params, states, jnp.full((1, 1), 2), jnp.ones(1, jnp.int32),
+                           jax.random.split(jax.random.key(0), 1), decoding)
+        assert [text for text, _ in written[i]] == [tiny.TOKENIZER.decode(row[1:]) for row in want.tokens[0]]
+        np.testing.assert_allclose([score for _, score in written[i]], want.score[0], atol=1e-4)
+        ranked = rank(model.config, model.params, states, jnp.asarray(candidates), top=3)
+        assert [text for text, _ in chosen[i]] == [choices[k] for k in ranked.index[0]]
+        np.testing.assert_allclose([score for _, score in chosen[i]], ranked.score[0], atol=1e-4)
+    same = model.answer(pictures[1:2], questions[1], choices=choices, top=1)
+    assert same[0][0][0] == chosen[1][0][0] and len(same[0]) == 1
+    for arguments, options, message in (
+            ((pictures, questions[:2]), {}, "there are 2 questions for 3 pictures"),
+            ((pictures, ["a", " . ", "b"]), {}, "question ' . ' has no words"),
+            ((pictures, "a"), {"choices": []}, r"choices is \[\]; wanted a list of one text or more"),
+            ((pictures, "a"), {"choices": ["a"], "top": 0}, "top is 0"),
+            ((pictures, "a"), {"top": 4}, r"wanted 1 to decoding\.beams = 3")):
+        with pytest.raises(ValueError, match=message):
+            model.answer(*arguments, **options)
+    for other in (tiny.vit(), tiny.captioner()):
+        with pytest.raises(ValueError, match="wanted one that answers questions"):
+            other.answer(pictures, "a")
+
+
+def test_captions_among_choices():
+    model, choices = tiny.captioner(), ["red circle", "[SEP] heart", "two stars"]
+    pictures = tiny.pictures(3)
+    found = model.caption(pictures, choices=choices, top=3)
+    seen = model.module.apply({"params": model.params}, model.task.pixels(jnp.asarray(model.preprocess(pictures))),
+                              train=False, method=BLIP.see)
+    candidates, given = candidate_tokens(tiny.TOKENIZER, choices, model.config, "a")
+    want = rank(model.config, model.params, seen, jnp.asarray(candidates), given=given, top=3)
+    assert given == 2
+    assert [[text for text, _ in row] for row in found] == [[choices[i] for i in row] for row in want.index]
+    np.testing.assert_allclose([[score for _, score in row] for row in found], want.score, atol=1e-4)
+    with pytest.raises(ValueError, match="wanted a list of one text or more"):
+        model.caption(pictures, choices=[])
 
 
 def test_matching_is_of_every_picture_with_every_text():

@@ -127,6 +127,51 @@ def test_two_pictures_are_read_as_one_was(saved):
         adopt(tiny.MATCHER, tiny.PAIR, tiny.SIDE)
 
 
+@pytest.mark.parametrize("width", [16, 24])
+def test_answers_start_from_what_reads_and_writes(width, saved):
+    """The decoder of a pre-trained model goes to the answers, as the authors have it; of another width, its keys and
+    values of pictures stay behind."""
+    tower = replace(tiny.TOWER, transformer=replace(tiny.TOWER.transformer, width=width, heads=2))
+    text = replace(tiny.MED, context_width=width, own=("attention", "mlp"))
+    pretraining = replace(tiny.MATCHER, model=replace(tiny.MATCHER.model, vision=tower, text=text, temperature=0.07))
+    trained = Model(task=pretraining, params=params(pretraining), image=tiny.IMAGE, tokenizer=tiny.TOKENIZER)
+    trained.save(saved / f"pretraining{width}")
+    recipe = replace(tiny.ANSWERER, model=replace(tiny.ANSWERER.model, vision=tiny.TOWER, text=replace(
+        tiny.ANSWERER.model.text, context_width=24)))
+    task = adopt(recipe, pretraining, tiny.SIDE)
+    assert (task.model.vision.transformer.width, task.model.text.context_width) == (width, width)
+    assert task.model.answer.context_width == 16
+    given, anew = start_weights(InitConfig(source=str(saved / f"pretraining{width}")), task, MESH)
+    theirs = dict(named_leaves(trained.params))
+    assert set(anew) == (set() if width == 16 else {
+        f"answer/blocks/cross_attention/{part}/kernel" for part in ("key", "value")})
+    for ours, source in (("answer/blocks/attention/query/kernel", "text/blocks/causal_attention/query/kernel"),
+                         ("answer/blocks/mlp_norm/scale", "text/blocks/causal_mlp_norm/scale"),
+                         ("answer/blocks/cross_attention/out/kernel", "text/blocks/cross_attention/out/kernel"),
+                         ("answer/blocks/cross_attention/key/bias", "text/blocks/cross_attention/key/bias"),
+                         ("answer/head/bias", "text/head/bias"), ("text/blocks/mlp/up/kernel",) * 2,
+                         ("answer/embedding/positions", "text/embedding/positions")):
+        np.testing.assert_array_equal(given[ours], theirs[source])
+
+
+def test_answers_start_from_captions_and_from_answers(saved):
+    recipe = replace(tiny.ANSWERER, model=replace(tiny.ANSWERER.model, vision=tiny.TOWER, text=replace(
+        tiny.ANSWERER.model.text, context_width=24)))
+    if not (saved / "writes").exists():
+        tiny.captioner().save(saved / "writes")
+    given, anew = start_weights(InitConfig(source=str(saved / "writes")), adopt(recipe, tiny.CAPTIONER, tiny.SIDE),
+                                MESH)
+    theirs = tiny.captioner().params["text"]
+    np.testing.assert_array_equal(given["answer/blocks/attention/query/kernel"],
+                                  theirs["blocks"]["attention"]["query"]["kernel"])
+    assert all(path.startswith(("text/", "answer/blocks/cross_attention/")) for path in anew)
+    assert "text/embedding/positions" in anew and "answer/blocks/cross_attention/key/kernel" in anew
+    tiny.answerer().save(saved / "answers")
+    given, anew = start_weights(InitConfig(source=str(saved / "answers")), adopt(recipe, tiny.ANSWERER, tiny.SIDE),
+                                MESH)
+    assert not anew and len(given) == len(list(named_leaves(tiny.answerer().params)))
+
+
 def test_skipped_paths_start_anew_and_training_fields_stay(saved):
     stack = replace(tiny.VISION.transformer, drop_path=0.1, remat="full", width=48, activation="quick_gelu")
     recipe = replace(tiny.CLIP, model=replace(tiny.CLIP.model, vision=replace(tiny.VISION, transformer=stack)))
