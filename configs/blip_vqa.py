@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
     model = BLIPConfig(vision=vision, text=text, answer=answer, embed_dim=None, matching=False, temperature=None)
     return TrainConfig(
         task=VQA(model=model),
-        steps=3000,
+        steps=4000,
         data=DataConfig(
             train="vqa:data/train", val="vqa:data/test", batch_size=128,
             # Mirror images are harmless as long as no question speaks of left and right.
