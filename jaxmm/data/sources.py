@@ -1,6 +1,6 @@
 """Where pictures and words come from: one string names a source, which is read by record number.
 
-`folder:DIR`, `captions:FILE.jsonl`, `coco:FILE.json`, `nlvr:FILE.json`, `digits:SPLIT`, `scenes:SPLIT`,
+`folder:DIR`, `captions:FILE.jsonl`, `coco:FILE.json[:SPLIT]`, `nlvr:FILE.json`, `digits:SPLIT`, `scenes:SPLIT`,
 `tfds:NAME:SPLIT` and `vqa:PLACE`.
 """
 
@@ -196,26 +196,10 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
 
 
 def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
-    """COCO's captions layout: a record a picture, with all its captions, in the order of `images`."""
-    text = read_text(spec, location)
-    try:
-        content = json.loads(text)
-        images = [(image["id"], image["file_name"]) for image in content["images"]]
-        captions: dict[Any, list[str]] = {image_id: [] for image_id, _ in images}
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
-    except json.JSONDecodeError as error:
-        raise DataError(f"source {spec!r}: {location}:{error.lineno} is not JSON: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise DataError(f"source {spec!r}: {location} is not COCO's captions layout (`images` with `id`, `file_name`; "
-                        f"`annotations` with `image_id`, `caption`): {type(error).__name__} {error}") from None
-    files = [name for _, name in images]
-    root = image_folder(Path(location), files[0]) if files else Path(location).parent
-    if root is None:
-        raise DataError(f"source {spec!r}: {files[0]!r}, the first picture, is neither beside {location} nor in a "
-                        f"folder beside it or beside its folder")
-    return Files(name=spec, root=str(root), files=files, captions=[tuple(captions[i]) for i, _ in images],
-                 image_ids=[str(i) for i, _ in images], fingerprint=fingerprint([text]))
+    """COCO's captions, Karpathy's splits of them, or BLIP's lists of those."""
+    from jaxmm.data import coco
+
+    return coco.open_coco(spec, location)
 
 
 def open_digits(spec: str, location: str, data_dir: str | None = None) -> Arrays:
@@ -275,7 +259,7 @@ def read_text(spec: str, location: str) -> str:
 def image_folder(file: Path, picture: str) -> Path | None:
     """The folder of COCO's pictures: beside the annotations, or beside the folder that they are in."""
     folder = file.resolve().parent
-    for candidate in (folder, folder / "images", *_folders(folder), *_folders(folder.parent)):
+    for candidate in (folder, folder / "images", *_folders(folder), folder.parent, *_folders(folder.parent)):
         if (candidate / picture).is_file():
             return candidate
     return None
@@ -289,7 +273,7 @@ Opener = Callable[[str, str, str | None], Source]
 
 KINDS: dict[str, tuple[Opener, str]] = {
     "captions": (open_captions, "FILE.jsonl"),
-    "coco": (open_coco, "FILE.json"),
+    "coco": (open_coco, "FILE.json[:SPLIT]"),
     "digits": (open_digits, "SPLIT"),
     "folder": (open_folder, "DIR"),
     "nlvr": (open_nlvr, "FILE.json"),

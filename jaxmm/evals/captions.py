@@ -11,6 +11,7 @@ from jaxmm.data.images import decode
 from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source, record_texts
 from jaxmm.data.transforms import eval_image
+from jaxmm.evals.caption_metrics import caption_metric_names, caption_metrics
 from jaxmm.evals.common import (
     CaptionExample,
     EvalContext,
@@ -29,7 +30,12 @@ from jaxmm.models.blip import BLIPConfig
 class Captions(Evaluator):
     """Yields `caption_exact`, the share of pictures whose caption is, word for word, one of those that they have,
     `caption_score`, the mean of the captions' scores (see `jaxmm.generate.Written`), and for scenes `caption_largest`,
-    the share whose caption names colour and shape of the largest object."""
+    the share whose caption names colour and shape of the largest object; then what COCO's captions are measured by, as
+    fractions of 1 but CIDEr (see `jaxmm.evals.caption_metrics`): `bleu@1` to `bleu@4`, `rouge_l`, `cider`, and `meteor`
+    and `spice` where there is a Java that runs them.
+
+    Pictures without captions are captioned, and count in the score only.
+    """
 
     decoding: Decoding = field(default_factory=lambda: CAPTIONS)
     """How captions are written."""
@@ -52,7 +58,8 @@ class Captions(Evaluator):
         """The names that `run` yields."""
         known = hasattr(chosen_source(self, context), "names_largest")
         names = ("exact", "score", "largest") if known else ("exact", "score")
-        return tuple(f"{self.prefix}/caption_{name}" for name in names)
+        return tuple(f"{self.prefix}/{name}" for name in (*(f"caption_{each}" for each in names),
+                                                          *caption_metric_names()))
 
     def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
         """Yields metric names and values."""
@@ -69,18 +76,21 @@ class Captions(Evaluator):
                 batch["index"].tolist(), result["tokens"], result["score"], strict=True)}
             if self.limit is not None and len(found) >= self.limit:
                 break
-        tokens = {index: row for index, (row, _) in found.items()}
-        written = {index: tokenizer.decode(row[given.shape[1]:]) for index, row in tokens.items()}
-        exact = {i: text in self._references(source, i, tokenizer) for i, text in written.items()}
-        for i, image, words in self._looked(context, source, weights, tokens):
-            context.examples.append(CaptionExample(image=image, caption=written[i], right=exact[i],
-                                                   truth=record_texts(source, i)[0], words=words))
-        measured = {"exact": list(exact.values()),
-                    "score": [score for _, score in found.values()]}
+        found = dict(sorted(found.items())[:self.limit])
+        written = {index: tokenizer.decode(tokens[given.shape[1]:]) for index, (tokens, _) in found.items()}
+        known = {index: record_texts(source, index) for index in written}
+        # compared as the model could have written them
+        exact = {i: written[i] in set(map(tokenizer.decode, tokenizer(list(known[i])))) for i in written if known[i]}
+        for i, image, words in self._looked(context, source, weights, {i: tokens for i, (tokens, _) in found.items()}):
+            context.examples.append(CaptionExample(image=image, caption=written[i], right=exact.get(i, False),
+                                                   truth=(*known[i], "")[0], words=words))
+        measured = {"exact": list(exact.values()), "score": [score for _, score in found.values()]}
         if hasattr(source, "names_largest"):
             measured["largest"] = [source.names_largest(i, text) for i, text in written.items()]
         for name, values in measured.items():
             yield f"{self.prefix}/caption_{name}", float(np.mean(values)) if values else float("nan")
+        for name, value in caption_metrics(list(written.values()), list(known.values())).items():
+            yield f"{self.prefix}/{name}", value
 
     def _looked(self, context, source, weights, written):
         """Of some pictures, spread over all: their number, the picture as the model saw it, and where each word
@@ -95,9 +105,3 @@ class Captions(Evaluator):
         (result, batch), = outputs(looker(context.task, context.mesh), weights, [batch], context.mesh)
         for i, image, tokens, look in zip(chosen, batch["image"], batch["tokens"], result["look"], strict=True):
             yield i, image, tuple(words_looked(context.tokenizer, tokens[1:], look[1:]))
-
-    @staticmethod
-    def _references(source: Source, index: int, tokenizer) -> set[str]:
-        """The picture's captions as the model could have written them."""
-        texts = record_texts(source, index)
-        return {tokenizer.decode(row) for row in tokenizer(list(texts))}

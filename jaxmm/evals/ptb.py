@@ -10,19 +10,21 @@ import regex
 DROPPED = frozenset(("''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"))
 """Tokens that the metrics leave out. They mean to leave out brackets too, but in capitals: `-lrb-` stays."""
 
-ABBREVIATIONS = """adj adm adv al ala apr ariz assn assoc asst atty attys aug ave bancorp bhd bldg blvd brig bros calif
-capt cf cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs ed.d ens esq est etc ext feb fla fri ft ga
-gen gov govs hon inc ind insp intl jan jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo
-mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn pfc ph ph.d plc pres prof profs pte ptes ptys pvt rd rep reps
-rev sen sens sep sept seq sfc sgt spc sq sr st ste supt supts sys tel tenn thu thurs tue tues univ va vs vt wed wis wisc
-wyo""".split()
+ABBREVIATIONS = r"""adj|adm|adv|al|ala|apr|ariz|assn|assoc|asst|atty|attys|aug|ave|bancorp|bhd|bldg|blvd|brig|bros|
+calif|capt|cf|cmdr|co|col|colo|comdr|conn|corp|cos|cpl|ct|dak|dec|dept|det|dr|drs|ed\.d|ens|esq|
+est|etc|ext|feb|fla|fri|ft|ga|gen|gov|govs|hon|inc|ind|insp|intl|jan|jr|jul|jun|kan|kans|ky|
+lieut|lt|ltd|maj|mar|md|messrs|mfg|mich|minn|mlle|mme|mo|mon|mont|mr|mrs|ms|msgr|mt|natl|neb|
+nev|nov|oct|okla|penn|pfc|ph|ph\.d|plc|pres|prof|profs|pte|ptes|ptys|pvt|rd|rep|reps|rev|sen|
+sens|sep|sept|seq|sfc|sgt|spc|sq|sr|st|ste|supt|supts|sys|tel|tenn|thu|thurs|tue|tues|univ|va|
+vs|vt|wed|wis|wisc|wyo"""
 """Words that keep their full stop."""
-CAPITAL = "Ark Az Del Ill La Mass Miss Ore Pa Tex Wash".split()
+CAPITAL = r"Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 """Words that keep it with a capital letter only."""
-NUMBERED = "art ca fig figs no nos op pp prop".split()
+NUMBERED = r"art|ca|fig|figs|no|nos|op|pp|prop"
 """Words that keep it in front of a number."""
-BEGINNINGS = """A About According Additionally After An As At But He Her Here However If In It Last Many More Now Once One
-Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You""".split()
+BEGINNINGS = r"""A|About|According|Additionally|After|An|As|At|But|He|Her|Here|However|If|In|It|Last|Many|More|
+Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|What|
+When|While|Yet|You"""
 """Words in front of which a letter loses it: a sentence begins."""
 
 _CHARACTERS = str.maketrans({
@@ -41,9 +43,9 @@ _TOKEN = regex.compile(rf"""
   | (?:can(?=not)|gon(?=na)|wan(?=na)|got(?=ta)|lem(?=me)|gim(?=me))(?=\p{{L}}{{2,3}}{_END})
   | (?:s'mores|c'mon|li'l|cap'n|ol'|dunkin'|somethin'){_END} | \p{{L}}+[aeiouy]'[aeiou]\p{{L}}*
   | (?:[dlno]|(?-i:[A-HJ-XZ]))'\p{{L}}{{2,}} | [djly]'(?=\p{{L}})
-  | (?:(?:\p{{L}}\.)+\p{{L}}|{"|".join(map(regex.escape, ABBREVIATIONS))}|(?-i:{"|".join(CAPITAL)}))\.{_END}
-  | \p{{L}}\.{_END}(?!\s+(?-i:{"|".join(BEGINNINGS)}){_END})
-  | (?:{"|".join(NUMBERED)})\.(?=\s*\d)
+  | (?:(?:\p{{L}}\.)+\p{{L}}|{ABBREVIATIONS}|(?-i:{CAPITAL}))\.{_END}
+  | \p{{L}}\.{_END}(?!\s+(?-i:{BEGINNINGS}){_END})
+  | (?:{NUMBERED})\.(?=\s*\d)
   | LA*\.(?=[,;:]) | (?-i:[A-Z]+(?:&[A-Z]+)+)
   | \d+[ -]\d+/\d+{_END}
   | [-+]?(?:\d*(?:[.,:]\d+)+ | (?<!\w)\d+{_END}(?![-/]))(?:-\p{{L}}+)*

@@ -76,32 +76,6 @@ def test_a_bad_line_is_named(tmp_path, line, message):
         open_source(f"captions:{file}")
 
 
-@pytest.mark.parametrize("folder", ["annotations", "annotations/images", "annotations/val", "val2017"])
-def test_coco(tmp_path, folder):
-    content = {
-        "images": [{"id": 9, "file_name": "b.png"}, {"id": 4, "file_name": "a.png"}],
-        "annotations": [{"image_id": 4, "caption": "first", "id": 1}, {"image_id": 9, "caption": "second", "id": 2},
-                        {"image_id": 4, "caption": "third", "id": 3}],
-    }
-    file = write(tmp_path / "annotations/captions.json", json.dumps(content))
-    for number, name in enumerate("ab"):
-        write(tmp_path / folder / f"{name}.png", png(number))
-    source = open_source(f"coco:{file}")
-    assert [(r["image_id"], r["texts"], r["image"]) for r in (source[0], source[1])] == [
-        ("9", ("second",), png(1)), ("4", ("first", "third"), png(0))]
-    assert record_key(source, 1).startswith("a.png")
-
-
-def test_bad_coco(tmp_path):
-    for text, message in [("{", "captions.json:1 is not JSON"), ("[]", "not COCO's captions layout"),
-                          ('{"images": []}', "KeyError 'annotations'"),
-                          ('{"images": [], "annotations": []}', "is empty"),
-                          ('{"images": [{"id": 1, "file_name": "x.png"}], "annotations": []}', "'x.png', the first")]:
-        file = write(tmp_path / "captions.json", text)
-        with pytest.raises(DataError, match=message):
-            open_source(f"coco:{file}")
-
-
 def test_digits_are_split_by_class():
     train, test = open_source("digits:train"), open_source("digits:test")
     assert train.classes == tuple("0123456789") and train.fingerprint != test.fingerprint

@@ -237,7 +237,8 @@ def test_answers_are_what_the_decoder_writes_or_finds_likeliest():
         states = model.module.apply({"params": model.params}, tokens, seen, train=False, method=BLIP.read)
         want = write_texts(model.config, model.params, states, jnp.full((1, 1), 2), jnp.ones(1, jnp.int32),
                            jax.random.split(jax.random.key(0), 1), decoding)
-        assert [text for text, _ in written[i]] == [tiny.TOKENIZER.decode(row[1:]) for row in np.asarray(want.tokens[0])]
+        told = [tiny.TOKENIZER.decode(row[1:]) for row in np.asarray(want.tokens[0])]
+        assert [text for text, _ in written[i]] == told
         np.testing.assert_allclose([score for _, score in written[i]], want.score[0], atol=1e-4)
         ranked = rank(model.config, model.params, states, jnp.asarray(candidates), top=3)
         assert [text for text, _ in chosen[i]] == [choices[k] for k in ranked.index[0]]

@@ -1,0 +1,96 @@
+"""COCO's captions in the layouts of COCO, Karpathy and BLIP."""
+
+import json
+
+import pytest
+
+from jaxmm.data.sources import DataError, open_source, record_key, record_texts
+from tests.data.test_sources import png, write
+
+
+@pytest.mark.parametrize("folder", ["annotations", "annotations/images", "annotations/val", "val2017"])
+def test_coco(tmp_path, folder):
+    content = {
+        "images": [{"id": 9, "file_name": "b.png"}, {"id": 4, "file_name": "a.png"}],
+        "annotations": [{"image_id": 4, "caption": "first", "id": 1}, {"image_id": 9, "caption": "second", "id": 2},
+                        {"image_id": 4, "caption": "third", "id": 3}],
+    }
+    file = write(tmp_path / "annotations/captions.json", json.dumps(content))
+    for number, name in enumerate("ab"):
+        write(tmp_path / folder / f"{name}.png", png(number))
+    source = open_source(f"coco:{file}")
+    assert [(r["image_id"], r["texts"], r["image"]) for r in (source[0], source[1])] == [
+        ("9", ("second",), png(1)), ("4", ("first", "third"), png(0))]
+    assert record_key(source, 1).startswith("a.png")
+
+
+def test_bad_coco(tmp_path):
+    for text, message in [("{", "captions.json:1 is not JSON"), ("{}", "is none of the layouts that are known"), ("[]", "is empty"),
+                          ('{"images": []}', "not COCO's captions layout: KeyError 'annotations'"),
+                          ('{"images": [], "annotations": []}', "is empty"),
+                          ('{"images": [{"id": 1, "file_name": "x.png"}], "annotations": []}', "'x.png', the first")]:
+        file = write(tmp_path / "captions.json", text)
+        with pytest.raises(DataError, match=message):
+            open_source(f"coco:{file}")
+
+
+KARPATHY = [("train2014", "train", 11), ("val2014", "restval", 12), ("val2014", "val", 13), ("train2014", "train", 14),
+            ("val2014", "test", 15)]
+
+
+def karpathy(tmp_path, folders=True):
+    """A file of five pictures in four splits, each with two captions."""
+    images = []
+    for folder, split, number in KARPATHY:
+        image = {"filename": f"{number}.png", "split": split, "sentences": [{"raw": f"{k} of {number}."} for k in "ab"]}
+        images.append(image | ({"filepath": folder, "cocoid": number, "imgid": 0} if folders else {"imgid": number}))
+        write(tmp_path / (folder if folders else "pictures") / f"{number}.png", png(number))
+    return write(tmp_path / "karpathy" / "dataset.json", json.dumps({"dataset": "made", "images": images}))
+
+
+@pytest.mark.parametrize("folders", [True, False], ids=["coco", "flickr30k"])
+def test_karpathy_splits(tmp_path, folders):
+    file = karpathy(tmp_path, folders)
+    for split, numbers in {"train": [11, 12, 14], "train-only": [11, 14], "restval": [12], "val": [13], "test": [15],
+                           "val+test": [13, 15]}.items():
+        source = open_source(f"coco:{file}:{split}")
+        assert [source[i]["image_id"] for i in range(len(source))] == [str(number) for number in numbers]
+        assert [source[i]["image"] for i in range(len(source))] == [png(number) for number in numbers]
+        assert record_texts(source, 0) == (f"a of {numbers[0]}.", f"b of {numbers[0]}.")
+    assert open_source(f"coco:{file}:val").fingerprint != open_source(f"coco:{file}:test").fingerprint
+
+
+@pytest.mark.parametrize("split, message", [
+    ("", "has the splits train, restval, val, test; wanted one of them behind the file, as in FILE.json:train"),
+    (":dev", "has no split 'dev'; wanted one of train, restval, val, test"),
+    (":val+tset", "has no split 'tset'"),
+])
+def test_a_split_that_is_missing_is_named(tmp_path, split, message):
+    with pytest.raises(DataError, match=message.replace("+", r"\+")):
+        open_source(f"coco:{karpathy(tmp_path)}{split}")
+
+
+def test_blip_lists(tmp_path):
+    for number in (1, 2):
+        write(tmp_path / f"images/val2014/{number}.png", png(number))
+    entries = [{"image": "val2014/1.png", "caption": "a", "image_id": "coco_1"},
+               {"image": "val2014/2.png", "caption": "b", "image_id": "coco_2"},
+               {"image": "val2014/1.png", "caption": "c", "image_id": "coco_1"}]
+    train = open_source(f"coco:{write(tmp_path / 'train.json', json.dumps(entries))}")
+    assert [(r["image_id"], r["texts"], r["image"]) for r in (train[0], train[1])] == [
+        ("coco_1", ("a", "c"), png(1)), ("coco_2", ("b",), png(2))]
+    entries = [{"image": "val2014/2.png", "caption": ["d", "e"]}, {"image": "val2014/1.png", "caption": ["f"]}]
+    val = open_source(f"coco:{write(tmp_path / 'val.json', json.dumps(entries))}")
+    assert [(r["texts"], "image_id" in r) for r in (val[0], val[1])] == [(("d", "e"), False), (("f",), False)]
+
+
+def test_splits_and_fields_that_are_not_there(tmp_path):
+    for content, split, message in [
+        ([{"image": "1.png", "caption": "a"}], ":val", "has BLIP's layout, without splits; given 'val'"),
+        ({"images": [], "annotations": []}, ":val", "has COCO's layout, without splits"),
+        ([{"image": "1.png"}], "", "not BLIP's captions layout: KeyError 'caption'"),
+        ({"images": [{"sentences": [], "filename": "1.png"}]}, ":val", "not Karpathy's captions layout: KeyError"),
+    ]:
+        file = write(tmp_path / "a.json", json.dumps(content))
+        with pytest.raises(DataError, match=message):
+            open_source(f"coco:{file}{split}")
