@@ -25,7 +25,8 @@ def test_coco(tmp_path, folder):
 
 
 def test_bad_coco(tmp_path):
-    for text, message in [("{", "captions.json:1 is not JSON"), ("{}", "is none of the layouts that are known"), ("[]", "is empty"),
+    for text, message in [("{", "captions.json:1 is not JSON"), ("{}", "is none of the layouts that are known"),
+                          ("[]", "is empty"),
                           ('{"images": []}', "not COCO's captions layout: KeyError 'annotations'"),
                           ('{"images": [], "annotations": []}', "is empty"),
                           ('{"images": [{"id": 1, "file_name": "x.png"}], "annotations": []}', "'x.png', the first")]:
