@@ -22,7 +22,8 @@ def get_config() -> TrainConfig:
         vocab_size=None, positions=40, context_width=128)
     model = BLIPConfig(vision=vision, text=text, embed_dim=128, temperature=0.02)
     return TrainConfig(
-        task=BLIPPretraining(model=model, queue=1024, momentum=0.97, alpha=0.2, ramp=300, smoothing=0.0),
+        task=BLIPPretraining(model=model, queue=1024, momentum=0.97, alpha=0.2, ramp=300, smoothing=0.0,
+                             weights=(0.25, 1.0, 2.0)),
         steps=1500,
         data=DataConfig(
             train="scenes:train", val="scenes:val", batch_size=32,

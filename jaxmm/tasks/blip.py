@@ -45,6 +45,9 @@ class BLIPPretraining(Task):
     """Steps over which `alpha` grows from 0 (the paper's code: two epochs)."""
     smoothing: float = 0.1
     """Label smoothing of the written tokens."""
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of contrast, matching and writing in the loss. The paper's are 1; a short run from scratch writes better where
+    contrast, whose gradient a low temperature makes large, counts for less."""
     reads: ClassVar = ("image", "text")
     bounds: ClassVar = ((r"^temperature$", 0.001, 0.5),)
 
@@ -56,6 +59,7 @@ class BLIPPretraining(Task):
                 "embed_dim, matching, and no answer")
         require(self.queue > 0, "task.queue", self.queue, "a positive number")
         require(self.ramp >= 0, "task.ramp", self.ramp, "0 or more steps")
+        require(min(self.weights) >= 0 < max(self.weights), "task.weights", self.weights, "0 or more, one above 0")
         for name in ("momentum", "alpha", "smoothing"):
             require(0 <= getattr(self, name) < 1, f"task.{name}", getattr(self, name), "0 or more, below 1")
 
@@ -96,7 +100,8 @@ class BLIPPretraining(Task):
                 "place": jnp.zeros((), jnp.int32), "step": jnp.zeros((), jnp.int32)}
 
     def loss(self, params, extra, batch, rng):
-        """The sum of the three losses; the teacher is brought up to date before it is asked, the queues after."""
+        """The weighted sum of the three losses; the teacher is brought up to date before it is asked, the queues
+        after."""
         model, tokens = BLIP(self.model), batch["tokens"]
         self.check_batch(len(tokens))
         dropout, drawing, teaching = jax.random.split(rng, 3)
@@ -125,7 +130,8 @@ class BLIPPretraining(Task):
 
         extra = extra | self._enqueue(extra, taught_image, taught_text, batch) | {
             "teacher": teacher, "step": extra["step"] + 1}
-        return contrastive + matching + metrics.get("writing", 0.0), (extra, metrics)
+        losses = contrastive, matching, metrics.get("writing", 0.0)
+        return sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True)), (extra, metrics)
 
     def _teach(self, teacher, params, pixels, tokens, rng):
         """The teacher's embeddings of the batch."""
