@@ -1,6 +1,6 @@
 """Captions of pictures: jaxmm against transformers' `generate`, BLIP base at 384 pixels, the same random weights.
 
-    python -m benchmarks.generate [--only NAME] [--rounds 5] [--json FILE] [--force]
+    python -m benchmarks.generate [--only NAME] [--rounds 3] [--json FILE] [--force]
 
 A batch of 4 pictures, as bytes for jaxmm and as normalised pixels for transformers, becomes 20 new tokens behind the
 token that begins a text, greedily and with 3 beams; texts may not end before, so that both write all of them. The ids
@@ -166,7 +166,7 @@ def medians(workers: dict[str, Worker], request: str, args) -> tuple[dict[str, f
     """Seconds of `request` by worker, and how many rounds counted."""
     agreed(workers, request)
     rounds = Rounds(workers, workers[list(workers)[-1]], 0.15)
-    rounds.measure(args.rounds, args.rounds if args.force else 3 * args.rounds)
+    rounds.measure(args.rounds, args.rounds if args.force else args.rounds + 2)
     return {name: rounds.median(name) for name in workers}, len(rounds.kept())
 
 
@@ -180,7 +180,7 @@ def main():
     """Measures, prints, records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="greedy or beam3")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--force", action="store_true", help="on a busy machine too; the record says so")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)

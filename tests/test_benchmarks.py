@@ -1,7 +1,9 @@
 import sys
 
+import numpy as np
 import pytest
 
+from benchmarks import generate, reranking
 from benchmarks.common import Rounds, Worker
 from benchmarks.sides import Case
 
@@ -40,3 +42,39 @@ def test_flop():
     assert case.flop == pytest.approx(2 * 2 * 17.58e9, rel=1e-3)
     train = Case("", "clip:ViT-B-32", True, 1, "float32", "none")
     assert train.flop == pytest.approx(3 * 14.78e9, rel=0.01)  # open_clip's model profile
+
+
+def test_a_line_through_times():
+    """Least squares by hand: the last time is 0.4 off a line of slope 2, which turns it a little."""
+    slope, off = generate.line((0, 1, 2, 3), [1.0, 3.0, 5.0, 7.4])
+    assert slope == pytest.approx(2 + 0.4 * 1.5 / 5) and off == pytest.approx(0.16)
+
+
+@pytest.mark.parametrize("request_, ours, theirs, same", [
+    ("greedy 5", {"tokens": [[3, 4]]}, {"tokens": [[3, 4]]}, True),
+    ("greedy 5", {"tokens": [[3, 4]]}, {"tokens": [[3, 5]]}, False),
+    ("encode", {"norm": 2.0}, {"norm": 2.00001}, True), ("encode", {"norm": 2.0}, {"norm": 2.1}, False)])
+def test_sides_that_differ_are_not_timed(request_, ours, theirs, same):
+    class Answering:
+        def __init__(self, answer):
+            self.answer = answer
+
+        def ask(self, request):
+            assert request == request_
+            return self.answer
+
+    sides = {"ours": Answering(ours), "theirs": Answering(theirs)}
+    if same:
+        generate.agreed(sides, request_)
+    else:
+        with pytest.raises(SystemExit, match=f"{request_}: the sides differ; nothing was timed"):
+            generate.agreed(sides, request_)
+
+
+def test_candidates_are_different_texts_that_end():
+    image, tokens, chosen = reranking.work(8)
+    assert image.shape == (8, 384, 384, 3) and chosen.shape == (8, 16)
+    assert all(len(set(row)) == 16 for row in chosen.tolist())
+    lengths = (tokens != 0).sum(axis=1)
+    assert lengths.min() >= 8 and lengths.max() <= 20
+    assert (tokens[np.arange(len(tokens)), lengths - 1] == 102).all() and (tokens[:, 0] == 30_523).all()

@@ -1,0 +1,198 @@
+"""Retrieval with the 16 nearest matched again, of 1,000 pictures and 1,000 texts: jaxmm against transformers.
+
+    python -m benchmarks.reranking [--queries 16] [--rounds 3] [--json FILE] [--force]
+
+BLIP base at 384 pixels, the same random weights (`BlipForImageTextRetrieval`), texts of 8 to 20 tokens. All 1,000
+queries take hours on two cores. Measured are `--queries` pictures with 16 texts each (a sample of the 16,000 pairs of
+pictures with their candidates; those of texts with theirs cost the same where pictures' tokens are kept), from bytes
+to the logits of the pairs:
+
+* `jaxmm`: pictures encoded once in batches of 8, then `jaxmm.evals.reranking.match_pairs`;
+* `kept`: transformers' parts by hand: pictures encoded once in batches of 8, then a picture's 16 texts in one batch,
+  padded to the longest of them, which look at 16 copies of its tokens;
+* `plain`: the model called for each pair with its picture and its text; of `--plain` pairs.
+
+Logits must agree before anything is timed. `pair_s` is measured: seconds over pairs, the encoding of a picture spread
+over its 16. `whole_s` is nothing but that times 32,000, the candidates of both directions: it counts the encoding of
+a picture twice and pairs that both directions ask for twice, on every side, and leaves out reading and decoding.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import KEEP_MEMORY, Rounds, Worker, load_is_low, machine, seconds, serve, vendor_shim
+from benchmarks.generate import MEAN, SIDE, STD
+
+CANDIDATES, BATCH, LENGTH, WHOLE = 16, 8, 35, 1000
+
+
+def work(queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bytes [n h w 3], tokens [m t] that begin with [ENC] as in training, and the candidates [n 16] of each picture."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1_000, 30_000, (4 * CANDIDATES, LENGTH)).astype(np.int32)
+    tokens[:, 0] = 30_523
+    for row, length in zip(tokens, rng.integers(8, 21, len(tokens)), strict=True):
+        row[length - 1], row[length:] = 102, 0
+    chosen = np.stack([rng.choice(len(tokens), CANDIDATES, replace=False) for _ in range(queries)])
+    return rng.integers(0, 256, (queries, SIDE, SIDE, 3), np.uint8), tokens, chosen
+
+
+def ours(folder: Path, queries: int, count: int):
+    """{what: a run that returns the pairs' logits}."""
+    from jaxmm.evals.common import outputs
+    from jaxmm.evals.reranking import match_pairs
+    from jaxmm.matching import seer
+    from jaxmm.pretrained.model import load
+    from jaxmm.training.process import keep_memory
+    keep_memory()  # as the command does
+    image, tokens, chosen = work(queries)
+    model = load(folder)
+
+    def run():
+        batches = ({"image": image[start:start + BATCH], "mask": np.ones(BATCH, bool)}
+                   for start in range(0, queries, BATCH))
+        seen = np.concatenate([found["seen"] for found, _ in outputs(seer(model.task, None), model.params, batches,
+                                                                     None)])
+        return match_pairs(model.task, model.params, seen, tokens, np.arange(queries).repeat(CANDIDATES),
+                           chosen.ravel(), None)
+
+    return {"jaxmm": run}
+
+
+def theirs(folder: Path, queries: int, count: int):
+    """As `ours`."""
+    import torch
+    import transformers
+    image, tokens, chosen = work(queries)
+    model = transformers.BlipForImageTextRetrieval.from_pretrained(folder).eval()
+
+    def pixels(bytes_):
+        scaled = (bytes_.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+        return torch.from_numpy(scaled).permute(0, 3, 1, 2).contiguous()
+
+    def words(rows):
+        ids = tokens[rows]
+        ids = torch.from_numpy(ids[:, :(ids != 0).sum(axis=1).max()]).long()
+        return ids, (ids != 0).long()
+
+    @torch.inference_mode()
+    def kept():
+        seen = torch.cat([model.vision_model(pixels(image[start:start + BATCH])).last_hidden_state
+                          for start in range(0, queries, BATCH)])
+        found = []
+        for one, rows in zip(seen, chosen, strict=True):
+            ids, mask = words(rows)
+            read = model.text_encoder(input_ids=ids, attention_mask=mask, return_dict=True,
+                                      encoder_hidden_states=one.expand(len(rows), -1, -1),
+                                      encoder_attention_mask=torch.ones(len(rows), one.shape[0]))
+            found.append(model.itm_head(read.last_hidden_state[:, 0]))
+        return torch.cat(found).numpy()
+
+    @torch.inference_mode()
+    def plain():
+        found = []
+        for row in chosen[0][:count]:
+            ids, mask = words([row])
+            found.append(model(ids, pixels(image[:1]), attention_mask=mask).itm_score)
+        return torch.cat(found).numpy()
+
+    return {"kept": kept, "plain": plain}
+
+
+SIDES = {"jaxmm": ours, "kept": theirs, "plain": theirs}
+
+
+def prepare(folder: Path) -> None:
+    """Random weights in transformers' form."""
+    import jax
+
+    from jaxmm.config import ImageConfig
+    from jaxmm.models.blip import blip
+    from jaxmm.pretrained.model import Model
+    from jaxmm.tasks.blip import BLIPPretraining
+    model = blip("base", image_size=SIDE, temperature=None)
+    task = BLIPPretraining(model=replace(model, text=replace(model.text, decoder=False)))
+    params = jax.jit(task.init)(jax.random.key(0))
+    Model(task=task, params=params, image=ImageConfig(size=SIDE, eval_crop="squash")).save(
+        folder, format="transformers")
+
+
+def worker(what: str, folder: Path, queries: int, count: int) -> None:
+    """Serves one way of doing it."""
+    run = SIDES[what](folder, queries, count)[what]
+    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
+    serve({"check": run().ravel().tolist()},
+          {"run": lambda: {"s": seconds(run)}, "pace": lambda: {"s": min(seconds(lambda: a @ a) for _ in range(20))}})
+
+
+def main():
+    """Measures, prints, records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queries", type=int, default=16, help=f"pictures, a multiple of {BATCH}")
+    parser.add_argument("--plain", type=int, default=4, help="pairs of the plain loop, at most 16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--force", action="store_true", help="on a busy machine too; the record says so")
+    parser.add_argument("--worker", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker[0], Path(args.worker[1]), args.queries, args.plain)
+        return
+    if args.queries < 1 or args.queries % BATCH or not 0 < args.plain <= CANDIDATES:
+        parser.error(f"--queries is {args.queries}, --plain {args.plain}; wanted a multiple of {BATCH}, and 1 to "
+                     f"{CANDIDATES}")
+    busy = not load_is_low()
+    if busy and not args.force:
+        sys.exit(f"the load average is {os.getloadavg()[0]:.1f}: wait until nothing else runs, or --force.")
+    about, rows, pairs = machine(), [], args.queries * CANDIDATES
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        prepare(folder)
+        threads = {"OMP_NUM_THREADS": str(about["cores"]), "JAX_PLATFORMS": "cpu"}
+        arms = {"as installed": threads}
+        if shim := vendor_shim(Path(temporary)):
+            arms["tuned"] = threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}
+        for arm, env in arms.items():
+            workers = {what: Worker([sys.executable, "-m", "benchmarks.reranking", "--worker", what, str(folder),
+                                     "--queries", str(args.queries), "--plain", str(args.plain)], env)
+                       for what in SIDES}
+            first, *rest = (np.array(each.about["check"]) for each in workers.values())
+            difference = max(float(np.abs(check - first[:len(check)]).max()) for check in rest)
+            if not difference < 1e-3:
+                sys.exit(f"logits differ by {difference:.2g}; nothing was timed")
+            rounds = Rounds(workers, workers["jaxmm"], 0.15)
+            rounds.measure(args.rounds, args.rounds if args.force else args.rounds + 1)
+            for each in workers.values():
+                each.close()
+            one = {what: rounds.median(what) / (args.plain if what == "plain" else pairs) for what in SIDES}
+            rows.append({
+                "arm": arm, "pair_s": {what: round(s, 5) for what, s in one.items()},
+                "whole_s": {what: round(s * 2 * WHOLE * CANDIDATES) for what, s in one.items()},
+                "ratio": {what: round(one[what] / one["jaxmm"], 2) for what in ("kept", "plain")},
+                "queries": args.queries, "pairs": pairs, "plain_pairs": args.plain, "difference": difference,
+                "rounds": len(rounds.kept()), "busy": busy, "machine": about})
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    table = Table(title=f"{pairs} pairs of {args.queries} pictures ({args.plain} of the plain loop), "
+                        f"{about['processor']}, {about['cores']} cores")
+    for column in ("arm", "jaxmm ms a pair", "kept", "plain", "jaxmm to kept", "to plain", "all in hours: jaxmm",
+                   "kept", "plain"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["arm"] + (" (busy)" if busy else ""), *(f"{row['pair_s'][what] * 1e3:.1f}" for what in SIDES),
+                      *(f"{row['ratio'][what]:.2f}" for what in ("kept", "plain")),
+                      *(f"{row['whole_s'][what] / 3600:.2f}" for what in SIDES))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
