@@ -16,7 +16,8 @@ from jaxmm.tasks.blip import BLIPPretraining
 def get_config() -> TrainConfig:
     """The recipe."""
     vision = ViTConfig(
-        transformer=TransformerConfig(width=128, depth=4, heads=2, mlp_dim=384, remat="cheap"), image_size=48, patch=8)
+        transformer=TransformerConfig(width=128, depth=4, heads=2, mlp_dim=384, remat="cheap"), image_size=32, patch=4,
+        positions="sincos")
     text = MedConfig(
         transformer=TransformerConfig(width=128, depth=2, heads=2, mlp_dim=384, remat="cheap", init="xavier"),
         vocab_size=None, positions=40, context_width=128)
@@ -28,7 +29,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             train="scenes:train", val="scenes:val", batch_size=32,
             # No crop and no mirror image: the captions speak of sizes, left and right.
-            image=ImageConfig(size=48, train_crop="squash", eval_crop="squash", flip=False),
+            image=ImageConfig(size=32, train_crop="squash", eval_crop="squash", flip=False),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=30)),
         optimizer=OptimizerConfig(learning_rate=1.2e-3, weight_decay=0.05, warmup=100, b2=0.98,
                                   multipliers=((r"^temperature$", 0.05),)),

@@ -31,7 +31,7 @@ from jaxmm.sharding import constrain_batch
 from jaxmm.validation import check_types, require
 
 ContextMask = Bool[Array, "#r 1 1 #n"]
-Context = Float[Array, "b n c"] | tuple[Float[Array, "b n c"], Float[Array, "b n c"]]
+Context = Float[Array, "r n c"] | tuple[Float[Array, "r n c"], Float[Array, "r n c"]]
 """The tokens that cross-attention looks at; a text about two pictures looks at those of both."""
 Part = Literal["attention", "cross_attention", "mlp"]
 TWINS = ("first_cross_attention", "second_cross_attention")
