@@ -34,7 +34,7 @@ def golden_tokens(config: BLIPConfig, rng: np.random.Generator, count: int) -> n
 
 def ours(config: BLIPConfig, params: Any, pictures: np.ndarray, tokens: np.ndarray) -> dict[str, jax.Array]:
     """Everything that the parts of `config` compute, in order."""
-    module, text, tokens = BLIP(config), config.text, jnp.asarray(tokens)
+    module, text, pictures, tokens = BLIP(config), config.text, jnp.asarray(pictures), jnp.asarray(tokens)
     picture = jax.jit(lambda p, x: ViT(config.vision).apply({"params": p}, x, train=False, hidden=True))(
         params["vision"], pictures)
     there, seen = tokens != text.pad_id, picture.tokens

@@ -197,9 +197,9 @@ def test_folders_in_and_out(kind, tmp_path):
     names = ["[PAD]", "[UNK]", "[CLS]", "a", "picture", "of", *(f"w{i}" for i in range(81)), "[SEP]"]
     (tmp_path / "theirs" / "vocab.txt").write_text("\n".join(names) + "\n")
     rows, _, library = compare(tmp_path / "theirs")
-    names = [row.name for row in rows]
-    assert library == "transformers" and {"vision layer 2", "picture tokens"} < set(names)
-    assert set(names) > ({"writing layer 3", "token logits", "loss"} if kind == "captions" else {
+    places = {row.name for row in rows}
+    assert library == "transformers" and {"vision layer 2", "picture tokens"} < places
+    assert places > ({"writing layer 3", "token logits", "loss"} if kind == "captions" else {
         "text layer 3", "text embedding", "similarities", "matching layer 3", "matching logits"})
     assert all(row.largest <= (0 if row.name.startswith("ids") else 1e-4) for row in rows), rows
     ours = load(tmp_path / "theirs")
