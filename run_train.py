@@ -94,7 +94,7 @@ def start_distributed(workdir: Path | None) -> None:
 
 def next_commands(task: Task, workdir: Path) -> list[tuple[str, str]]:
     """(what, command): what can be done with the model that was trained in `workdir`."""
-    model, found = task.model, []
+    model, found = getattr(task, "model", None), []
     if isinstance(model, BLIPConfig):
         if model.answer is not None:
             found += [("answer questions", f'jaxmm answer PICTURE "what is this?" --model {workdir}')]
@@ -105,7 +105,7 @@ def next_commands(task: Task, workdir: Path) -> list[tuple[str, str]]:
     elif isinstance(model, CLIPConfig):
         found += [("search a folder", f"jaxmm search index FOLDER INDEX --model {workdir}"),
                   ("classify", f'jaxmm classify PICTURES --labels "a cat,a dog" --model {workdir}')]
-    elif model.classes:
+    elif getattr(model, "classes", None):
         found += [("classify", f"jaxmm classify PICTURES --model {workdir}")]
     return [*found, ("in Python", f'import jaxmm; model = jaxmm.load("{workdir}")'),
             ("train on your own", "README.md, Train on your own data")]

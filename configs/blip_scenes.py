@@ -16,23 +16,22 @@ from jaxmm.tasks.blip import BLIPPretraining
 def get_config() -> TrainConfig:
     """The recipe."""
     vision = ViTConfig(
-        transformer=TransformerConfig(width=128, depth=4, heads=2, mlp_dim=384, remat="cheap"), image_size=32, patch=4,
-        positions="sincos")
+        transformer=TransformerConfig(width=128, depth=4, heads=2, mlp_dim=384, remat="cheap"), image_size=64, patch=8)
     text = MedConfig(
         transformer=TransformerConfig(width=128, depth=2, heads=2, mlp_dim=384, remat="cheap", init="xavier"),
         vocab_size=None, positions=40, context_width=128)
     model = BLIPConfig(vision=vision, text=text, embed_dim=128, temperature=0.02)
     return TrainConfig(
         task=BLIPPretraining(model=model, queue=1024, momentum=0.97, alpha=0.2, ramp=300, smoothing=0.0,
-                             weights=(0.25, 1.0, 2.0)),
+                             weights=(0.5, 1.0, 1.0)),
         steps=1500,
         data=DataConfig(
             train="scenes:train", val="scenes:val", batch_size=32,
             # No crop and no mirror image: the captions speak of sizes, left and right.
-            image=ImageConfig(size=32, train_crop="squash", eval_crop="squash", flip=False),
+            image=ImageConfig(size=64, train_crop="squash", eval_crop="squash", flip=False),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=30)),
-        optimizer=OptimizerConfig(learning_rate=1.2e-3, weight_decay=0.05, warmup=100, b2=0.98,
-                                  multipliers=((r"^temperature$", 0.05),)),
+        optimizer=OptimizerConfig(name="muon", momentum=0.95, learning_rate=2e-3, weight_decay=0.05, warmup=100,
+                                  b2=0.98, multipliers=((r"^temperature$", 0.05),)),
         checkpoint=CheckpointConfig(every=500),
         evals=(Retrieval(pool=100, captions="first"), Reranking(pool=100, captions="first"),
                Captions(decoding=Decoding(beams=1, max_length=32))),

@@ -40,7 +40,9 @@ def recipe(path):
 def test_the_promised_recipes_are_there():
     assert {path.stem for path in RECIPES} >= {
         "clip_scenes", "vit_digits", "vit_folder", "clip_captions", "vit_s16_imagenet", "vit_b16_imagenet", "clip_b32",
-        "clip_l14", "siglip_b16", "lit_b16"}
+        "clip_l14", "siglip_b16", "lit_b16", "blip_scenes", "blip_captions", "blip_vqa", "blip_b16_pretrain",
+        "blip_l16_pretrain", "blip_coco_caption", "blip_coco_retrieval", "blip_flickr_retrieval", "blip_vqav2",
+        "blip_nlvr2"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -135,7 +137,7 @@ def test_refuses_values(build, message):
 @pytest.mark.parametrize("config, field, value, message", [
     (ImageConfig(), "train_crop", "centre", "train_crop is 'centre'; wanted one of 'random', 'pad', 'center'"),
     (ImageConfig(), "scale", (0.1, 0.5, 1.0), "scale is (0.1, 0.5, 1.0); wanted tuple[float, float]"),
-    (OptimizerConfig(), "name", "adam", "name is 'adam'; wanted one of 'adamw', 'adafactor', 'lion', 'sgd'"),
+    (OptimizerConfig(), "name", "adam", "name is 'adam'; wanted one of 'adamw', 'adafactor', 'lion', 'muon', 'sgd'"),
     (OptimizerConfig(), "average", "yes", "average is 'yes'; wanted float | None"),
     (OptimizerConfig(), "multipliers", (("a", "b"),), "multipliers is (('a', 'b'),)"),
     (OptimizerConfig(), "freeze", ["a"], "freeze is ['a']"),

@@ -1,4 +1,5 @@
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import jax
 import pytest
 
 import run_train
+from jaxmm import cli
 from jaxmm.training import loop
 from jaxmm.training.checkpoint import MANIFEST
 from jaxmm.training.process import use_compilation_cache
@@ -93,6 +95,24 @@ def test_without_a_work_folder_a_new_one_is_named_after_the_recipe(command, reci
     assert command("--config", recipe, "--steps", 1, "--mesh.data", 1)[0] == 0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("linear-") and (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("config, commands", [
+    ("blip_scenes", ["caption PICTURES", "match PICTURE"]), ("blip_captions", ["caption PICTURES"]),
+    ("blip_vqa", ["answer PICTURE"]), ("blip_coco_retrieval", ["match PICTURE"]),
+    ("clip_scenes", ["search index FOLDER INDEX", "classify PICTURES --labels"]),
+    ("vit_digits", ["classify PICTURES --model"]), ("blip_nlvr2", [])])
+def test_what_a_trained_model_can_do_is_said(config, commands, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    task = run_train.load_recipe(ROOT / "configs" / f"{config}.py").task
+    if config == "vit_digits":
+        task = task.bind(image_size=8, classes=10, tokenizer=None)
+    *found, python, _ = [line for _, line in run_train.next_commands(task, tmp_path)]
+    assert len(found) == len(commands) and f'jaxmm.load("{tmp_path}")' in python
+    for line, command in zip(found, commands, strict=True):
+        assert line.startswith(f"jaxmm {command}") and line.endswith(f"--model {tmp_path}")
+        assert cli.main(shlex.split(line)[1:]) in (1, 2)       # understood: it is the picture that is not there
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize("args, words", [

@@ -1,5 +1,6 @@
 """The training recipe of the parameters, as one optax chain."""
 
+import math
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from jaxmm.config import ConfigError, OptimizerConfig, require
 from jaxmm.sharding import named_leaves, path_name
@@ -148,6 +150,7 @@ def make_optimizer(
         "adamw": partial(optax.scale_by_adam, config.b1, config.b2, config.eps, mu_dtype=moment_dtype),
         "lion": partial(optax.scale_by_lion, config.b1, config.b2, mu_dtype=moment_dtype),
         "adafactor": partial(_adafactor, config.b1, moment_dtype),
+        "muon": partial(_muon, config, moment_dtype),
         "sgd": partial(optax.trace, config.momentum, accumulator_dtype=moment_dtype),
     }[config.name]()
     parts = [optax.clip_by_global_norm(config.clip)] if config.clip is not None else []
@@ -173,3 +176,29 @@ def _adafactor(b1: float, dtype: jnp.dtype) -> optax.GradientTransformation:
     """
     return optax.chain(optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=32),
                        optax.clip_by_block_rms(1.0), optax.ema(b1, debias=False, accumulator_dtype=dtype))
+
+
+MATRIX = r"(^|/)blocks/.*kernel$|(^|/)patches/kernel$"
+"""Paths of the matrices inside a model, which Muon orthogonalises."""
+
+
+def _muon(config: OptimizerConfig, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """Muon (Jordan 2024): the momentum of every matrix made orthogonal, with the size of Adam's updates (Liu et al.
+    2025, section 2.2); Adam for tables, vectors and what stands before or behind the layers."""
+    def numbers(path, leaf) -> optax.contrib.MuonDimensionNumbers:
+        name, first = path_name(path), 0 if path_name(path).endswith("patches/kernel") else 1  # a layer axis before
+        last = leaf.ndim - 1 if name.endswith(("out/kernel", "patches/kernel")) else first + 1
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, last)), tuple(range(last, leaf.ndim)))
+
+    def sized(path, update):
+        rows, columns = (math.prod(update.shape[axis] for axis in axes) for axes in numbers(path, update))
+        return 0.2 * max(rows, columns)**0.5 * update
+
+    across = jax.tree_util.tree_map_with_path
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(beta=config.momentum, mu_dtype=dtype,
+                                    weight_dimension_numbers=lambda tree: across(numbers, tree)),
+        optax.stateless(lambda updates, _: across(sized, updates)))
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=dtype)
+    return optax.partition({"matrix": muon, "rest": adam}, lambda tree: across(
+        lambda path, _: "matrix" if re.search(MATRIX, path_name(path)) else "rest", tree))

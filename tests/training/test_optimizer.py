@@ -33,6 +33,7 @@ def step(tx, params, grads, state=None):
     ({"schedule": "linear", "warmup": 10, "final": 0.2}, {5: 0.5, 10: 1, 60: 0.6, 110: 0.2}),
     ({"schedule": "constant", "warmup": 0}, {0: 1, 50: 1, 110: 1}),
     ({"schedule": "constant", "warmup": 0.1, "cooldown": 0.2}, {0: 0, 11: 1, 87: 1, 88: 1, 99: 0.5, 110: 0}),
+    ({"schedule": "exponential", "warmup": 10, "final": 0.01}, {5: 0.5, 10: 1, 60: 0.1, 110: 0.01}),
     ({"schedule": "rsqrt", "warmup": 4}, {2: 0.5, 4: 1, 16: 0.5, 64: 0.25, 100: 0.2}),
     ({"schedule": "rsqrt", "warmup": 4, "cooldown": 20}, {64: 0.25, 100: 0.1, 110: 0}),
     ({"schedule": "cosine", "warmup": 10, "cooldown": 50}, {10: 1, 60: 0.5, 85: (1 - math.cos(math.pi / 4)) / 4}),
@@ -67,6 +68,33 @@ def test_decay_touches_kernels_and_embeddings_only():
     assert {"text/tokens/embedding", "vision/patches/kernel", "vision/map_head/attention/query/kernel"} <= touched
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_makes_the_matrices_of_layers_orthogonal_and_leaves_the_rest_to_adam(dtype):
+    """Against singular values: the update of a matrix has its momentum's singular vectors and about equal values."""
+    params = {"encoder": {"blocks": {"attention": {"query": {"kernel": jnp.zeros((2, 12, 3, 4))},
+                                                   "out": {"kernel": jnp.zeros((2, 3, 4, 10))}},
+                                     "mlp": {"up": {"kernel": jnp.zeros((2, 10, 18))}}}},
+              "patches": {"kernel": jnp.zeros((2, 2, 3, 14))}, "head": {"kernel": jnp.zeros((6, 5))}}
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    tx = optimizer(params, name="muon", learning_rate=1.0, momentum=0.9, moment_dtype=dtype).tx
+    new, state = step(tx, params, grads)
+    new, _ = step(tx, new, jax.tree.map(jnp.zeros_like, grads), state)
+    flat = dict(named_leaves(new))
+    for name, rows, columns in (("encoder/blocks/attention/query/kernel", 12, 12),
+                                ("encoder/blocks/attention/out/kernel", 12, 10),
+                                ("encoder/blocks/mlp/up/kernel", 10, 18), ("patches/kernel", 12, 14)):
+        for update, gradient in zip(flat[name].reshape(-1, rows, columns),
+                                    dict(named_leaves(grads))[name].reshape(-1, rows, columns), strict=True):
+            u, _, v = np.linalg.svd(np.asarray(gradient), full_matrices=False)
+            told = -u.T @ np.asarray(update, np.float64) @ v.T / (2 * 0.2 * max(rows, columns)**0.5)
+            assert np.abs(told - np.diag(np.diag(told))).max() < 0.02 and np.all(np.abs(np.diag(told) - 1) < 0.35)
+    adam = optimizer(params, learning_rate=1.0, moment_dtype=dtype).tx
+    want, state = step(adam, params, grads)
+    want, _ = step(adam, want, jax.tree.map(jnp.zeros_like, grads), state)
+    np.testing.assert_array_equal(flat["head/kernel"], want["head"]["kernel"])
+
+
 def test_adamw_by_hand():
     """Two steps: bias-corrected moments, decoupled decay."""
     b1, b2, eps, rate, decay = 0.9, 0.99, 1e-3, 0.1, 0.2
@@ -95,7 +123,7 @@ def test_lion_and_sgd_by_hand():
     np.testing.assert_allclose(second["layer"]["bias"], 2 - 0.1 * math.sin(2) * (1 + 1.5), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor", "muon"])
 def test_every_optimizer_descends(name):
     """A quadratic, with one matrix large enough for Adafactor to factor its moments."""
     params = {"big": {"kernel": jnp.ones((128, 130))}, "small": {"bias": jnp.full(3, -2.0)}}
@@ -124,7 +152,7 @@ def test_adafactor_factors():
 
 
 def test_moments_in_bf16():
-    for name in ("adamw", "lion", "sgd", "adafactor"):
+    for name in ("adamw", "lion", "sgd", "adafactor", "muon"):
         state = jax.eval_shape(optimizer(TREE, name=name, moment_dtype="bfloat16").tx.init, TREE)
         halves = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.bfloat16]
         assert sorted(halves) == [(1,), (1, 2), (2,)], name
