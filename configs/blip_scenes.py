@@ -23,8 +23,8 @@ def get_config() -> TrainConfig:
     model = BLIPConfig(vision=vision, text=text, embed_dim=128, temperature=0.02)
     return TrainConfig(
         task=BLIPPretraining(model=model, queue=1024, momentum=0.97, alpha=0.2, ramp=300, smoothing=0.0,
-                             weights=(0.5, 1.0, 1.0)),
-        steps=1500,
+                             weights=(0.3, 0.7, 2.0)),
+        steps=1100,
         data=DataConfig(
             train="scenes:train", val="scenes:val", batch_size=32,
             # No crop and no mirror image: the captions speak of sizes, left and right.
@@ -32,7 +32,7 @@ def get_config() -> TrainConfig:
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=30)),
         optimizer=OptimizerConfig(name="muon", momentum=0.95, learning_rate=2e-3, weight_decay=0.05, warmup=100,
                                   b2=0.98, multipliers=((r"^temperature$", 0.05),)),
-        checkpoint=CheckpointConfig(every=500),
+        checkpoint=CheckpointConfig(every=200),
         evals=(Retrieval(pool=100, captions="first"), Reranking(pool=100, captions="first"),
                Captions(decoding=Decoding(beams=1, max_length=32))),
-        eval_every=500, log_every=50)
+        eval_every=550, log_every=50)

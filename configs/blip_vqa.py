@@ -19,20 +19,20 @@ from jaxmm.tasks.vqa import VQA
 def get_config() -> TrainConfig:
     """The recipe."""
     vision = ViTConfig(
-        transformer=TransformerConfig(width=128, depth=3, heads=4, mlp_dim=384),
-        image_size=64, patch=16)
-    words = TransformerConfig(width=128, depth=2, heads=4, mlp_dim=384, eps=1e-12, init="normal")
+        transformer=TransformerConfig(width=128, depth=4, heads=2, mlp_dim=384, remat="cheap"), image_size=64, patch=8)
+    words = TransformerConfig(width=128, depth=2, heads=2, mlp_dim=384, remat="cheap")
     text = MedConfig(transformer=words, vocab_size=None, positions=24, context_width=128, decoder=False)
     answer = MedConfig(transformer=words, vocab_size=None, positions=24, context_width=128, encoder=False)
     model = BLIPConfig(vision=vision, text=text, answer=answer, embed_dim=None, matching=False, temperature=None)
     return TrainConfig(
         task=VQA(model=model),
-        steps=4000,
+        steps=2000,
         data=DataConfig(
-            train="vqa:data/train", val="vqa:data/test", batch_size=128,
+            train="vqa:data/train", val="vqa:data/test", batch_size=64,
             # Mirror images are harmless as long as no question speaks of left and right.
             image=ImageConfig(size=64, train_crop="pad", eval_crop="squash"),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=400, context_length=16, answer_length=6)),
-        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05, warmup=100, b2=0.98),
+        optimizer=OptimizerConfig(name="muon", momentum=0.95, learning_rate=2e-3, weight_decay=0.05, warmup=100,
+                                  b2=0.98),
         evals=(VQAAccuracy(),),
         eval_every=1000, log_every=25)

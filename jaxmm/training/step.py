@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jaxmm.sharding import batch_sharding, replicated, shardings
+from jaxmm.sharding import batch_sharding, named_leaves, replicated, shardings
 from jaxmm.tasks.base import Batch, Metrics, Task
 from jaxmm.training.accumulate import value_and_grad
 from jaxmm.training.optimizer import Optimizer
@@ -45,13 +45,26 @@ def train_step(
     return new, metrics
 
 
-def compiler_options(platform: str) -> dict[str, str] | None:
-    """What `jax.jit` is told on `platform`.
+SMALL = 2**18
+"""Numbers in a small matrix, at most."""
 
-    On CPU, XLA's newer library of kernels multiplies matrices a fifth slower than the one before it (jaxlib 0.10 and
-    0.12, AMD Zen 4): it is left the reductions, which it does better.
+
+def compiler_options(platform: str, largest: int | None = None) -> dict[str, str] | None:
+    """What `jax.jit` is told on `platform`, for a model whose largest matrix has `largest` numbers (None: many).
+
+    On CPU, XLA's newer library of kernels multiplies large matrices a fifth slower than the one before it, and small
+    ones half as fast again (jaxlib 0.10 and 0.12, AMD Zen 4, widths 768 and 128): where matrices are large it is left
+    the reductions, which it does better.
     """
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"} if platform == "cpu" else None
+    if platform != "cpu" or (largest is not None and largest <= SMALL):
+        return None
+    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+def largest_matrix(params) -> int:
+    """How many numbers the largest matrix of one layer has."""
+    return max((leaf.size // (leaf.shape[0] if "blocks/" in path else 1) for path, leaf in named_leaves(params)
+                if path.endswith("kernel")), default=0)
 
 
 def compile_prediction(predict: Callable, mesh: Mesh | None) -> Callable:
@@ -71,4 +84,4 @@ def compile_step(task: Task, optimizer: Optimizer, mesh: Mesh, state: State, **o
         lambda state, batch, rng: train_step(task, optimizer, state, batch, rng, **options),
         in_shardings=(where, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(where, replicated(mesh)), donate_argnums=0,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform))
+        compiler_options=compiler_options(mesh.devices.flat[0].platform, largest_matrix(state.params)))
