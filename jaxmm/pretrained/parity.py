@@ -96,7 +96,9 @@ def compare(source: str | Path, *, revision: str | None = None) -> tuple[list[Di
     """Differences at every place that both have, in order; what ours computes; and against what it was compared, or
     why it was not. Raises `FileError`."""
     model = load(source, revision=revision)
-    if not isinstance(model.config, (ViTConfig, CLIPConfig, BLIPConfig)) or getattr(model.config, "answer", None):
+    config = model.config
+    other = isinstance(config, BLIPConfig) and (config.answer is not None or config.pair)
+    if other or not isinstance(config, (ViTConfig, CLIPConfig, BLIPConfig)):
         raise FileError(f"{source} is a {type(model.config).__name__}; compared are ViT, CLIP, SigLIP, and BLIP that "
                         "writes captions or matches")
     pictures, tokens = golden_inputs(model.config)

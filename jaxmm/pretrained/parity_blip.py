@@ -68,7 +68,7 @@ def _layers(config: MedConfig, params: Any, tokens, mask, context, method) -> ja
         x = Med(config).apply({"params": params}, tokens, method=lambda med, ids: med.embedding(ids, train=False))
 
         def one(x, params):
-            x = layer.apply({"params": params}, x, mask, context, None, train=False, method=method)
+            x, _ = layer.apply({"params": params}, x, mask, context, None, train=False, method=method)
             return x, x
 
         return jax.lax.scan(one, x, params["blocks"])[1]

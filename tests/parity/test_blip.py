@@ -18,7 +18,7 @@ from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.blip import transformers_rows
-from jaxmm.pretrained.files import open_tensors
+from jaxmm.pretrained.files import FileError, open_tensors
 from jaxmm.pretrained.model import load
 from jaxmm.pretrained.parity import compare
 from jaxmm.pretrained.tables import read_params
@@ -196,12 +196,16 @@ def test_folders_in_and_out(kind, tmp_path):
     transformers.BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "theirs")
     names = ["[PAD]", "[UNK]", "[CLS]", "a", "picture", "of", *(f"w{i}" for i in range(81)), "[SEP]"]
     (tmp_path / "theirs" / "vocab.txt").write_text("\n".join(names) + "\n")
-    rows, _, library = compare(tmp_path / "theirs")
-    places = {row.name for row in rows}
-    assert library == "transformers" and {"vision layer 2", "picture tokens"} < places
-    assert places > ({"writing layer 3", "token logits", "loss"} if kind == "captions" else {
-        "text layer 3", "text embedding", "similarities", "matching layer 3", "matching logits"})
-    assert all(row.largest <= (0 if row.name.startswith("ids") else 1e-4) for row in rows), rows
+    if kind == "answers":
+        with pytest.raises(FileError, match="compared are ViT, CLIP, SigLIP, and BLIP that writes captions or matches"):
+            compare(tmp_path / "theirs")
+    else:
+        rows, _, library = compare(tmp_path / "theirs")
+        places = {row.name for row in rows}
+        assert library == "transformers" and {"vision layer 2", "picture tokens"} < places
+        assert places > ({"writing layer 3", "token logits", "loss"} if kind == "captions" else {
+            "text layer 3", "text embedding", "similarities", "matching layer 3", "matching logits"})
+        assert all(row.largest <= (0 if row.name.startswith("ids") else 1e-4) for row in rows), rows
     ours = load(tmp_path / "theirs")
     assert_same_bits(ours.params, params["params"])
     pictures = [RNG.integers(0, 256, (SIDE + i, SIDE, 3), np.uint8) for i in range(5)]
