@@ -83,7 +83,7 @@ def final_values(metrics: Series) -> list[dict[str, Any]]:
     """Name, last value and best value with its step of every metric, the held-out ones first."""
     rows = []
     for name, points in metrics.items():
-        train = name.startswith("train/")
+        train = name.startswith(("train/", "data/"))
         lower = re.search(r"(loss|error|perplexity)$", name) is not None
         finite = [(value, step) for step, value in points if math.isfinite(value)]
         best = (min if lower else max)(finite, key=lambda p: p[0]) if len(finite) > 1 and not train else None
