@@ -60,7 +60,7 @@ def looker(task: Task, mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
     model = task.model
 
     def run(params, batch):
-        seen = BLIP(model).apply({"params": params}, task.pixels(batch["image"]), train=False, method=BLIP.see)
+        seen, _ = ground(task, params, batch)
         tokens = batch["tokens"].at[:, 0].set(model.text.decode_id)
         weights = Med(model.text).apply({"params": params["text"]}, tokens, seen, causal=True,
                                         method=Med.cross_attention)

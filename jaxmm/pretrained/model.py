@@ -32,7 +32,7 @@ from jaxmm.evals.common import outputs, predict_fn, whole_batch
 from jaxmm.evals.reranking import match_pairs
 from jaxmm.evals.zero_shot import TEMPLATES, unit
 from jaxmm.generate import Decoding
-from jaxmm.matching import seer
+from jaxmm.matching import power_of_two, seer
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
 from jaxmm.models.vit import ViT, ViTConfig
@@ -371,7 +371,7 @@ class Model:
 
     def _filled(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(next(iter(batch.values())))
-        size = whole_batch(1 << (count - 1).bit_length(), self.mesh)
+        size = whole_batch(power_of_two(count), self.mesh)
         filled = {name: np.concatenate([rows, np.repeat(rows[-1:], size - count, axis=0)])
                   for name, rows in batch.items()}
         return filled | {"mask": np.arange(size) < count}

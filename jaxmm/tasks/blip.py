@@ -20,7 +20,7 @@ from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.sharding import constrain_batch, constrain_replicated
 from jaxmm.tasks.base import Task, check_pairs
-from jaxmm.tasks.caption import with_vocabulary
+from jaxmm.tasks.blip_parts import check_words, init_blip, picture_features, with_vocabulary
 
 NOBODY = -(2**31)
 """The id of a place in the queue that no example has taken."""
@@ -68,10 +68,7 @@ class BLIPPretraining(Task):
         matched."""
         check_pairs(image_size, self.model.vision, tokenizer)
         require(self.model.temperature is not None, "task.model.temperature", None, "a number to start from")
-        require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
-        require(tokenizer.context_length <= self.model.text.positions, "data.tokenizer.context_length",
-                tokenizer.context_length,
-                f"at most the model's task.model.text.positions = {self.model.text.positions}")
+        check_words(self.model.text, tokenizer)
         return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
 
     def check_batch(self, size):
@@ -80,9 +77,7 @@ class BLIPPretraining(Task):
 
     def init(self, rng):
         """Fresh parameters."""
-        size = self.model.vision.image_size
-        image, tokens = jnp.zeros((1, size, size, 3)), jnp.ones((1, 2), jnp.int32)
-        return BLIP(self.model).init(rng, image, tokens, train=False)["params"]
+        return init_blip(self.model, rng)
 
     def init_extra(self, params, rng):
         """The teacher, a copy of the student; queues of random directions that belong to nobody."""
@@ -199,7 +194,7 @@ class BLIPPretraining(Task):
             return jax.nn.softmax(logits)[:, 1]
 
         return {"image": image, "text": text, "match": match,
-                "features": lambda params, batch: see(params, batch)[:, 0].astype(jnp.float32)}
+                "features": picture_features(self.model, self.pixels)}
 
 
 def _ids(batch: Mapping[str, Array], name: str, size: int) -> Int[Array, "b 2"]:

@@ -13,6 +13,7 @@ from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.tasks.base import Task, check_pairs
+from jaxmm.tasks.blip_parts import check_words, init_blip, picture_features, with_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +41,14 @@ class Captioning(Task):
     def bind(self, *, image_size, classes, tokenizer):
         """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
         check_pairs(image_size, self.model.vision, tokenizer)
-        require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
         ids = prompt_ids(tokenizer, self.prompt)
-        longest = tokenizer.context_length + len(ids)
-        require(longest <= self.model.text.positions, "data.tokenizer.context_length", tokenizer.context_length,
-                f"at most task.model.text.positions = {self.model.text.positions}, less the prompt's {len(ids)}")
+        check_words(self.model.text, tokenizer, ids)
         text = with_vocabulary(self.model.text, tokenizer)
         return replace(self, prompt_ids=ids, model=replace(self.model, text=text))
 
     def init(self, rng):
         """Fresh parameters."""
-        size = self.model.vision.image_size
-        image, tokens = jnp.zeros((1, size, size, 3)), jnp.ones((1, 2), jnp.int32)
-        return BLIP(self.model).init(rng, image, tokens, train=False)["params"]
+        return init_blip(self.model, rng)
 
     def loss(self, params, extra, batch, rng):
         """Cross-entropy of the tokens behind the prompt, over all texts of the batch."""
@@ -71,26 +67,10 @@ class Captioning(Task):
     @property
     def predict(self) -> Mapping:
         """`features` [b d], the picture's first token."""
-        def features(params, batch):
-            return BLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), train=False,
-                                          method=BLIP.see)[:, 0].astype(jnp.float32)
-        return {"features": features}
+        return {"features": picture_features(self.model, self.pixels)}
 
 
 def prompt_ids(tokenizer, prompt: str) -> tuple[int, ...]:
     """The tokens of `prompt`, without begin and end."""
     row = tokenizer([prompt])[0].tolist()
     return tuple(row[1:row.index(tokenizer.eos_id)]) if prompt else ()
-
-
-def with_vocabulary(text, tokenizer, name: str = "task.model.text"):
-    """The text transformer for a tokenizer: two tokens that it does not have begin what is written, and what is
-    matched. Raises `ConfigError` where the recipe's vocabulary has no room for them."""
-    size, ends = tokenizer.vocab_size, {"end_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    if text.vocab_size is None:
-        return replace(text, vocab_size=size + 2, decode_id=size, encode_id=size + 1, **ends)
-    first = min(text.decode_id, text.encode_id)
-    require(size <= first and max(text.decode_id, text.encode_id) < text.vocab_size, f"{name}.vocab_size",
-            text.vocab_size, f"None: the tokenizer has {size} tokens, and those that begin texts are "
-            f"{text.decode_id} and {text.encode_id}")
-    return replace(text, **ends)

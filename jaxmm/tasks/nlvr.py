@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from jaxmm.config import check_types, require
 from jaxmm.losses.classification import cross_entropy
@@ -13,7 +12,7 @@ from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.tasks.base import Task, check_pairs
-from jaxmm.tasks.caption import with_vocabulary
+from jaxmm.tasks.blip_parts import check_words, init_blip, picture_features, with_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +35,12 @@ class NLVR(Task):
         """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
         check_pairs(image_size, self.model.vision, tokenizer)
         require(classes == 2, "data.train", f"a source with {classes or 'no'} classes", "one with two: false and true")
-        require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
-        require(tokenizer.context_length <= self.model.text.positions, "data.tokenizer.context_length",
-                tokenizer.context_length,
-                f"at most the model's task.model.text.positions = {self.model.text.positions}")
+        check_words(self.model.text, tokenizer)
         return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
 
     def init(self, rng):
         """Fresh parameters."""
-        size = self.model.vision.image_size
-        image, tokens = jnp.zeros((1, 2, size, size, 3)), jnp.ones((1, 2), jnp.int32)
-        return BLIP(self.model).init(rng, image, tokens, train=False)["params"]
+        return init_blip(self.model, rng)
 
     def encode(self, params, batch, rng):
         """Logits."""
@@ -67,9 +61,4 @@ class NLVR(Task):
             return model.apply({"params": params}, self.pixels(batch["image"]), batch["tokens"],
                                train=False)["compare"]
 
-        def features(params, batch):
-            image = self.pixels(batch["image"])
-            seen = model.apply({"params": params}, image.reshape(-1, *image.shape[-3:]), train=False, method=BLIP.see)
-            return seen[:, 0].reshape(len(image), -1).astype(jnp.float32)
-
-        return {"logits": logits, "features": features}
+        return {"logits": logits, "features": picture_features(self.model, self.pixels)}

@@ -14,7 +14,7 @@ from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.tasks.base import Task, check_pairs
-from jaxmm.tasks.caption import with_vocabulary
+from jaxmm.tasks.blip_parts import check_words, init_blip, picture_features, with_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +43,14 @@ class VQA(Task):
         """The vocabulary of questions and answers is the tokenizer's and two tokens more, where the recipe leaves it
         open."""
         check_pairs(image_size, self.model.vision, tokenizer)
-        require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
-        require(tokenizer.context_length <= self.model.text.positions, "data.tokenizer.context_length",
-                tokenizer.context_length, f"at most task.model.text.positions = {self.model.text.positions}")
+        check_words(self.model.text, tokenizer)
         parts = {name: with_vocabulary(getattr(self.model, name), tokenizer, f"task.model.{name}")
                  for name in ("text", "answer")}
         return replace(self, model=replace(self.model, **parts))
 
     def init(self, rng):
         """Fresh parameters."""
-        size = self.model.vision.image_size
-        image, tokens = jnp.zeros((1, size, size, 3)), jnp.ones((1, 2), jnp.int32)
-        return BLIP(self.model).init(rng, image, tokens, train=False)["params"]
+        return init_blip(self.model, rng)
 
     def encode(self, params, batch, rng):
         """For each question the weighted sum of its answers' losses, and its answers' tokens: right ones, and all."""
@@ -87,7 +83,4 @@ class VQA(Task):
     @property
     def predict(self) -> Mapping:
         """`features` [b d], the picture's first token."""
-        def features(params, batch):
-            return BLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), train=False,
-                                          method=BLIP.see)[:, 0].astype(jnp.float32)
-        return {"features": features}
+        return {"features": picture_features(self.model, self.pixels)}
