@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxmm.data.sources import DataError, Source, record_key
+from jaxmm.data.sources import DataError, Record, Source, record_key
 
 Batch = dict[str, np.ndarray]
 
 REASONS = ("empty", "not an image", "too large", "truncated", "corrupt", "unreadable", "no text", "no label",
-           "no answer")
+           "no answer", "no image")
 """Why a record can be unusable. `fault` in a batch is 1 + the number in this list, 0 for a good record."""
 
 
@@ -23,6 +23,16 @@ class BadRecord(Exception):
 
     def __str__(self):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def read_record(source: Source, index: int) -> Record:
+    """A record; whatever goes wrong, but for want of memory, is a `BadRecord`."""
+    try:
+        return source[index]
+    except (BadRecord, MemoryError):
+        raise
+    except Exception as error:  # sources read files and foreign formats, which fail in many ways
+        raise BadRecord("unreadable", f"{type(error).__name__}: {error}") from None
 
 
 class FaultCounter:

@@ -33,12 +33,18 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
 
     16-bit grey is scaled, CMYK converted, transparency laid on white, EXIF orientation applied. Raises `BadImage`.
     """
+    return read(data)[0]
+
+
+def read(data: bytes | np.ndarray) -> tuple[Image.Image, bool]:
+    """What `decode` gives, and whether any reader sees the same in `data`: an upright 8-bit RGB JPEG or PNG."""
     if isinstance(data, np.ndarray):
-        return _from_array(data)
+        return _from_array(data), False
     image = _open(data)
     try:
         image.load()
-        return _upright(image, to_rgb(image))
+        seen = _upright(image, to_rgb(image))
+        return seen, seen is image and _is_plain(image, data)
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes make the decoders raise nearly anything
@@ -61,6 +67,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    if image.format == "PNG":  # Pillow makes 8 bits of 16; byte 24 has how many a sample has
+        return data[24] == 8 and not getattr(image, "is_animated", False)
+    return image.format in ("JPEG", "MPO")
 
 
 def _open(data: bytes) -> Image.Image:

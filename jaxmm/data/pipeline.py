@@ -11,9 +11,6 @@ import hashlib
 import logging
 import math
 import os
-import signal
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +24,8 @@ from jaxtyping import Int
 
 from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.data import images, transforms, vqa
-from jaxmm.data.faults import REASONS, BadRecord, Batch, FaultCounter
+from jaxmm.data.faults import REASONS, BadRecord, Batch, FaultCounter, read_record
+from jaxmm.data.processes import start_worker
 from jaxmm.data.sources import DataError, Record, Source, record_key, record_texts
 
 log = logging.getLogger(__name__)
@@ -275,12 +273,7 @@ class EvalBatch:
 def _load(source: Source, index: int, with_text: bool, with_label: bool, rng: np.random.Generator | None
           ) -> dict[str, Any]:
     """Reads and decodes a record and takes one of its captions: by chance, or the first. Raises `BadRecord`."""
-    try:
-        record = source[index]
-    except MemoryError:
-        raise
-    except Exception as error:  # sources read files and foreign formats, which fail in many ways
-        raise BadRecord("unreadable", f"{type(error).__name__}: {error}") from None
+    record = read_record(source, index)
     if rng is not None and hasattr(source, "vary"):
         record = source.vary(record, rng)
     row: dict[str, Any] = {}
@@ -299,7 +292,7 @@ def _load(source: Source, index: int, with_text: bool, with_label: bool, rng: np
             raise BadRecord("no label", f"label {record.get('label')} of {len(source.classes)} classes")
         row["label"] = record["label"]
     if "image" not in record:
-        raise BadRecord("unreadable", "it has no picture")
+        raise BadRecord("no image", "it has no picture")
     image = record["image"]
     decoded = tuple(map(images.decode, image)) if isinstance(image, tuple) else images.decode(image)
     return row | {"image": decoded, "image_id": image_id(record)}
@@ -334,7 +327,7 @@ def _iterate(batches: grain.MapDataset, batch_bytes: int, workers: int = 0) -> g
         workers = min(workers, most)
         buffer = max(1, min(4, most // workers))
         return iter(batches.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer), _start_worker))
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer), start_worker))
     threads = min(16, os.cpu_count() or 1, most)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)))
 
@@ -342,19 +335,6 @@ def _iterate(batches: grain.MapDataset, batch_bytes: int, workers: int = 0) -> g
 def _close(running: list[grain.DatasetIterator]) -> None:
     while running:
         running.pop().close()
-
-
-def _start_worker(worker: int, workers: int) -> None:
-    """Leaves Ctrl-C to the main process, which ends its workers, and ends with it when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _rows(batch_size: int, shard: Shard) -> range:

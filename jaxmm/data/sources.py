@@ -1,7 +1,7 @@
 """Where pictures and words come from: one string names a source, which is read by record number.
 
 `folder:DIR`, `captions:FILE.jsonl`, `coco:FILE.json[:SPLIT]`, `nlvr:FILE.json`, `digits:SPLIT`, `scenes:SPLIT`,
-`tfds:NAME:SPLIT` and `vqa:PLACE`.
+`tfds:NAME:SPLIT`, `vqa:PLACE`, `tars:GLOB` and `parquet:GLOB`.
 """
 
 import difflib
@@ -32,7 +32,8 @@ class Source(Protocol):
     """Records by number. Must pickle, because worker processes read it too.
 
     May have `key(i)` and `texts(i)`, which answer without reading the picture; `pictures`, how many a record has (1);
-    and `vary(record, rng)`, a record as training sees it, changed by chance.
+    `vary(record, rng)`, a record as training sees it, changed by chance; and `shards()`, the sources that make it up,
+    of which each reads its index when it is first needed, and may have `fault`, what is wrong with it as a whole.
     """
 
     name: str
@@ -58,7 +59,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     if not colon or not location:
         raise DataError(f"source {spec!r}: wanted {kind}:{what}")
     source = opener(spec, location, data_dir)
-    if not len(source):
+    if not source:  # not its length, for which sources of many shards read all of them
         raise DataError(f"source {spec!r} is empty: it has no records")
     return source
 
@@ -241,6 +242,20 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> Source:
     return tfds.open_tfds(spec, location, data_dir)
 
 
+def open_tars(spec: str, location: str, data_dir: str | None = None) -> Source:
+    """Tar shards as img2dataset and WebDataset write them."""
+    from jaxmm.data import tars
+
+    return tars.open_tars(spec, location)
+
+
+def open_parquet(spec: str, location: str, data_dir: str | None = None) -> Source:
+    """Parquet files that hold the pictures' bytes."""
+    from jaxmm.data import parquet
+
+    return parquet.open_parquet(spec, location)
+
+
 def open_vqa(spec: str, location: str, data_dir: str | None = None) -> Source:
     """Questions about pictures, with answers."""
     from jaxmm.data import vqa
@@ -277,7 +292,9 @@ KINDS: dict[str, tuple[Opener, str]] = {
     "digits": (open_digits, "SPLIT"),
     "folder": (open_folder, "DIR"),
     "nlvr": (open_nlvr, "FILE.json"),
+    "parquet": (open_parquet, "GLOB"),
     "scenes": (open_scenes, "SPLIT"),
+    "tars": (open_tars, "GLOB"),
     "tfds": (open_tfds, "NAME:SPLIT"),
     "vqa": (open_vqa, "PLACE"),
 }
