@@ -1,22 +1,20 @@
 """The `jaxmm` command: what a trained model can do, without writing Python."""
 
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from jaxmm.answering import ANSWERS
 from jaxmm.captioning import CAPTIONS
 from jaxmm.config import ConfigError
+from jaxmm.data.commands import check_data, import_data, show_data
 from jaxmm.data.faults import BadRecord
 from jaxmm.data.sources import find_pictures
 from jaxmm.generate import Decoding
@@ -26,17 +24,13 @@ from jaxmm.pretrained.model import Format, Model, load
 from jaxmm.pretrained.opening import open_checkpoint
 from jaxmm.pretrained.summary import describe
 from jaxmm.search import Found, SearchError, build_index, open_index
+from jaxmm.terminal import choice, place, print_json, print_table
 from jaxmm.training.process import keep_memory, use_compilation_cache
 
 DEFAULT = "openai/clip-vit-base-patch32"
 CAPTIONER = "Salesforce/blip-image-captioning-base"
 ANSWERER = "Salesforce/blip-vqa-base"
 MATCHER = "Salesforce/blip-itm-base-coco"
-
-
-def place(metavar: str) -> Any:
-    """A positional argument that `--help` calls `metavar`."""
-    return tyro.conf.arg(metavar=metavar)
 
 
 Pictures = Annotated[tuple[Path, ...], tyro.conf.Positional, place("PICTURE...")]
@@ -310,19 +304,6 @@ def progress(paths: list[str]) -> Iterable[str]:
     return tqdm(paths, **BAR) if len(paths) > 64 else paths
 
 
-def print_json(value: Any) -> None:
-    """One line."""
-    print(json.dumps(value))
-
-
-def print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """A table as wide as the terminal."""
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160).print(table, markup=False)
-
-
 def end(skipped: Skipped, good: int) -> None:
     """Says how many were left out; a failure if all were."""
     if count := len(skipped.pictures):
@@ -331,14 +312,14 @@ def end(skipped: Skipped, good: int) -> None:
         raise ConfigError("no picture could be read")
 
 
-def choice(**commands: Callable[..., None]) -> Any:
-    """The type of one of `commands`, for tyro."""
-    return Union[tuple(Annotated[None, tyro.conf.subcommand(name=name, constructor=command)]  # noqa: UP007
-                       for name, command in commands.items())]
-
-
 def search(command: Annotated[choice(index=index, query=query), tyro.conf.arg(name="")]) -> None:
     """Finds pictures by words or by a picture."""
+
+
+def data(
+    command: Annotated[choice(**{"import": import_data, "check": check_data, "show": show_data}), tyro.conf.arg(name="")]
+) -> None:
+    """Imports, checks and shows pictures with their captions or labels."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -349,7 +330,7 @@ def main(args: list[str] | None = None) -> int:
         use_compilation_cache()
         tyro.extras.subcommand_cli_from_dict(
             {"classify": classify, "caption": caption, "answer": answer, "match": match, "search": search,
-             "convert": convert, "show": show, "parity": parity},
+             "data": data, "convert": convert, "show": show, "parity": parity},
             prog="jaxmm", args=args, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
     except (ConfigError, FileError, SearchError, BadRecord, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from jaxmm.atomic import write_atomically
 from jaxmm.sharding import named_leaves
 from jaxmm.training.state import State
 
@@ -245,16 +245,6 @@ class _Telling:
             last = f"the last whole checkpoint is of step {steps[-1]}" if steps else "there is no whole checkpoint yet"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(f"saving {self.target} failed: {reason}; {last}") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that `path` holds either what it held or all of it, whatever happens."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _sealed(notes: dict[str, Any]) -> str:
