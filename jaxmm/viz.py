@@ -6,16 +6,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from PIL import Image
 
 from jaxmm.evals.common import CaptionExample, PredictionExample, RetrievalExample
@@ -40,11 +40,8 @@ def write_report(workdir: Path | str, examples: Iterable[Example] = ()) -> Path:
     metrics = read_metrics(workdir / "metrics.jsonl")
     notes = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}
     queries = [e for e in examples if isinstance(e, RetrievalExample)]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "picture": picture, "cut": _cut, "lit": lit}
-    template = environment.from_string(files("jaxmm").joinpath("report.html.jinja").read_text("utf-8"))
-    page = template.render(
-        title=workdir.resolve().name,
+    return write_page(
+        workdir / "report.html", "report.html.jinja", title=workdir.resolve().name, kind="run report",
         summary=summary(notes),
         config=json.dumps(notes.get("config", {}), indent=2),
         final=final_values(metrics),
@@ -55,8 +52,15 @@ def write_report(workdir: Path | str, examples: Iterable[Example] = ()) -> Path:
         predictions=[e for e in examples if isinstance(e, PredictionExample)],
         captions=[e for e in examples if isinstance(e, CaptionExample)],
     )
-    path, part = workdir / "report.html", workdir / "report.html.part"
-    part.write_text(page, "utf-8")
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Writes one self-contained HTML file from a template beside this module; returns its path."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("jaxmm", "."), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True)
+    environment.filters |= {"number": number, "picture": picture, "cut": _cut, "lit": lit}
+    part = path.with_name(path.name + ".part")
+    part.write_text(environment.get_template(template).render(**values), "utf-8")
     os.replace(part, path)
     return path
 
@@ -111,12 +115,7 @@ def panels(metrics: Series) -> list[dict[str, Any]]:
 
 def curves(series: Series) -> str:
     """An SVG of the curves over the steps, coloured by the page's style sheet; logarithmic where they span decades."""
-    style = {"svg.fonttype": "none", "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK,
-             "ytick.color": _INK, "axes.edgecolor": _GRID, "axes.spines.top": False, "axes.spines.right": False,
-             "svg.hashsalt": "jaxmm"}
-    with rc_context(style):
-        figure = Figure(figsize=(4.6, 2.3), layout="constrained")
-        axes = figure.add_subplot()
+    def draw(axes: Axes) -> None:
         finite = []
         for (_, points), color in zip(series.items(), _COLORS, strict=False):
             x, y = _thinned(points)
@@ -124,19 +123,47 @@ def curves(series: Series) -> str:
             finite.extend(y[np.isfinite(y)])
         if min(finite) > 0 and max(finite) / min(finite) > 100 and not any("learning_rate" in n for n in series):
             axes.set_yscale("log")
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:g}"))
+
+    return drawing(draw, "curves over the steps")
+
+
+def histogram(values: Mapping[str, np.ndarray], label: str) -> str:
+    """An SVG of how each of `values` (numbers by name) is distributed: shares in 40 equal parts of their range."""
+    finite = {name: each[np.isfinite(each)] for name, each in values.items()}
+    every = np.concatenate([*finite.values(), np.zeros(0)])
+    edges = np.linspace(every.min(initial=0.0), max(every.max(initial=0.0), 1e-6), 41)
+
+    def draw(axes: Axes) -> None:
+        for each, color in zip(finite.values(), _COLORS, strict=False):
+            axes.stairs(np.histogram(each, edges)[0] / max(len(each), 1), edges, color=color, linewidth=1.6)
+        axes.set_xlabel(label)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+    return drawing(draw, f"distribution: {label}")
+
+
+def drawing(draw: Callable[[Axes], None], label: str) -> str:
+    """An SVG of what `draw` draws, in the page's colours: `_COLORS` stand for those of the legend."""
+    style = {"svg.fonttype": "none", "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK,
+             "ytick.color": _INK, "axes.edgecolor": _GRID, "axes.spines.top": False, "axes.spines.right": False,
+             "svg.hashsalt": "jaxmm"}
+    with rc_context(style):
+        figure = Figure(figsize=(4.6, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
     svg = svg[svg.index("<svg"):]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img" aria-label="curves over the steps"', svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{label}"', svg, count=1)
     svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)")
     for i, color in enumerate(_COLORS):
         svg = svg.replace(color, f"var(--c{i + 1})")
