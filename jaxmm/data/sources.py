@@ -49,6 +49,10 @@ class Source(Protocol):
 
 def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     """Opens the source that `spec` names; `data_dir` is where prepared TFDS data sets lie. Raises `DataError`."""
+    from jaxmm.data import mixed
+
+    if mixed.is_mixed(spec):
+        return mixed.open_mixed(spec, data_dir)
     kind, colon, location = spec.partition(":")
     if kind not in KINDS:
         nearest = difflib.get_close_matches(kind, KINDS, n=1)

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from jaxmm.data.sources import DataError, Record, fingerprint
 
-CAPTIONS = ("captions", "caption", "text")
+CAPTIONS = ("texts", "captions", "caption", "text")
 """Features that are taken for captions: the first that a data set has."""
 
 _NAME_SPLIT = re.compile(r"(.+):([^:\[\]+]+(?:\[[^\]]*\])?(?:\+[^:\[\]+]+(?:\[[^\]]*\])?)*)")

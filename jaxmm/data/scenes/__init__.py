@@ -7,6 +7,7 @@ a crawl's.
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from functools import cached_property
@@ -17,13 +18,15 @@ from filelock import FileLock
 
 from jaxmm.data.scenes.picture import COLORS, SHAPES, SIZES, Object, Scene, cell, draw, random_scene, relation
 from jaxmm.data.scenes.words import NOISE, Question, captions, describe, questions, web_caption
-from jaxmm.data.sources import DataError
+from jaxmm.data.shards import Slice
+from jaxmm.data.sources import DataError, Source
 
 __all__ = ["COLORS", "NOISE", "SHAPES", "SIZES", "Object", "Question", "Scene", "ScenesSource", "captions",
            "cell", "describe", "draw", "open_scenes", "prepare", "questions", "random_scene", "relation",
            "web_caption"]
 
 SPLITS = ("train", "val", "test", "web")
+_SLICE = re.compile(r"(.*?)(?:\[(\d*):(\d*)\])?", re.DOTALL)
 
 
 class ScenesSource:
@@ -120,20 +123,26 @@ def prepare(config: str = "default", data_dir: str | None = None) -> Any:
     return builder
 
 
-def open_scenes(split: str, data_dir: str | None = None) -> ScenesSource:
-    """Opens `split`: `train`, `val`, `test` or `web`; `tiny/train` and so on are those of a small data set for tests.
+def open_scenes(split: str, data_dir: str | None = None) -> Source:
+    """Opens `split`: `train`, `val`, `test` or `web`; `tiny/train` and so on are those of a small data set for tests,
+    and `train[:400]` is the records up to 400 of it.
 
     At the first use the data set is drawn: in `data_dir`, else `TFDS_DATA_DIR`, else TFDS's own default folder.
     """
-    config, _, name = split.rpartition("/")
+    whole, first, last = _SLICE.fullmatch(split).groups()
+    config, _, name = whole.rpartition("/")
     if name not in SPLITS:
-        raise DataError(f"scenes has no split {split!r}; wanted one of {', '.join(SPLITS)}")
+        raise DataError(f"scenes has no split {split!r}; wanted one of {', '.join(SPLITS)}, or some of their records, "
+                        "such as train[:400]")
     builder = prepare(config or "default", data_dir)
     info = builder.info.splits.get(name)
     try:
-        source = ScenesSource(str(builder.data_dir), name, f"scenes:{split}", info.num_examples)
+        source = ScenesSource(str(builder.data_dir), name, f"scenes:{whole}", info.num_examples)
         source[-1]
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{builder.data_dir} is not a whole copy of scenes ({error}); remove that folder, and it "
                         "will be drawn again") from error
-    return source
+    if whole == split:
+        return source
+    start, stop, _ = slice(*(int(end) if end else None for end in (first, last))).indices(len(source))
+    return Slice(source, start, max(start, stop))
