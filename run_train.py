@@ -5,7 +5,6 @@ run was left.
 """
 
 import argparse
-import importlib.util
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ from jaxmm.config import ConfigError, TrainConfig, require
 from jaxmm.data.sources import DataError
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
+from jaxmm.recipes import load_recipe
 from jaxmm.tasks.base import Task
 from jaxmm.training.checkpoint import CheckpointError
 from jaxmm.training.loop import TrainError, train
@@ -45,20 +45,6 @@ class Run:
     """Where compiled programs are kept between runs. Default: jaxmm/xla in the user's cache folder."""
 
 
-def load_recipe(path: Path) -> TrainConfig:
-    """The configuration that the file at `path` returns."""
-    if not path.is_file():
-        known = ", ".join(sorted(p.name for p in (HERE / "configs").glob("*.py")))
-        raise ConfigError(f"config is {str(path)!r}, which is no file; configs/ holds {known}")
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses that it defines are looked up
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"config is {str(path)!r}, which has no get_config()")
-    return module.get_config()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Command(Run):
     """The whole command line."""
@@ -71,7 +57,9 @@ def parse(args: list[str]) -> Command:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path, default=Run.config)
     try:
-        recipe = load_recipe(first.parse_known_args(args)[0].config)
+        path = first.parse_known_args(args)[0].config
+        recipe = load_recipe(path, HERE / "configs")
+        require(isinstance(recipe, TrainConfig), "config", str(path), "a recipe of one training run")
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from None
     return tyro.cli(Command, args=args, default=Command(train=recipe), description=__doc__,
