@@ -12,6 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from jaxmm.answering import ANSWERS
+from jaxmm.capfilt import commands
 from jaxmm.captioning import CAPTIONS
 from jaxmm.config import ConfigError
 from jaxmm.data.commands import check_data, import_data, show_data
@@ -316,10 +317,17 @@ def search(command: Annotated[choice(index=index, query=query), tyro.conf.arg(na
     """Finds pictures by words or by a picture."""
 
 
-def data(
-    command: Annotated[choice(**{"import": import_data, "check": check_data, "show": show_data}), tyro.conf.arg(name="")]
-) -> None:
+DATA = {"import": import_data, "check": check_data, "show": show_data}
+CAPFILT = {"run": commands.run, "caption": commands.caption, "score": commands.score, "select": commands.select,
+           "merge": commands.merge, "report": commands.report, "bootstrap": commands.bootstrap}
+
+
+def data(command: Annotated[choice(**DATA), tyro.conf.arg(name="")]) -> None:
     """Imports, checks and shows pictures with their captions or labels."""
+
+
+def capfilt(command: Annotated[choice(**CAPFILT), tyro.conf.arg(name="")]) -> None:
+    """Better captions for pictures from the web: BLIP writes some and drops what does not belong."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -330,7 +338,7 @@ def main(args: list[str] | None = None) -> int:
         use_compilation_cache()
         tyro.extras.subcommand_cli_from_dict(
             {"classify": classify, "caption": caption, "answer": answer, "match": match, "search": search,
-             "data": data, "convert": convert, "show": show, "parity": parity},
+             "data": data, "capfilt": capfilt, "convert": convert, "show": show, "parity": parity},
             prog="jaxmm", args=args, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
     except (ConfigError, FileError, SearchError, BadRecord, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

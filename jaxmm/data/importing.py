@@ -139,14 +139,15 @@ def _import_shard(folder: Path, settings: dict[str, Any], job: tuple[int, Source
 
 def _examples(shard: Source, tally: Tally) -> Iterator[dict[str, Any]]:
     for usable in usable_records(shard, tally):
-        example = {"key": usable.key, "image": usable.encoded or _png(usable.image),
+        example = {"key": usable.key, "image": usable.encoded or png(usable.image),
                    "image_id": pixel_id(usable.image), "texts": list(usable.texts)}
         yield example | ({} if usable.label is None else {"label": usable.label})
 
 
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """An RGB picture as PNG, without what its old file said besides."""
     stream = io.BytesIO()
-    Image.frombytes("RGB", image.size, image.tobytes()).save(stream, "png")  # without what the old file said besides
+    Image.frombytes("RGB", image.size, image.tobytes()).save(stream, "png")
     return stream.getvalue()
 
 

@@ -6,6 +6,7 @@ into ordinary ones, but for the tokenizers of published checkpoints that only en
 """
 
 import gzip
+import hashlib
 import html
 import json
 import re
@@ -112,6 +113,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that decides which ids a text has."""
+        parts = self.backend.to_str() + json.dumps(self._settings())
+        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
 
     def _settings(self) -> dict[str, Any]:
         names = ("context_length", "pad_id", "bos_id", "eos_id", "cleaning", "literal")

@@ -90,10 +90,19 @@ class Model:
         """How many numbers the parameters are."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
+    def prepare(self, picture: Picture) -> UInt8[np.ndarray, "size size 3"]:
+        """One picture as the model was trained to see it. Raises `BadImage` or `OSError` for one that cannot be read.
+        """
+        if isinstance(picture, (str, Path)):
+            picture = Path(picture).read_bytes()
+        image = picture.convert("RGB") if isinstance(picture, Image.Image) else decode(picture)
+        size = self._vision.image_size
+        return eval_image(image, self.image)[:size, :size]  # what is left of a patch at the borders is not read
+
     def preprocess(self, pictures: Sequence[Picture]) -> UInt8[np.ndarray, "b size size 3"]:
         """Pictures as the model was trained to see them. Raises `BadImage` for one that cannot be decoded."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return np.stack(list(pool.map(self._prepare, pictures)))
+            return np.stack(list(pool.map(self.prepare, pictures)))
 
     def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "b t"]:
         """Texts as token ids, cut and padded as the model was trained to read them."""
@@ -320,13 +329,6 @@ class Model:
         raise FileError(f"format is {format!r}; wanted jaxmm, transformers, timm (for a ViT) or open_clip "
                         "(for two towers)")
 
-    def _prepare(self, picture: Picture) -> UInt8[np.ndarray, "size size 3"]:
-        if isinstance(picture, (str, Path)):
-            picture = Path(picture).read_bytes()
-        image = picture.convert("RGB") if isinstance(picture, Image.Image) else decode(picture)
-        size = self._vision.image_size
-        return eval_image(image, self.image)[:size, :size]  # what is left of a patch at the borders is not read
-
     def _pictures(
         self, pictures: Iterable[Picture], on_error: OnError | None = None
     ) -> Iterator[dict[str, np.ndarray]]:
@@ -345,7 +347,7 @@ class Model:
                     on_error(picture, error)
 
             for picture in pictures:
-                pending.append((picture, pool.submit(self._prepare, picture)))
+                pending.append((picture, pool.submit(self.prepare, picture)))
                 while len(pending) >= 2 * BATCH or (len(pending) >= BATCH and pending[0][1].done()):
                     take()
                 if len(ready) >= BATCH:

@@ -1,0 +1,61 @@
+"""What a CapFilt folder was made from, so that two runs are never mixed in it."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmm.capfilt.tables import digest
+from jaxmm.config import ConfigError, to_dict
+from jaxmm.pretrained.model import Model
+from jaxmm.sharding import named_leaves
+from jaxmm.training.checkpoint import write_atomically
+
+NAME = "manifest.json"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What is known so far; {} before the first stage. Raises `ConfigError`."""
+    path = folder / NAME
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not what CapFilt writes: {error}") from None
+
+
+def agree(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict[str, Any]:
+    """Adds `facts` to the manifest and returns all of it. Those in `free` may change.
+
+    Raises `ConfigError` where a fact is another than before.
+    """
+    known = read_manifest(folder)
+    facts = json.loads(json.dumps(facts))
+    changed = [f"{name} was {known[name]!r} and is {value!r}" for name, value in facts.items()
+               if name in known and name not in free and known[name] != value]
+    if changed:
+        raise ConfigError(f"out is {str(folder)!r}, which holds a run of something else; wanted the same, or another "
+                          "folder:\n  " + "\n  ".join(changed))
+    if jax.process_index() == 0 and known | facts != known:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / NAME, json.dumps(known | facts, indent=2) + "\n")
+    return known | facts
+
+
+def model_digest(model: Model) -> str:
+    """Of everything that decides what a model says: parameters, architecture, pictures, words."""
+    parts = [to_dict(model.task), to_dict(model.image)]
+    if model.tokenizer is not None:
+        parts.append(model.tokenizer.fingerprint)
+    for name, leaf in named_leaves(model.params):
+        value = np.asarray(leaf)
+        parts.append([name, str(value.dtype), list(value.shape), _bytes_digest(value)])
+    return digest(*parts)
+
+
+def _bytes_digest(value: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(value).view(np.uint8), digest_size=16).hexdigest()

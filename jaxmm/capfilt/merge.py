@@ -1,0 +1,108 @@
+"""The fourth stage: what stays, and people's texts, as one TFDS data set (Li et al. 2022, section 3.3).
+
+`merged/` has the splits `web` and `human`: a picture a record, with all of its texts that stay.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from jaxmm.atomic import write_atomically
+from jaxmm.capfilt.stages import SELECTED, VERSION, Folder, Shard, meet
+from jaxmm.capfilt.tables import Texts, digest, file_digest, read_texts
+from jaxmm.data import images
+from jaxmm.data.faults import read_record
+from jaxmm.data.importing import png
+from jaxmm.data.writing import WORK, Written, finish, picture_features, shard_path, take_back, write_shard
+
+MERGED, NOTES = "merged", "merged.json"
+
+
+def merge(folder: Folder) -> Path:
+    """Writes the data set, which replaces one of an earlier selection; returns where it is.
+
+    Raises `DataError` where nothing stays of a split.
+    """
+    folder.wanted(SELECTED)
+    dest = folder.path / MERGED
+    made = {shard.name: _made_from(folder, shard) for shard in folder.shards}
+    if _read(dest / NOTES) == made:
+        meet("merged")
+        return dest
+    part = dest.with_name(MERGED + ".part")
+    if jax.process_index() == 0:
+        (part / WORK).mkdir(parents=True, exist_ok=True)
+        take_back(part)
+    meet("merge")
+    features = picture_features(origins=tfds.features.Sequence(tfds.features.Text()))
+    mine = folder.shards[jax.process_index()::jax.process_count()]
+    todo = [shard for shard in mine if _read(_note(part, shard)).get("made_from") != made[shard.name]]
+    with tqdm(total=sum(len(shard.source) for shard in todo), desc=MERGED, unit=" pictures", mininterval=1.0,
+              dynamic_ncols=True, disable=None if todo and jax.process_index() == 0 else True) as bar:
+        for shard in todo:
+            _note(part, shard).unlink(missing_ok=True)
+            texts = read_texts(folder.table(SELECTED, shard))
+            written = write_shard(_examples(shard, texts), _path(part, shard), features)
+            write_atomically(_note(part, shard), json.dumps(
+                {"made_from": made[shard.name], "records": written.records, "bytes": written.bytes}))
+            bar.update(len(shard.source))
+    meet("merge written")
+    if jax.process_index() == 0:
+        splits: dict[str, list[Written]] = {}
+        for shard in folder.shards:
+            note = _read(_note(part, shard))
+            splits.setdefault(shard.origin, []).append(Written(_path(part, shard), note["records"], note["bytes"]))
+        write_atomically(part / NOTES, json.dumps(made, indent=1))
+        shutil.rmtree(dest, ignore_errors=True)  # of an earlier selection
+        finish(part, dest, features, splits)
+    meet("merged")
+    return dest
+
+
+def merged_source(merged: Path, human_weight: int = 1) -> str:
+    """The source that a recipe trains on: a record of people counts `human_weight` times in an epoch."""
+    splits = json.loads((merged / "dataset_info.json").read_text())["splits"]
+    weight = {"web": "", "human": "" if human_weight == 1 else f"{human_weight}*"}
+    names = sorted((each["name"] for each in splits), reverse=True)
+    return " + ".join(f"{weight[name]}tfds:{merged}:{name}" for name in names)
+
+
+def _examples(shard: Shard, texts: Texts) -> Iterator[dict[str, Any]]:
+    """The pictures of a shard that keep a text. Raises `DataError` for one that cannot be read any more."""
+    kept = np.asarray(texts.columns["kept"], bool)
+    record = np.asarray(texts.columns["record"], np.int64)
+    for number in np.unique(record[kept]).tolist():
+        rows = np.flatnonzero(kept & (record == number))
+        row = read_record(shard.source, number)
+        image, plain = images.read(row["image"])
+        yield {"key": texts.columns["key"][rows[0]], "image": row["image"] if plain else png(image),
+               "image_id": texts.columns["image_id"][rows[0]],
+               "texts": [texts.columns["text"][i] for i in rows],
+               "origins": [texts.columns["origin"][i] for i in rows]}
+
+
+def _made_from(folder: Folder, shard: Shard) -> str:
+    return digest(VERSION, shard.source.fingerprint, file_digest(folder.table(SELECTED, shard)))
+
+
+def _path(part: Path, shard: Shard) -> Path:
+    return shard_path(part, shard.origin, int(shard.name.rpartition("-")[2]))
+
+
+def _note(part: Path, shard: Shard) -> Path:
+    return _path(part, shard).with_suffix(".json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a note says; {} where there is none that is whole."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
