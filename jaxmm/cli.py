@@ -317,7 +317,8 @@ def search(command: Annotated[choice(index=index, query=query), tyro.conf.arg(na
 
 
 def data(
-    command: Annotated[choice(**{"import": import_data, "check": check_data, "show": show_data}), tyro.conf.arg(name="")]
+    command: Annotated[
+        choice(**{"import": import_data, "check": check_data, "show": show_data}), tyro.conf.arg(name="")]
 ) -> None:
     """Imports, checks and shows pictures with their captions or labels."""
 
