@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -177,8 +177,7 @@ def _name(shard: Source) -> str:
     return f"{shard.name}[{shard.start}:{shard.stop}]" if isinstance(shard, Slice) else shard.name
 
 
-def _quantiles(values: Iterable[int]) -> dict[str, float] | None:
-    values = np.asarray(values)
+def _quantiles(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
     return {name: float(np.quantile(values, share)) for name, share in QUANTILES.items()}

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from jaxmm.data.sources import DataError, Record, fingerprint
 
-CAPTIONS = ("texts", "captions", "caption", "text")
+CAPTIONS = ("captions", "caption", "texts", "text")
 """Features that are taken for captions: the first that a data set has."""
 
 _NAME_SPLIT = re.compile(r"(.+):([^:\[\]+]+(?:\[[^\]]*\])?(?:\+[^:\[\]+]+(?:\[[^\]]*\])?)*)")
@@ -27,6 +27,8 @@ class TfdsSource:
     """Feature that holds the picture."""
     captions: str | None
     classes: tuple[str, ...] | None
+    keys: bool
+    """Whether examples have a `key`, a text."""
     fingerprint: str = field(repr=False)
 
     def __len__(self):
@@ -35,7 +37,8 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Record:
         """Reads one example."""
         example = self.data[index]
-        record: Record = {"key": self.key(index), "image": example[self.image]}
+        key = _text(example["key"]) if self.keys else self.key(index)
+        record: Record = {"key": key, "image": example[self.image]}
         if self.classes is not None:
             record["label"] = int(example["label"])
         if self.captions is not None:
@@ -45,8 +48,8 @@ class TfdsSource:
         return record
 
     def key(self, index: int) -> str:
-        """The source and the record number."""
-        return f"{self.name}#{index}"
+        """The example's own, else the source and the record number."""
+        return _text(self.data[index]["key"]) if self.keys else f"{self.name}#{index}"
 
 
 def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSource:
@@ -91,6 +94,7 @@ def from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str) -> Tf
         name=spec, data=data, image=images[0],
         captions=next((name for name in CAPTIONS if name in features), None),
         classes=tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None,
+        keys=isinstance(features.get("key"), tfds.features.Text),
         fingerprint=fingerprint([builder.info.full_name, split, count,
                                  *(s.shard_lengths for s in builder.info.splits.values())]),
     )
