@@ -25,8 +25,8 @@ def get_config() -> TrainConfig:
     answer = MedConfig(transformer=words, vocab_size=None, positions=24, context_width=128, encoder=False)
     model = BLIPConfig(vision=vision, text=text, answer=answer, embed_dim=None, matching=False, temperature=None)
     return TrainConfig(
-        task=VQA(model=model),
-        steps=2000,
+        task=VQA(model=model, smoothing=0.0),
+        steps=3000,
         data=DataConfig(
             train="vqa:data/train", val="vqa:data/test", batch_size=64,
             # Mirror images are harmless as long as no question speaks of left and right.

@@ -1,0 +1,66 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jaxmm.capfilt import bootstrap as module
+from jaxmm.capfilt.bootstrap import CapFiltConfig, bootstrap
+from jaxmm.config import ConfigError
+from jaxmm.data.sources import open_source
+from jaxmm.recipes import load_recipe
+
+RECIPE = Path(__file__).parents[2] / "configs" / "capfilt_scenes.py"
+
+
+def small(run, steps, data_dir):
+    return replace(run, steps=steps, optimizer=replace(run.optimizer, warmup=0), evals=run.evals[:1], checkpoint=replace(run.checkpoint, every=100), data=replace(
+        run.data, data_dir=data_dir, val="scenes:tiny/test", batch_size=8, image=replace(run.data.image, size=32)))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The recipe itself, with small towers and little data."""
+    data_dir = str(tmp_path_factory.mktemp("data"))
+    whole = load_recipe(RECIPE)
+
+    def smaller(run):
+        model = run.task.model
+        vision = replace(model.vision, image_size=32, patch=8,
+                         transformer=replace(model.vision.transformer, width=32, depth=1, mlp_dim=40))
+        text = replace(model.text, context_width=32,
+                       transformer=replace(model.text.transformer, width=32, depth=1, mlp_dim=40))
+        return small(replace(run, task=replace(run.task, model=replace(model, vision=vision, text=text))), 3, data_dir)
+
+    return replace(whole, web="scenes:tiny/web", human="scenes:tiny/train[:16]", shard_records=30, rounds=2,
+                   rule=replace(whole.rule, threshold=None, quantile=0.3),
+                   **{name: smaller(getattr(whole, name)) for name in ("pretrain", "captioner", "filter")})
+
+
+def test_two_rounds_and_what_is_done_is_not_done_again(recipe, tmp_path, monkeypatch):
+    said: list[str] = []
+    metrics = bootstrap(recipe, tmp_path, say=said.append)
+    assert list(metrics) == ["pretrain", *(f"round-{i}/{name}" for i in (1, 2)
+                                           for name in ("captioner", "filter", "model"))]
+    assert all(each for each in metrics.values())
+    web = open_source(f"tfds:{tmp_path}/round-2/data/merged:web")
+    assert 0 < len(web) <= 80 and len(open_source(f"tfds:{tmp_path}/round-1/data/merged:human")) == 16
+    assert (tmp_path / "round-1" / "data" / "report.html").exists()
+    first, second = (module.json.loads((tmp_path / f"round-{i}" / "captioner" / "config.json").read_text())
+                     for i in (1, 2))
+    assert first["config"]["init"]["source"].endswith("pretrain")
+    assert second["config"]["init"]["source"].endswith("round-1/model")
+    assert sum(line.startswith("== ") for line in said) == 7
+    monkeypatch.setattr(module, "train", None)
+    assert bootstrap(recipe, tmp_path, say=said.append) == metrics
+
+
+def test_a_run_that_is_asked_to_stop_stops_all(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "train", lambda config, workdir: {})
+    assert bootstrap(recipe, tmp_path) == {} and not (tmp_path / "bootstrap.json").exists()
+
+
+def test_what_cannot_be():
+    whole = load_recipe(RECIPE)
+    with pytest.raises(ConfigError, match="rounds is 0; wanted a positive number"):
+        replace(whole, rounds=0)
+    assert isinstance(whole, CapFiltConfig)
