@@ -3,7 +3,7 @@
     python -m benchmarks.parity [--only NAME] [--json FILE]
 
 The same comparison as `jaxmm parity SOURCE`, of CLIP ViT-L/14, SigLIP B/16, ViT-L/16 at 384 and BLIP's classes that
-write captions and that match. "ids" are those of 20 new tokens: 0 says that they are the same.
+write captions, that match and that answer. "ids" are those of 20 new tokens: 0 says that they are the same.
 """
 
 import argparse
@@ -21,7 +21,7 @@ LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 BLIP = {"BLIP base at 384, captions": (BASE, 384, "BlipForConditionalGeneration"),
         "BLIP base at 384, matching": (BASE, 384, "BlipForImageTextRetrieval"),
-        "BLIP base at 480, captions": (BASE, 480, "BlipForConditionalGeneration"),
+        "BLIP base at 480, questions": (BASE, 480, "BlipForQuestionAnswering"),
         "BLIP large at 384, captions": (LARGE, 384, "BlipForConditionalGeneration")}
 MODELS = ("CLIP ViT-L/14", "SigLIP B/16", "ViT-L/16 at 384", *BLIP)
 

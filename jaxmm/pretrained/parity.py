@@ -42,7 +42,8 @@ class Difference:
 
 
 def golden_inputs(model: ViTConfig | CLIPConfig | BLIPConfig) -> tuple[np.ndarray, np.ndarray | None]:
-    """Normalised pictures [2 s s 3], and token ids [2 t] that end in the middle: the same ones always."""
+    """Normalised pictures [2 s s 3], and token ids [2 t], the first of which end in the middle: the same ones
+    always. Of a model that answers, questions without padding and answers, side by side."""
     rng = np.random.default_rng(2021)
     vision = model if isinstance(model, ViTConfig) else model.vision
     pictures = rng.uniform(-2, 2, (GOLDEN, vision.image_size, vision.image_size, 3)).astype(np.float32)
@@ -97,10 +98,10 @@ def compare(source: str | Path, *, revision: str | None = None) -> tuple[list[Di
     why it was not. Raises `FileError`."""
     model = load(source, revision=revision)
     config = model.config
-    other = isinstance(config, BLIPConfig) and (config.answer is not None or config.pair)
-    if other or not isinstance(config, (ViTConfig, CLIPConfig, BLIPConfig)):
+    pair = isinstance(config, BLIPConfig) and config.pair
+    if pair or not isinstance(config, (ViTConfig, CLIPConfig, BLIPConfig)):
         raise FileError(f"{source} is a {type(model.config).__name__}; compared are ViT, CLIP, SigLIP, and BLIP that "
-                        "writes captions or matches")
+                        "writes captions, matches or answers")
     pictures, tokens = golden_inputs(model.config)
     found = ours(model, pictures, tokens)
     files = find(source, revision=revision)

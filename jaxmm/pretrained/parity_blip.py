@@ -15,21 +15,33 @@ from jaxmm.models.vit import ViT
 from jaxmm.nn.attention import causal_mask
 
 LENGTH, GIVEN, WRITTEN = 16, 4, 20
-"""Tokens of a golden text, those of them that begin what is written, and how many are written."""
+"""Tokens of a golden text, those of them that begin a caption that is written, and how many are written."""
 SMOOTHING = 0.1
 SEARCHES = {"ids, greedy": 1, "ids, 3 beams": 3}
 
 
 def golden_tokens(config: BLIPConfig, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Token ids [count t], the first text ending in the middle."""
+    """Token ids [count t], the first text ending in the middle; of a model that answers, questions and answers side
+    by side [count 2t].
+
+    Questions have no padding: of transformers 5.23 the decoder of answers looks at tokens of the question that
+    `encoder_attention_mask` should hide, and ours does not.
+    """
     text = config.text
     below, length = min(text.decode_id, text.vocab_size), min(LENGTH, text.positions)
-    tokens = rng.integers(2, below, (count, length)).astype(np.int32)
+    tokens = rng.integers(2, below, (count, length if config.answer is None else 2 * length)).astype(np.int32)
     tokens[np.isin(tokens, (text.pad_id, text.end_id))] = 1
-    half = tokens.shape[1] // 2
-    tokens[0, half:] = text.pad_id
-    tokens[0, half - 1] = tokens[1:, -1] = text.end_id
+    tokens[:, length - 1] = tokens[1:, -1] = text.end_id
+    half = length // 2
+    tokens[0, -half:] = text.pad_id
+    tokens[0, -half - 1] = text.end_id
     return tokens
+
+
+def _sides(tokens: Any) -> tuple[Any, Any]:
+    """Questions and answers [b t] of what is side by side."""
+    half = tokens.shape[1] // 2
+    return tokens[:, :half], tokens[:, half:]
 
 
 def ours(config: BLIPConfig, params: Any, pictures: np.ndarray, tokens: np.ndarray) -> dict[str, jax.Array]:
@@ -37,26 +49,46 @@ def ours(config: BLIPConfig, params: Any, pictures: np.ndarray, tokens: np.ndarr
     module, text, pictures, tokens = BLIP(config), config.text, jnp.asarray(pictures), jnp.asarray(tokens)
     picture = jax.jit(lambda p, x: ViT(config.vision).apply({"params": p}, x, train=False, hidden=True))(
         params["vision"], pictures)
-    there, seen = tokens != text.pad_id, picture.tokens
+    seen = picture.tokens
     found = _named("vision", picture.hidden) | {"picture tokens": seen}
-    if text.encoder:
-        both = there[:, None, None, :]
+    if config.answer is not None:
+        question, tokens = _sides(tokens)
+        found |= _named("question", _grounded(config, params, question, seen))
+        seen = jax.jit(lambda p, x: module.apply({"params": p}, question, x, train=False, method=BLIP.read))(
+            params, seen)
+        found["question states"] = seen
+    elif text.encoder:
+        both = (tokens != text.pad_id)[:, None, None, :]
         out = jax.jit(lambda p: module.apply({"params": p}, pictures, tokens, train=False))(params)
-        found |= _named("text", _layers(text, params, tokens, both, None, MedLayer.encode))
+        found |= _named("text", _layers(text, params["text"], tokens, both, None, MedLayer.encode))
         if config.embed_dim:
             found |= {"image embedding": out["image"], "text embedding": out["text"],
                       "similarities": out["image"] @ out["text"].T}
-        first = tokens.at[:, 0].set(text.encode_id) if config.encode_token else tokens
-        found |= _named("matching", _layers(text, params, first, both, seen, MedLayer.encode))
+        found |= _named("matching", _grounded(config, params, tokens, seen))
         if config.matching:
             found["matching logits"] = out["match"]
-    if text.decoder:
-        mask = causal_mask(tokens.shape[1]) & there[:, None, None, :]
-        found |= _named("writing", _layers(text, params, tokens, mask, seen, MedLayer.decode))
-        logits = jax.jit(lambda p: module.apply({"params": p}, tokens, seen, train=False, method=BLIP.write))(params)
-        found |= {"token logits": logits, "loss": language_loss(logits, tokens, there, SMOOTHING)}
-        found |= {name: _written(config, params, seen, tokens, beams) for name, beams in SEARCHES.items()}
+    if text.decoder or config.answer is not None:
+        found |= _writing(config, params, tokens, seen)
     return found
+
+
+def _grounded(config: BLIPConfig, params: Any, tokens, seen) -> jax.Array:
+    """Texts after each layer of the image-grounded encoder [l b t d]."""
+    text, both = config.text, (tokens != config.text.pad_id)[:, None, None, :]
+    first = tokens.at[:, 0].set(text.encode_id) if config.encode_token else tokens
+    return _layers(text, params["text"], first, both, seen, MedLayer.encode)
+
+
+def _writing(config: BLIPConfig, params: Any, tokens, seen) -> dict[str, jax.Array]:
+    """What the decoder makes of given texts and their loss, and the texts that it writes itself."""
+    module, name = BLIP(config), "text" if config.answer is None else "answer"
+    text = getattr(config, name)
+    there = tokens != text.pad_id
+    mask = causal_mask(tokens.shape[1]) & there[:, None, None, :]
+    logits = jax.jit(lambda p: module.apply({"params": p}, tokens, seen, train=False, method=BLIP.write))(params)
+    return (_named("writing", _layers(text, params[name], tokens, mask, seen, MedLayer.decode))
+            | {"token logits": logits, "loss": language_loss(logits, tokens, there, SMOOTHING)}
+            | {name: _written(config, params, seen, tokens, beams) for name, beams in SEARCHES.items()})
 
 
 def _layers(config: MedConfig, params: Any, tokens, mask, context, method) -> jax.Array:
@@ -73,20 +105,21 @@ def _layers(config: MedConfig, params: Any, tokens, mask, context, method) -> ja
 
         return jax.lax.scan(one, x, params["blocks"])[1]
 
-    return run(params["text"])
+    return run(params)
 
 
 def _written(config: BLIPConfig, params: Any, seen, tokens, beams: int) -> jax.Array:
-    """The best texts [b L] that go on from the first tokens."""
-    decoding, count = Decoding(beams=beams, max_length=_longest(config.text.positions)), len(tokens)
+    """The best texts [b L]: captions that go on from the first tokens, or answers."""
+    given, count = GIVEN if config.answer is None else 1, len(tokens)
+    decoding = Decoding(beams=beams, max_length=_longest(given, config.text.positions))
     keys = jax.random.split(jax.random.key(0), count)
-    lengths = jnp.full(count, GIVEN)
-    return jax.jit(lambda p: write_texts(config, p, seen, tokens[:, :GIVEN], lengths, keys, decoding).tokens)(
+    lengths = jnp.full(count, given)
+    return jax.jit(lambda p: write_texts(config, p, seen, tokens[:, :given], lengths, keys, decoding).tokens)(
         params)[:, 0]
 
 
-def _longest(positions: int) -> int:
-    return min(GIVEN + WRITTEN, positions)
+def _longest(given: int, positions: int) -> int:
+    return min(given + WRITTEN, positions)
 
 
 def _named(part: str, layers: Iterable[Any]) -> dict[str, Any]:
@@ -94,34 +127,49 @@ def _named(part: str, layers: Iterable[Any]) -> dict[str, Any]:
 
 
 def theirs(model: Any, pictures: Any, tokens: Any) -> dict[str, Any]:
-    """The same of transformers' classes that write captions and that match; [ENC] is given where they keep [CLS]."""
-    text = model.config.text_config
-    there = (tokens != text.pad_token_id).long()
+    """The same of transformers' classes that write captions, that match and that answer; [ENC] is given where they
+    keep [CLS]."""
     picture = model.vision_model(pictures, output_hidden_states=True)
     seen = picture.last_hidden_state
     found = _named("vision", picture.hidden_states[1:-1]) | {"picture tokens": seen}
+    if not hasattr(model, "text_decoder"):
+        return found | _matched(model, pictures, tokens, seen)
+    given, inputs = GIVEN, {"input_ids": tokens[:, :GIVEN + 1].clone()}      # of which the last token is taken off
     if hasattr(model, "text_encoder"):
-        alone = model.text_encoder(tokens, attention_mask=there, output_hidden_states=True)
-        image, words = (x / x.norm(dim=-1, keepdim=True) for x in (
-            model.vision_proj(seen[:, 0]), model.text_proj(alone.last_hidden_state[:, 0])))
-        first = tokens.clone()
-        first[:, 0] = text.bos_token_id + 1
-        read = model.text_encoder(first, attention_mask=there, encoder_hidden_states=seen, output_hidden_states=True)
-        return found | _named("text", alone.hidden_states[1:]) | {
-            "image embedding": image, "text embedding": words,
-            "similarities": model(tokens, pictures, attention_mask=there, use_itm_head=False).itm_score,
-            **_named("matching", read.hidden_states[1:]),
-            "matching logits": model(first, pictures, attention_mask=there).itm_score}
-    decoder = model.text_decoder
+        question, tokens = _sides(tokens)
+        first, read = _read(model, question, seen)
+        seen, given, inputs = read.last_hidden_state, 1, {"input_ids": first}
+        found |= _named("question", read.hidden_states[1:]) | {"question states": seen}
+    text, decoder = model.config.text_config, model.text_decoder
     decoder.label_smoothing = SMOOTHING
-    states = decoder.bert(tokens, attention_mask=there, encoder_hidden_states=seen, is_decoder=True,
-                          output_hidden_states=True).hidden_states
-    out = model(pixel_values=pictures, input_ids=tokens, attention_mask=there,
-                labels=tokens.masked_fill(there == 0, -100))
-    found |= _named("writing", states[1:]) | {"token logits": out.logits, "loss": out.loss}
-    length = _longest(text.max_position_embeddings)
-    for name, beams in SEARCHES.items():      # the last token of a prompt is taken off
-        ids = model.generate(pixel_values=pictures, input_ids=tokens[:, :GIVEN + 1].clone(), max_length=length,
-                             num_beams=beams, do_sample=False)
+    there = tokens != text.pad_token_id
+    out = decoder(tokens, attention_mask=there.long(), encoder_hidden_states=seen,
+                  labels=tokens.masked_fill(~there, -100), output_hidden_states=True)
+    found |= _named("writing", out.hidden_states[1:]) | {"token logits": out.logits, "loss": out.loss}
+    length = _longest(given, text.max_position_embeddings)
+    for name, beams in SEARCHES.items():
+        ids = model.generate(pixel_values=pictures, **inputs, max_length=length, num_beams=beams, do_sample=False)
         found[name] = np.pad(ids.numpy(), ((0, 0), (0, length - ids.shape[1])), constant_values=text.pad_token_id)
     return found
+
+
+def _matched(model: Any, pictures: Any, tokens: Any, seen: Any) -> dict[str, Any]:
+    """What texts are by themselves and with pictures, and whether they belong together."""
+    there = (tokens != model.config.text_config.pad_token_id).long()
+    alone = model.text_encoder(tokens, attention_mask=there, output_hidden_states=True)
+    image, words = (x / x.norm(dim=-1, keepdim=True) for x in (
+        model.vision_proj(seen[:, 0]), model.text_proj(alone.last_hidden_state[:, 0])))
+    first, read = _read(model, tokens, seen)
+    return _named("text", alone.hidden_states[1:]) | {
+        "image embedding": image, "text embedding": words,
+        "similarities": model(tokens, pictures, attention_mask=there, use_itm_head=False).itm_score,
+        **_named("matching", read.hidden_states[1:]),
+        "matching logits": model(first, pictures, attention_mask=there).itm_score}
+
+
+def _read(model: Any, tokens: Any, seen: Any) -> tuple[Any, Any]:
+    """Texts that begin with [ENC], and what the image-grounded encoder makes of them."""
+    text, first = model.config.text_config, tokens.clone()
+    first[:, 0] = text.bos_token_id + 1
+    return first, model.text_encoder(first, attention_mask=(tokens != text.pad_token_id).long(),
+                                     encoder_hidden_states=seen, output_hidden_states=True)

@@ -18,9 +18,9 @@ from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.blip import transformers_rows
-from jaxmm.pretrained.files import FileError, open_tensors
+from jaxmm.pretrained.files import open_tensors
 from jaxmm.pretrained.model import load
-from jaxmm.pretrained.parity import compare
+from jaxmm.pretrained.parity import compare, golden_inputs
 from jaxmm.pretrained.tables import read_params
 from jaxmm.tasks.vqa import VQA
 from tests.parity.test_loading import shaken
@@ -188,6 +188,23 @@ KINDS = {
     "answers": (transformers.BlipForQuestionAnswering, replace(ANSWERING, encode_token=True))}
 
 
+WRITTEN = ("token logits", "loss", "ids, greedy", "ids, 3 beams")
+PLACES = {"captions": WRITTEN, "answers": ("question states", *WRITTEN),
+          "matching": ("image embedding", "text embedding", "similarities", "matching logits")}
+LAYERS = {"captions": ("vision", "writing"), "matching": ("vision", "text", "matching"),
+          "answers": ("vision", "question", "writing")}
+
+
+def test_golden_questions_have_no_padding():
+    """Their decoder would look at it; answers have some, and hide it."""
+    pictures, tokens = golden_inputs(ANSWERING)
+    assert pictures.shape == (2, SIDE, SIDE, 3) and tokens.shape == (2, 32)
+    question, answer = tokens[:, :16], tokens[:, 16:]
+    np.testing.assert_array_equal((question == MED.pad_id).sum(axis=1), [0, 0])
+    np.testing.assert_array_equal((answer == MED.pad_id).sum(axis=1), [8, 0])
+    assert (question[:, -1] == MED.end_id).all() and (answer[[0, 1], [7, 15]] == MED.end_id).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_folders_in_and_out(kind, tmp_path):
@@ -196,16 +213,11 @@ def test_folders_in_and_out(kind, tmp_path):
     transformers.BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path / "theirs")
     names = ["[PAD]", "[UNK]", "[CLS]", "a", "picture", "of", *(f"w{i}" for i in range(81)), "[SEP]"]
     (tmp_path / "theirs" / "vocab.txt").write_text("\n".join(names) + "\n")
-    if kind == "answers":
-        with pytest.raises(FileError, match="compared are ViT, CLIP, SigLIP, and BLIP that writes captions or matches"):
-            compare(tmp_path / "theirs")
-    else:
-        rows, _, library = compare(tmp_path / "theirs")
-        places = {row.name for row in rows}
-        assert library == "transformers" and {"vision layer 2", "picture tokens"} < places
-        assert places > ({"writing layer 3", "token logits", "loss"} if kind == "captions" else {
-            "text layer 3", "text embedding", "similarities", "matching layer 3", "matching logits"})
-        assert all(row.largest <= (0 if row.name.startswith("ids") else 1e-4) for row in rows), rows
+    rows, computed, library = compare(tmp_path / "theirs")
+    assert library == "transformers" and {row.name for row in rows} == {"picture tokens"} | set(PLACES[kind]) | {
+        f"{part} layer {i + 1}" for part in LAYERS[kind] for i in range(3 - (part == "vision"))}
+    assert all(row.largest <= (0 if row.name.startswith("ids") else 1e-4) for row in rows), rows
+    assert kind == "matching" or (computed["ids, 3 beams"][0] != computed["ids, 3 beams"][1]).any()      # by picture
     ours = load(tmp_path / "theirs")
     assert_same_bits(ours.params, params["params"])
     pictures = [RNG.integers(0, 256, (SIDE + i, SIDE, 3), np.uint8) for i in range(5)]
