@@ -316,10 +316,10 @@ def search(command: Annotated[choice(index=index, query=query), tyro.conf.arg(na
     """Finds pictures by words or by a picture."""
 
 
-def data(
-    command: Annotated[
-        choice(**{"import": import_data, "check": check_data, "show": show_data}), tyro.conf.arg(name="")]
-) -> None:
+data_commands = choice(**{"import": import_data, "check": check_data, "show": show_data})
+
+
+def data(command: Annotated[data_commands, tyro.conf.arg(name="")]) -> None:
     """Imports, checks and shows pictures with their captions or labels."""
 
 

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 
@@ -20,7 +21,8 @@ def start_worker(worker: int, workers: int) -> None:
 def in_order(run: Callable[[Any], Any], inputs: Sequence[Any], workers: int) -> Iterator[Any]:
     """`run` of each input, in their order, by that many processes (spawned), or by this one where one is enough.
 
-    `run` and the inputs must pickle. Ctrl-C ends the workers at once.
+    `run`, which each worker gets once, and the inputs must pickle. Ctrl-C ends the workers at once. Raises `OSError`
+    where one is killed.
     """
     workers = min(workers, len(inputs))
     if workers <= 1:
@@ -29,15 +31,25 @@ def in_order(run: Callable[[Any], Any], inputs: Sequence[Any], workers: int) -> 
             yield from map(run, inputs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_short_lived) as pool:
+    with ProcessPoolExecutor(workers, context, _start_short_lived, (run,)) as pool:
         try:
-            yield from pool.map(run, inputs)
+            yield from pool.map(_run, inputs)
+        except BrokenProcessPool:
+            raise OSError("a worker process was killed, perhaps for want of memory; fewer workers need less") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _start_short_lived() -> None:
+_running: list[Callable[[Any], Any]] = []  # in a worker: what it runs, which may hold all of a source
+
+
+def _run(given: Any) -> Any:
+    return _running[0](given)
+
+
+def _start_short_lived(run: Callable[[Any], Any]) -> None:
+    _running.append(run)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     _ignore_warnings()
     _end_with_parent()
