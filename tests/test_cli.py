@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from jaxmm import cli
+from jaxmm.data.sources import open_source
 from jaxmm.pretrained.model import load
 from jaxmm.sharding import named_leaves
+from tests.data import crawl
+from tests.data.crawl import write_tar
 from tests.pretrained import tiny
 
 
@@ -130,6 +133,37 @@ def test_show(jaxmm, models):
     assert told["config"]["model.vision.patch"] == 4
     status, out, _ = jaxmm("show", models / "vit")
     assert status == 0 and "positions" in out and "model.transformer.width" in out
+
+
+def test_data(jaxmm, tmp_path):
+    write_tar(tmp_path / "0.tar", crawl.files(crawl.CASES))
+    (tmp_path / "1.tar").write_bytes(b"no tar at all" * 90)
+    spec = f"tars:{tmp_path}/*.tar"
+    status, out, _ = jaxmm("data", "check", spec, "--workers", 1, "--json")
+    report = rows(out)[0]
+    assert status == 0 and (report["records"], report["usable"]) == (16, 9) and report["broken"]["no text"] == 2
+    assert report["faults"][0]["shard"].endswith("1.tar")
+    status, out, _ = jaxmm("data", "check", spec, "--workers", 1, "--records")
+    assert {row["key"]: row["reason"] for row in rows(out)} == {
+        f"0/{key}": reason for key, (_, reason) in crawl.CASES.items()}
+    status, out, _ = jaxmm("data", "check", spec, "--workers", 1)
+    assert status == 0 and "9 of 16 records can be used" in out and "0/no_text, 0/blank_text" in out and "1.tar" in out
+    status, out, _ = jaxmm("data", "show", spec, "--count", 2)
+    assert status == 0 and "0/ok_0" in out and "31 x 24" in out and "truncated: " in out and "0/empty" not in out
+    assert jaxmm("data", "show", spec, "--html", tmp_path / "a.html")[0] == 0 and "coin" in (
+        tmp_path / "a.html").read_text()
+    for again in (False, True):
+        status, out, _ = jaxmm("data", "import", spec, tmp_path / "out", "--split", "web", "--workers", 1)
+        assert status == 0 and "9 pictures in 1 shards" in out and "7 of 16 records" in out and "0/html" in out
+        assert ("nothing to do" in out) == again
+    assert len(open_source(f"tfds:{tmp_path}/out:web")) == 9
+    for args, words in ((("import", spec, tmp_path / "out"), "exists"), (("check", "tras:x"), "unknown kind 'tras'"),
+                        (("show", spec, "--count", 0), "count is 0"), (("check", spec, "--workers", 0), "workers is 0"),
+                        (("import", spec, tmp_path / "x", "--shard-records", 0), "shard_records is 0"),
+                        (("show", "tars:/none/*.tar"), "no file matches")):
+        status, _, err = jaxmm("data", *args)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert status == 1 and len(lines) == 1 and words in lines[0] and "Traceback" not in err
 
 
 def test_what_is_typed_wrong_ends_in_one_line(jaxmm, models, tmp_path):

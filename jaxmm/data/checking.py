@@ -130,8 +130,9 @@ def check(
     `on_record` is given each record's judgement, in order.
     """
     tally, faults, parts = Tally(), [], []
-    run = partial(_check_shard, with_judgements=on_record is not None)
-    for part in in_order(run, shards(source, shard_records), workers):
+    pieces = shards(source, shard_records)
+    run = partial(_check_shard, pieces, on_record is not None)
+    for part in in_order(run, range(len(pieces)), workers):
         tally += part.tally
         if part.fault is not None:
             faults.append({"shard": part.name, "fault": part.fault})
@@ -148,7 +149,8 @@ def check(
         "caption_words": _quantiles(np.concatenate([part.words for part in parts])), "faults": faults}
 
 
-def _check_shard(shard: Source, with_judgements: bool) -> _Part:
+def _check_shard(pieces: list[Source], with_judgements: bool, number: int) -> _Part:
+    shard = pieces[number]
     tally, sizes, words, pictures, judgements = Tally(), [], [], [], []
     for usable in usable_records(shard, tally, judgements if with_judgements else None):
         sizes.append(usable.image.size)

@@ -73,7 +73,7 @@ def import_source(
     with lock:
         take_back(folder)
         results = []
-        for result in in_order(partial(_import_shard, folder, settings), list(enumerate(parts)), workers):
+        for result in in_order(partial(_import_shard, folder, settings, parts), range(len(parts)), workers):
             results.append(result)
             on_shard(result["tally"]["records"])
         tally = sum((Tally.from_dict(result["tally"]) for result in results), Tally())
@@ -116,9 +116,9 @@ def _read(dest: Path, anew: bool) -> Imported:
     return Imported(tally=Tally.from_dict(notes["tally"]), shards=notes["shards"], faults=notes["faults"], anew=anew)
 
 
-def _import_shard(folder: Path, settings: dict[str, Any], job: tuple[int, Source]) -> dict[str, Any]:
+def _import_shard(folder: Path, settings: dict[str, Any], parts: list[Source], number: int) -> dict[str, Any]:
     """Writes a shard and a note of it beside it, unless both are there and of the same input."""
-    number, shard = job
+    shard = parts[number]
     path = shard_path(folder, settings["split"], number)
     note = path.with_suffix(".json")
     wanted = {"settings": settings, "input": shard.fingerprint}

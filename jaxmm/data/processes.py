@@ -4,10 +4,11 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 
@@ -20,7 +21,8 @@ def start_worker(worker: int, workers: int) -> None:
 def in_order(run: Callable[[Any], Any], inputs: Sequence[Any], workers: int) -> Iterator[Any]:
     """`run` of each input, in their order, by that many processes (spawned), or by this one where one is enough.
 
-    `run` and the inputs must pickle. Ctrl-C ends the workers at once.
+    `run`, which each worker gets once, and the inputs must pickle. Whatever ends this early, such as Ctrl-C, ends the
+    workers at once. Raises `OSError` where one is killed.
     """
     workers = min(workers, len(inputs))
     if workers <= 1:
@@ -28,19 +30,35 @@ def in_order(run: Callable[[Any], Any], inputs: Sequence[Any], workers: int) -> 
             _ignore_warnings()
             yield from map(run, inputs)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_short_lived) as pool:
+    others = set(multiprocessing.active_children())
+    waiting = deque()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (run,)) as pool:
         try:
-            yield from pool.map(run, inputs)
+            for given in inputs:
+                waiting.append(pool.submit(_run, given))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise OSError("a worker process was killed, perhaps for want of memory; fewer workers need less") from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
             raise
 
 
-def _start_short_lived() -> None:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+_running: list[Callable[[Any], Any]] = []  # in a worker: what it runs, which may hold all of a source
+
+
+def _run(given: Any) -> Any:
+    return _running[0](given)
+
+
+def _start(run: Callable[[Any], Any]) -> None:
+    start_worker(0, 0)
     _ignore_warnings()
-    _end_with_parent()
+    _running.append(run)
 
 
 def _ignore_warnings() -> None:
@@ -48,11 +66,10 @@ def _ignore_warnings() -> None:
 
 
 def _end_with_parent() -> None:
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+        parent.join()  # by its pipe, which tells also that it ended before this began
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmm import atomic
 from jaxmm.config import MeshConfig
 from jaxmm.sharding import make_mesh, shardings
 from jaxmm.training import checkpoint
@@ -269,7 +270,7 @@ def test_an_old_one_that_cannot_go_does_not_cost_the_new_one(make, monkeypatch, 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "notes.json"
     write_atomically(path, json.dumps({"a": 1}))
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(atomic.os, "fsync", fail)
     with pytest.raises(OSError):
         write_atomically(path, "half of")
     assert json.loads(path.read_text()) == {"a": 1}
