@@ -1,4 +1,4 @@
-"""CapFilt from nothing on generated scenes: 4,000 pictures whose web texts are 60 % noise, and 400 that people captioned.
+"""CapFilt from nothing on generated scenes: 4,000 pictures whose web texts are 60 % noise, and 400 that people told of.
 
     jaxmm capfilt bootstrap --config configs/capfilt_scenes.py --out runs/capfilt
 
@@ -48,12 +48,13 @@ def get_config() -> CapFiltConfig:
         web="scenes:web", human="scenes:train[:400]", human_weight=2,
         pretrain=TrainConfig(task=blip, steps=900, data=data, optimizer=muon(2e-3), evals=(*found, greedy),
                              log_every=50),
-        captioner=TrainConfig(task=writing, steps=250, data=data, optimizer=muon(5e-4), evals=(greedy,), log_every=50),
+        captioner=TrainConfig(task=writing, steps=250, data=data, optimizer=muon(5e-4, ()), evals=(greedy,),
+                              log_every=50),
         filter=TrainConfig(task=matching, steps=250, data=data, optimizer=muon(5e-4), evals=found, log_every=50),
         decoding=Decoding(sample=True, top_p=0.9, max_length=LONGEST))
 
 
-def muon(learning_rate: float) -> OptimizerConfig:
+def muon(learning_rate: float, multipliers: tuple = ((r"^temperature$", 0.05),)) -> OptimizerConfig:
     """As `blip_scenes` learns."""
     return OptimizerConfig(name="muon", momentum=0.95, learning_rate=learning_rate, weight_decay=0.05, warmup=50,
-                           b2=0.98, multipliers=((r"^temperature$", 0.05),))
+                           b2=0.98, multipliers=multipliers)

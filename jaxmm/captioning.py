@@ -34,7 +34,8 @@ def ground(task: Task, params: Any, batch: Mapping) -> tuple[Float[Array, "b n c
 
 @lru_cache(maxsize=16)
 def writer(task: Task, decoding: Decoding, seed: int, mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
-    """(parameters, batch of `image`, `prompt` [b p] and `row` [b]) to `tokens` [b k L] and `score` [b k], compiled.
+    """(parameters, batch of `image` [b ...], `prompt` [r p] and `row` [r]) to `tokens` [r k L] and `score` [r k],
+    compiled; r is b, or a multiple of it: as many texts of each picture.
 
     Of a model that answers, the batch has `tokens` besides: the questions.
     What is drawn for a picture depends on `seed` and its `row` only.

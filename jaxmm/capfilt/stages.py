@@ -52,7 +52,7 @@ class Folder:
     path: Path
     data_dir: str | None = None
 
-    @cached_property
+    @property
     def manifest(self) -> dict[str, Any]:
         """What it was made from. Raises `ConfigError` where nothing was begun."""
         known = read_manifest(self.path)

@@ -172,13 +172,14 @@ def blip(size: str = "base", *, image_size: int = 224, stack: dict | None = None
 
 
 def write_texts(
-    config: BLIPConfig, params: Any, context: Float[Array, "b n c"], prompt: Int[Array, "b p"],
-    lengths: Int[Array, "b"], keys: Key[Array, "b"], decoding: Decoding,
+    config: BLIPConfig, params: Any, context: Float[Array, "b n c"], prompt: Int[Array, "r p"],
+    lengths: Int[Array, "r"], keys: Key[Array, "r"], decoding: Decoding,
     context_mask: Bool[Array, "b n"] | None = None,
 ) -> Written:
     """Texts in view of pictures (or of what was made of questions), each going on from its prompt.
 
-    A prompt begins with [DEC], whatever token stands there. The context's keys and values are computed once, and all
+    A prompt begins with [DEC], whatever token stands there. There may be several prompts for each picture: its first,
+    its second and so on, then those of the next. The context's keys and values are computed once, and all texts and
     beams of a picture look at the same ones.
     """
     text = config.text if config.answer is None else config.answer

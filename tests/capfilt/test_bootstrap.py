@@ -5,7 +5,7 @@ import pytest
 
 from jaxmm.capfilt import bootstrap as module
 from jaxmm.capfilt.bootstrap import CapFiltConfig, bootstrap
-from jaxmm.config import ConfigError
+from jaxmm.config import ConfigError, MeshConfig
 from jaxmm.data.sources import open_source
 from jaxmm.recipes import load_recipe
 
@@ -13,8 +13,11 @@ RECIPE = Path(__file__).parents[2] / "configs" / "capfilt_scenes.py"
 
 
 def small(run, steps, data_dir):
-    return replace(run, steps=steps, optimizer=replace(run.optimizer, warmup=0), evals=run.evals[:1], checkpoint=replace(run.checkpoint, every=100), data=replace(
-        run.data, data_dir=data_dir, val="scenes:tiny/test", batch_size=8, image=replace(run.data.image, size=32)))
+    evals = tuple(replace(each, pool=None) if hasattr(each, "pool") else each for each in run.evals[:1])
+    data = replace(run.data, data_dir=data_dir, val="scenes:tiny/test", batch_size=8,
+                   image=replace(run.data.image, size=32))
+    return replace(run, steps=steps, mesh=MeshConfig(data=1), optimizer=replace(run.optimizer, warmup=0), evals=evals,
+                   checkpoint=replace(run.checkpoint, every=100), data=data)
 
 
 @pytest.fixture(scope="module")

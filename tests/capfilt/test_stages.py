@@ -164,16 +164,16 @@ def test_what_cannot_be_done_is_said_first(tmp_path, data, models):
     folder = begin(tmp_path / "a", f"tars:{data}/00002.tar", None)
     with pytest.raises(ConfigError, match=r"captions/: 1 of 1 shards are missing, the first web-00000"):
         write_scores(folder, str(models / "filter"))
-    with pytest.raises(ConfigError, match="captioner is .*wanted a BLIP that writes"):
+    with pytest.raises(ConfigError, match=r"captioner is .*wanted a BLIP that writes"):
         write_captions(folder, [str(models / "filter")])
     folder = begin(tmp_path / "b", f"tars:{data}/00002.tar", None)
-    with pytest.raises(ConfigError, match="captions is 2; wanted at most decoding.beams = 1"):
+    with pytest.raises(ConfigError, match=r"captions is 2; wanted at most decoding.beams = 1"):
         write_captions(folder, [str(models / "captioner")], decoding=Decoding(max_length=9), captions=2)
     folder = begin(tmp_path / "c", f"tars:{data}/00002.tar", None)
     write_captions(folder, [str(models / "captioner")])
-    with pytest.raises(ConfigError, match="filter is .*wanted a BLIP that matches"):
+    with pytest.raises(ConfigError, match=r"filter is .*wanted a BLIP that matches"):
         write_scores(folder, str(models / "captioner"))
-    with pytest.raises(ConfigError, match="a folder that `jaxmm capfilt caption` or `run` began"):
+    with pytest.raises(ConfigError, match=r"a folder that `jaxmm capfilt caption` or `run` began"):
         stages.Folder(tmp_path / "d").tables(CAPTIONS)
 
 
