@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxmm import config as configs
+from jaxmm.capfilt.bootstrap import CapFiltConfig
 from jaxmm.config import (
     CheckpointConfig,
     ConfigError,
@@ -42,13 +43,16 @@ def test_the_promised_recipes_are_there():
         "clip_scenes", "vit_digits", "vit_folder", "clip_captions", "vit_s16_imagenet", "vit_b16_imagenet", "clip_b32",
         "clip_l14", "siglip_b16", "lit_b16", "blip_scenes", "blip_captions", "blip_vqa", "blip_b16_pretrain",
         "blip_l16_pretrain", "blip_coco_caption", "blip_coco_retrieval", "blip_flickr_retrieval", "blip_vqav2",
-        "blip_nlvr2"}
+        "blip_nlvr2", "capfilt_scenes"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_survive_json(path, tmp_path):
     config = recipe(path)
-    assert isinstance(config, TrainConfig)
+    assert isinstance(config, CapFiltConfig if path.stem.startswith("capfilt") else TrainConfig)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    if isinstance(config, CapFiltConfig):
+        return
     save_config(config, tmp_path / "config.json", versions={"jax": "1"})
     assert load_config(tmp_path / "config.json") == config
     written = json.loads((tmp_path / "config.json").read_text())

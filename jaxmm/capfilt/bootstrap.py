@@ -15,14 +15,16 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.caption import NUCLEUS
+from jaxmm.capfilt.manifest import agree
 from jaxmm.capfilt.merge import merge, merged_source
 from jaxmm.capfilt.report import write_report
 from jaxmm.capfilt.select import Rule
 from jaxmm.capfilt.stages import SIZE, begin, meet, select, write_captions, write_scores
-from jaxmm.config import InitConfig, TrainConfig
+from jaxmm.config import InitConfig, TrainConfig, to_dict
 from jaxmm.generate import Decoding
-from jaxmm.training.checkpoint import whole_steps, write_atomically
+from jaxmm.training.checkpoint import whole_steps
 from jaxmm.training.loop import train
 from jaxmm.validation import check_types, require
 
@@ -70,8 +72,10 @@ def bootstrap(config: CapFiltConfig, out: Path, *, say: Callable[[str], Any] = p
     """Runs `config` in `out`, from where it was left; the metrics of every run by its name, {} when asked to stop.
 
     `out/pretrain` is the first model; `out/round-1` holds `captioner`, `filter`, `data` (a CapFilt folder) and `model`,
-    the new one; and so on. Raises what training and the stages raise.
+    the new one; and so on. Raises `ConfigError` where `out` holds another bootstrap (the number of rounds may change),
+    and what training and the stages raise.
     """
+    agree(out, free=("rounds",), **to_dict(config))
     state = Runs(out)
     data_dir = config.pretrain.data.data_dir
     both = f"{config.web} + {config.human_weight}*{config.human}"

@@ -1,18 +1,19 @@
-"""What a CapFilt folder was made from, so that two runs are never mixed in it."""
+"""What a folder was made from, so that two runs are never mixed in it."""
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.tables import digest
 from jaxmm.config import ConfigError, to_dict
 from jaxmm.pretrained.model import Model
 from jaxmm.sharding import named_leaves
-from jaxmm.training.checkpoint import write_atomically
 
 NAME = "manifest.json"
 
@@ -35,8 +36,8 @@ def agree(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict[str, A
     """
     known = read_manifest(folder)
     facts = json.loads(json.dumps(facts))
-    changed = [f"{name} was {known[name]!r} and is {value!r}" for name, value in facts.items()
-               if name in known and name not in free and known[name] != value]
+    changed = [line for name, value in facts.items() if name in known and name not in free
+               for line in _changes(name, known[name], value)]
     if changed:
         raise ConfigError(f"out is {str(folder)!r}, which holds a run of something else; wanted the same, or another "
                           "folder:\n  " + "\n  ".join(changed))
@@ -44,6 +45,14 @@ def agree(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict[str, A
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / NAME, json.dumps(known | facts, indent=2) + "\n")
     return known | facts
+
+
+def _changes(name: str, was: Any, now: Any) -> Iterator[str]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in was | now:
+            yield from _changes(f"{name}.{key}", was.get(key), now.get(key))
+    elif was != now:
+        yield f"{name} was {was!r} and is {now!r}"
 
 
 def model_digest(model: Model) -> str:

@@ -66,7 +66,7 @@ def write_texts(path: Path, texts: Texts, made_from: str) -> None:
              "examples": [list(each) for each in texts.examples]}
     schema = pa.schema([(name, COLUMNS[name]) for name in COLUMNS if name in texts.columns],
                        metadata={"jaxmm": json.dumps(notes, sort_keys=True)})
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({name: pa.array(texts.columns[name], COLUMNS[name], from_pandas=True) for name in schema.names},
                      schema=schema)

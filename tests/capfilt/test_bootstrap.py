@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,27 +35,36 @@ def recipe(tmp_path_factory):
                        transformer=replace(model.text.transformer, width=32, depth=1, mlp_dim=40))
         return small(replace(run, task=replace(run.task, model=replace(model, vision=vision, text=text))), 3, data_dir)
 
-    return replace(whole, web="scenes:tiny/web", human="scenes:tiny/train[:16]", shard_records=30, rounds=2,
+    return replace(whole, web="scenes:tiny/web", human="scenes:tiny/train[:16]", shard_records=30,
                    rule=replace(whole.rule, threshold=None, quantile=0.3),
                    **{name: smaller(getattr(whole, name)) for name in ("pretrain", "captioner", "filter")})
 
 
 def test_two_rounds_and_what_is_done_is_not_done_again(recipe, tmp_path, monkeypatch):
+    """The second round with the models of the first, so that no more is trained than says something."""
     said: list[str] = []
     metrics = bootstrap(recipe, tmp_path, say=said.append)
-    assert list(metrics) == ["pretrain", *(f"round-{i}/{name}" for i in (1, 2)
-                                           for name in ("captioner", "filter", "model"))]
+    assert list(metrics) == ["pretrain", "round-1/captioner", "round-1/filter", "round-1/model"]
     assert all(each for each in metrics.values())
-    web = open_source(f"tfds:{tmp_path}/round-2/data/merged:web")
+    web = open_source(f"tfds:{tmp_path}/round-1/data/merged:web")
     assert 0 < len(web) <= 80 and len(open_source(f"tfds:{tmp_path}/round-1/data/merged:human")) == 16
-    assert (tmp_path / "round-1" / "data" / "report.html").exists()
-    first, second = (module.json.loads((tmp_path / f"round-{i}" / "captioner" / "config.json").read_text())
-                     for i in (1, 2))
-    assert first["config"]["init"]["source"].endswith("pretrain")
-    assert second["config"]["init"]["source"].endswith("round-1/model")
-    assert sum(line.startswith("== ") for line in said) == 7
-    monkeypatch.setattr(module, "train", None)
-    assert bootstrap(recipe, tmp_path, say=said.append) == metrics
+    assert (tmp_path / "round-1" / "data" / "report.html").exists() and len(said) == 5
+    trained = []
+
+    def copied(config, workdir):
+        trained.append((workdir.name, config.init.source, config.data.train))
+        shutil.copytree(tmp_path / "round-1" / workdir.name, workdir)
+        return {"val": 1.0}
+
+    monkeypatch.setattr(module, "train", copied)
+    assert bootstrap(recipe, tmp_path) == metrics and not trained
+    again = bootstrap(replace(recipe, rounds=2), tmp_path)
+    assert list(again)[:4] == list(metrics) and len(again) == 7
+    last, data = f"{tmp_path}/round-1/model", f"{tmp_path}/round-2/data/merged"
+    assert trained == [("captioner", last, recipe.human), ("filter", last, recipe.human),
+                       ("model", None, f"tfds:{data}:web + 2*tfds:{data}:human")]
+    with pytest.raises(ConfigError, match=r"holds a run of something else.*\n  rule.quantile was 0.3 and is 0.4"):
+        bootstrap(replace(recipe, rule=replace(recipe.rule, quantile=0.4)), tmp_path)
 
 
 def test_a_run_that_is_asked_to_stop_stops_all(recipe, tmp_path, monkeypatch):
