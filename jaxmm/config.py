@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,6 +98,9 @@ class DataConfig:
     """Source of the held-out pictures; None: no evaluation."""
     batch_size: int = 64
     """Pictures a step, over all devices and hosts."""
+    questions: int = 1
+    """Questions asked of each of them, which is encoded once, where the source has questions. From 2 on the others
+    are drawn from those about the same picture."""
     workers: int = 0
     """Processes that decode pictures (0: threads of this process). The order of the data does not depend on it."""
     data_dir: str | None = None
@@ -109,7 +113,8 @@ class DataConfig:
     def __post_init__(self):
         """Checks ranges."""
         check_types(self, "data")
-        require(self.batch_size > 0, "data.batch_size", self.batch_size, "a positive number")
+        for name in ("batch_size", "questions"):
+            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "a positive number")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "a share from 0 to 1")
 
@@ -329,3 +334,13 @@ def save_config(config: TrainConfig, path: Path, **notes: Any) -> None:
 def load_config(path: Path) -> TrainConfig:
     """Reads what `save_config` wrote."""
     return from_dict(json.loads(path.read_text())["config"])
+
+
+def differences(old: Any, new: Any, *, free: Sequence[str] = (), name: str = "") -> list[str]:
+    """What is another in `new` than in `old`, two JSON values, a line a field; those in `free` may be another."""
+    if name in free:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in sorted(set(old) | set(new))
+                for line in differences(old.get(key), new.get(key), free=free, name=f"{name}.{key}".lstrip("."))]
+    return [] if old == new else [f"{name} was {old!r} and is {new!r}"]

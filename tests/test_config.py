@@ -105,6 +105,7 @@ def test_reading_checks_values_again():
     (lambda: TokenizerConfig(context_length=2), "data.tokenizer.context_length is 2; wanted 3 or more"),
     (lambda: TokenizerConfig(vocab_size=15), "data.tokenizer.vocab_size is 15"),
     (lambda: TokenizerConfig(kind="clip"), "data.tokenizer.file is None; wanted a path, for kind 'clip'"),
+    (lambda: DataConfig(questions=0), "data.questions is 0; wanted a positive number"),
     (lambda: DataConfig(batch_size=0), "data.batch_size is 0; wanted a positive number"),
     (lambda: DataConfig(workers=-1), "data.workers is -1"),
     (lambda: DataConfig(max_bad=1.5), "data.max_bad is 1.5; wanted a share from 0 to 1"),

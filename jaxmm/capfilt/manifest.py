@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.tables import digest
-from jaxmm.config import ConfigError, to_dict
+from jaxmm.config import ConfigError, differences, to_dict
 from jaxmm.pretrained.model import Model
 from jaxmm.sharding import named_leaves
 
@@ -36,8 +35,8 @@ def agree(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict[str, A
     """
     known = read_manifest(folder)
     facts = json.loads(json.dumps(facts))
-    changed = [line for name, value in facts.items() if name in known and name not in free
-               for line in _changes(name, known[name], value)]
+    changed = differences({name: known[name] for name in facts if name in known},
+                          {name: facts[name] for name in facts if name in known}, free=free)
     if changed:
         raise ConfigError(f"out is {str(folder)!r}, which holds a run of something else; wanted the same, or another "
                           "folder:\n  " + "\n  ".join(changed))
@@ -45,14 +44,6 @@ def agree(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict[str, A
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / NAME, json.dumps(known | facts, indent=2) + "\n")
     return known | facts
-
-
-def _changes(name: str, was: Any, now: Any) -> Iterator[str]:
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in was | now:
-            yield from _changes(f"{name}.{key}", was.get(key), now.get(key))
-    elif was != now:
-        yield f"{name} was {was!r} and is {now!r}"
 
 
 def model_digest(model: Model) -> str:

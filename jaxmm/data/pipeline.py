@@ -73,7 +73,8 @@ def train_batches(
     [b, 2] of one caption of each picture, drawn by chance; with `labels`, if the source has classes, `label` int32
     [b]. `drawn` is the record whose turn it was and `index` the one in the batch: another one, drawn by chance, where
     `fault` says that the first was bad. Where records have questions, `tokens` are the question's, and there are
-    `answers` and `answer_weight` (see `vqa.answer_arrays`).
+    `answers` and `answer_weight` (see `vqa.answer_arrays`); all three have an axis more, after the first, where
+    `config.questions` is not 1.
 
     Raises `DataError` when the batch does not divide over the hosts; the iterator raises it when `TRIES` records in a
     row are bad.
@@ -220,8 +221,16 @@ class TrainBatch:
         rows = [self._row(step * size + row, int(drawn[row])) for row in self.rows]
         batch = _stack(rows, self.tokenizer)
         if "answers" in rows[0]:
-            batch |= vqa.answer_arrays([row["answers"] for row in rows], self.answering, self.source.most_answers)
+            batch |= self._asked(rows)
         return batch
+
+    def _asked(self, rows: list[dict[str, Any]]) -> Batch:
+        asked = [each for row in rows for each in ((row["text"], row["answers"]), *row["others"])]
+        found = {"tokens": self.tokenizer([question for question, _ in asked])}
+        found |= vqa.answer_arrays([answers for _, answers in asked], self.answering, self.source.most_answers)
+        count = self.config.questions
+        return found if count == 1 else {
+            name: value.reshape(len(rows), count, *value.shape[1:]) for name, value in found.items()}
 
     def _row(self, position: int, drawn: int) -> dict[str, Any]:
         fault = 0
@@ -230,6 +239,8 @@ class TrainBatch:
             index = int(rng.integers(len(self.source))) if attempt else drawn
             try:
                 row = _load(self.source, index, self.tokenizer is not None, self.labels, rng)
+                if "answers" in row:
+                    row["others"] = self.source.others(index, self.config.questions - 1, rng)
                 row["image"] = _each(row["image"], transforms.train_image, self.config.image, rng)
             except BadRecord as error:
                 fault, last = fault or 1 + REASONS.index(error.reason), error

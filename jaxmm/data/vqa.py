@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,22 @@ class Questions:
         record = self.rows[index]
         question = record.pop("texts")[0]
         return record | {"question": question, "answers": self.answers[index]}
+
+    @cached_property
+    def _alike(self) -> dict[str, np.ndarray]:
+        """The records about each picture that have answers."""
+        known: dict[str, list[int]] = {}
+        for index, picture in enumerate(self.rows.image_ids):
+            if any(answer.strip() for answer in self.answers[index]):
+                known.setdefault(picture, []).append(index)
+        return {picture: np.array(indices) for picture, indices in known.items()}
+
+    def others(self, index: int, count: int, rng: np.random.Generator) -> list[tuple[str, list[tuple[str, float]]]]:
+        """`count` more questions about a record's picture, drawn by chance, and their answers as `weighted` gives
+        them; again from the first where there are fewer, and the record's own where there are none."""
+        there = self._alike.get(self.rows.image_ids[index], np.array([index]))
+        there = rng.permutation(there[there != index]) if len(there) > 1 else there
+        return [(self.texts(each)[0], weighted(self.answers[each])) for each in np.resize(there, count).tolist()]
 
     def key(self, index: int) -> str:
         """The file and the record number."""

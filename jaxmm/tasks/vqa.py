@@ -19,7 +19,8 @@ from jaxmm.tasks.blip_parts import check_words, init_blip, picture_features, wit
 
 @dataclass(frozen=True, kw_only=True)
 class VQA(Task):
-    """The picture is encoded and the question read once, for all of its answers, each of which has a weight."""
+    """The picture is encoded once for its questions, and a question read once for its answers, each of which has a
+    weight."""
 
     model: BLIPConfig
     pixels: Pixels = CLIP_PIXELS
@@ -53,11 +54,14 @@ class VQA(Task):
         return init_blip(self.model, rng)
 
     def encode(self, params, batch, rng):
-        """For each question the weighted sum of its answers' losses, and its answers' tokens: right ones, and all."""
+        """For each picture the weighted sum of its answers' losses, the mean over its questions; and how many tokens of
+        its answers are right, of how many."""
         model, answer = BLIP(self.model), self.model.answer
         rngs = [{"dropout": key} for key in jax.random.split(rng, 3)]
-        tokens, weights = batch["answers"], batch["answer_weight"]
-        b, a, t = tokens.shape
+        tokens, pictures = batch["answers"], len(batch["image"])
+        questions = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        b, (a, t) = len(questions), tokens.shape[-2:]
+        weights = batch["answer_weight"].reshape(b, a)
         require(t <= answer.positions, "data.tokenizer.answer_length", t,
                 f"at most task.model.answer.positions = {answer.positions}")
 
@@ -65,18 +69,19 @@ class VQA(Task):
             return model.apply({"params": params}, *args, train=True, method=method, rngs=rngs, **options)
 
         seen = run(BLIP.see, self.pixels(batch["image"]), rngs=rngs[0])
-        states = run(BLIP.read, batch["tokens"], seen, rngs=rngs[1])
+        states = run(BLIP.read, questions, seen, rngs=rngs[1])
         tokens = tokens.reshape(b * a, t).at[:, 0].set(answer.decode_id)
-        there = jnp.repeat(batch["tokens"] != self.model.text.pad_id, a, axis=0)
+        there = jnp.repeat(questions != self.model.text.pad_id, a, axis=0)
         logits = run(BLIP.write, tokens, jnp.repeat(states, a, axis=0), context_mask=there, rngs=rngs[2])
         counts = (tokens != answer.pad_id) & (weights.reshape(-1, 1) > 0)
         losses = token_losses(logits, tokens, counts, self.smoothing).sum(axis=1).reshape(b, a)
         right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]
-        return {"loss": (losses * weights).sum(axis=1), "right": right.reshape(b, -1).sum(axis=1),
-                "all": counts[:, 1:].reshape(b, -1).sum(axis=1)}
+        losses = (losses * weights).sum(axis=1).reshape(pictures, -1).mean(axis=1)
+        right, counted = (each.reshape(pictures, -1).sum(axis=1) for each in (right, counts[:, 1:]))
+        return {"loss": losses, "right": right, "all": counted}
 
     def objective(self, params, outputs, batch):
-        """The mean over questions; the share of tokens of answers that are the likeliest."""
+        """The mean over pictures; the share of tokens of answers that are the likeliest."""
         accuracy = outputs["right"].sum() / jnp.maximum(outputs["all"].sum(), 1)
         return outputs["loss"].mean(), {"accuracy": accuracy}
 

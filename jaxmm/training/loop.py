@@ -90,6 +90,8 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     began = begun(config, workdir, source)
     require("answers" not in config.task.reads or getattr(source, "most_answers", 0), "data.train", config.data.train,
             "a source of questions with answers, such as vqa:DIR or vqa:FILE.json")
+    require(config.data.questions == 1 or "answers" in config.task.reads, "data.questions", config.data.questions,
+            f"1: {type(config.task).__name__} reads no questions")
     val = open_source(config.data.val, data_dir=config.data.data_dir) if config.data.val else None
     if val is not None and None not in (source.classes, val.classes) and source.classes != val.classes:
         odd = sorted(set(source.classes) ^ set(val.classes))

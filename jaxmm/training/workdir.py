@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jaxmm.config import ConfigError, TrainConfig, save_config, to_dict
+from jaxmm.config import ConfigError, TrainConfig, differences, save_config, to_dict
 from jaxmm.data.sources import Source
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.tasks.base import Task
@@ -31,7 +31,7 @@ def begun(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] 
         old, fingerprint, _ = notes["config"], notes["fingerprint"], notes["task"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not what a run writes: {type(error).__name__}: {error}") from None
-    changes = _changes(old, json.loads(json.dumps(to_dict(config))))
+    changes = differences(old, json.loads(json.dumps(to_dict(config))), free=FREE)
     if fingerprint != source.fingerprint:
         changes.append(f"data.train is {config.data.train!r} as before, but lists other records")
     if changes:
@@ -54,12 +54,3 @@ def begin(config: TrainConfig, task: Task, workdir: Path, source: Source, tokeni
                 | {"python": platform.python_version()},
                 devices=f"{len(devices)} x {devices[0].device_kind}", hosts=jax.process_count())
     part.replace(workdir / "config.json")
-
-
-def _changes(old: Any, new: Any, name: str = "") -> list[str]:
-    if name in FREE:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [change for key in sorted(set(old) | set(new))
-                for change in _changes(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if old == new else [f"{name} was {old!r} and is {new!r}"]

@@ -142,3 +142,29 @@ def test_batches(source):
     assert batch["mask"].tolist() == [True] * 4 + [False] and "answers" not in batch
     np.testing.assert_array_equal(batch["tokens"][3], tokenizer(["why?"])[0])
     assert batch["fault"].sum() == 0 and "no answer" in REASONS
+
+
+def test_several_questions_of_a_picture(folder):
+    """The drawn one, then others of the same picture that have answers, each once as long as there are new ones."""
+    rows = [{"image": "p/1.png", "question": f"which {i}?", "answers": [f"a{i}", "b"]} for i in range(4)]
+    source = open_source(f"vqa:{write(folder / 'many.json', json.dumps(rows + ROWS[1:2] + ROWS[3:]))}")
+    tokenizer = make_tokenizer(TokenizerConfig(vocab_size=90), [text for i in range(6) for text in record_texts(
+        source, i)]).at_length(11)
+    config = DataConfig(batch_size=6, questions=3, image=ImageConfig(size=6), max_bad=1.0,
+                        tokenizer=TokenizerConfig(answer_length=5))
+    seen, batches = set(), train_batches(source, config, tokenizer, seed=3)
+    for _, batch in zip(range(8), batches, strict=False):
+        assert batch["tokens"].shape == (6, 3, 11) and batch["answers"].shape == (6, 3, 2, 5)
+        assert batch["image"].shape[0] == 6 and batch["answer_weight"].shape == (6, 3, 2)
+        for row, index in enumerate(batch["index"].tolist()):
+            asked = [tokenizer.decode(ids) for ids in batch["tokens"][row]]
+            assert asked[0] == tokenizer.decode(tokenizer([source[index]["question"]])[0])
+            if index < 4:
+                assert len(set(asked)) == 3 and all("which" in question for question in asked)
+                seen.add(tuple(asked))
+                told = [tokenizer.decode(answers[0]) for answers in batch["answers"][row]]
+                assert [answer[-1] for answer in told] == [question.rstrip(" ?")[-1] for question in asked]
+            else:
+                assert asked == ["is it red?"] * 3
+    assert len(seen) > 12
+    batches.close()

@@ -57,6 +57,17 @@ def test_loss(params):
     assert TASK.decomposes and VQA.loss is Task.loss
 
 
+def test_several_questions_of_a_picture(params):
+    """As if its picture stood in the batch as often as it is asked about."""
+    both = BATCH | {"image": BATCH["image"][:2]} | {
+        name: BATCH[name].reshape(2, 2, *BATCH[name].shape[1:]) for name in ("tokens", "answers", "answer_weight")}
+    got = jax.jit(TASK.encode)(params, both, jax.random.key(0))
+    want = jax.jit(TASK.encode)(params, BATCH | {"image": jnp.repeat(BATCH["image"][:2], 2, axis=0)}, jax.random.key(0))
+    np.testing.assert_allclose(got["loss"], want["loss"].reshape(2, 2).mean(axis=1), rtol=1e-5)
+    for name in ("right", "all"):
+        np.testing.assert_array_equal(got[name], want[name].reshape(2, 2).sum(axis=1))
+
+
 def test_bind():
     model = replace(ANSWERS, text=replace(ANSWERS.text, positions=30, vocab_size=None),
                     answer=replace(ANSWERS.answer, vocab_size=None))
