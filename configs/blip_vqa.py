@@ -26,13 +26,13 @@ def get_config() -> TrainConfig:
     model = BLIPConfig(vision=vision, text=text, answer=answer, embed_dim=None, matching=False, temperature=None)
     return TrainConfig(
         task=VQA(model=model, smoothing=0.0),
-        steps=2400,
+        steps=1600,
         data=DataConfig(
-            train="vqa:data/train", val="vqa:data/test", batch_size=64, questions=4,
+            train="vqa:data/train", val="vqa:data/test", batch_size=64, questions=8,
             # Mirror images are harmless as long as no question speaks of left and right.
             image=ImageConfig(size=64, train_crop="pad", eval_crop="squash"),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=400, context_length=16, answer_length=6)),
         optimizer=OptimizerConfig(name="muon", momentum=0.95, learning_rate=2e-3, weight_decay=0.05, warmup=100,
                                   b2=0.98),
         evals=(VQAAccuracy(),),
-        eval_every=800, log_every=25)
+        eval_every=400, log_every=25)

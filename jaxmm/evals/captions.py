@@ -30,9 +30,9 @@ from jaxmm.models.blip import BLIPConfig
 class Captions(Evaluator):
     """Yields `caption_exact`, the share of pictures whose caption is, word for word, one of those that they have,
     `caption_score`, the mean of the captions' scores (see `jaxmm.generate.Written`), and for scenes `caption_largest`,
-    the share whose caption names colour and shape of the largest object; then what COCO's captions are measured by, as
-    fractions of 1 but CIDEr (see `jaxmm.evals.caption_metrics`): `bleu@1` to `bleu@4`, `rouge_l`, `cider`, and `meteor`
-    and `spice` where there is a Java that runs them.
+    the share whose caption names colour and shape of the largest object, and `caption_true`, the share that say what is
+    so; then what COCO's captions are measured by, as fractions of 1 but CIDEr (see `jaxmm.evals.caption_metrics`):
+    `bleu@1` to `bleu@4`, `rouge_l`, `cider`, and `meteor` and `spice` where there is a Java that runs them.
 
     Pictures without captions are captioned, and count in the score only.
     """
@@ -57,7 +57,7 @@ class Captions(Evaluator):
     def metrics(self, context: EvalContext) -> tuple[str, ...]:
         """The names that `run` yields."""
         known = hasattr(chosen_source(self, context), "names_largest")
-        names = ("exact", "score", "largest") if known else ("exact", "score")
+        names = ("exact", "score", "largest", "true") if known else ("exact", "score")
         return tuple(f"{self.prefix}/{name}" for name in (*(f"caption_{each}" for each in names),
                                                           *caption_metric_names()))
 
@@ -86,7 +86,8 @@ class Captions(Evaluator):
                                                    truth=(*known[i], "")[0], words=words))
         measured = {"exact": list(exact.values()), "score": [score for _, score in found.values()]}
         if hasattr(source, "names_largest"):
-            measured["largest"] = [source.names_largest(i, text) for i, text in written.items()]
+            measured |= {"largest": [source.names_largest(i, text) for i, text in written.items()],
+                         "true": [source.is_true(i, text) for i, text in written.items()]}
         for name, values in measured.items():
             yield f"{self.prefix}/caption_{name}", float(np.mean(values)) if values else float("nan")
         for name, value in caption_metrics(list(written.values()), list(known.values())).items():

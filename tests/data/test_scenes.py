@@ -174,6 +174,7 @@ def test_web_captions_are_as_noisy_as_said(made):
         text, kind = scenes.web_caption(scene, made, rng)
         kinds[kind] += 1
         assert is_true(text, scene.objects) == (kind == "correct"), (kind, text, scene)
+        assert (scenes.plain(text) in scenes.true_captions(scene)) == (kind == "correct"), (kind, text, scene)
         if kind == "filename":
             assert re.search(r"\.(jpe?g|png|gif)$", text, re.IGNORECASE)
         if kind == "truncated":
@@ -203,6 +204,8 @@ def test_records(folder):
         largest = max(objects, key=lambda o: o.radius)
         assert source.names_largest(i, record["texts"][0])
         assert not source.names_largest(i, f"a {largest.shape} that is {largest.color}")
+        assert all(source.is_true(i, text.replace(",", " , ").upper()) for text in record["texts"])
+        assert not source.is_true(i, record["texts"][0].replace(largest.shape, "cube"))
     assert len(keys) == len(range(0, 160, 7))
     assert source[-1] == source[159]
     with pytest.raises(IndexError, match="160"):

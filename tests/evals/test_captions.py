@@ -67,10 +67,14 @@ def test_scenes_tell_what_is_largest():
         def names_largest(self, index, caption):
             return index % 3 > 0
 
+        def is_true(self, index, caption):
+            return index == 2
+
     source = Scenes(images=tuple(tiny.pictures(7)), captions=(("a star",),) * 7)
     evaluator = Captions(decoding=DECODING, examples=0)
     got = dict(evaluator.run(context(source)))
     assert tuple(got) == evaluator.metrics(context(source)) and got["val/caption_largest"] == pytest.approx(4 / 7)
+    assert got["val/caption_true"] == pytest.approx(1 / 7)
 
 
 def test_who_does_not_write_is_refused():

@@ -17,13 +17,13 @@ from typing import Any
 from filelock import FileLock
 
 from jaxmm.data.scenes.picture import COLORS, SHAPES, SIZES, Object, Scene, cell, draw, random_scene, relation
-from jaxmm.data.scenes.words import NOISE, Question, captions, describe, questions, web_caption
+from jaxmm.data.scenes.words import NOISE, Question, captions, describe, plain, questions, true_captions, web_caption
 from jaxmm.data.shards import Slice
 from jaxmm.data.sources import DataError, Source
 
 __all__ = ["COLORS", "NOISE", "SHAPES", "SIZES", "Object", "Question", "Scene", "ScenesSource", "captions",
-           "cell", "describe", "draw", "open_scenes", "prepare", "questions", "random_scene", "relation",
-           "web_caption"]
+           "cell", "describe", "draw", "open_scenes", "plain", "prepare", "questions", "random_scene", "relation",
+           "true_captions", "web_caption"]
 
 SPLITS = ("train", "val", "test", "web")
 _SLICE = re.compile(r"(.*?)(?:\[(\d*):(\d*)\])?", re.DOTALL)
@@ -84,6 +84,9 @@ class ScenesSource:
                 for values in zip(*objects.values(), strict=True)),
         }
 
+    def is_true(self, index: int, caption: str) -> bool:
+        """Whether `caption` is what may be said of picture `index` (see `true_captions`)."""
+        return plain(caption) in true_captions(Scene(objects=tuple(Object(**o) for o in self[index]["objects"])))
 
     def names_largest(self, index: int, caption: str) -> bool:
         """Whether `caption` names colour and shape of the largest object of picture `index`."""

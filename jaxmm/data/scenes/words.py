@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from dataclasses import dataclass, replace
 
 from jaxmm.data.scenes.picture import COLORS, SHAPES, SIZES, Object, Scene, cell, pick, relation, shuffled
@@ -13,6 +14,8 @@ NOISE: dict[str, float] = {"correct": 0.4, "other": 0.2, "wrong": 0.1, "truncate
 _NUMBERS = ("no", "one", "two", "three")
 _SYNONYMS = {"left of": "to the left of", "right of": "to the right of", "above": "over", "below": "under",
              "small": "little", "large": "big"}
+_PLAIN = {said: word for word, said in _SYNONYMS.items()}
+_OPENINGS = ("there is", "the picture shows", "we see", "here is")
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _BOILERPLATE = ("buy now | free shipping", "click here to download", "image not available", "stock photo",
                 "all rights reserved", "share on social media", "add to cart", "home page | contact us",
@@ -82,7 +85,7 @@ def captions(scene: Scene, rng: random.Random) -> tuple[str, ...]:
     and places.
     """
     a, *rest = order = shuffled(rng, scene.objects)
-    opening = pick(rng, ("there is", "the picture shows", "we see", "here is"))
+    opening = pick(rng, _OPENINGS)
     if not rest:
         return (describe(scene), f"{opening} {_long(a, rng)} {cell(a)}", f"{cell(a)}, {_long(a, rng)}",
                 f"one {a.shape}: {_long(a, rng)} {cell(a)}", _article(_short(a)))
@@ -93,6 +96,32 @@ def captions(scene: Scene, rng: random.Random) -> tuple[str, ...]:
     short = _list([_article(_short(o)) for o in shuffled(rng, order)])
     return (describe(scene), f"{opening} {_related(shuffled(rng, order), rng)}", told,
             f"{_NUMBERS[len(order)]} {noun}: {listed}", short)
+
+
+def plain(caption: str) -> str:
+    """`caption` in fixed words, without signs: two that say the same in the same order become the same."""
+    text = " ".join(re.findall(r"\w+", caption.lower()))
+    for said, word in _PLAIN.items():
+        text = re.sub(rf"\b{said}\b", word, text)
+    return text
+
+
+def true_captions(scene: Scene) -> frozenset[str]:
+    """What may be said of a scene in the ways of `captions`, whatever the order of its objects, made `plain`."""
+    found: set[str] = set()
+    for order in itertools.permutations(scene.objects):
+        a, *rest = order
+        related = _related(list(order))
+        noun = _plural(a.shape) if rest and all(o.shape == a.shape for o in order) else "shapes" if rest else a.shape
+        listed, short = _list([_long(o) for o in order]), _list([_article(_short(o)) for o in order])
+        found |= {short, related, *(f"{opening} {related}" for opening in _OPENINGS)}
+        if rest:
+            found |= {f"{_NUMBERS[len(order)]} {noun}: {listed}",
+                      *(f"{listed}, the {_short(x)} {relation(x, y)} the {_short(y)}"
+                        for x, y in itertools.permutations(order, 2))}
+        else:
+            found |= {f"{cell(a)}, {_long(a)}", f"one {noun}: {related}"}
+    return frozenset(map(plain, found))
 
 
 def questions(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
