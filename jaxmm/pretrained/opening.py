@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jaxmm.pretrained import blip, native, npz, open_clip, salesforce, timm, transformers
 from jaxmm.pretrained.checkpoint import Checkpoint, Opened
@@ -36,9 +37,9 @@ def understand(files: Files, tensors: Tensors) -> Checkpoint:
         return open_clip.read(config, tensors)
     config = files.json("config.json") or {}
     if config.get("model_type") == "blip":
-        return blip.read_transformers(config, tensors, files.json("preprocessor_config.json"))
+        return blip.read_transformers(config, tensors, _preprocessor(files))
     if "model_type" in config:
-        return transformers.read(config, tensors, files.json("preprocessor_config.json"))
+        return transformers.read(config, tensors, _preprocessor(files))
     if "architecture" in config:
         return timm.read(config, tensors)
     if "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors:
@@ -50,3 +51,9 @@ def understand(files: Files, tensors: Tensors) -> Checkpoint:
     raise FileError(f"{files.name} has no configuration that says what model it is: wanted a config.json with "
                     "model_type (transformers) or architecture (timm), an open_clip_config.json, or the weights of "
                     "OpenAI or Salesforce")
+
+
+def _preprocessor(files: Files) -> dict[str, Any] | None:
+    """How pictures are prepared: transformers 5 writes it into the whole processor's file, and reads that first."""
+    whole = files.json("processor_config.json") or {}
+    return whole.get("image_processor") or files.json("preprocessor_config.json")

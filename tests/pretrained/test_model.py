@@ -139,6 +139,19 @@ def test_a_saved_classifier_is_the_same(vit, format, tmp_path):
     assert again.classify(tiny.pictures(2)) == vit.classify(tiny.pictures(2))
 
 
+def test_the_file_of_the_whole_processor_says_how_pictures_are_prepared(clip, tmp_path):
+    """Where transformers 5 writes it; it reads that file first too."""
+    saved = tmp_path / "saved"
+    clip.save(saved, format="transformers")
+    before, path = load(saved).image, saved / "preprocessor_config.json"
+    told = {"image_processor": json.loads(path.read_text()) | {"resample": 2}}
+    (saved / "processor_config.json").write_text(json.dumps(told))
+    assert load(saved).image == replace(before, interpolation="bilinear") != before
+    path.unlink()
+    found = load(saved)
+    assert found.image == replace(before, interpolation="bilinear") and not found.notes
+
+
 def test_formats_refuse_what_they_cannot_hold(clip, vit, tmp_path):
     for model, format in ((vit, "open_clip"), (clip, "timm")):
         with pytest.raises(FileError, match="wanted jaxmm, transformers"):

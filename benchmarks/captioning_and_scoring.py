@@ -1,0 +1,195 @@
+"""CapFilt's two stages that run models, in pictures a second: jaxmm against a loop over transformers.
+
+    python -m benchmarks.captioning_and_scoring [--pictures 16] [--rounds 3] [--json FILE] [--force]
+
+BLIP base at 384 pixels twice, a captioner and a filter, both at the same random weights on both sides; JPEGs of 500 x
+375 in files, each with a text of 12 words. One caption of a picture is drawn (nucleus sampling, p = 0.9, 20 tokens,
+none may end before), then it and the picture's own text are matched. From files to probabilities:
+
+* `jaxmm`: `caption_shard`, then `score_shard`: the captioner encodes the picture, and the filter once for both texts;
+* `batched`: transformers' processor, `generate` and two calls of the matching model, for 16 pictures at a time;
+* `loop`: the same for one picture after another, as one would write it down first; of `--loop` pictures.
+
+What is drawn differs: the sides draw other random numbers. Before anything is timed, the matching probabilities of the
+same texts must agree. The arms are those of `benchmarks.train_step`; `tuned` is the one to quote.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import KEEP_MEMORY, Rounds, Worker, load_is_low, machine, seconds, serve, vendor_shim
+from benchmarks.generate import MEAN, SIDE, STD
+
+BATCH, TOKENS, VOCABULARY = 16, 20, 30_522
+
+
+def prepare(folder: Path, count: int) -> None:
+    """`captioner/`, `filter/` with vocabularies of made-up words, in transformers' form, and `pairs.jsonl`."""
+    import jax
+
+    from jaxmm.config import ImageConfig, TokenizerConfig
+    from jaxmm.data.tokenizers import make_tokenizer
+    from jaxmm.models.blip import blip
+    from jaxmm.pretrained.model import Model
+    from jaxmm.tasks.blip import BLIPPretraining
+    from jaxmm.tasks.caption import Captioning
+    words = [f"word{i}" for i in range(VOCABULARY)]
+    words[0], words[100:104] = "[PAD]", ("[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = make_tokenizer(TokenizerConfig(kind="bert", file=str(folder / "vocab.txt"), context_length=35))
+    whole = blip("base", image_size=SIDE, temperature=None)
+    writing = replace(whole, embed_dim=None, matching=False, text=replace(whole.text, encoder=False))
+    tasks = {"captioner": Captioning(model=writing, prompt=""),
+             "filter": BLIPPretraining(model=replace(whole, text=replace(whole.text, decoder=False)))}
+    for seed, (name, task) in enumerate(tasks.items()):
+        Model(task=task, params=jax.jit(task.init)(jax.random.key(seed)), tokenizer=tokenizer,
+              image=ImageConfig(size=SIDE, eval_crop="squash")).save(folder / name, format="transformers")
+    rng, lines = np.random.default_rng(0), []
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        coarse.save(folder / f"{i}.jpg", quality=90)
+        text = " ".join(f"word{n}" for n in rng.integers(1000, VOCABULARY, 12))
+        lines.append(json.dumps({"image": f"{i}.jpg", "captions": [text]}) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+
+
+def ours(folder: Path, loop: int):
+    """({what: a run}, probabilities of the pictures' own texts)."""
+    from jaxmm.capfilt.caption import caption_shard
+    from jaxmm.capfilt.score import score_shard
+    from jaxmm.data.sources import open_source
+    from jaxmm.generate import Decoding
+    from jaxmm.pretrained.model import load
+    from jaxmm.training.process import keep_memory
+    keep_memory()  # as the command does
+    source = open_source(f"captions:{folder}/pairs.jsonl")
+    captioner, matcher = load(folder / "captioner"), load(folder / "filter")
+    decoding = Decoding(sample=True, top_p=0.9, min_length=1 + TOKENS, max_length=1 + TOKENS)
+
+    def run():
+        return score_shard(source, caption_shard(source, [captioner], decoding=decoding), matcher)
+
+    def check():
+        return score_shard(source, caption_shard(source, []), matcher)["itm"].tolist()
+
+    return {"jaxmm": run}, check
+
+
+def theirs(folder: Path, loop: int):
+    """As `ours`."""
+    import torch
+    import transformers
+    tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
+    processor = transformers.BlipProcessor(transformers.BlipImageProcessor(
+        size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=STD), tokenizer)
+    captioner = transformers.BlipForConditionalGeneration.from_pretrained(folder / "captioner").eval()
+    matcher = transformers.BlipForImageTextRetrieval.from_pretrained(folder / "filter").eval()
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    pairs = [(folder / row["image"], row["captions"][0]) for row in rows]
+
+    def opened(files):
+        return [Image.open(file).convert("RGB") for file in files]
+
+    def matched(images, texts):
+        words = processor(images=images, text=texts, padding=True, return_tensors="pt")
+        words["input_ids"][:, 0] = matcher.config.text_config.vocab_size - 1  # [ENC], as the models were trained
+        return matcher(**{name: words[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+                       ).itm_score.softmax(dim=1)[:, 1]
+
+    @torch.inference_mode()
+    def run(size, pairs):
+        found = []
+        for start in range(0, len(pairs), size):
+            files, own = zip(*pairs[start:start + size], strict=True)
+            images = opened(files)
+            drawn = captioner.generate(**processor(images=images, return_tensors="pt"), do_sample=True, top_p=0.9,
+                                       top_k=0, min_length=1 + TOKENS, max_length=1 + TOKENS)
+            written = processor.batch_decode(drawn, skip_special_tokens=True)
+            found += [matched(images, list(own)), matched(images, written)]
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def check():
+        return torch.cat([matched(opened([file]), [text]) for file, text in pairs]).tolist()
+
+    return {"batched": lambda: run(BATCH, pairs), "loop": lambda: run(1, pairs[:loop])}, check
+
+
+SIDES = {"jaxmm": ours, "batched": theirs, "loop": theirs}
+
+
+def worker(what: str, folder: Path, loop: int) -> None:
+    """Serves one way of doing it."""
+    runs, check = SIDES[what](folder, loop)
+    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
+    serve({"check": check()}, {"run": lambda: {"s": seconds(runs[what])},
+                               "pace": lambda: {"s": min(seconds(lambda: a @ a) for _ in range(20))}})
+
+
+def main():
+    """Measures, prints, records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=16, help=f"a multiple of {BATCH}")
+    parser.add_argument("--loop", type=int, default=4, help="pictures of the loop")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--force", action="store_true", help="on a busy machine too; the record says so")
+    parser.add_argument("--worker", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args.worker[0], Path(args.worker[1]), args.loop)
+        return
+    if args.pictures < 1 or args.pictures % BATCH or not 0 < args.loop <= args.pictures:
+        parser.error(f"--pictures is {args.pictures}, --loop {args.loop}; wanted a multiple of {BATCH}, and 1 to that")
+    busy = not load_is_low()
+    if busy and not args.force:
+        sys.exit(f"the load average is {os.getloadavg()[0]:.1f}: wait until nothing else runs, or --force.")
+    about, rows = machine(), []
+    counts = {what: args.loop if what == "loop" else args.pictures for what in SIDES}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder, args.pictures)
+        threads = {"OMP_NUM_THREADS": str(about["cores"]), "JAX_PLATFORMS": "cpu"}
+        arms = {"as installed": threads}
+        if shim := vendor_shim(folder):
+            arms["tuned"] = threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}
+        for arm, env in arms.items():
+            workers = {what: Worker([sys.executable, "-m", "benchmarks.captioning_and_scoring", "--worker", what,
+                                     temporary, "--loop", str(args.loop)], env) for what in SIDES}
+            first, *rest = (np.array(each.about["check"]) for each in workers.values())
+            difference = max(float(np.abs(check - first).max()) for check in rest)
+            if not difference < 2e-3:  # the sides resize pictures each by a library of its own
+                sys.exit(f"probabilities differ by {difference:.2g}; nothing was timed")
+            rounds = Rounds(workers, workers["jaxmm"], 0.15)
+            rounds.measure(args.rounds, args.rounds if args.force else args.rounds + 1)
+            for each in workers.values():
+                each.close()
+            rate = {what: counts[what] / rounds.median(what) for what in SIDES}
+            rows.append({"arm": arm, "pictures_per_second": {what: round(each, 4) for what, each in rate.items()},
+                         "ratio": {what: round(rate["jaxmm"] / rate[what], 3) for what in ("batched", "loop")},
+                         "pictures": counts, "difference": difference, "rounds": len(rounds.kept()), "busy": busy,
+                         "machine": about})
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    table = Table(title=f"captions and scores, {about['processor']}, {about['cores']} cores")
+    for column in ("arm", "pictures/s: jaxmm", "batched", "loop", "jaxmm to batched", "to loop"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row["arm"] + (" (busy)" if busy else ""),
+                      *(f"{row['pictures_per_second'][what]:.3f}" for what in SIDES),
+                      *(f"{row['ratio'][what]:.2f}" for what in ("batched", "loop")))
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
