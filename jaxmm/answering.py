@@ -50,18 +50,18 @@ def rank(
     """
     text = config.text if config.answer is None else config.answer
     module, variables = Med(text), {"params": params["text" if config.answer is None else "answer"]}
-    seen = module.apply(variables, context, method=Med.look)
+    sights = module.apply(variables, context, method=Med.look)
     candidates = candidates.at[:, 0].set(text.decode_id)
     (count, t), b = candidates.shape, len(context)
     chosen = jnp.broadcast_to(jnp.arange(count), (b, count))
     if shortlist < count:
         begun = jnp.broadcast_to(candidates[:1, :given], (b, given))
-        logits = module.apply(variables, begun, seen, context_mask, method=Med.follow)[:, -1]
+        logits = module.apply(variables, begun, sights, context_mask, method=Med.follow)[:, -1]
         chosen = jax.lax.top_k(logits[:, candidates[:, given]], shortlist)[1]
 
     def score(chosen):
         tokens = candidates[chosen].reshape(-1, t)
-        logits = module.apply(variables, tokens, seen, context_mask, method=Med.follow)
+        logits = module.apply(variables, tokens, sights, context_mask, method=Med.follow)
         counts = (tokens != text.pad_id) & (jnp.arange(t) >= given)
         return -token_losses(logits, tokens, counts, smoothing).sum(axis=1).reshape(b, -1)
 

@@ -75,7 +75,7 @@ def write(
 ) -> Written:
     """Goes on from the first `lengths` (at least 1) tokens of each `prompt`.
 
-    `cache` has room for b x k rows and L places: leaves [l r L ...], row r being text r % k of picture r // k.
+    `cache` has room for b x k rows and L places: leaves [r ...], row r being text r % k of picture r // k.
     """
     b, p = prompt.shape
     k, total = decoding.beams, decoding.max_length
@@ -184,7 +184,7 @@ def _beams(state, cache, scores, in_prompt, forced, lengths, decoding, end_id) -
     going, order = jax.lax.top_k(jnp.where(ends, NEVER, best), k)
     parents = jnp.take_along_axis(beam, order, axis=1)
     rows = (parents + jnp.arange(b)[:, None] * k).reshape(-1)
-    cache = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=1), cache)
+    cache = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), cache)
 
     written = _written(place, lengths) ** decoding.length_penalty
     counts = ends & ~state.ended[:, None] & (jnp.arange(best.shape[1]) < k)

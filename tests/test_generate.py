@@ -27,9 +27,9 @@ def step(pictures, beams):
     rows = jnp.repeat(jnp.asarray(pictures), beams)
 
     def run(tokens, at, cache, held):
-        cache = cache.at[0, :, at].set(tokens)
-        assert held.shape == cache.shape[1:]
-        before = jnp.where(at > 0, cache[0, jnp.arange(len(tokens)), jnp.maximum(at - 1, 0)], 0)
+        cache = cache.at[:, at].set(tokens)
+        assert held.shape == cache.shape
+        before = jnp.where(at > 0, cache[jnp.arange(len(tokens)), jnp.maximum(at - 1, 0)], 0)
         return jnp.asarray(TABLE)[rows, tokens, before], cache
 
     return run
@@ -44,7 +44,7 @@ def written(pictures, prompts, decoding, keys=None):
     prompt = np.full((len(prompts), max(lengths)), PAD, np.int32)
     for row, text in zip(prompt, prompts, strict=True):
         row[:len(text)] = text
-    cache = jnp.zeros((1, len(prompts) * decoding.beams, decoding.max_length), jnp.int32)
+    cache = jnp.zeros((len(prompts) * decoding.beams, decoding.max_length), jnp.int32)
     keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
     found = jax.jit(lambda prompt, lengths, keys: write(
         step(pictures, decoding.beams), cache, prompt, lengths, keys, decoding, end_id=END, pad_id=PAD))(

@@ -184,10 +184,10 @@ def write_texts(
     """
     text = config.text if config.answer is None else config.answer
     module, variables = Med(text), {"params": params["text" if config.answer is None else "answer"]}
-    seen = module.apply(variables, context, method=Med.look)
+    sights = module.apply(variables, context, method=Med.look)
 
     def step(tokens, at, cache, held):
-        return module.apply(variables, tokens, at, cache, seen, held, context_mask, method=Med.step)
+        return module.apply(variables, tokens, at, cache, sights, held, context_mask, method=Med.step)
 
     rows = len(prompt) * decoding.beams
     return write(step, empty_cache(text, rows, decoding.max_length), prompt.at[:, 0].set(text.decode_id), lengths, keys,

@@ -7,14 +7,14 @@ structure.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmm.nn.attention import Attention, KeysValues, Mask, causal_mask
+from jaxmm.nn.attention import Attention, KeysValuesByHead, Mask, by_head, causal_mask
 from jaxmm.nn.embeddings import TokenEmbedding
 from jaxmm.nn.precision import wide
 from jaxmm.nn.transformer import (
@@ -30,6 +30,10 @@ from jaxmm.nn.transformer import (
 from jaxmm.sharding import constrain_batch
 from jaxmm.validation import check_types, require
 
+Seen = tuple[Float[Array, "r h n k"], Float[Array, "r h n k"]]
+"""The keys and values of a context, laid out by head."""
+Cache = list[KeysValuesByHead]
+"""Every layer's keys and values of the tokens decoded so far, in room for all to come."""
 ContextMask = Bool[Array, "#r 1 1 #n"]
 Context = Float[Array, "r n c"] | tuple[Float[Array, "r n c"], Float[Array, "r n c"]]
 """The tokens that cross-attention looks at; a text about two pictures looks at those of both."""
@@ -88,11 +92,12 @@ class MedConfig:
             require(not self.decoder, "text.decoder", self.decoder, "False: with merge_from it only encodes")
 
 
-class Cache(NamedTuple):
-    """Every layer's keys and values: of the tokens decoded so far, in room for all to come; or of a context."""
+class Sight(NamedTuple):
+    """What a layer that decodes step by step works with: its parameters, cut out of the stack once for all steps, and
+    the keys and values of the context."""
 
-    key: Float[Array, "l b s h k"]
-    value: Float[Array, "l b s h k"]
+    params: Any
+    seen: Seen
 
 
 class MedLayer(nn.Module):
@@ -177,29 +182,26 @@ class MedLayer(nn.Module):
         x = self._add(cross, x, y, train)
         return self._add(mlp, x, getattr(self, mlp)(x, train=train), train), shares
 
-    def look(self, context: Float[Array, "b n c"]) -> KeysValues:
-        """What `step` sees of the context."""
-        return getattr(self, self._causal("cross_attention")).keys_values(context)
+    def look(self, context: Float[Array, "r n c"]) -> Seen:
+        """What `step` and `follow` see of the context."""
+        return tuple(map(by_head, getattr(self, self._causal("cross_attention")).keys_values(context)))
 
     def step(
-        self, x: Float[Array, "b 1 d"], past: KeysValues, at: Int[Array, ""], mask: Mask,
-        seen: tuple[Float[Array, "r n h k"], Float[Array, "r n h k"]],
+        self, x: Float[Array, "b 1 d"], past: KeysValuesByHead, at: Int[Array, ""], mask: Mask, seen: Seen,
         context_mask: ContextMask | None,
-    ) -> tuple[Float[Array, "b 1 d"], KeysValues]:
+    ) -> tuple[Float[Array, "b 1 d"], KeysValuesByHead]:
         """`decode` of the token at place `at`, with the keys and values of those before; and `past` with its own.
 
         `seen` may have fewer rows than `x`: then each of them is looked at by as many rows of `x` in turn.
         """
         own = self._causal("attention")
-        new = getattr(self, own).keys_values(x)
-        past = tuple(jax.lax.dynamic_update_slice_in_dim(old, row.astype(old.dtype), at, axis=1)
-                     for old, row in zip(past, new, strict=True))
-        x = self._add(own, x, getattr(self, own).attend_to(x, past, mask, train=False)[0], False)
+        past = tuple(jax.lax.dynamic_update_slice_in_dim(old, by_head(new).astype(old.dtype), at, axis=2)
+                     for old, new in zip(past, getattr(self, own).keys_values(x), strict=True))
+        x = self._add(own, x, getattr(self, own).look_at(x, past, mask), False)
         return self._grounded(x, seen, context_mask), past
 
     def follow(
-        self, x: Float[Array, "b t d"], mask: Mask,
-        seen: tuple[Float[Array, "r n h k"], Float[Array, "r n h k"]], context_mask: ContextMask | None,
+        self, x: Float[Array, "b t d"], mask: Mask, seen: Seen, context_mask: ContextMask | None,
     ) -> Float[Array, "b t d"]:
         """`decode` without dropout, of what `look` saw; with fewer rows in `seen` as in `step`."""
         own = self._causal("attention")
@@ -208,8 +210,7 @@ class MedLayer(nn.Module):
 
     def _grounded(self, x, seen, context_mask):
         cross, mlp = self._causal("cross_attention"), self._causal("mlp")
-        texts = side_by_side(x, len(seen[0]))
-        y = getattr(self, cross).attend_to(texts, seen, context_mask, train=False)[0].reshape(x.shape)
+        y = getattr(self, cross).look_at(side_by_side(x, len(seen[0])), seen, context_mask).reshape(x.shape)
         x = self._add(cross, x, y, False)
         return self._add(mlp, x, getattr(self, mlp)(x, train=False), False)
 
@@ -332,47 +333,39 @@ class Med(nn.Module):
         x = self.embedding(tokens, train=False)
         return self._run(method, x, mask, context, context_mask, train=False, weights=True)[1]
 
-    def look(self, context: Float[Array, "b n c"]) -> Cache:
-        """Every layer's keys and values of a context, computed once for all steps."""
+    def look(self, context: Float[Array, "r n c"]) -> list[Sight]:
+        """What every layer works with in `step` and `follow`, made once for all calls."""
         layer = MedLayer(self.config, parent=None)
-        return jax.lax.map(lambda params: Cache(*layer.apply({"params": params}, context, method=MedLayer.look)),
-                           self.blocks)
+        return [Sight(params, layer.apply({"params": params}, context, method=MedLayer.look))
+                for params in unstack(self.blocks, self.config.transformer.depth)]
 
     def step(
-        self, tokens: Int[Array, "b"], at: Int[Array, ""], cache: Cache, seen: Cache,
+        self, tokens: Int[Array, "b"], at: Int[Array, ""], cache: Cache, sights: list[Sight],
         mask: Bool[Array, "b s"], context_mask: Bool[Array, "r n"] | None = None,
     ) -> tuple[Float[Array, "b v"], Cache]:
         """Logits after one more token of each text, at place `at`; and the cache with it.
 
-        `mask` says at which places of the cache there are tokens. `seen` is what `look` made.
+        `mask` says at which places of the cache there are tokens. `sights` is what `look` made.
         """
-        layer = MedLayer(self.config, parent=None)
+        layer, new = MedLayer(self.config, parent=None), []
         mask = mask[:, None, None, :]
         context_mask = None if context_mask is None else context_mask[:, None, None, :]
-
-        def one(x, inputs):
-            params, key, value, seen = inputs
-            x, past = layer.apply({"params": params}, x, (key, value), at, mask, seen, context_mask,
-                                  method=MedLayer.step)
-            return x, Cache(*past)
-
         x = self.embedding(tokens[:, None], at, train=False)
-        x, cache = jax.lax.scan(one, x, (self.blocks, cache.key, cache.value, tuple(seen)))
-        return self.head(x, self.embedding)[:, 0], cache
+        for past, (params, seen) in zip(cache, sights, strict=True):
+            x, past = layer.apply({"params": params}, x, past, at, mask, seen, context_mask, method=MedLayer.step)
+            new.append(past)
+        return self.head(x, self.embedding)[:, 0], new
 
     def follow(
-        self, tokens: Int[Array, "b t"], seen: Cache, context_mask: Bool[Array, "r n"] | None = None,
+        self, tokens: Int[Array, "b t"], sights: list[Sight], context_mask: Bool[Array, "r n"] | None = None,
     ) -> Float[Array, "b t v"]:
-        """`decode` without dropout, of what `look` made; each of its rows is seen by as many texts in turn."""
+        """`decode` without dropout, of what `look` made; each row of the context is seen by as many texts in turn."""
         layer = MedLayer(self.config, parent=None)
         mask = causal_mask(tokens.shape[1]) & (tokens != self.config.pad_id)[:, None, None, :]
         context_mask = None if context_mask is None else context_mask[:, None, None, :]
-
-        def one(x, inputs):
-            params, seen = inputs
-            return layer.apply({"params": params}, x, mask, seen, context_mask, method=MedLayer.follow), None
-
-        x, _ = jax.lax.scan(one, self.embedding(tokens, train=False), (self.blocks, tuple(seen)))
+        x = self.embedding(tokens, train=False)
+        for params, seen in sights:
+            x = layer.apply({"params": params}, x, mask, seen, context_mask, method=MedLayer.follow)
         return self.head(x, self.embedding)
 
     def _run(self, method, x, mask, context, context_mask, *more, train: bool, weights: bool = False):
@@ -420,5 +413,5 @@ def side_by_side(x: Float[Array, "b t d"], rows: int) -> Float[Array, "r s d"]:
 def empty_cache(config: MedConfig, batch: int, length: int) -> Cache:
     """Room for `length` tokens of `batch` texts."""
     stack = config.transformer
-    shape = (stack.depth, batch, length, stack.heads, stack.width // stack.heads)
-    return Cache(jnp.zeros(shape, stack.dtype), jnp.zeros(shape, stack.dtype))
+    room = jnp.zeros((batch, stack.heads, length, stack.width // stack.heads), stack.dtype)
+    return [(room, room)] * stack.depth

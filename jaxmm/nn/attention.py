@@ -62,30 +62,32 @@ def fused_attend(
     The backward pass computes them again from the logarithm of their sums (FlashAttention, Dao et al. 2022,
     section 3.1), and the forward pass divides by the sums after the product with the values, which is smaller.
     """
-    return _fused_forward(query, key, value, mask)[0]
+    return _attended(query, by_head(key), by_head(value), mask)[0]
 
 
-def _by_head(x: Float[Array, "b t h k"]) -> Float[Array, "b h t k"]:
+def by_head(x: Float[Array, "b t h k"]) -> Float[Array, "b h t k"]:
+    """`x` as products with it read it."""
     return x.swapaxes(1, 2)
 
 
-def _fused_forward(query, key, value, mask):
-    query, k, v = _by_head(query * query.shape[-1] ** -0.5), _by_head(key), _by_head(value)
-    kind = {"preferred_element_type": wide(value.dtype)}
+def _attended(query, k, v, mask):
+    """What is attended, and what the backward pass needs; keys and values are laid out by head."""
+    query = by_head(query * query.shape[-1] ** -0.5)
+    kind = {"preferred_element_type": wide(v.dtype)}
     scores = jnp.einsum("bhtk,bhsk->bhts", query, k, **kind)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     highest = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), v, **kind) / total
-    out = checkpoint_name(_by_head(out).astype(value.dtype), "attention")
+    out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, **kind) / total
+    out = checkpoint_name(by_head(out).astype(v.dtype), "attention")
     log_total = checkpoint_name((highest + jnp.log(total))[..., 0], "attention")
     return out, (log_total, mask)
 
 
 def _fused_residuals(query, key, value, mask):
-    out, (log_total, mask) = _fused_forward(query, key, value, mask)
+    out, (log_total, mask) = _attended(query, by_head(key), by_head(value), mask)
     return out, (query, key, value, out, log_total, mask)
 
 
@@ -95,7 +97,7 @@ def _fused_backward(residuals, gradient):
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     kind = {"preferred_element_type": wide(dtype)}
     delta = (widened(gradient) * out).sum(axis=-1).swapaxes(1, 2)  # [b h t]
-    q, k, v, g = _by_head(query * scale), _by_head(key), _by_head(value), _by_head(gradient)
+    q, k, v, g = by_head(query * scale), by_head(key), by_head(value), by_head(gradient)
     weights = jnp.exp(jnp.einsum("bhsk,bhtk->bhst", k, q, **kind) - log_total[:, :, None])
     if mask is not None:
         weights = jnp.where(mask.swapaxes(-1, -2), weights, 0.0)
@@ -104,7 +106,7 @@ def _fused_backward(residuals, gradient):
     d_scores = d_scores.astype(dtype)
     d_key = jnp.einsum("bhst,bhtk->bhsk", d_scores, q)
     d_query = jnp.einsum("bhst,bhsk->bhtk", d_scores, k) * scale
-    return *(_by_head(x).astype(dtype) for x in (d_query, d_key, d_value)), None
+    return *(by_head(x).astype(dtype) for x in (d_query, d_key, d_value)), None
 
 
 fused_attend.defvjp(_fused_residuals, _fused_backward)
@@ -139,6 +141,8 @@ class Linear(nn.Module):
 
 KeysValues = tuple[Float[Array, "b s h k"], Float[Array, "b s h k"]]
 """What queries look at: the projected keys and values of a context."""
+KeysValuesByHead = tuple[Float[Array, "b h s k"], Float[Array, "b h s k"]]
+"""The same, for who looks at them many times: nothing needs to be moved then."""
 
 
 class Attention(nn.Module):
@@ -176,6 +180,12 @@ class Attention(nn.Module):
         else:
             y, shares = fused_attend(query, key, value, mask), None
         return self.out(y), shares if weights else None
+
+    def look_at(
+        self, x: Float[Array, "b t d"], seen: KeysValuesByHead, mask: Mask | None = None
+    ) -> Float[Array, "b t d"]:
+        """The attended `x`, without dropout."""
+        return self.out(_attended(self.query(x), *seen, mask)[0])
 
     def __call__(
         self, x: Float[Array, "b t d"], context: Float[Array, "b s c"], mask: Mask | None = None, *, train: bool,

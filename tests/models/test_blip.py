@@ -122,18 +122,19 @@ def test_step_by_step_is_all_at_once(beams, encoder):
         jax.random.key(0)))
     whole = module.apply(params, tokens, jnp.repeat(context, beams, 0), train=False, method=Med.decode,
                          context_mask=jnp.repeat(context_mask, beams, 0))
-    seen = module.apply(params, context, method=Med.look)
+    sights = module.apply(params, context, method=Med.look)
     cache = empty_cache(config, B * beams, 8)
 
     @jax.jit
     def step(tokens, at, cache):
         held = jnp.broadcast_to(jnp.arange(8) <= at, (B * beams, 8))
-        return module.apply(params, tokens, at, cache, seen, held, context_mask, method=Med.step)
+        return module.apply(params, tokens, at, cache, sights, held, context_mask, method=Med.step)
 
     for at in range(T):
         logits, cache = step(tokens[:, at], jnp.asarray(at), cache)
         np.testing.assert_allclose(logits, whole[:, at], atol=1e-4)
-    assert cache.key.shape == (3, B * beams, 8, 3, 4) and seen[0].shape == (3, B, 4, 3, 4)
+    assert len(cache) == len(sights) == 3
+    assert cache[0][0].shape == (B * beams, 3, 8, 4) and sights[0].seen[0].shape == (B, 3, 4, 4)
 
 
 def test_padding_and_what_comes_later_are_not_seen():
