@@ -1,7 +1,7 @@
 """From pictures to words: the compiled functions that write captions (and answers), and where each word looked."""
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -42,13 +42,19 @@ def writer(task: Task, decoding: Decoding, seed: int, mesh: Mesh | None) -> Call
     """
     model = task.model
 
-    def run(params, batch):
-        context, there = ground(task, params, batch)
+    def write(params, grounds, batch):
+        context, there = grounds
         lengths = (batch["prompt"] != model.text.pad_id).sum(axis=1)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(batch["row"])
         return write_texts(model, params, context, batch["prompt"], lengths, keys, decoding, there)._asdict()
 
-    return compile_prediction(run, mesh)
+    grounded = compile_prediction(partial(ground, task), mesh, whole=False)
+    written = compile_prediction(write, mesh, few=True)
+
+    def run(params, batch):
+        return written(params, grounded(params, batch), {name: batch[name] for name in ("prompt", "row")})
+
+    return run
 
 
 @lru_cache(maxsize=4)

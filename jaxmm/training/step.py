@@ -67,11 +67,15 @@ def largest_matrix(params) -> int:
                 if path.endswith("kernel")), default=0)
 
 
-def compile_prediction(predict: Callable, mesh: Mesh | None) -> Callable:
-    """`predict` as a jitted function on `mesh` (None: the default device), whose results every host holds whole."""
+def compile_prediction(predict: Callable, mesh: Mesh | None, *, whole: bool = True, few: bool = False) -> Callable:
+    """`predict` as a jitted function on `mesh` (None: the default device).
+
+    Every host holds its results `whole`, or they lie as they were computed. `few`: what its matrices multiply has few
+    rows, as a decoder's newest tokens do, for which CPU has kernels that are twice as fast.
+    """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return jax.jit(predict, out_shardings=None if mesh is None else replicated(mesh),
-                   compiler_options=compiler_options(platform))
+    return jax.jit(predict, out_shardings=replicated(mesh) if whole and mesh is not None else None,
+                   compiler_options=None if few else compiler_options(platform))
 
 
 def compile_step(task: Task, optimizer: Optimizer, mesh: Mesh, state: State, **options):
