@@ -23,7 +23,6 @@ fifths of the steps of pre-training.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,14 @@ from rich.table import Table
 
 from benchmarks.common import machine
 from jaxmm.atomic import write_atomically
-from jaxmm.capfilt.bootstrap import CapFiltConfig, on
+from jaxmm.capfilt.bootstrap import CapFiltConfig, Runs, on
 from jaxmm.capfilt.merge import merge, merged_source
 from jaxmm.capfilt.select import Rule
 from jaxmm.capfilt.stages import SELECTED, Folder, begin, select, write_captions, write_scores
 from jaxmm.config import InitConfig, TrainConfig
-from jaxmm.data.scenes import Object, Scene, plain, true_captions
+from jaxmm.data.scenes import plain, scene_of, true_captions
 from jaxmm.generate import Decoding
 from jaxmm.recipes import load_recipe
-from jaxmm.training.loop import train
 from jaxmm.training.process import keep_memory, use_compilation_cache
 
 RECIPE = Path(__file__).parents[1] / "configs" / "capfilt_scenes.py"
@@ -67,25 +65,6 @@ ARMS = {"none": None, "filter": Arm(Rule(origins=("web",))), "captions": Arm(Rul
 QUICK = ("none", "filter", "captions", "both")
 
 
-class Done:
-    """Results by name in a file. What is there is not computed again."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The result `name`, which `compute` gives; ends where it gives nothing, for it was asked to stop."""
-        if name not in self.found:
-            print(f"== {self.path.parent.name}: {name}", flush=True)
-            found = compute()
-            if not found:
-                sys.exit("stopped; the same command goes on")
-            self.found[name] = found
-            write_atomically(self.path, json.dumps(self.found, indent=1) + "\n")
-        return self.found[name]
-
-
 def recipe(quick: bool) -> CapFiltConfig:
     """What all seeds share."""
     config = load_recipe(RECIPE)
@@ -94,41 +73,37 @@ def recipe(quick: bool) -> CapFiltConfig:
     return config
 
 
-def measured(config: TrainConfig, workdir: Path) -> dict[str, float]:
-    """Trains and gives what was measured at the end."""
-    return {name.removeprefix("val/"): float(value) for name, value in train(config, workdir).items()}
-
-
 def seed_results(config: CapFiltConfig, seed: int, out: Path, arms: list[str]) -> dict[str, Any]:
     """Of each arm what its model can do and what its texts were like."""
-    done = Done(out / "results.json")
+    runs = Runs(out)
 
-    def seeded(run: TrainConfig, source: str, init: bool = False) -> TrainConfig:
+    def trained(name: str, run: TrainConfig, source: str, *, init: bool = False) -> None:
         start = InitConfig(source=str(out / "none")) if init else run.init
-        return replace(on(run, source), seed=seed, init=start)
+        if not runs.run(name, replace(on(run, source), seed=seed, init=start), print):
+            sys.exit("stopped; the same command goes on")
 
-    done("none", lambda: measured(seeded(config.pretrain, f"{config.web} + {config.human_weight}*{config.human}"),
-                                  out / "none"))
+    trained("none", config.pretrain, f"{config.web} + {config.human_weight}*{config.human}")
     joint = replace(config.pretrain, steps=config.filter.steps, optimizer=config.filter.optimizer)
     for name in arms:
         arm = ARMS[name]
-        if arm is None or f"{name}: model" in done.found:
+        if arm is None or f"model-{name}" in runs.metrics:
             continue
         roles = {"shared": joint} if arm.shared else {"captioner": config.captioner, "filter": config.filter}
         for role, run in roles.items():
-            done(role, lambda role=role, run=run: measured(seeded(run, config.human, True), out / role))
-        first, last = (str(out / role) for role in (min(roles), max(roles)))
+            trained(role, run, config.human, init=True)
         texts = "shared-texts" if arm.shared else "texts" if arm.decoding is None else "beam-texts"
         folder = begin(out / texts, config.web, config.human)
-        write_captions(folder, [first], decoding=arm.decoding or config.decoding, seed=seed)
-        write_scores(folder, last)
+        write_captions(folder, [str(out / min(roles))], decoding=arm.decoding or config.decoding, seed=seed)
+        write_scores(folder, str(out / max(roles)))
         select(folder, arm.rule)
-        done(f"{name}: texts", lambda folder=folder: truths(folder))
-        source = merged_source(merge(folder), config.human_weight)
-        done(f"{name}: model", lambda name=name, source=source: measured(seeded(config.pretrain, source),
-                                                                         out / f"model-{name}"))
-    return {name: {"model": done.found["none" if name == "none" else f"{name}: model"],
-                   "texts": done.found.get(f"{name}: texts", {})} for name in arms}
+        runs.note(f"{name}-texts", truths(folder))
+        trained(f"model-{name}", config.pretrain, merged_source(merge(folder), config.human_weight))
+    found = {}
+    for name in arms:
+        model = runs.metrics["none" if name == "none" else f"model-{name}"]
+        found[name] = {"model": {key.removeprefix("val/"): value for key, value in model.items()},
+                       "texts": runs.metrics.get(f"{name}-texts", {})}
+    return found
 
 
 def truths(folder: Folder) -> dict[str, float]:
@@ -141,8 +116,7 @@ def truths(folder: Folder) -> dict[str, float]:
         for record, text, origin, kept in zip(*(texts.columns[name] for name in ("record", "text", "origin", "kept")),
                                               strict=True):
             if record not in true:
-                objects = shard.source[record]["objects"]
-                true[record] = true_captions(Scene(objects=tuple(Object(**each) for each in objects)))
+                true[record] = true_captions(scene_of(shard.source[record]))
             rows.append((origin == "web", kept, plain(text) in true[record]))
     web, kept, right = np.array(rows, bool).T
     return {"texts": len(rows), "kept": int(kept.sum()), "dropped": share(~kept),

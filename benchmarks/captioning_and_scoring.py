@@ -16,7 +16,6 @@ same texts must agree. The arms are those of `benchmarks.train_step`; `tuned` is
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -27,7 +26,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import KEEP_MEMORY, Rounds, Worker, load_is_low, machine, seconds, serve, vendor_shim
+from benchmarks.common import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
 from benchmarks.generate import MEAN, SIDE, STD
 
 BATCH, TOKENS, VOCABULARY = 16, 20, 30_522
@@ -131,19 +130,15 @@ SIDES = {"jaxmm": ours, "batched": theirs, "loop": theirs}
 def worker(what: str, folder: Path, loop: int) -> None:
     """Serves one way of doing it."""
     runs, check = SIDES[what](folder, loop)
-    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
-    serve({"check": check()}, {"run": lambda: {"s": seconds(runs[what])},
-                               "pace": lambda: {"s": min(seconds(lambda: a @ a) for _ in range(20))}})
+    serve({"check": check()}, {"run": lambda: {"s": seconds(runs[what])}, "pace": product_pace()})
 
 
 def main():
     """Measures, prints, records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--pictures", type=int, default=16, help=f"a multiple of {BATCH}")
     parser.add_argument("--loop", type=int, default=4, help="pictures of the loop")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--force", action="store_true", help="on a busy machine too; the record says so")
     parser.add_argument("--worker", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -151,19 +146,13 @@ def main():
         return
     if args.pictures < 1 or args.pictures % BATCH or not 0 < args.loop <= args.pictures:
         parser.error(f"--pictures is {args.pictures}, --loop {args.loop}; wanted a multiple of {BATCH}, and 1 to that")
-    busy = not load_is_low()
-    if busy and not args.force:
-        sys.exit(f"the load average is {os.getloadavg()[0]:.1f}: wait until nothing else runs, or --force.")
+    busy = is_busy(args.force)
     about, rows = machine(), []
     counts = {what: args.loop if what == "loop" else args.pictures for what in SIDES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder, args.pictures)
-        threads = {"OMP_NUM_THREADS": str(about["cores"]), "JAX_PLATFORMS": "cpu"}
-        arms = {"as installed": threads}
-        if shim := vendor_shim(folder):
-            arms["tuned"] = threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}
-        for arm, env in arms.items():
+        for arm, env in tuned_arms(Path(temporary)).items():
             workers = {what: Worker([sys.executable, "-m", "benchmarks.captioning_and_scoring", "--worker", what,
                                      temporary, "--loop", str(args.loop)], env) for what in SIDES}
             first, *rest = (np.array(each.about["check"]) for each in workers.values())

@@ -1,5 +1,6 @@
 """What the benchmarks share: the machine, worker processes that take turns, and whether anybody else is computing."""
 
+import argparse
 import json
 import os
 import platform
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+
+import numpy as np
 
 # glibc gives XLA's work space back to the system after every step and maps it afresh, page fault by page fault,
 # before the next. With these it stays with the process, whoever's library asked for it.
@@ -31,6 +34,22 @@ def vendor_shim(folder: Path) -> Path | None:
     source.write_text("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source], check=True)
     return library
+
+
+def tuned_arms(folder: Path) -> dict[str, dict[str, str]]:
+    """Environments of workers on CPU: as installed, and as fast as can be (files for that go to `folder`)."""
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "JAX_PLATFORMS": "cpu"}
+    shim = vendor_shim(folder)
+    tuned = {} if shim is None else {"tuned": threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}}
+    return {"as installed": threads} | tuned
+
+
+def options(about: str | None, rounds: int = 3) -> argparse.ArgumentParser:
+    """A benchmark's command line, with what all of them have."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds that must count")
+    parser.add_argument("--force", action="store_true", help="record on a busy machine too; the record says so")
+    return parser
 
 
 class Worker:
@@ -79,9 +98,20 @@ def seconds(function) -> float:
     return time.perf_counter() - start
 
 
-def load_is_low() -> bool:
-    """Whether less than half a core was busy, on average over the last minute, for every two there are."""
-    return os.getloadavg()[0] <= 0.25 * len(os.sched_getaffinity(0))
+def is_busy(force: bool) -> bool:
+    """Whether half a core or more was busy, on average over the last minute, for every two there are; ends then,
+    unless forced."""
+    busy = os.getloadavg()[0] > 0.25 * len(os.sched_getaffinity(0))
+    if busy and not force:
+        sys.exit(f"the load average is {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores: wait until "
+                 "nothing else runs, or --force.")
+    return busy
+
+
+def product_pace() -> Callable[[], dict]:
+    """What a worker answers to `pace`, where products of matrices are what it does."""
+    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
+    return lambda: {"s": min(seconds(lambda: a @ a) for _ in range(20))}
 
 
 class Rounds:

@@ -10,7 +10,6 @@ in a thread while torch computes, as jaxmm does, and pads texts to the longest o
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import KEEP_MEMORY, Rounds, Worker, load_is_low, machine, seconds, serve, vendor_shim
+from benchmarks.common import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
 
 BATCH = 64
 
@@ -75,13 +74,8 @@ def worker(side: str, folder: Path) -> None:
     """Serves one side's runs."""
     run = {"ours": ours, "theirs": theirs}[side](folder)
     image, text = run()
-    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
-
-    def pace():
-        return {"s": min(seconds(lambda: a @ a) for _ in range(20))}
-
     serve({"check": [float(x) for x in np.concatenate([image[:, :4].ravel(), text[:, :4].ravel()])]},
-          {"run": lambda: {"s": seconds(run)}, "pace": pace})
+          {"run": lambda: {"s": seconds(run)}, "pace": product_pace()})
 
 
 def prepare(args, folder: Path) -> None:
@@ -109,30 +103,23 @@ def prepare(args, folder: Path) -> None:
 
 def main():
     """Measures, prints, records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--pictures", help="a folder")
     parser.add_argument("--texts", help="COCO's captions, or a file with a text a line")
     parser.add_argument("--merges", help="CLIP's vocabulary")
     parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds that must count")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--force", action="store_true", help="record on a busy machine too; the record says so")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args.worker[0], Path(args.worker[1]))
         return
-    busy = not load_is_low()
-    if busy and not args.force:
-        sys.exit(f"the load average is {os.getloadavg()[0]:.1f}: wait until nothing else runs, or --force.")
+    busy = is_busy(args.force)
     about, rows = machine(), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(args, folder)
-        threads = {"OMP_NUM_THREADS": str(about["cores"]), "JAX_PLATFORMS": "cpu"}
-        arms = {"as installed": threads}
-        if shim := vendor_shim(folder):
-            arms["tuned"] = threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}
+        arms = tuned_arms(folder)
         workers = {f"{side} {arm}": Worker([sys.executable, "-m", "benchmarks.encoding", "--worker", side, temporary],
                                            env) for arm, env in arms.items() for side in ("theirs", "ours")}
         checks = [np.array(each.about["check"]) for each in workers.values()]

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import KEEP_MEMORY, Rounds, Worker, load_is_low, machine, seconds, serve, vendor_shim
+from benchmarks.common import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
 from benchmarks.loading import memory
 
 SIDE, BATCH, TOKENS, LENGTHS = 384, 4, 20, (5, 10, 20, 40)
@@ -100,7 +100,6 @@ def worker(side: str, folder: Path) -> None:
     """Serves one side: a request such as `greedy 20` chooses what the next runs do, and does it once."""
     write, see, compiled = SIDES[side](folder)
     chosen = None
-    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
 
     def choose(function, check):
         nonlocal chosen
@@ -118,7 +117,7 @@ def worker(side: str, folder: Path) -> None:
           | {f"{mode} batches": partial(several, mode) for mode in BEAMS}
           | {"encode": partial(choose, see, lambda found: {"norm": float(np.linalg.norm(found))}),
              "run": lambda: {"s": seconds(lambda: chosen(0))},
-             "pace": lambda: {"s": min(seconds(lambda: a @ a) for _ in range(20))}})
+             "pace": product_pace()})
 
 
 def one(side: str, folder: Path) -> None:
@@ -178,11 +177,9 @@ def line(lengths: tuple[int, ...], times: list[float]) -> tuple[float, float]:
 
 def main():
     """Measures, prints, records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--only", default="", help="greedy or beam3")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--force", action="store_true", help="on a busy machine too; the record says so")
     parser.add_argument("--worker", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -192,20 +189,15 @@ def main():
     if args.one:
         one(args.one[0], Path(args.one[1]))
         return
-    busy = not load_is_low()
-    if busy and not args.force:
-        sys.exit(f"the load average is {os.getloadavg()[0]:.1f}: wait until nothing else runs, or --force.")
+    busy = is_busy(args.force)
     about, rows = machine(), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         size = prepare(folder)
-        threads = {"OMP_NUM_THREADS": str(about["cores"]), "JAX_PLATFORMS": "cpu"}
-        arms = {"as installed": threads}
-        if shim := vendor_shim(Path(temporary)):
-            arms["tuned"] = threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}
+        arms = tuned_arms(Path(temporary))
         peaks = {side: json.loads(subprocess.run(
             [sys.executable, "-m", "benchmarks.generate", "--one", side, str(folder)], check=True, text=True,
-            stdout=subprocess.PIPE, env=os.environ | threads).stdout.splitlines()[-1]) for side in SIDES}
+            stdout=subprocess.PIPE, env=os.environ | arms["as installed"]).stdout.splitlines()[-1]) for side in SIDES}
         workers = {f"{side} {arm}": Worker([sys.executable, "-m", "benchmarks.generate", "--worker", side, str(folder)],
                                            env) for arm, env in arms.items() for side in SIDES}
         last = {f"{side} {list(arms)[-1]}": workers[f"{side} {list(arms)[-1]}"] for side in SIDES}

@@ -19,7 +19,6 @@ a picture twice and pairs that both directions ask for twice, on every side, and
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -29,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import KEEP_MEMORY, Rounds, Worker, load_is_low, machine, seconds, serve, vendor_shim
+from benchmarks.common import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
 from benchmarks.generate import MEAN, SIDE, STD
 
 CANDIDATES, BATCH, LENGTH, WHOLE = 16, 8, 35, 1000
@@ -129,19 +128,15 @@ def prepare(folder: Path) -> None:
 def worker(what: str, folder: Path, queries: int, count: int) -> None:
     """Serves one way of doing it."""
     run = SIDES[what](folder, queries, count)[what]
-    a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
-    serve({"check": run().ravel().tolist()},
-          {"run": lambda: {"s": seconds(run)}, "pace": lambda: {"s": min(seconds(lambda: a @ a) for _ in range(20))}})
+    serve({"check": run().ravel().tolist()}, {"run": lambda: {"s": seconds(run)}, "pace": product_pace()})
 
 
 def main():
     """Measures, prints, records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--queries", type=int, default=16, help=f"pictures, a multiple of {BATCH}")
     parser.add_argument("--plain", type=int, default=4, help="pairs of the plain loop, at most 16")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--force", action="store_true", help="on a busy machine too; the record says so")
     parser.add_argument("--worker", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -150,18 +145,12 @@ def main():
     if args.queries < 1 or args.queries % BATCH or not 0 < args.plain <= CANDIDATES:
         parser.error(f"--queries is {args.queries}, --plain {args.plain}; wanted a multiple of {BATCH}, and 1 to "
                      f"{CANDIDATES}")
-    busy = not load_is_low()
-    if busy and not args.force:
-        sys.exit(f"the load average is {os.getloadavg()[0]:.1f}: wait until nothing else runs, or --force.")
+    busy = is_busy(args.force)
     about, rows, pairs = machine(), [], args.queries * CANDIDATES
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         prepare(folder)
-        threads = {"OMP_NUM_THREADS": str(about["cores"]), "JAX_PLATFORMS": "cpu"}
-        arms = {"as installed": threads}
-        if shim := vendor_shim(Path(temporary)):
-            arms["tuned"] = threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}
-        for arm, env in arms.items():
+        for arm, env in tuned_arms(Path(temporary)).items():
             workers = {what: Worker([sys.executable, "-m", "benchmarks.reranking", "--worker", what, str(folder),
                                      "--queries", str(args.queries), "--plain", str(args.plain)], env)
                        for what in SIDES}

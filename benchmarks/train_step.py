@@ -16,7 +16,6 @@ recorded unless `--force`, and then the record says so. `of_peak` is the share o
 rate on a large product of matrices.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import KEEP_MEMORY, Rounds, Worker, load_is_low, machine, vendor_shim
+from benchmarks.common import Rounds, Worker, is_busy, machine, options, tuned_arms
 from benchmarks.sides import Case, command
 
 CPU = (
@@ -98,20 +97,15 @@ def measure(case: Case, arms: dict[str, dict[str, str]], args, gpu: bool, folder
 
 def main():
     """Measures, prints, records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=7)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that must count")
     parser.add_argument("--tolerance", type=float, default=0.08, help="how far from its best speed a round may be")
     parser.add_argument("--batch", type=int, help="instead of the cases' own")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
                         help="write the rows there, with the machine; without FILE, to standard output")
-    parser.add_argument("--force", action="store_true", help="record on a busy machine too; the record says so")
     args = parser.parse_args()
     gpu = gpu_name()
-    loaded = not load_is_low() and gpu is None
-    if loaded and not args.force:
-        sys.exit(f"the load average is {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores: wait until "
-                 "nothing else runs, or --force.")
+    loaded = gpu is None and is_busy(args.force)
     cases = [case for case in (GPU if gpu else CPU) if args.only.lower() in case.name.lower()]
     if args.batch:
         cases = [Case(**(vars(case) | {"batch": args.batch})) for case in cases]
@@ -119,13 +113,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        if gpu:
-            arms = {"torch.compile": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}
-        else:
-            threads = {"OMP_NUM_THREADS": str(about["cores"])}
-            arms = {"as installed": threads}
-            if shim := vendor_shim(folder):
-                arms["tuned"] = threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}
+        arms = {"torch.compile": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}} if gpu else tuned_arms(folder)
         for case in cases:
             rows += [row | {"busy": row["busy"] or loaded, "machine": about}
                      for row in measure(case, arms, args, gpu is not None, folder)]

@@ -6,7 +6,7 @@ beginning.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,14 @@ class Runs:
         steps = whole_steps(self.out / name / "checkpoints")
         if not steps or steps[-1] < recipe.steps:
             return False
+        self.note(name, metrics)
+        return True
+
+    def note(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Writes down what was measured under `name`."""
         self.metrics[name] = {key: float(value) for key, value in metrics.items()}
         if jax.process_index() == 0:
             write_atomically(self.path, json.dumps(self.metrics, indent=2) + "\n")
-        return True
 
 
 def print_metrics(metrics: dict[str, dict[str, float]]) -> None:

@@ -23,7 +23,7 @@ from jaxmm.data.sources import DataError, Source
 
 __all__ = ["COLORS", "NOISE", "SHAPES", "SIZES", "Object", "Question", "Scene", "ScenesSource", "captions",
            "cell", "describe", "draw", "open_scenes", "plain", "prepare", "questions", "random_scene", "relation",
-           "true_captions", "web_caption"]
+           "scene_of", "true_captions", "web_caption"]
 
 SPLITS = ("train", "val", "test", "web")
 _SLICE = re.compile(r"(.*?)(?:\[(\d*):(\d*)\])?", re.DOTALL)
@@ -86,12 +86,17 @@ class ScenesSource:
 
     def is_true(self, index: int, caption: str) -> bool:
         """Whether `caption` is what may be said of picture `index` (see `true_captions`)."""
-        return plain(caption) in true_captions(Scene(objects=tuple(Object(**o) for o in self[index]["objects"])))
+        return plain(caption) in true_captions(scene_of(self[index]))
 
     def names_largest(self, index: int, caption: str) -> bool:
         """Whether `caption` names colour and shape of the largest object of picture `index`."""
         largest = max(self[index]["objects"], key=lambda o: o["radius"])
         return f"{largest['color']} {largest['shape']}" in caption
+
+
+def scene_of(record: dict[str, Any]) -> Scene:
+    """What a record of `ScenesSource` shows, without its ground."""
+    return Scene(objects=tuple(Object(**each) for each in record["objects"]))
 
 
 def prepare(config: str = "default", data_dir: str | None = None) -> Any:
