@@ -35,8 +35,8 @@ def agree(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict[str, A
     """
     known = read_manifest(folder)
     facts = json.loads(json.dumps(facts))
-    changed = differences({name: known[name] for name in facts if name in known},
-                          {name: facts[name] for name in facts if name in known}, free=free)
+    changed = differences({name: value for name, value in known.items() if name in facts},
+                          {name: value for name, value in facts.items() if name in known}, free=free)
     if changed:
         raise ConfigError(f"out is {str(folder)!r}, which holds a run of something else; wanted the same, or another "
                           "folder:\n  " + "\n  ".join(changed))

@@ -221,16 +221,20 @@ class TrainBatch:
         rows = [self._row(step * size + row, int(drawn[row])) for row in self.rows]
         batch = _stack(rows, self.tokenizer)
         if "answers" in rows[0]:
-            batch |= self._asked(rows)
+            batch |= self._asked(rows, batch["tokens"])
         return batch
 
-    def _asked(self, rows: list[dict[str, Any]]) -> Batch:
-        asked = [each for row in rows for each in ((row["text"], row["answers"]), *row["others"])]
-        found = {"tokens": self.tokenizer([question for question, _ in asked])}
-        found |= vqa.answer_arrays([answers for _, answers in asked], self.answering, self.source.most_answers)
-        count = self.config.questions
-        return found if count == 1 else {
-            name: value.reshape(len(rows), count, *value.shape[1:]) for name, value in found.items()}
+    def _asked(self, rows: list[dict[str, Any]], first: np.ndarray) -> Batch:
+        """The questions' tokens, of which those that were drawn are there already, and their answers."""
+        b, count = len(rows), self.config.questions
+        answers = vqa.answer_arrays(
+            [each for row in rows for each in (row["answers"], *(told for _, told in row.get("others", ())))],
+            self.answering, self.source.most_answers)
+        if count == 1:
+            return answers
+        others = self.tokenizer([question for row in rows for question, _ in row["others"]])
+        tokens = np.concatenate([first[:, None], others.reshape(b, count - 1, -1)], axis=1)
+        return {"tokens": tokens} | {name: each.reshape(b, count, *each.shape[1:]) for name, each in answers.items()}
 
     def _row(self, position: int, drawn: int) -> dict[str, Any]:
         fault = 0
@@ -239,7 +243,7 @@ class TrainBatch:
             index = int(rng.integers(len(self.source))) if attempt else drawn
             try:
                 row = _load(self.source, index, self.tokenizer is not None, self.labels, rng)
-                if "answers" in row:
+                if self.config.questions > 1:
                     row["others"] = self.source.others(index, self.config.questions - 1, rng)
                 row["image"] = _each(row["image"], transforms.train_image, self.config.image, rng)
             except BadRecord as error:

@@ -62,7 +62,7 @@ def fused_attend(
     The backward pass computes them again from the logarithm of their sums (FlashAttention, Dao et al. 2022,
     section 3.1), and the forward pass divides by the sums after the product with the values, which is smaller.
     """
-    return _attended(query, by_head(key), by_head(value), mask)[0]
+    return _fused_residuals(query, key, value, mask)[0]
 
 
 def by_head(x: Float[Array, "b t h k"]) -> Float[Array, "b h t k"]:
