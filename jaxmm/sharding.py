@@ -144,3 +144,11 @@ def constrain_batch(x: jax.Array) -> jax.Array:
 def constrain_replicated(x: jax.Array) -> jax.Array:
     """Holds all of `x` on every device. Outside a mesh, `x` itself."""
     return _constrain(x, PartitionSpec())
+
+
+def batch_axes() -> tuple[tuple[str, ...], int]:
+    """The axes of the current mesh that a batch is cut over, and into how many shares; outside a mesh, (() and 1)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "data" not in mesh.axis_names or any(t != AxisType.Auto for t in mesh.axis_types):
+        return (), 1
+    return BATCH, math.prod(mesh.shape[axis] for axis in BATCH)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxmm.config import check_types, require
-from jaxmm.losses.contrastive import distilled_targets, equal_ids, soft_contrastive
+from jaxmm.losses.blocks import NO_PLACE, Columns, Distilled, Rows, compare, pair_keys
+from jaxmm.losses.contrastive import distilled_targets, equal_ids, positives, soft_contrastive
 from jaxmm.losses.language import language_loss
 from jaxmm.losses.matching import hard_negatives, matching_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
@@ -48,6 +49,9 @@ class BLIPPretraining(Task):
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Of contrast, matching and writing in the loss. The paper's are 1; a short run from scratch writes better where
     contrast, whose gradient a low temperature makes large, counts for less."""
+    tile: int | None = None
+    """Compute the contrast with queues in blocks that rotate around the mesh, `tile` x `tile` logits at a time at most;
+    None: each device has its rows' logits with the whole queue."""
     reads: ClassVar = ("image", "text")
     bounds: ClassVar = ((r"^temperature$", 0.001, 0.5),)
 
@@ -59,6 +63,7 @@ class BLIPPretraining(Task):
                 "embed_dim, matching, and no answer")
         require(self.queue > 0, "task.queue", self.queue, "a positive number")
         require(self.ramp >= 0, "task.ramp", self.ramp, "0 or more steps")
+        require(self.tile is None or self.tile > 0, "task.tile", self.tile, "a positive number, or None")
         require(min(self.weights) >= 0 < max(self.weights), "task.weights", self.weights, "0 or more, one above 0")
         for name in ("momentum", "alpha", "smoothing"):
             require(0 <= getattr(self, name) < 1, f"task.{name}", getattr(self, name), "0 or more, below 1")
@@ -140,6 +145,12 @@ class BLIPPretraining(Task):
     def _contrast(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
         """The loss over batch and queues; similarities of the batch [b b] both ways, and which of it are positives."""
         b = len(image)
+        if self.tile is not None:
+            loss = self._contrast_in_blocks(image, text, taught_image, taught_text, extra, batch, temperature, alpha)
+            to_text, to_image = (constrain_batch(x) @ constrain_replicated(y).T / temperature
+                                 for x, y in ((image, taught_text), (text, taught_image)))
+            ids = batch.get("image_id"), batch.get("text_id")
+            return loss, *map(constrain_batch, (to_text, to_image)), positives(*ids, size=b)
         texts = jnp.concatenate([taught_text, extra["text_queue"]])
         images = jnp.concatenate([taught_image, extra["image_queue"]])
         positive = _belong(batch, extra, b, self.queue)
@@ -149,6 +160,17 @@ class BLIPPretraining(Task):
         losses = [soft_contrastive(logits, distilled_targets(told, positive, alpha))
                   for logits, told in zip((to_text, to_image), teacher, strict=True)]
         return sum(losses) / 2, to_text[:, :b], to_image[:, :b], positive[:, :b]
+
+    def _contrast_in_blocks(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
+        """The loss alone; rows are compared with their batch and with the queue, both spread over the devices."""
+        names = [name for name in ("image_id", "text_id") if name in batch]
+        keys = pair_keys(tuple(batch[name] for name in names), jnp.arange(len(image)))
+        queued = pair_keys(tuple(extra[f"{name}s"] for name in names), jnp.full(self.queue, NO_PLACE))
+        losses = [compare(Distilled, Rows((student, teacher), keys), Columns((new, extra[queue]), (keys, queued)),
+                          1 / temperature, jnp.zeros(()), alpha, tile=self.tile)[0]
+                  for student, teacher, new, queue in ((image, taught_image, taught_text, "text_queue"),
+                                                       (text, taught_text, taught_image, "image_queue"))]
+        return sum(losses) / 2
 
     def _match(self, variables, seen, tokens, to_text, to_image, positive, rng, rngs):
         """The loss over pairs that belong together, texts with a hard negative picture, and pictures with a text."""

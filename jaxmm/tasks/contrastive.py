@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxmm.config import check_types, require
 from jaxmm.losses import contrastive as losses
+from jaxmm.losses.blocks import Sigmoid, Softmax, contrastive_in_blocks
 from jaxmm.models.clip import CLIP, CLIPConfig, normalise
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
@@ -25,6 +26,9 @@ class Contrastive(Task):
     kind: Literal["softmax", "sigmoid"] = "softmax"
     duplicates: bool = True
     """Whether pairs of the same picture or the same words are positives; False: only the diagonal is."""
+    tile: int | None = None
+    """Compute the loss in blocks that rotate around the mesh, `tile` x `tile` logits at a time at most (1024 is good):
+    the batch may then be any size. None: each device has its pictures' logits with all texts."""
     reads: ClassVar = ("image", "text")
 
     def __post_init__(self):
@@ -32,6 +36,7 @@ class Contrastive(Task):
         check_types(self, "task")
         require(self.kind == "softmax" or self.model.logit_bias is not None, "task.model.logit_bias",
                 self.model.logit_bias, "a number such as -10, for the sigmoid loss")
+        require(self.tile is None or self.tile > 0, "task.tile", self.tile, "a positive number, or None")
 
     @property
     def bounds(self):
@@ -71,12 +76,18 @@ class Contrastive(Task):
     def objective(self, params, outputs, batch):
         """The loss over all pairs of the global batch; how often the nearest text is a right one."""
         ids = (batch.get("image_id"), batch.get("text_id")) if self.duplicates else (None, None)
-        positive = losses.positives(*ids, size=len(outputs["image"]))
         scale, bias = jnp.exp(params["logit_scale"]), params.get("logit_bias", jnp.zeros(()))
+        metrics = {"logit_scale": scale, "logit_bias": bias}
+        if self.tile is not None:
+            kind = {"softmax": Softmax, "sigmoid": Sigmoid}[self.kind]
+            loss, told = contrastive_in_blocks(kind, outputs["image"], outputs["text"], ids, scale, bias,
+                                               tile=self.tile)
+            return loss, metrics | told
+        positive = losses.positives(*ids, size=len(outputs["image"]))
         logits = losses.contrastive_logits(outputs["image"], outputs["text"], scale, bias)
         loss = {"softmax": losses.softmax_contrastive, "sigmoid": losses.sigmoid_contrastive}[self.kind]
         nearest = jnp.take_along_axis(positive, logits.argmax(axis=1)[:, None], axis=1)
-        return loss(logits, positive), {"accuracy": nearest.mean(), "logit_scale": scale, "logit_bias": bias}
+        return loss(logits, positive), metrics | {"accuracy": nearest.mean()}
 
     @property
     def predict(self) -> Mapping:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +129,19 @@ def test_the_three_losses_over_steps():
     assert int(extra["place"]) == 5 * B % QUEUE and int(extra["step"]) == 5
     np.testing.assert_allclose(extra["image_queue"], np.stack([each[0] for each in oracle.queue]), atol=1e-5)
     assert (extra["text_ids"] != NOBODY).all()
+
+
+def test_contrast_in_blocks_gives_the_same_losses(trained):
+    params, extra = start()
+    blocks = jax.jit(jax.value_and_grad(replace(TASK, tile=3).loss, has_aux=True))
+    for step in range(3):
+        rng, data = jax.random.key(step), batch(step)
+        (want, (later, metrics)), gradients = trained(params, extra, data, rng)
+        with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2))):
+            (got, (extra, found)), slopes = blocks(params, extra, data, rng)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        chex.assert_trees_all_close((slopes, found, extra), (gradients, metrics, later), rtol=1e-4, atol=1e-5)
+    assert found["alpha"] > 0 and (extra["text_ids"] != NOBODY).any()
 
 
 def test_gradients_reach_the_student_only():

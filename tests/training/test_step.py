@@ -37,9 +37,11 @@ def first_state(kind, drawn):
 
 
 @functools.cache
-def run(kind, axes, *, microbatches=1, scan=True, drawn=()):
+def run(kind, axes, *, microbatches=1, scan=True, drawn=(), tile=None):
     """Five steps of a compiled train step."""
     task = model_task(kind, scan=scan, **dict(drawn))
+    if tile is not None:
+        task = replace(task, tile=tile)
     optimizer = plain_optimizer(task)
     mesh = make_mesh(MeshConfig(data=axes[0], fsdp=axes[1], tensor=axes[2]))
     shapes = abstract_state(task, optimizer)
@@ -101,6 +103,13 @@ def test_microbatches_give_the_same_losses_in_less_memory(kind, record_property)
 def test_microbatches_are_exact_on_a_mesh():
     parts = run("clip", MESHES["2x2x2"], microbatches=4)
     np.testing.assert_allclose(parts.losses, run("clip", ONE).losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_losses_in_blocks_are_exact_with_microbatches_on_a_mesh(kind):
+    blocks = run(kind, MESHES["2x2x2"], microbatches=4, tile=3)
+    np.testing.assert_allclose(blocks.losses, run(kind, ONE).losses, rtol=1e-5)
+    np.testing.assert_allclose(blocks.norms, run(kind, ONE).norms, rtol=1e-4)
 
 
 @functools.cache

@@ -1,0 +1,148 @@
+"""Losses in blocks equal the plain ones, in value and gradient, whatever the mesh and the tiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmm.config import MeshConfig
+from jaxmm.losses.blocks import (
+    NO_PLACE,
+    Columns,
+    Distilled,
+    Rows,
+    Sigmoid,
+    Softmax,
+    compare,
+    contrastive_in_blocks,
+    pair_keys,
+)
+from jaxmm.losses.contrastive import (
+    contrastive_logits,
+    distilled_targets,
+    equal_ids,
+    positives,
+    sigmoid_contrastive,
+    soft_contrastive,
+    softmax_contrastive,
+)
+from jaxmm.sharding import make_mesh
+from tests.losses.test_contrastive import brute_sigmoid, brute_softmax
+from tests.reference import arrays, fp64, unit
+
+B, E, Q = 48, 6, 16
+MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2))
+LOSSES = {"softmax": (Softmax, softmax_contrastive, brute_softmax),
+          "sigmoid": (Sigmoid, sigmoid_contrastive, brute_sigmoid)}
+SCALE, BIAS = 20.0, -3.0
+
+
+def mesh(shape):
+    return make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+
+
+def embeddings(*sizes):
+    return [jnp.asarray(unit(x), jnp.float32) for x in arrays(*((size, E) for size in sizes))]
+
+
+def ids(size, seed):
+    """Of which some are shared."""
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 30, (size, 2)) * [1, 0] + [0, 5], jnp.int32)
+
+
+IDS = ids(B, 0), ids(B, 1)
+
+
+def plain(kind, image, text, scale, bias):
+    logits, positive = contrastive_logits(image, text, scale, bias), positives(*IDS, size=B)
+    nearest = jnp.take_along_axis(positive, logits.argmax(axis=1)[:, None], axis=1)
+    return LOSSES[kind][1](logits, positive), {"accuracy": nearest.mean()}
+
+
+def differentiated(function, arguments, *inputs):
+    return jax.jit(jax.value_and_grad(function, arguments, has_aux=True))(*inputs)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_blocks_are_the_plain_loss(kind, record_property):
+    inputs = *embeddings(B, B), jnp.float32(SCALE), jnp.float32(BIAS)
+    expected = differentiated(lambda *x: plain(kind, *x), (0, 1, 2, 3), *inputs)
+    brute = LOSSES[kind][2](SCALE * fp64(inputs[0]) @ fp64(inputs[1]).T + BIAS, np.asarray(positives(*IDS, size=B)))
+    largest = 0.0
+    for shape, tile in [*((shape, 4) for shape in MESHES), ((8, 1, 1), 1000), ((1, 1, 1), 7)]:
+        with jax.set_mesh(mesh(shape)):
+            found = differentiated(lambda *x, tile=tile: contrastive_in_blocks(
+                LOSSES[kind][0], *x[:2], IDS, *x[2:], tile=tile), (0, 1, 2, 3), *inputs)
+        np.testing.assert_allclose(found[0][0], brute, rtol=1e-6)
+        assert found[0][1]["accuracy"] == expected[0][1]["accuracy"] > 0
+        for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+            largest = max(largest, float(np.abs(one - other).max()))
+    record_property(f"{kind} loss in blocks, largest difference of a gradient", f"{largest:.1e}")
+
+
+def test_the_distilled_loss_in_blocks_is_the_plain_one():
+    student, teacher, new, queue = embeddings(B, B, B, Q)
+    queued = jnp.concatenate([IDS[0][:5], jnp.full((Q - 5, 2), -9, jnp.int32)])      # five pictures are in the queue
+    positive = jnp.concatenate([positives(IDS[0], None, B), (IDS[0][:, None] == queued[None]).all(-1)], axis=1)
+    assert bool(positive[:, B:].any())
+
+    def whole(student, teacher, scale, alpha):
+        columns = jnp.concatenate([new, queue])
+        targets = distilled_targets(scale * teacher @ columns.T, positive, alpha)
+        return soft_contrastive(scale * student @ columns.T, targets), {}
+
+    def blocks(student, teacher, scale, alpha):
+        keys = pair_keys((IDS[0],), jnp.arange(B)), pair_keys((queued,), jnp.full(Q, NO_PLACE))
+        return compare(Distilled, Rows((student, teacher), keys[0]), Columns((new, queue), keys), scale,
+                       jnp.zeros(()), alpha, tile=4)
+
+    inputs = student, teacher, jnp.float32(SCALE), jnp.float32(0.3)
+    expected = differentiated(whole, (0, 1), *inputs)
+    scaled = jax.grad(lambda s: soft_contrastive(s * student @ jnp.concatenate([new, queue]).T, distilled_targets(
+        SCALE * teacher @ jnp.concatenate([new, queue]).T, positive, jnp.float32(0.3))))(SCALE)
+    for shape in MESHES:
+        with jax.set_mesh(mesh(shape)):
+            (loss, _), (d_student, d_teacher, d_scale, d_alpha) = differentiated(blocks, (0, 1, 2, 3), *inputs)
+        np.testing.assert_allclose(loss, expected[0][0], rtol=1e-6)
+        np.testing.assert_allclose(d_student, expected[1][0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(d_scale, scaled, rtol=1e-4)
+        assert float(np.abs(d_teacher).max()) == 0 == float(d_alpha)
+
+
+def test_no_place_is_nobody():
+    keys = pair_keys((ids(3, 0),), jnp.arange(3)), pair_keys((ids(3, 1) + 1000,), jnp.full(3, NO_PLACE))
+    assert keys[0].shape == (3, 2, 2)
+    assert not (keys[0][:, None] == keys[1][None]).all(-1).any()
+    np.testing.assert_array_equal(positives(ids(3, 0), None, 3), equal_ids(ids(3, 0)) | np.eye(3, dtype=bool))
+
+
+def memory(loss, batch, devices):
+    """Bytes that a device needs for value and gradient, besides what goes in and out."""
+    where = jax.sharding.NamedSharding(mesh((devices, 1, 1)), jax.sharding.PartitionSpec("data"))
+    inputs = [jax.ShapeDtypeStruct((batch, 32), jnp.float32, sharding=where)] * 2
+    with jax.set_mesh(mesh((devices, 1, 1))):
+        step = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=(None, (where, where)))
+        return step.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_with_a_device_share_alone(record_property):
+    def blocks(image, text):
+        return contrastive_in_blocks(Softmax, image, text, (None, None), jnp.float32(SCALE),
+                                     jnp.float32(BIAS), tile=64)[0]
+
+    def whole(image, text):
+        return softmax_contrastive(contrastive_logits(image, text, jnp.float32(SCALE), jnp.float32(BIAS)),
+                                   positives(None, None, len(image)))
+
+    one, twice, wider = (memory(blocks, *size) for size in ((8192, 4), (16384, 4), (16384, 8)))
+    assert 1.6 < twice / one < 2.2 and 0.9 < wider / one < 1.1
+    assert memory(whole, 8192, 4) > 50 * one
+    record_property("softmax loss in blocks of 8,192 pairs on 4 devices, bytes a device", one)
+
+
+def test_what_does_not_divide():
+    image, text = embeddings(12, 12)
+    with (jax.set_mesh(mesh((8, 1, 1))),
+          pytest.raises(ValueError, match="12 rows cannot be divided among 8 devices")):
+        contrastive_in_blocks(Softmax, image, text, (None,), jnp.float32(SCALE), jnp.float32(BIAS), tile=8)
