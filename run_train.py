@@ -4,7 +4,6 @@ Without arguments it trains BLIP on generated scenes. The same command with the 
 run was left.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -20,7 +19,6 @@ from jaxmm.config import ConfigError, TrainConfig, require
 from jaxmm.data.sources import DataError
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
-from jaxmm.recipes import load_recipe
 from jaxmm.tasks.base import Task
 from jaxmm.training.checkpoint import CheckpointError
 from jaxmm.training.loop import TrainError, train
@@ -54,16 +52,7 @@ class Command(Run):
 
 def parse(args: list[str]) -> Command:
     """The command line: first which recipe, then everything with that recipe's values as defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config", type=Path, default=Run.config)
-    try:
-        path = first.parse_known_args(args)[0].config
-        recipe = load_recipe(path, HERE / "configs")
-        require(isinstance(recipe, TrainConfig), "config", str(path), "a recipe of one training run")
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
-    return tyro.cli(Command, args=args, default=Command(train=recipe), description=__doc__,
-                    config=(tyro.conf.AvoidSubcommands,))
+    return parse_recipe(Command, args, default=Run.config, folder=HERE / "configs", description=__doc__)
 
 
 def new_workdir(recipe: Path) -> Path:

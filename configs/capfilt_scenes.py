@@ -1,8 +1,8 @@
-"""CapFilt from nothing on generated scenes: 4,000 pictures whose web texts are 60 % noise, and 400 that people told of.
+"""CapFilt from nothing on generated scenes: 4,000 pictures whose web texts are 60 % noise, 2,000 that people told of.
 
     jaxmm capfilt bootstrap --config configs/capfilt_scenes.py --out runs/capfilt
 
-A BLIP learns from all of it; a captioner and a filter are fine-tuned from it on the 400; they caption and filter the
+A BLIP learns from all of it; a captioner and a filter are fine-tuned from it on the 2,000; they caption and filter the
 4,000; a new BLIP learns from what stays. `python -m benchmarks.capfilt` measures what each part does.
 """
 
@@ -36,7 +36,7 @@ def get_config() -> CapFiltConfig:
     greedy = Captions(decoding=Decoding(beams=1, max_length=LONGEST))
     found = Retrieval(pool=100, captions="first"), Reranking(pool=100, captions="first")
     blip = BLIPPretraining(model=BLIPConfig(vision=vision, text=text, embed_dim=128, temperature=0.02), queue=1024,
-                           momentum=0.97, alpha=0.2, ramp=300, smoothing=0.0, weights=(0.3, 0.7, 2.0))
+                           momentum=0.97, alpha=0.2, ramp=300, smoothing=0.0, weights=(0.3, 0.7, 3.0))
     matching = BLIPPretraining(
         model=BLIPConfig(vision=vision, embed_dim=128, temperature=0.02, text=MedConfig(
             transformer=text.transformer, vocab_size=None, positions=40, context_width=128, decoder=False)),
@@ -45,12 +45,12 @@ def get_config() -> CapFiltConfig:
         vision=vision, embed_dim=None, matching=False, temperature=None, text=MedConfig(
             transformer=text.transformer, vocab_size=None, positions=40, context_width=128, encoder=False)))
     return CapFiltConfig(
-        web="scenes:web", human="scenes:train[:400]", human_weight=2,
-        pretrain=TrainConfig(task=blip, steps=900, data=data, optimizer=muon(2e-3), evals=(*found, greedy),
+        web="scenes:web", human="scenes:train[:2000]",
+        pretrain=TrainConfig(task=blip, steps=600, data=data, optimizer=muon(2e-3), evals=(*found, greedy),
                              log_every=50),
-        captioner=TrainConfig(task=writing, steps=250, data=data, optimizer=muon(5e-4, ()), evals=(greedy,),
+        captioner=TrainConfig(task=writing, steps=1000, data=data, optimizer=muon(1e-3, ()), evals=(greedy,),
                               log_every=50),
-        filter=TrainConfig(task=matching, steps=250, data=data, optimizer=muon(5e-4), evals=found, log_every=50),
+        filter=TrainConfig(task=matching, steps=300, data=data, optimizer=muon(5e-4), evals=found, log_every=50),
         decoding=Decoding(sample=True, top_p=0.9, max_length=LONGEST))
 
 

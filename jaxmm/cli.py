@@ -19,6 +19,7 @@ from jaxmm.data.commands import check_data, import_data, show_data
 from jaxmm.data.faults import BadRecord
 from jaxmm.data.sources import find_pictures
 from jaxmm.generate import Decoding
+from jaxmm.planning.commands import plan
 from jaxmm.pretrained import parity as parities
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.model import Format, Model, load
@@ -330,15 +331,27 @@ def capfilt(command: Annotated[choice(**CAPFILT), tyro.conf.arg(name="")]) -> No
     """Better captions for pictures from the web: BLIP writes some and drops what does not belong."""
 
 
+def planned(config: Path, topology: str = "v5e:16x16") -> None:
+    """Compiles a recipe's train step for chips that need not be there: whether it fits, and how long it may take.
+
+    Args:
+        config: The recipe. `jaxmm plan --config RECIPE --help` shows all options.
+        topology: Chips and how they are wired.
+    """
+
+
 def main(args: list[str] | None = None) -> int:
     """Parses and runs; turns what can go wrong into one line. The exit status."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     keep_memory()
+    args = sys.argv[1:] if args is None else args
     try:
+        if args[:1] == ["plan"]:      # its options are those of a recipe, which has to be read first
+            return plan(args[1:])
         use_compilation_cache()
         tyro.extras.subcommand_cli_from_dict(
             {"classify": classify, "caption": caption, "answer": answer, "match": match, "search": search,
-             "data": data, "capfilt": capfilt, "convert": convert, "show": show, "parity": parity},
+             "data": data, "capfilt": capfilt, "convert": convert, "show": show, "parity": parity, "plan": planned},
             prog="jaxmm", args=args, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
     except (ConfigError, FileError, SearchError, BadRecord, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,11 +1,17 @@
 """Recipes: Python files with `get_config()`."""
 
+import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jaxmm.config import ConfigError
+import tyro
+
+from jaxmm.config import ConfigError, TrainConfig, require
+
+Command = TypeVar("Command")
 
 
 def load_recipe(path: Path, folder: Path | None = None) -> Any:
@@ -21,3 +27,25 @@ def load_recipe(path: Path, folder: Path | None = None) -> Any:
     if not hasattr(module, "get_config"):
         raise ConfigError(f"config is {str(path)!r}, which has no get_config()")
     return module.get_config()
+
+
+def parse_recipe(
+    command: type[Command], args: Sequence[str], *, recipe: type = TrainConfig, name: str = "train",
+    default: Path | None = None, folder: Path | None = None, prog: str | None = None, description: str | None = None,
+) -> Command:
+    """`command`, a dataclass with `config` and, in the field `name`, a `recipe`, from a command line.
+
+    First which recipe (`--config`; else `default`), then everything with that recipe's values as defaults. Raises
+    `ConfigError`, which names the recipes in `folder`.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", type=Path, default=default)
+    try:
+        path = first.parse_known_args(list(args))[0].config
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    require(path is not None, "config", path, "--config RECIPE, a Python file with get_config()")
+    options = {"args": list(args), "prog": prog, "description": description, "config": (tyro.conf.AvoidSubcommands,)}
+    found = load_recipe(path, folder)
+    require(isinstance(found, recipe), "config", str(path), f"a recipe whose get_config() gives a {recipe.__name__}")
+    return tyro.cli(command, default=command(**{"config": path, name: found}), **options)

@@ -273,7 +273,8 @@ def _backward_here(make, tile, axes, devices, rows, columns, scale, bias, option
     def visit(known, row_state, column_state):
         def tile_of(r, c, row_state, column_state):
             (r, row), (c, column) = r, c
-            logits = _logits(r, c, scale, bias)
+            with jax.named_scope("recomputed"):
+                logits = _logits(r, c, scale, bias)
             slope = factor * kind.slope(row, column, logits, _belong(r.keys, c.keys[0]))
             d_row, d_bias = row_state
             d_row = d_row + scale * slope @ c.embeddings[0]

@@ -98,7 +98,9 @@ def _fused_backward(residuals, gradient):
     kind = {"preferred_element_type": wide(dtype)}
     delta = (widened(gradient) * out).sum(axis=-1).swapaxes(1, 2)  # [b h t]
     q, k, v, g = by_head(query * scale), by_head(key), by_head(value), by_head(gradient)
-    weights = jnp.exp(jnp.einsum("bhsk,bhtk->bhst", k, q, **kind) - log_total[:, :, None])
+    with jax.named_scope("recomputed"):
+        scores = jnp.einsum("bhsk,bhtk->bhst", k, q, **kind)
+    weights = jnp.exp(scores - log_total[:, :, None])
     if mask is not None:
         weights = jnp.where(mask.swapaxes(-1, -2), weights, 0.0)
     d_value = jnp.einsum("bhst,bhtk->bhsk", weights.astype(dtype), g)

@@ -60,7 +60,8 @@ def value_and_grad(
         (loss, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
         return (loss, (extra, metrics)), grads
 
-    outputs = join(jax.lax.map(lambda part: encode(params, *part), parts))
+    with jax.named_scope("recomputed"):      # below, for the gradient
+        outputs = join(jax.lax.map(lambda part: encode(params, *part), parts))
 
     def objective(params, outputs):
         return task.objective(hold(params), outputs, batch)

@@ -40,14 +40,18 @@ def keep_memory() -> None:
         mallopt(option, value)
 
 
+def cache_folder() -> Path:
+    """Where jaxmm keeps what it can make again: jaxmm in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmm"
+
+
 def use_compilation_cache(folder: Path | None = None) -> None:
     """Keeps compiled programs in `folder`, so that the next start is fast; None: jaxmm/xla in the user's cache.
 
     Whoever can write there can run code as this user: a folder that others may write is refused with `ConfigError`.
     Without one that can be made and written, programs are compiled each time, with a warning.
     """
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmm" / "xla"
+    folder = cache_folder() / "xla" if folder is None else folder
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
