@@ -130,8 +130,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 
 def _constrain(x: jax.Array, where: PartitionSpec) -> jax.Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or "data" not in mesh.axis_names or any(t != AxisType.Auto for t in mesh.axis_types):
+    if math.prod(axis_sizes().values()) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, where)
 
@@ -146,9 +145,15 @@ def constrain_replicated(x: jax.Array) -> jax.Array:
     return _constrain(x, PartitionSpec())
 
 
-def batch_axes() -> tuple[tuple[str, ...], int]:
-    """The axes of the current mesh that a batch is cut over, and into how many shares; outside a mesh, (() and 1)."""
+def axis_sizes() -> dict[str, int]:
+    """Devices along each of AXES in the current mesh; 1 outside of one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or "data" not in mesh.axis_names or any(t != AxisType.Auto for t in mesh.axis_types):
-        return (), 1
-    return BATCH, math.prod(mesh.shape[axis] for axis in BATCH)
+        return dict.fromkeys(AXES, 1)
+    return dict(mesh.shape)
+
+
+def batch_devices() -> int:
+    """Into how many parts a batch is cut in the current mesh."""
+    sizes = axis_sizes()
+    return math.prod(sizes[axis] for axis in BATCH)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.losses.contrastive import Ids
-from jaxmm.sharding import BATCH, batch_axes
+from jaxmm.sharding import BATCH, batch_devices
 
 Keys = Int[Array, "_ k 2"]
 """What pairs are recognised by: a row and a column with one key in common, at the same place, belong together."""
@@ -224,15 +224,15 @@ def _each_tile(visit: Callable, tile: int, rows: Any, columns: Any, row_state: A
     return jax.lax.fori_loop(0, count, body, (row_state, column_state))
 
 
-def _around(visit: Callable, axes: tuple[str, ...], devices: int, columns: Any, row_state: Any, column_state: Any):
+def _around(visit: Callable, devices: int, columns: Any, row_state: Any, column_state: Any):
     """`visit(columns, row_state, column_state)` with each device's block of columns in turn; all come home."""
     onward = [(i, (i + 1) % devices) for i in range(devices)]
 
     def step(_, carry):
         columns, row_state, column_state = carry
-        coming = jax.lax.ppermute(columns, axes, onward)   # while these are visited
+        coming = jax.lax.ppermute(columns, BATCH, onward)   # while these are visited
         row_state, column_state = visit(columns, row_state, column_state)
-        return coming, row_state, jax.lax.ppermute(column_state, axes, onward)
+        return coming, row_state, jax.lax.ppermute(column_state, BATCH, onward)
 
     if devices == 1:
         return visit(columns, row_state, column_state)
@@ -248,7 +248,7 @@ def _joined(columns: Columns) -> Columns:
     return Columns((jnp.concatenate(columns.embeddings),), (jnp.concatenate(columns.keys),))
 
 
-def _forward_here(make, tile, axes, devices, rows, columns, scale, bias, options):
+def _forward_here(make, tile, devices, rows, columns, scale, bias, options):
     """A device's share of the loss."""
     kind, block = make(*options), _joined(columns)
 
@@ -257,15 +257,15 @@ def _forward_here(make, tile, axes, devices, rows, columns, scale, bias, options
                                                            _belong(r.keys, c.keys[0])),
                           tile, rows, block, row_state, column_state)
 
-    row, column = _around(visit, axes, devices, block, *kind.start(len(rows.keys), len(block.keys[0])))
+    row, column = _around(visit, devices, block, *kind.start(len(rows.keys), len(block.keys[0])))
     loss, means, row, column = kind.finish(row, column)
     count = len(rows.keys) * devices
-    summed = jax.tree.map(lambda x: jax.lax.psum(x, axes) if devices > 1 else x, (loss, {
+    summed = jax.tree.map(lambda x: jax.lax.psum(x, BATCH) if devices > 1 else x, (loss, {
         name: each.sum() for name, each in means.items()}))
     return *jax.tree.map(lambda x: x / count, summed), row, column
 
 
-def _backward_here(make, tile, axes, devices, rows, columns, scale, bias, options, row, column, gradient):
+def _backward_here(make, tile, devices, rows, columns, scale, bias, options, row, column, gradient):
     """A device's share of the gradients: of its rows, of its own columns, and of scale and bias."""
     kind, block = make(*options), _joined(columns)
     factor = gradient / (len(rows.keys) * devices)
@@ -282,21 +282,21 @@ def _backward_here(make, tile, axes, devices, rows, columns, scale, bias, option
         return _each_tile(tile_of, tile, (rows, row), known, row_state, column_state)
 
     x, whole = rows.embeddings[0], block.embeddings[0]
-    (d_rows, d_bias), d_columns = _around(visit, axes, devices, (block, column),
+    (d_rows, d_bias), d_columns = _around(visit, devices, (block, column),
                                           (jnp.zeros_like(x), jnp.zeros(len(x))), jnp.zeros_like(whole))
     d_scale = (d_rows * x).sum() / scale
-    d_scale, d_bias = (jax.lax.psum(each, axes) if devices > 1 else each for each in (d_scale, d_bias.sum()))
+    d_scale, d_bias = (jax.lax.psum(each, BATCH) if devices > 1 else each for each in (d_scale, d_bias.sum()))
     ends = [sum(len(each) for each in columns.embeddings[:i + 1]) for i in range(len(columns.embeddings) - 1)]
     return d_rows, tuple(jnp.split(d_columns, ends)), d_scale, d_bias
 
 
 def _spread(function: Callable, inputs: tuple[bool, ...], outputs: tuple[bool, ...]) -> Callable:
-    """`function(axes, devices, ...)` on every device's share; True marks what is spread, False what all devices have.
+    """`function(devices, ...)` on every device's share; True marks what is spread, False what all devices have.
 
     Outside a mesh, or where the batch lies whole on one device, all is that device's.
     """
-    axes, devices = batch_axes()
-    here = partial(function, axes, devices)
+    devices = batch_devices()
+    here = partial(function, devices)
     if devices == 1:
         return here
     spread = {True: PartitionSpec(BATCH), False: PartitionSpec()}
@@ -339,7 +339,7 @@ def compare(
     A tile has at most `tile` x `tile` logits. Raises ValueError where a piece of rows or columns does not divide into
     the devices.
     """
-    _, devices = batch_axes()
+    devices = batch_devices()
     for name, piece in (("rows", rows.embeddings[0]), *(("columns", each) for each in columns.embeddings)):
         if len(piece) % devices:
             raise ValueError(f"{len(piece)} {name} cannot be divided among {devices} devices")

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
+from jaxmm.nn import tpu_attention
 from jaxmm.nn.precision import wide, widened
 
 Initializer = Callable[..., Array]
@@ -81,19 +82,42 @@ def _attended(query, k, v, mask):
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True)
     out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, **kind) / total
-    out = checkpoint_name(by_head(out).astype(v.dtype), "attention")
-    log_total = checkpoint_name((highest + jnp.log(total))[..., 0], "attention")
-    return out, (log_total, mask)
+    return by_head(out).astype(v.dtype), (highest + jnp.log(total))[..., 0]
+
+
+def _fused(query, key, value, mask):
+    return _attended(query, by_head(key), by_head(value), mask)
+
+
+def _fused_on_tpu(query, key, value, mask):
+    """The kernel's; its backward pass has no use for the logarithms."""
+    b, t, h, _ = query.shape
+    return tpu_attention.attended(query, key, value, mask), jnp.zeros((b, h, t), wide(value.dtype))
 
 
 def _fused_residuals(query, key, value, mask):
-    out, (log_total, mask) = _attended(query, by_head(key), by_head(value), mask)
+    inputs = query, key, value, mask
+    if tpu_attention.suits(query, key, mask):
+        out, log_total = jax.lax.platform_dependent(*inputs, tpu=_fused_on_tpu, default=_fused)
+    else:
+        out, log_total = _fused(*inputs)
+    out, log_total = (checkpoint_name(x, "attention") for x in (out, log_total))
     return out, (query, key, value, out, log_total, mask)
 
 
 def _fused_backward(residuals, gradient):
+    query, key, *_, mask = residuals
+    if not tpu_attention.suits(query, key, mask):
+        return *_fused_gradients(*residuals, gradient), None
+
+    def on_tpu(query, key, value, out, log_total, mask, gradient):
+        return tuple(tpu_attention.gradients(query, key, value, gradient, mask))
+
+    return *jax.lax.platform_dependent(*residuals, gradient, tpu=on_tpu, default=_fused_gradients), None
+
+
+def _fused_gradients(query, key, value, out, log_total, mask, gradient):
     """Scores are laid out [b h s t] here: what multiplies them then needs no transposed copy of them."""
-    query, key, value, out, log_total, mask = residuals
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     kind = {"preferred_element_type": wide(dtype)}
     delta = (widened(gradient) * out).sum(axis=-1).swapaxes(1, 2)  # [b h t]
@@ -108,7 +132,7 @@ def _fused_backward(residuals, gradient):
     d_scores = d_scores.astype(dtype)
     d_key = jnp.einsum("bhst,bhtk->bhsk", d_scores, q)
     d_query = jnp.einsum("bhst,bhsk->bhtk", d_scores, k) * scale
-    return *(by_head(x).astype(dtype) for x in (d_query, d_key, d_value)), None
+    return tuple(by_head(x).astype(dtype) for x in (d_query, d_key, d_value))
 
 
 fused_attend.defvjp(_fused_residuals, _fused_backward)

@@ -36,6 +36,7 @@ ACTIVATIONS = {
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "cheap": jax.checkpoint_policies.save_only_these_names("projections", "attention", "middle", "hidden"),
+    "mlp": jax.checkpoint_policies.save_only_these_names("projections", "attention", "middle"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -67,9 +68,10 @@ class TransformerConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Of the activations; parameters, norms' statistics and softmax stay fp32. float64, for checks of gradients, needs
     `jax.enable_x64`, and then everything is."""
-    remat: Literal["none", "cheap", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing; norms and activations; all but matrix products of parameters;
-    everything inside a layer."""
+    remat: Literal["none", "cheap", "mlp", "dots", "full"] = "none"
+    """What the backward pass computes again: nothing; norms and activations; these and the MLP's hidden units, which
+    are four of nine parts of what is kept otherwise; all but matrix products of parameters; everything inside a
+    layer."""
     scan: bool = True
     """Compile one layer and loop over it, or all layers one after the other."""
 

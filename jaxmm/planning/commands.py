@@ -145,6 +145,8 @@ def show(made: Plan) -> None:
         table.add_row("XLA's estimate of a step", f"{made.estimated_step_seconds * 1e3:,.0f} ms, "
                       f"{made.batch_size / made.estimated_step_seconds:,.0f} pictures/s, "
                       f"{made.estimated_utilization:.0%} of the chips' peak")
+        if made.kernel_cycles:
+            table.add_row("of it kernels, by their schedule", f"{made.kernel_cycles / made.estimated_cycles:.0%}")
         table.add_row("exchanges, if nothing hid them", f"{made.exchange_seconds * 1e3:,.0f} ms")
     table.add_row("compiled in", f"{made.compile_seconds:.0f} s")
     console.print(table)

@@ -34,6 +34,10 @@ def _count(jaxpr: Any, times: float, again: bool) -> Flops:
             total = Flops(total.all + here, total.model + (0 if repeated else here))
             continue
         inside = times
+        if name == "cond":      # one of them runs: on CPU what a kernel does elsewhere is spelled out
+            branches = [_count(branch.jaxpr, times, repeated) for branch in params["branches"]]
+            total = Flops(*(a + max(each) for a, each in zip(total, zip(*branches, strict=True), strict=True)))
+            continue
         if name == "scan":
             inside = times * params["length"]
         elif name == "shard_map":

@@ -74,6 +74,15 @@ class Collective:
         return self.bytes * share
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A program of its own inside the program."""
+
+    name: str
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    """Type and shape of each operand."""
+
+
 @dataclass
 class Program:
     """The text of a compiled program, by computations."""
@@ -128,8 +137,21 @@ class Program:
                     yield from self._walk(branch, times, fused)
 
     @cached_property
+    def kernels(self) -> dict[Kernel, int]:
+        """Kernels that XLA did not write and has no estimate of, and how often they run."""
+        found: dict[Kernel, int] = {}
+        for each, times, _ in self.walk():
+            if each.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in each.rest:
+                shapes = re.search(r"operand_layout_constraints=\{(.*?)\}, (?:frontend|metadata|backend)", each.rest)
+                inputs = tuple((kind, tuple(int(size) for size in sizes.split(",")))
+                               for kind, sizes in _SHAPE.findall(shapes[1]))
+                kernel = Kernel(each.name.split(".")[0], inputs)
+                found[kernel] = found.get(kernel, 0) + times
+        return found
+
+    @cached_property
     def cycles(self) -> int:
-        """XLA's estimate of a run, of all that is not an exchange between devices."""
+        """XLA's estimate of a run, of all that is neither an exchange between devices nor a kernel."""
         return sum(each.cycles * times for each, times, fused in self.walk() if not fused)
 
     def costliest(self, depth: int = 6) -> dict[str, int]:

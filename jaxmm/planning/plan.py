@@ -15,6 +15,7 @@ import jax
 
 from jaxmm.atomic import write_atomically
 from jaxmm.config import ConfigError, TrainConfig
+from jaxmm.planning import kernels
 from jaxmm.planning.chips import Topology
 from jaxmm.planning.flops import Flops, count
 from jaxmm.planning.hlo import Collective, Program
@@ -26,7 +27,7 @@ from jaxmm.training.state import abstract_state
 from jaxmm.training.step import compile_step, train_step
 from jaxmm.validation import require
 
-READING = "1"
+READING = "2"
 """Changes when what is read from a compiled program does."""
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -60,7 +61,10 @@ class Plan:
     code_bytes: int | None
     collectives: tuple[Collective, ...] = ()
     estimated_cycles: int | None = None
-    """XLA's estimate of everything but exchanges, loops counted."""
+    """XLA's estimate of everything but exchanges, loops counted, and the instructions that it scheduled for kernels;
+    None where it does not tell."""
+    kernel_cycles: int = 0
+    """Of them, those of kernels."""
     estimated_step_seconds: float | None = None
     """`estimated_cycles` at the chip's clock, nothing waiting for an exchange."""
     estimated_utilization: float | None = None
@@ -148,7 +152,9 @@ def make_plan(config: TrainConfig, topology: Topology, cache: Path | None = None
     told = _remembered(lowered, topology, cache) or _compile(lowered, topology, dict(traced.mesh.shape), cache)
     collectives = tuple(Collective(**each | {"axes": tuple(each["axes"])}) for each in told.pop("collectives"))
     cycles = told.pop("cycles")
-    return Plan(**common, **told, **times(topology, cycles, flops, collectives, traced.mesh.shape),
+    if cycles is not None:
+        common |= times(topology, cycles + told["kernel_cycles"], flops, collectives, traced.mesh.shape)
+    return Plan(**common, **told,
                 fits=told["peak_bytes"] <= topology.chip.hbm_bytes, collectives=collectives)
 
 
@@ -161,14 +167,18 @@ def _compile(lowered: Any, topology: Topology, mesh: dict[str, int], cache: Path
         needed = bytes_asked_for(str(error))
         if needed is None:
             raise ConfigError(f"{topology.name} does not compile this recipe: {str(error)[:2000]}") from error
-        told = {"peak_bytes": needed, "collectives": [], "cycles": 0} | dict.fromkeys(
-            ("argument_bytes", "temporary_bytes", "output_bytes", "aliased_bytes", "code_bytes"))
+        told = {"peak_bytes": needed, "collectives": [], "kernel_cycles": 0} | dict.fromkeys(
+            ("cycles", "argument_bytes", "temporary_bytes", "output_bytes", "aliased_bytes", "code_bytes"))
     else:
         memory, program = compiled.memory_analysis(), Program(compiled.as_text())
         told = {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
                 "output_bytes": memory.output_size_in_bytes, "aliased_bytes": memory.alias_size_in_bytes,
                 "code_bytes": memory.generated_code_size_in_bytes}
-        told |= {"peak_bytes": sum(told.values()) - 2 * told["aliased_bytes"], "cycles": program.cycles,
+        scheduled = [(times, kernels.cycles(each, topology.kind, cache)) for each, times in program.kernels.items()]
+        known = all(each is not None for _, each in scheduled)
+        told |= {"peak_bytes": sum(told.values()) - 2 * told["aliased_bytes"],
+                 "cycles": program.cycles if known else None,
+                 "kernel_cycles": sum(times * each for times, each in scheduled) if known else 0,
                  "collectives": [dataclasses.asdict(each) for each in program.collectives(mesh)]}
     told["compile_seconds"] = time.monotonic() - begun
     if cache is not None:

@@ -14,7 +14,7 @@ from jaxmm.planning.shapes import resized
 from jaxmm.tasks.base import Task
 
 Planner = Callable[[TrainConfig, Topology], Plan]
-REMATS = ("none", "cheap", "dots", "full")
+REMATS = ("none", "cheap", "mlp", "dots", "full")
 """From the fastest to the smallest."""
 TILE = 1024
 

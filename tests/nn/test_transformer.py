@@ -120,12 +120,12 @@ def test_remat_gives_the_same_gradient():
     expected = gradient("none", True)
     largest = max(np.abs(leaf).max() for leaf in expected)
     assert largest > 1
-    for remat, scan in (("cheap", True), ("dots", True), ("full", True), ("full", False)):
+    for remat, scan in (("cheap", True), ("mlp", True), ("dots", True), ("full", True), ("full", False)):
         for one, other in zip(gradient(remat, scan), expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * largest, err_msg=f"{remat} {scan}")
 
 
-def test_remat_full_saves_less_than_dots_and_none():
+def test_remat_saves_ever_less():
     """How many values the backward pass keeps, layer by layer."""
     x, params = setting()
 
@@ -136,6 +136,7 @@ def test_remat_full_saves_less_than_dots_and_none():
         return sum(leaf.size for leaf in jax.tree.leaves(pull))
 
     assert saved("full") < saved("dots") < saved("none")
+    assert saved("full") < saved("mlp") < saved("cheap") < saved("none")
 
 
 DROP, ROWS = 0.6, 4000
