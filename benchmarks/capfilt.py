@@ -3,8 +3,9 @@
     python -m benchmarks.capfilt [--quick] [--seeds 3] [--only none,both] [--out DIR] [--json FILE]
 
 `configs/capfilt_scenes.py`: 4,000 pictures with web texts, of which 40 % are right, and 2,000 that people told of. For
-each seed a BLIP is pre-trained on all of it (`none`); a captioner and a filter are fine-tuned from it on the 2,000; what
-they make of the web's texts trains a new BLIP from scratch, the same steps, batches and learning rates in every arm:
+each seed a BLIP is pre-trained on all of it (`none`); a captioner and a filter are fine-tuned from it on the 2,000;
+what they make of the web's texts trains a new BLIP from scratch, the same steps, batches and learning rates in every
+arm:
 
     filter     the web's texts that the filter keeps
     captions   the web's texts and one synthetic caption of each picture, all of them

@@ -83,37 +83,40 @@ def _padded(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-def _run(kernel, name, results, arrays, mask, interpret):
-    """`kernel` on arrays [b n h k], picture by picture and some heads at a time; `results` says like which arrays."""
-    b, t, heads, width = arrays[0].shape
-    count = heads_at_once(t, arrays[1].shape[1], heads, width, arrays[0].dtype.itemsize)
+def _run(kernel, name, results, heads, interpret, arrays, mask):
+    """`kernel` on arrays [b n d], picture by picture and some heads at a time; `results` says like which arrays."""
+    (b, t, d), s = arrays[0].shape, arrays[1].shape[1]
+    width = d // heads
+    count = heads_at_once(t, s, heads, width, arrays[0].dtype.itemsize)
 
     def block(x):
         return pl.BlockSpec((None, x.shape[1], count * width), lambda i, j: (i, 0, j))
 
-    flat = [x.reshape(*x.shape[:2], heads * width) for x in arrays]
-    specs = [block(x) for x in flat]
+    inputs, specs = list(arrays), [block(x) for x in arrays]
     if mask is not None:
-        mask = mask[:, 0].astype(jnp.int32)
         pictures = mask.shape[0] > 1
         specs.append(pl.BlockSpec((None, *mask.shape[1:]), lambda i, j: (i if pictures else 0, 0, 0)))
-        flat.append(mask)
-    found = pl.pallas_call(
+        inputs.append(mask)
+    return pl.pallas_call(
         partial(kernel, heads=count, scale=width**-0.5), grid=(b, heads // count), in_specs=specs,
-        out_specs=[block(flat[i]) for i in results],
-        out_shape=[jax.ShapeDtypeStruct(flat[i].shape, flat[i].dtype) for i in results],
+        out_specs=[block(arrays[i]) for i in results],
+        out_shape=[jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in results],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
-        name=f"{name}_of_{heads}_heads", interpret=interpret)(*flat)
-    return [x.reshape(arrays[i].shape) for x, i in zip(found, results, strict=True)]
+        name=f"{name}_of_{heads}_heads", interpret=interpret)(*inputs)
 
 
-def _spread(run, arrays, mask):
-    """`run(arrays, mask)` on every device's pictures and heads."""
-    if math.prod(axis_sizes().values()) == 1:
-        return run(arrays, mask)
-    where = PartitionSpec(BATCH, None, "tensor")
-    spec = None if mask is None else PartitionSpec(BATCH if mask.shape[0] > 1 else None)
-    return jax.shard_map(run, in_specs=([where] * len(arrays), spec), out_specs=where, check_vma=False)(arrays, mask)
+def _spread(kernel, name, results, arrays, mask, interpret):
+    """`_run` on every device's pictures and heads, of arrays [b n h k]."""
+    sizes, heads = axis_sizes(), arrays[0].shape[2]
+    run = partial(_run, kernel, name, results, heads // sizes["tensor"], interpret)
+    flat = [x.reshape(*x.shape[:2], -1) for x in arrays]      # of [h k] the chip would fill up the last axis
+    if mask is not None:
+        mask = mask[:, 0].astype(jnp.int32)
+    if math.prod(sizes.values()) > 1:
+        where = PartitionSpec(BATCH, None, "tensor")
+        spec = None if mask is None else PartitionSpec(BATCH if mask.shape[0] > 1 else None)
+        run = jax.shard_map(run, in_specs=([where] * len(flat), spec), out_specs=where, check_vma=False)
+    return [x.reshape(arrays[i].shape) for x, i in zip(run(flat, mask), results, strict=True)]
 
 
 def suits(query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], mask: Array | None) -> bool:
@@ -131,8 +134,7 @@ def attended(
     mask: _Mask | None = None, *, interpret: bool = False,
 ) -> Float[Array, "b t h k"]:
     """What `attend` gives, in one kernel. `interpret` runs it in plain JAX, anywhere."""
-    return _spread(lambda arrays, mask: _run(_forward, "attention", (0,), arrays, mask, interpret)[0],
-                   [query, key, value], mask)
+    return _spread(_forward, "attention", (0,), [query, key, value], mask, interpret)[0]
 
 
 def gradients(
@@ -140,5 +142,4 @@ def gradients(
     gradient: Float[Array, "b t h k"], mask: _Mask | None = None, *, interpret: bool = False,
 ) -> list[Array]:
     """Of queries, keys and values, in one kernel."""
-    return _spread(lambda arrays, mask: _run(_backward, "attention_gradients", (0, 1, 2), arrays, mask, interpret),
-                   [query, key, value, gradient], mask)
+    return _spread(_backward, "attention_gradients", (0, 1, 2), [query, key, value, gradient], mask, interpret)

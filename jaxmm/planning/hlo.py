@@ -202,27 +202,28 @@ def _size(kind: str, dimensions: str) -> float:
 
 
 def _axes(text: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of `mesh` along which the devices of one group differ."""
-    group = _group(text, math.prod(mesh.values()))
-    places = np.unravel_index(np.asarray(group), tuple(mesh.values()))
-    return tuple(axis for axis, place in zip(mesh, places, strict=True) if len(set(place.tolist())) > 1)
+    """The axes of `mesh` along which devices differ that exchange something."""
+    sizes, different = tuple(mesh.values()), np.zeros(len(mesh), bool)
+    for group in _groups(text, math.prod(sizes)):
+        places = np.stack(np.unravel_index(np.asarray(group), sizes))
+        different |= (places != places[:, :1]).any(axis=1)
+    return tuple(axis for axis, yes in zip(mesh, different, strict=True) if yes)
 
 
-def _group(text: str, devices: int) -> list[int]:
-    """The first group of devices that exchange something, in any of XLA's ways of writing groups."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
-        return [int(pairs[1]), int(pairs[2])]
+def _groups(text: str, devices: int) -> list[list[int]]:
+    """Devices that exchange something: all pairs, or the first of equal groups, in any of XLA's ways of writing."""
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text):
+        return [[int(device) for device in pair] for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
     if named := _NAMED.search(text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         order = _iota(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
-        grid = order.reshape(tuple(sizes.values()))
-        taking = re.findall(r"'(\w+)'", named[3])
-        return grid[tuple(slice(None) if name in taking else 0 for name in sizes)].ravel().tolist()
+        grid, taking = order.reshape(tuple(sizes.values())), re.findall(r"'(\w+)'", named[3])
+        return [grid[tuple(slice(None) if name in taking else 0 for name in sizes)].ravel().tolist()]
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return [int(device) for device in listed[1].split(",")]
+        return [[int(device) for device in listed[1].split(",")]]
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
-        return _iota(iota[3]).reshape(int(iota[1]), int(iota[2]))[0].tolist()
-    return list(range(devices))
+        return [_iota(iota[3]).reshape(int(iota[1]), int(iota[2]))[0].tolist()]
+    return [list(range(devices))]
 
 
 def _iota(text: str) -> np.ndarray:

@@ -1,0 +1,146 @@
+"""What the recipes of published size need on TPU pods, by their compiler: `benchmarks/results/plan.md`.
+
+    python -m benchmarks.plan [--only NAME,...] [--headers] [--out benchmarks/results/plan.md]
+
+No TPU is needed, only libtpu (`pip install 'jaxmm[tpu]'`). Every row is a compilation of the real train step, one to
+three minutes on two cores; what the compiler said is kept, so that the command goes on where it was interrupted.
+
+Pairs a chip stay the same from 16 chips to 256 (weak scaling): memory should, too. `--headers` writes the plan of each
+recipe of published size on its natural topology into the recipe's own header.
+"""
+
+import argparse
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jaxmm.atomic import write_atomically
+from jaxmm.config import TrainConfig
+from jaxmm.planning.chips import Topology, open_topology
+from jaxmm.planning.commands import gib
+from jaxmm.planning.plan import Plan, make_plan
+from jaxmm.planning.search import with_remat
+from jaxmm.recipes import load_recipe
+from jaxmm.training.process import cache_folder
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x8")
+SHARES = {"clip_b16": 128, "clip_l14": 128, "siglip_so400m": 128, "blip_b16_pretrain": 45, "blip_l16_pretrain": 25}
+"""Pairs a chip."""
+NATURAL = {
+    "blip_b16_pretrain": "v5e:4x8", "blip_l16_pretrain": "v5e:4x8", "blip_captions": "v5e:4x4",
+    "blip_coco_caption": "v5e:4x4", "blip_coco_retrieval": "v5e:4x4", "blip_flickr_retrieval": "v5e:4x4",
+    "blip_nlvr2": "v5e:4x4", "blip_vqav2": "v5e:4x4", "clip_b16": "v5e:16x16", "clip_b32": "v5e:8x8",
+    "clip_l14": "v5e:16x16", "lit_b16": "v5e:8x8", "siglip_b16": "v5e:8x8", "siglip_so400m": "v5e:16x16",
+    "vit_b16_imagenet": "v5e:4x4", "vit_s16_imagenet": "v5e:2x4"}
+"""Where each recipe of published size would be run as it stands."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    note: str
+    config: TrainConfig
+    topology: str
+
+
+def rows(only: set[str]) -> list[Row]:
+    """All of the table's."""
+    found = []
+    for name, share in SHARES.items():
+        config = load_recipe(CONFIGS / f"{name}.py")
+        for topology in TOPOLOGIES:
+            size = share * len(open_topology(topology).devices)
+            if size <= getattr(config.task, "queue", size):
+                found.append(Row(name, f"{share} a chip", replace(config, data=replace(config.data, batch_size=size)),
+                                 topology))
+    million = with_remat(load_recipe(CONFIGS / "siglip_b16.py"), "cheap")
+    million = replace(million, task=replace(million.task, tile=1024), microbatches=16,
+                      data=replace(million.data, batch_size=2**20))
+    found.append(Row("siglip_b16", "one million pairs, 16 microbatches, loss in blocks", million, "v5e:16x16"))
+    return [row for row in found if not only or row.name in only]
+
+
+def planned(config: TrainConfig, topology: Topology) -> Plan:
+    """With what the compiler said before."""
+    return make_plan(config, topology, cache_folder() / "plans")
+
+
+def line(row: Row, made: Plan) -> str:
+    """A row in Markdown."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in made.mesh.items() if size > 1)
+    exchanged = "; ".join(f"{each.kind} {each.bytes / 2**30:.2f} ({' x '.join(each.axes)})"
+                          for each in made.collectives[:3])
+    fits = "yes" if made.fits else f"no, {gib(made.missing_bytes)} short"
+    estimate = "" if made.estimated_step_seconds is None else (
+        f"{made.estimated_step_seconds * 1e3:,.0f} ms, {made.estimated_utilization:.0%}")
+    return (f"| {row.name} | {row.note} | {made.topology} | {mesh} | {made.batch_size:,} | {fits} | "
+            f"{made.peak_bytes / 2**30:.2f} | {estimate} | {exchanged} |")
+
+
+def scaling(found: list[tuple[Row, Plan]]) -> list[str]:
+    """How memory grows from 16 to 256 chips of one kind at the same pairs a chip."""
+    lines = []
+    for name in SHARES:
+        peaks = {made.chips: made.peak_bytes for row, made in found
+                 if row.name == name and made.topology.startswith("v5e") and made.fits}
+        if {16, 256} <= set(peaks):
+            lines.append(f"- {name}: {peaks[16] / 2**30:.2f} GiB a chip on 16, {peaks[256] / 2**30:.2f} on 256 "
+                         f"({peaks[256] / peaks[16] - 1:+.1%})")
+    return lines
+
+
+def write_header(name: str, topology: str) -> None:
+    """Puts the plan into the recipe's docstring, in the place of an older one."""
+    path = CONFIGS / f"{name}.py"
+    made = planned(load_recipe(path), open_topology(topology))
+    estimate = "" if made.estimated_step_seconds is None else (
+        f", {made.batch_size / made.estimated_step_seconds:,.0f} pictures/s and {made.estimated_utilization:.0%} of peak "
+        "by XLA's estimate")
+    fits = f"fits in {gib(made.peak_bytes)}" if made.fits else f"does not fit: {gib(made.peak_bytes)}"
+    text = f"Plan on {topology} ({made.chips} chips): {fits} of {gib(made.hbm_bytes)} a chip{estimate}."
+    words, lines = text.split(), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > 118:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    source = re.sub(r'\n\nPlan on [^"]*?\n"""', '\n"""', path.read_text(), count=1)
+    head, _, rest = source.partition('\n"""\n')
+    write_atomically(path, f"{head}\n\n" + "\n".join(lines) + f'\n"""\n{rest}')
+
+
+def main() -> None:
+    """Compiles, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="recipes, commas between them")
+    parser.add_argument("--headers", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plan.md")
+    args = parser.parse_args()
+    only = set(filter(None, args.only.split(",")))
+    if args.headers:
+        for name, topology in tqdm(NATURAL.items(), unit=" recipes"):
+            if not only or name in only:
+                write_header(name, topology)
+        return
+    found = [(row, planned(row.config, open_topology(row.topology))) for row in tqdm(rows(only), unit=" plans")]
+    text = [
+        "# Plans", "",
+        "Made by `python -m benchmarks.plan`: each line is the real train step, compiled by libtpu for chips that were",
+        "not there. Memory is a chip's peak in GiB (arguments + temporaries + results less what is updated in place +",
+        "program); the estimate is XLA's own count of cycles with loops counted, and for attention's kernels the",
+        "instructions that the compiler scheduled, at the chip's clock: step and share of peak, without recomputation in",
+        "the numerator. It leaves out waiting for exchanges, and no chip has run it. Exchanges: GiB a step and chip, the",
+        "three largest.", "",
+        "| recipe | pairs | topology | mesh | batch | fits | GiB | estimate | exchanges |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |", *(line(*each) for each in found), "",
+        "Memory a chip at the same pairs a chip:", "", *scaling(found), ""]
+    write_atomically(args.out, "\n".join(text))
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
