@@ -99,8 +99,8 @@ def write_header(name: str, topology: str) -> None:
     path = CONFIGS / f"{name}.py"
     made = planned(load_recipe(path), open_topology(topology))
     estimate = "" if made.estimated_step_seconds is None else (
-        f", {made.batch_size / made.estimated_step_seconds:,.0f} pictures/s and {made.estimated_utilization:.0%} of peak "
-        "by XLA's estimate")
+        f", {made.batch_size / made.estimated_step_seconds:,.0f} pictures/s and {made.estimated_utilization:.0%} of "
+        "peak by XLA's estimate")
     fits = f"fits in {gib(made.peak_bytes)}" if made.fits else f"does not fit: {gib(made.peak_bytes)}"
     text = f"Plan on {topology} ({made.chips} chips): {fits} of {gib(made.hbm_bytes)} a chip{estimate}."
     words, lines = text.split(), [""]
@@ -129,12 +129,12 @@ def main() -> None:
     found = [(row, planned(row.config, open_topology(row.topology))) for row in tqdm(rows(only), unit=" plans")]
     text = [
         "# Plans", "",
-        "Made by `python -m benchmarks.plan`: each line is the real train step, compiled by libtpu for chips that were",
-        "not there. Memory is a chip's peak in GiB (arguments + temporaries + results less what is updated in place +",
-        "program); the estimate is XLA's own count of cycles with loops counted, and for attention's kernels the",
-        "instructions that the compiler scheduled, at the chip's clock: step and share of peak, without recomputation in",
-        "the numerator. It leaves out waiting for exchanges, and no chip has run it. Exchanges: GiB a step and chip, the",
-        "three largest.", "",
+        "Made by `python -m benchmarks.plan`: each line is the real train step, compiled by libtpu for chips that",
+        "were not there. Memory is a chip's peak in GiB: arguments, temporaries, the program, and results less what is",
+        "written in the arguments' place. The estimate is XLA's own count of cycles with loops counted, and for",
+        "attention's kernels the instructions that the compiler scheduled, at the chip's clock: step and share of",
+        "peak, without recomputation in the numerator. It leaves out waiting for exchanges, and no chip has run it.",
+        "Exchanges: GiB a step and chip, the three largest.", "",
         "| recipe | pairs | topology | mesh | batch | fits | GiB | estimate | exchanges |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |", *(line(*each) for each in found), "",
         "Memory a chip at the same pairs a chip:", "", *scaling(found), ""]

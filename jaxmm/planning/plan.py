@@ -160,16 +160,19 @@ def make_plan(config: TrainConfig, topology: Topology, cache: Path | None = None
 
 def _compile(lowered: Any, topology: Topology, mesh: dict[str, int], cache: Path | None) -> dict[str, Any]:
     """What the compiler says, as plain values; kept in `cache`."""
-    begun = time.monotonic()
+    begun, kept = time.monotonic(), jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)      # without the chips it could not be read again
     try:
-        compiled = lowered.compile()
+        compiled, needed = lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
         needed = bytes_asked_for(str(error))
         if needed is None:
             raise ConfigError(f"{topology.name} does not compile this recipe: {str(error)[:2000]}") from error
         told = {"peak_bytes": needed, "collectives": [], "kernel_cycles": 0} | dict.fromkeys(
             ("cycles", "argument_bytes", "temporary_bytes", "output_bytes", "aliased_bytes", "code_bytes"))
-    else:
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+    if needed is None:
         memory, program = compiled.memory_analysis(), Program(compiled.as_text())
         told = {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
                 "output_bytes": memory.output_size_in_bytes, "aliased_bytes": memory.alias_size_in_bytes,
@@ -219,9 +222,10 @@ def bytes_asked_for(message: str) -> int | None:
     """What a compiler that ran out of memory wanted, from its message; None where that is not what happened."""
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of", message) or re.search(r"(?:allocate|allocating) ([\d.]+)([KMGT]?)",
-                                                                          message)
-    return round(float(used[1]) * UNITS[used[2]]) if used else None
+    for form in (r"Used ([\d.]+)([KMGT]?) of", r"temporaries \(([\d.]+)([KMGT]?)\)", r"allocat\w+ ([\d.]+)([KMGT]?)"):
+        if used := re.search(form, message):
+            return round(float(used[1]) * UNITS[used[2]])
+    return None
 
 
 def sharding_lines(traced: Traced) -> list[tuple[str, str, str, str]]:

@@ -36,7 +36,7 @@ def bind(config: TrainConfig) -> Bound:
         tokenizer, note = _tokenizer(config.data)
         assumed += note
     if "label" in task.reads:
-        classes = 2 if task.pictures == 2 else getattr(task.model, "classes", None)
+        classes = 2 if task.pictures == 2 else getattr(getattr(task, "model", None), "classes", None)
         if classes is None:
             classes = CLASSES
             assumed.append(f"{classes:,} classes")

@@ -1,0 +1,201 @@
+"""Plans of small recipes, made by libtpu for chips that are not there, and by the CPU's compiler in GPUs' place."""
+
+import contextlib
+import importlib.util
+import io
+import json
+from dataclasses import replace
+
+import jax
+import pytest
+
+from jaxmm.cli import main
+from jaxmm.config import ConfigError, MeshConfig, TrainConfig
+from jaxmm.planning import plan as plans
+from jaxmm.planning import search
+from jaxmm.planning.chips import CHIPS, Topology, open_topology
+from jaxmm.planning.plan import bytes_asked_for, make_plan, sharding_lines, trace
+from jaxmm.planning.shapes import bind
+from jaxmm.tasks.contrastive import Contrastive
+from tests.training.common import LINEAR, clip_run, model_task
+
+TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                         reason="libtpu is not installed: pip install 'jaxmm[tpu]'")
+
+
+def recipe(batch_size=16, **fields):
+    """CLIP on 16 pixels, its vocabulary open."""
+    config = clip_run("nowhere")
+    data = replace(config.data, batch_size=batch_size)
+    return replace(config, data=data, **{"mesh": MeshConfig(fsdp=2), "steps": 5} | fields)
+
+
+@pytest.fixture
+def eight():
+    """As `h100:8`, of the devices that the tests have."""
+    return Topology("h100:8", "h100", CHIPS["h100"], tuple(jax.devices()))
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v9:2x2", "v5e:0x4", "v5p:4x4", "v5e:32x32", "h100:0", "tpu:2x2"])
+def test_topologies_that_are_none(name):
+    with pytest.raises(ConfigError, match="topology"):
+        open_topology(name)
+
+
+@TPU
+def test_what_libtpu_does_not_know():
+    with pytest.raises(ConfigError, match=r"libtpu does not know: .*divisible"):
+        open_topology("v5e:3x5")
+
+
+@TPU
+@pytest.mark.parametrize(("name", "count"), [("v4:2x2x2", 8), ("v5e:4x4", 16), ("v5p:2x2x1", 4), ("v6e:2x4", 8)])
+def test_topologies(name, count):
+    found = open_topology(name)
+    assert len(found.devices) == count and found.devices[0].platform == "tpu" and not found.approximate
+
+
+@TPU
+def test_a_plan_for_tpus(tmp_path, monkeypatch):
+    topology = open_topology("v5e:2x2")
+    made = make_plan(recipe(), topology, tmp_path)
+    assert made.fits and made.chips == 4 and made.mesh == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert made.peak_bytes == (made.argument_bytes + made.temporary_bytes + made.output_bytes + made.code_bytes
+                               - made.aliased_bytes) < made.hbm_bytes == 15.75 * 2**30
+    assert made.aliased_bytes > 0.9 * made.output_bytes      # the state is updated in place
+    assert made.estimated_step_seconds == made.estimated_cycles / 1.5e9 > 0 and made.kernel_cycles > 0
+    assert made.estimated_utilization == made.model_flops / (made.estimated_step_seconds * 197e12 * 4)
+    assert {each.kind for each in made.collectives} >= {"all-reduce"}
+    assert made.assumed == ("a vocabulary of 150",)
+
+    def refuse(*_):
+        raise AssertionError("the compiler was asked again")
+    monkeypatch.setattr(plans, "_compile", refuse)
+    assert make_plan(recipe(), topology, tmp_path) == made
+    with pytest.raises(AssertionError):
+        make_plan(recipe(32), topology, tmp_path)
+
+
+@TPU
+def test_what_does_not_fit_and_what_would(tmp_path):
+    """On chips with nine tenths of the memory that it needs: how much is missing is told, and a change found."""
+    large, config = open_topology("v5e:2x2"), recipe(2048, mesh=MeshConfig(fsdp=4))
+    chip = replace(large.chip, hbm_bytes=make_plan(config, large, tmp_path).peak_bytes * 9 // 10)
+    topology, tried = replace(large, chip=chip), []
+    made = make_plan(config, topology, tmp_path)
+    assert not made.fits and made.missing_bytes == made.peak_bytes - chip.hbm_bytes > 0
+    found = search.repair(config, topology, lambda *each: make_plan(*each, tmp_path), wanted=1, on_plan=tried.append)
+    assert found[0].plan.fits and found[0] is tried[-1] and not any(each.plan.fits for each in tried[:-1])
+    assert found[0].flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat")
+
+
+def test_in_gpus_place(eight):
+    made = make_plan(recipe(), eight)
+    assert made.fits and made.approximate and made.estimated_step_seconds is None
+    assert made.peak_bytes > made.argument_bytes > 0 and made.flops > made.model_flops > 0
+
+
+def test_what_a_run_would_refuse(eight):
+    with pytest.raises(ConfigError, match=r"data\.batch_size is 12; wanted a multiple"):
+        trace(recipe(12), eight)
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp x mesh\.tensor is 3"):
+        trace(recipe(mesh=MeshConfig(fsdp=3)), eight)
+    with pytest.raises(ConfigError, match=r"microbatches is 2; wanted 1"):
+        trace(replace(LINEAR, microbatches=2), eight)
+
+
+def test_shardings_of_every_array(eight):
+    lines = {path: (shape, spec, here) for path, shape, spec, here in sharding_lines(trace(recipe(), eight))}
+    assert lines["batch/image"] == ("(16, 16, 16, 3)", "(('data', 'fsdp'),)", "(2, 16, 16, 3)")
+    shape, spec, here = lines["state/params/vision/encoder/blocks/mlp/up/kernel"]
+    assert (shape, spec, here) == ("(2, 24, 40)", "(None, 'fsdp')", "(2, 12, 40)")
+
+
+def test_what_was_assumed():
+    assert bind(recipe()).assumed == ("a vocabulary of 150",)
+    bound = bind(TrainConfig(task=model_task("vit"), steps=1, data=replace(
+        recipe().data, image=replace(recipe().data.image, size=12))))
+    assert bound.assumed == () and bound.task.model.classes == 10
+
+
+@pytest.mark.parametrize(("message", "expected"), [
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 29.41G of "
+     "15.75G hbm. Exceeds hbm capacity by 13.66G.", round(29.41 * 2**30)),
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (5.05T) exceeds "
+     "available HBM (15.75G).", round(5.05 * 2**40)),
+    ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456 bytes.", 123456),
+    ("INTERNAL: something else", None)])
+def test_messages_of_compilers(message, expected):
+    assert bytes_asked_for(message) == expected
+
+
+def planned(seconds, peak, fits=True, batch=100):
+    return plans.Plan(topology="x", chips=1, mesh={}, batch_size=batch, microbatches=1, fits=fits, parameters=1,
+                      flops=1.0, model_flops=1.0, hbm_bytes=50, peak_bytes=peak, argument_bytes=1, temporary_bytes=1,
+                      output_bytes=1, aliased_bytes=1, code_bytes=1, estimated_step_seconds=seconds)
+
+
+def test_the_front_is_what_nothing_beats():
+    found = [search.Found(recipe(), planned(*each), name) for name, each in {
+        "fast": (1.0, 40), "as fast, larger": (1.0, 45), "slow and large": (2.0, 44), "slow and small": (3.0, 10),
+        "does not fit": (0.5, 60, False)}.items()]
+    assert [each.flags for each in search.pareto(found)] == ["fast", "slow and small"]
+
+
+def test_remedies_begin_with_what_costs_least_and_end_with_another_batch(eight):
+    config = recipe(64)
+    told = [search.flags(config, each) for each in search.remedies(config, eight)]
+    assert told[0] == "--mesh.fsdp 4" and "--task.tile 1024" in told and "--microbatches 2" in told
+    assert "--task.model.vision.transformer.remat full --task.model.text.transformer.remat full" in told
+    assert "--data.batch_size" in told[-1] and "--data.batch_size" not in told[0]
+    assert len(set(told)) == len(told)
+
+
+def test_candidates(eight):
+    config = recipe(64)
+    found = search.candidates(config, eight, fsdp=(1, 8), remats=("none", "full"), microbatches=(1, 2))
+    assert len(found) == 8 and {each.mesh.fsdp for each in found} == {1, 8}
+    assert {search.remat_of(each) for each in found} == {"none", "full"}
+    with pytest.raises(ConfigError, match="nothing to try"):
+        search.candidates(config, eight, batch_sizes=(7,))
+    assert isinstance(search.with_remat(config, "dots").task, Contrastive)
+
+
+CONFIG = """
+from tests.planning.test_plan import recipe
+def get_config():
+    return recipe()
+"""
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """`jaxmm plan` on the small recipe: its status, what it prints, what it complains of."""
+    (tmp_path / "small.py").write_text(CONFIG)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*args):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(["plan", "--config", str(tmp_path / "small.py"), *map(str, args)])
+        return status, out.getvalue(), err.getvalue()
+    return run
+
+
+@TPU
+def test_the_command(command):
+    status, text, _ = command("--topology", "v5e:2x2")
+    assert status == 0 and "fits" in text and "all-reduce" in text and "a vocabulary of 150" in text
+    status, text, _ = command("--topology", "v5e:2x2", "--json")
+    told = json.loads(text)
+    assert status == 0 and told["fits"] and set(told) >= {
+        "hbm_bytes", "peak_bytes", "flops", "estimated_step_seconds", "estimated_utilization", "collectives"}
+    status, text, _ = command("--topology", "v5e:2x2", "--search", "--fsdp", 1, "--remats", "none", "--parts", 1)
+    assert status == 0 and "the fastest: python run_train.py --config" in text
+
+
+def test_the_command_says_what_is_wrong(command):
+    status, _, err = command("--topology", "v5e:2")
+    assert status == 2 and err.startswith("error: topology is 'v5e:2'")
+    status, text, _ = command("--topology", "h100:8", "--shardings", "--json")
+    assert status == 0 and json.loads(text.splitlines()[0])["path"].startswith("state/")

@@ -1,0 +1,105 @@
+"""Every recipe of published size: where its arrays lie on three meshes, and that it compiles for its topology.
+
+`python -m tests.planning.test_recipes` writes the golden listings anew.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks.plan import CONFIGS, NATURAL
+from jaxmm.planning.chips import open_topology
+from jaxmm.planning.shapes import bind
+from jaxmm.recipes import load_recipe
+from jaxmm.sharding import named_leaves, spec
+from jaxmm.training.optimizer import make_optimizer
+from jaxmm.training.state import abstract_state
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "shardings"
+NO_LIBTPU = importlib.util.find_spec("libtpu") is None
+
+
+@cache
+def state(name):
+    config = load_recipe(CONFIGS / f"{name}.py")
+    task = bind(config).task
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    return config, abstract_state(task, make_optimizer(config.optimizer, params, config.steps, task.bounds))
+
+
+def meshes(name):
+    """The recipe's own, parameters in 16 shares, and in 4 with heads over 4."""
+    config, _ = state(name)
+    chips = math.prod(int(size) for size in NATURAL[name].partition(":")[2].split("x"))
+    inner = config.mesh.fsdp * config.mesh.tensor
+    return ({"data": chips // inner, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor},
+            {"data": 1, "fsdp": 16, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor": 4})
+
+
+def listing(name):
+    """A line for each array that is not a copy of a parameter: path, shape, and what each mesh cuts."""
+    parts = state(name)[1]
+    leaves = {**dict(named_leaves(parts.params)),
+              **{f"extra/{path}": leaf for path, leaf in named_leaves(parts.extra) if not path.startswith("teacher/")}}
+    lines = [" | ".join("x".join(f"{axis}={size}" for axis, size in mesh.items()) for mesh in meshes(name)) + "\n"]
+    for path, leaf in sorted(leaves.items()):
+        told = (", ".join(map(str, spec(path, leaf.shape, mesh))) or "-" for mesh in meshes(name))
+        lines.append(f"{path}  {list(leaf.shape)}  {' | '.join(told)}\n")
+    return "".join(lines)
+
+
+@pytest.mark.parametrize("name", NATURAL)
+def test_golden_shardings(name):
+    """After a wanted change, run `python -m tests.planning.test_recipes`."""
+    assert listing(name) == (GOLDEN / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("name", NATURAL)
+def test_moments_and_teachers_lie_where_their_parameters_do(name):
+    parts = state(name)[1]
+    params, copies = dict(named_leaves(parts.params)), 0
+    for path, leaf in [*named_leaves(parts.opt), *named_leaves(parts.extra)]:
+        tail = next((known for known in params if path.endswith(f"/{known}")), None)
+        if tail is not None and leaf.shape == params[tail].shape:
+            copies += 1
+            for mesh in meshes(name):
+                assert spec(path, leaf.shape, mesh) == spec(tail, leaf.shape, mesh), path
+    assert copies >= 2 * len(params) - 8      # some have bounds instead of moments, or are frozen
+
+
+def test_every_large_recipe_is_here():
+    """A recipe without a topology is one that runs on two cores."""
+    small = {path.stem for path in CONFIGS.glob("*.py")} - set(NATURAL)
+    assert small == {"blip_scenes", "blip_vqa", "capfilt_scenes", "clip_captions", "clip_scenes", "finetune_captions",
+                     "finetune_folder", "vit_digits", "vit_folder"}
+    for name in NATURAL:
+        head = (CONFIGS / f"{name}.py").read_text().split('"""')[1]
+        assert re.search(rf"Plan on {NATURAL[name]} \(\d+ chips\): fits in [\d.]+ GiB", " ".join(head.split())), name
+
+
+@pytest.mark.skipif(NO_LIBTPU, reason="libtpu is not installed: pip install 'jaxmm[tpu]'")
+@pytest.mark.parametrize("name", NATURAL)
+def test_it_fits_its_topology(name):
+    """Compiled for the real chips: about a minute for the largest."""
+    from jaxmm.planning.plan import make_plan
+    plan = make_plan(load_recipe(CONFIGS / f"{name}.py"), open_topology(NATURAL[name]), _told())
+    assert plan.fits and plan.estimated_utilization > 0.05
+    assert plan.peak_bytes >= plan.argument_bytes > 4 * plan.parameters / plan.chips
+
+
+def _told():
+    """Where compilers' answers are kept between runs of the tests, if anywhere."""
+    kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    return Path(kept) / "plans" if kept else None
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for recipe in NATURAL:
+        (GOLDEN / f"{recipe}.txt").write_text(listing(recipe))
