@@ -1,10 +1,13 @@
-"""One of several processes that train together: `python -m tests.training.hosts FOLDER RUNS [options]`.
+"""Processes that train together, forked from one that has imported everything: `python -m tests.training.hosts`.
 
-FOLDER/data holds pictures, FOLDER/OUT/RUN are the work folders. Host H writes a line of FOLDER/OUT/steps-H a step.
-`--block H STEP` stops host H for good in that step; `--odd H` gives host H another seed.
+A line of JSON on stdin, `{"args": [FOLDER, RUNS, OUT, ...], "devices": D, "output": FILE}`, starts one and is answered
+with its number; `{"wait": NUMBER}` with its exit status. FOLDER/data holds pictures, FOLDER/OUT/RUN are the work
+folders. Host H writes a line of FOLDER/OUT/steps-H a step. `--block H STEP` stops host H for good in that step, `--bad
+H STEP` raises an error there; `--odd H` gives host H another seed.
 """
 
 import argparse
+import json
 import os
 import sys
 import threading
@@ -12,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+from jax._src import xla_bridge
 
 from jaxmm.config import CheckpointConfig, DataConfig, ImageConfig, MeshConfig, TrainConfig
-from jaxmm.data.sources import DataError
-from jaxmm.evals import Captions, Classification, Retrieval
+from jaxmm.data.sources import DataError, open_source
+from jaxmm.evals import Captions, Classification, Retrieval, caption_metrics
 from jaxmm.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
@@ -25,13 +29,13 @@ from jaxmm.tasks.blip import BLIPPretraining
 from jaxmm.tasks.classify import Classify
 from jaxmm.training import hosts
 from jaxmm.training.loop import train
-from tests.training.common import clip_run
+from tests.training.common import FAST, clip_run
 
-STEPS, EVERY = 6, 2
+STEPS, EVERY = 4, 2
 STACK = {"depth": 2, "heads": 2, "dropout": 0.1}
 VISION = ViTConfig(transformer=TransformerConfig(width=24, mlp_dim=40, **STACK), image_size=16, patch=4)
 TEXT = MedConfig(transformer=TransformerConfig(width=16, mlp_dim=56, eps=1e-12, **STACK), context_width=24,
-                 positions=24)
+                 positions=16, vocab_size=None)
 BLIP = BLIPPretraining(model=BLIPConfig(vision=VISION, text=TEXT, embed_dim=20), queue=31, momentum=0.9, ramp=4)
 VIT = Classify(model=replace(VISION, transformer=replace(VISION.transformer, dropout=0.0), patch=8), mixup=0.4)
 
@@ -58,7 +62,7 @@ def config(name: str, folder: Path) -> TrainConfig:
     return replace(run, task=VIT, data=data, evals=(Classification(batch_size=13 if name == "vit" else 4),))
 
 
-def main():
+def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("runs")
@@ -67,8 +71,9 @@ def main():
     parser.add_argument("--timeout", type=float, default=60.0)
     parser.add_argument("--heartbeat", type=float, default=20.0)
     parser.add_argument("--block", type=int, nargs=2)
+    parser.add_argument("--bad", type=int, nargs=2)
     parser.add_argument("--odd", type=int)
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     address, count, index = options.hosts[0], int(options.hosts[1]), int(options.hosts[2])
     out = options.folder / options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -81,9 +86,12 @@ def main():
         steps.flush()
         if options.block == [index, step]:
             threading.Event().wait()
+        if options.bad == [index, step]:
+            raise DataError("this one is bad")
 
     try:
         with hosts.joined(joining, out):
+            assert address or not xla_bridge.backends_are_initialized()
             assert jax.process_count() == count
             for name in options.runs.split(","):
                 run = config(name, options.folder)
@@ -94,6 +102,27 @@ def main():
     return 0
 
 
+def serve() -> int:
+    """Starts processes until stdin is closed; in each of these, its exit status."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+        elif number := os.fork():
+            print(number, flush=True)
+        else:
+            output = os.open(order["output"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            flags = {**FAST, "xla_force_host_platform_device_count": order["devices"]}
+            os.environ["XLA_FLAGS"] = " ".join(f"--{name}={value}" for name, value in flags.items())
+            return main(order["args"])
+    return 0
+
+
 if __name__ == "__main__":
+    caption_metrics.java_version = lambda: None
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    sys.exit(main())
+    open_source("digits:train")                                            # imports what it needs
+    sys.exit(serve())
