@@ -21,8 +21,9 @@ import jax
 from jax._src import clusters
 from jax._src.distributed import global_state  # the key-value store has no public name
 
+from jaxmm.config import ConfigError, differences, require
 from jaxmm.training.watchdog import Watchdog
-from jaxmm.validation import ConfigError, check_types, require
+from jaxmm.validation import check_types
 
 log = logging.getLogger(__name__)
 
@@ -210,5 +211,6 @@ def check_same(**facts: Any) -> None:
         return
     beat("compare", waits=True)
     first = json.loads(client.blocking_key_value_get(key, DAY))
-    for name, value in json.loads(json.dumps(facts)).items():
-        require(first[name] == value, name, value, f"{first[name]!r}, as on the first host")
+    changes = differences(first, json.loads(json.dumps(facts)))
+    if changes:
+        raise ConfigError("this host was told something else than the first one:\n  " + "\n  ".join(changes))
