@@ -163,8 +163,8 @@ class Watchdog:
         self._settled.wait(10 * self.interval)
         self._wait_until_heard()
 
-    def end(self, verdict: Verdict) -> None:
-        """Prints `verdict` and ends the process."""
+    def end(self, verdict: Verdict, *, heard: bool = True) -> None:
+        """Prints `verdict` and ends the process; tells the first host that it was `heard`."""
         self._ending.acquire()  # for good: whoever comes second waits for the end
         self._say(f"error: host {verdict.host} ({verdict.name}) {verdict.what}. "
                   + ("This is that host" if verdict.host == self.index else f"Host {self.index} ends with it")
@@ -172,8 +172,9 @@ class Watchdog:
         if verdict.stuck and verdict.host == self.index:
             with contextlib.suppress(Exception):  # stderr may be something without a file
                 faulthandler.dump_traceback(all_threads=True)
-        with contextlib.suppress(Exception):  # the store may be what is gone
-            self.client.key_value_set(f"{HEARD}{self.index}", "1", allow_overwrite=True)
+        if heard:
+            with contextlib.suppress(Exception):
+                self.client.key_value_set(f"{HEARD}{self.index}", "1", allow_overwrite=True)
         self._wait_until_heard()
         os._exit(STATUS)
 
@@ -246,7 +247,7 @@ class Watchdog:
         while not self._over.wait(self.interval):
             silence = time.monotonic() - self._reached
             if silence > self.heartbeat:
-                self.end(self.gone(f"no answer for {silence:.0f} s"))
+                self.end(self.gone(f"no answer for {silence:.0f} s"), heard=False)
 
     def gone(self, how: str) -> Verdict:
         """The verdict on the first host, which cannot write one itself."""
@@ -285,5 +286,5 @@ class _Abort:
 
     def _caught(self, _: int) -> None:
         if self.watchdog.index and self.watchdog.unreachable():
-            self.watchdog.end(self.watchdog.gone("it closed its connection"))
+            self.watchdog.end(self.watchdog.gone("it closed its connection"), heard=False)
         self.watchdog.end_if_ending()  # else `abort` goes on
