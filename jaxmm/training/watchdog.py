@@ -210,7 +210,7 @@ class Watchdog:
             try:
                 with self._lock:
                     self._pulse = replace(self._pulse, beats=self._pulse.beats + 1)
-                self.client.key_value_set(f"{BEATS}{self.index}/", json.dumps(asdict(self._pulse)),
+                self.client.key_value_set(f"{BEATS}{self.index}/now", json.dumps(asdict(self._pulse)),
                                           allow_overwrite=True)
                 self._reached = time.monotonic()
                 self._read()
