@@ -27,7 +27,7 @@ from jaxmm.validation import check_types
 
 log = logging.getLogger(__name__)
 
-DAY = 24 * 60 * 60 * 1000
+WEEK = 7 * 24 * 60 * 60 * 1000
 """Milliseconds that a host waits for the others: it is the watchdog that ends a run."""
 SEEN = 70.0
 """Seconds until what one host wrote is seen on another; NFS keeps what it knows of a folder for up to 60."""
@@ -86,14 +86,22 @@ def found() -> int:
             continue
         if not present:
             continue
-        if each.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ:
-            return 1  # a pod, but not of an indexed Job
+        if _single(each.__name__):
+            return 1
         try:
             return int(each.get_process_count())
         except Exception as error:
             raise ConfigError(f"this looks like a cluster ({each.__name__}), but it cannot be asked: {error}; for one "
                               "host alone: --hosts.alone") from None
     return 1
+
+
+def _single(cluster: str) -> bool:
+    """Whether this is a pod that is not of an indexed Job, or the only worker of a TPU slice, as in Colab, where there
+    may be nobody to be asked."""
+    workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return ((cluster == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ)
+            or (cluster == "GkeTpuCluster" and "," not in workers and "MEGASCALE_NUM_SLICES" not in os.environ))
 
 
 def join(config: HostsConfig, shared: Any = None, *, name: str = "workdir") -> Watchdog | None:
@@ -187,7 +195,7 @@ def meet(what: str) -> None:
     """Waits for all hosts; no device is used."""
     if jax.distributed.is_initialized() and global_state.num_processes > 1:
         beat(what, waits=True)
-        global_state.client.wait_at_barrier(f"jaxmm/meet/{next(_names)} {what}", DAY)
+        global_state.client.wait_at_barrier(f"jaxmm/meet/{next(_names)} {what}", WEEK)
         beat(what)
 
 
@@ -210,7 +218,7 @@ def check_same(**facts: Any) -> None:
         client.key_value_set(key, json.dumps(facts))
         return
     beat("compare", waits=True)
-    first = json.loads(client.blocking_key_value_get(key, DAY))
+    first = json.loads(client.blocking_key_value_get(key, WEEK))
     changes = differences(first, json.loads(json.dumps(facts)))
     if changes:
         raise ConfigError("this host was told something else than the first one:\n  " + "\n  ".join(changes))

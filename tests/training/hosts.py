@@ -2,8 +2,8 @@
 
 A line of JSON on stdin, `{"args": [FOLDER, RUNS, OUT, ...], "devices": D, "output": FILE}`, starts one and is answered
 with its number; `{"wait": NUMBER}` with its exit status. FOLDER/data holds pictures, FOLDER/OUT/RUN are the work
-folders. Host H writes a line of FOLDER/OUT/steps-H a step. `--block H STEP` stops host H for good in that step, `--bad
-H STEP` raises an error there; `--odd H` gives host H another seed.
+folders. Host H writes a line of FOLDER/OUT/steps-H a step. `--block H STEP` stops host H for good in that step; `--odd
+H` gives host H another seed.
 """
 
 import argparse
@@ -71,7 +71,6 @@ def main(args: list[str]) -> int:
     parser.add_argument("--timeout", type=float, default=60.0)
     parser.add_argument("--heartbeat", type=float, default=20.0)
     parser.add_argument("--block", type=int, nargs=2)
-    parser.add_argument("--bad", type=int, nargs=2)
     parser.add_argument("--odd", type=int)
     options = parser.parse_args(args)
     address, count, index = options.hosts[0], int(options.hosts[1]), int(options.hosts[2])
@@ -86,8 +85,6 @@ def main(args: list[str]) -> int:
         steps.flush()
         if options.block == [index, step]:
             threading.Event().wait()
-        if options.bad == [index, step]:
-            raise DataError("this one is bad")
 
     try:
         with hosts.joined(joining, out):
