@@ -18,7 +18,7 @@ import jax
 from jax._src import xla_bridge
 
 from jaxmm.config import CheckpointConfig, DataConfig, ImageConfig, MeshConfig, TrainConfig
-from jaxmm.data.sources import DataError, open_source
+from jaxmm.data.sources import DataError
 from jaxmm.evals import Captions, Classification, Retrieval, caption_metrics
 from jaxmm.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
@@ -41,7 +41,7 @@ VIT = Classify(model=replace(VISION, transformer=replace(VISION.transformer, dro
 
 
 def config(name: str, folder: Path) -> TrainConfig:
-    """ViT on digits, CLIP, SigLIP and BLIP on scenes, or ViT on a `few` pictures of which some are broken."""
+    """CLIP, SigLIP and BLIP on scenes, or ViT on a `few` pictures of which some are broken."""
     run = clip_run(folder / "data", steps=STEPS, mesh=MeshConfig(),
                    checkpoint=CheckpointConfig(every=EVERY, keep=9), evals=(Retrieval(batch_size=40, examples=0),))
     # a gradient that is nothing but rounding must not become a step of Adam's
@@ -54,12 +54,9 @@ def config(name: str, folder: Path) -> TrainConfig:
     if name == "blip":
         written = Captions(decoding=Decoding(max_length=8), limit=9, batch_size=8, examples=0)
         return replace(run, task=BLIP, evals=(*run.evals, written))
-    image = ImageConfig(size=16, train_crop="center", flip=False)
-    data = DataConfig(train="digits:train", val="digits:test", batch_size=16, image=image)
-    if name == "few":
-        data = replace(data, train=f"folder:{folder}/few/train", val=f"folder:{folder}/few/val", batch_size=8,
-                       max_bad=1.0)
-    return replace(run, task=VIT, data=data, evals=(Classification(batch_size=13 if name == "vit" else 4),))
+    data = DataConfig(train=f"folder:{folder}/few/train", val=f"folder:{folder}/few/val", batch_size=8, max_bad=1.0,
+                      image=ImageConfig(size=16, train_crop="center", flip=False))
+    return replace(run, task=VIT, data=data, evals=(Classification(batch_size=4),))
 
 
 def main(args: list[str]) -> int:
@@ -121,5 +118,4 @@ def serve() -> int:
 if __name__ == "__main__":
     caption_metrics.java_version = lambda: None
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    open_source("digits:train")                                            # imports what it needs
     sys.exit(serve())
