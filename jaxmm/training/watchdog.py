@@ -75,6 +75,8 @@ class Verdict:
     what: str
     """A line for people, behind the host's name."""
     stuck: bool = False
+    again: bool = True
+    """Another try may do."""
 
 
 def judge(hosts: Sequence[Seen], now: float, *, timeout: float, heartbeat: float, interval: float) -> Verdict | None:
@@ -127,7 +129,7 @@ class Watchdog:
         self.timeout, self.heartbeat, self.interval = timeout, heartbeat, min(2.0, heartbeat / 10)
         self._pulse, self._lock = Pulse(socket.gethostname()), threading.RLock()
         self._over, self._settled, self._ending = threading.Event(), threading.Event(), threading.Lock()
-        self._reached = time.monotonic()
+        self._own, self._reached = False, time.monotonic()
         self._hosts = [Seen(Pulse("?"), self._reached, self._reached) for _ in range(count)]
         self._threads = [threading.Thread(target=each, name="hosts", daemon=True) for each in (self._talk, self._look)]
         self._abort = _Abort(self)
@@ -152,15 +154,18 @@ class Watchdog:
                                   step=self._pulse.step if step is None else step)
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others of an error of this host. Where it turns out that another one caused it, the process ends
+        """Tells the others of an error of this host. Where it turns out that another host caused it, the process ends
         here."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         with self._lock:
             pulse = self._pulse
-            self._pulse = replace(pulse, moves=pulse.moves + 1, failed=reason if caused_elsewhere(error) else None)
-        if self._pulse.failed is None or not self._settled.wait(self.heartbeat + 20 * self.interval):
-            self._write(Verdict(self.index, pulse.name, f"failed {pulse.doing} at step {pulse.step}: {reason}"))
+            self._own = not caused_elsewhere(error)
+            self._pulse = replace(pulse, moves=pulse.moves + 1, failed=None if self._own else reason)
+        if self._own or not self._settled.wait(self.heartbeat + 20 * self.interval):
+            self._write(Verdict(self.index, pulse.name, f"failed {pulse.doing} at step {pulse.step}: {reason}",
+                                again=False))
         self._settled.wait(10 * self.interval)
+        self._hear()
         self._wait_until_heard()
 
     def end(self, verdict: Verdict, *, heard: bool = True) -> None:
@@ -168,13 +173,12 @@ class Watchdog:
         self._ending.acquire()  # for good: whoever comes second waits for the end
         self._say(f"error: host {verdict.host} ({verdict.name}) {verdict.what}. "
                   + ("This is that host" if verdict.host == self.index else f"Host {self.index} ends with it")
-                  + "; the same command on all hosts goes on from the last checkpoint")
+                  + ("; the same command on all hosts goes on from the last checkpoint" if verdict.again else ""))
         if verdict.stuck and verdict.host == self.index:
             with contextlib.suppress(Exception):  # stderr may be something without a file
                 faulthandler.dump_traceback(all_threads=True)
         if heard:
-            with contextlib.suppress(Exception):
-                self.client.key_value_set(f"{HEARD}{self.index}", "1", allow_overwrite=True)
+            self._hear()
         self._wait_until_heard()
         os._exit(STATUS)
 
@@ -192,6 +196,10 @@ class Watchdog:
     def _write(self, verdict: Verdict) -> None:
         with contextlib.suppress(Exception):  # the first one counts; without a store, `_look` ends the process
             self.client.key_value_set(f"{VERDICT}0", json.dumps(asdict(verdict)))
+
+    def _hear(self) -> None:
+        with contextlib.suppress(Exception):
+            self.client.key_value_set(f"{HEARD}{self.index}", "1", allow_overwrite=True)
 
     def _wait_until_heard(self) -> None:
         """The first host, without which nobody hears anything, goes last."""
@@ -237,7 +245,7 @@ class Watchdog:
         return Verdict(**json.loads(found[0][1])) if found else None
 
     def _settle(self, verdict: Verdict) -> None:
-        if verdict.host == self.index and not verdict.stuck:
+        if self._own or (verdict.host == self.index and not verdict.stuck):
             self._settled.set()  # the main thread says what it was
         else:
             self.end(verdict)

@@ -237,7 +237,8 @@ def test_a_host_that_was_told_something_else_is_named(nursery):
     assert (odd.status(0), odd.status(1)) == (STATUS, 2)
     assert re.search(r"error: this host was told something else than the first one:\n  config\.seed was 3 and is 99$",
                      odd.text(1), re.M)
-    assert re.search(r"error: host 1 \(.*\) failed .*ConfigError: this host .*seed was 3 and is 99\. ", odd.text(0))
+    assert re.search(r"error: host 1 \(.*\) failed .*ConfigError: this .*seed was 3 and is 99\. Host 0 ends with it$",
+                     odd.text(0), re.M)
     assert not (nursery.folder / "odd" / "few" / "config.json").exists()
 
 
