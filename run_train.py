@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,9 @@ from jaxmm.data.sources import DataError
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
 from jaxmm.tasks.base import Task
+from jaxmm.training import hosts
 from jaxmm.training.checkpoint import CheckpointError
+from jaxmm.training.hosts import HostsConfig
 from jaxmm.training.loop import TrainError, train
 from jaxmm.training.process import keep_memory, use_compilation_cache
 
@@ -36,9 +38,8 @@ class Run:
     workdir: Path | None = None
     """Where everything is written: config.json, metrics.jsonl, checkpoints/, report.html. A folder that holds a run
     is continued. Default: a new folder in runs/."""
-    distributed: bool = False
-    """Call `jax.distributed.initialize()` first: on every host of a TPU pod or a GPU cluster. Needs `--workdir`, a
-    folder that all of them see."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    """Several processes that train together need `--workdir`, a folder that all of them share."""
     cache: Path | None = None
     """Where compiled programs are kept between runs. Default: jaxmm/xla in the user's cache folder."""
 
@@ -58,15 +59,6 @@ def parse(args: list[str]) -> Command:
 def new_workdir(recipe: Path) -> Path:
     """A folder in runs/ named after the recipe and the time."""
     return Path("runs") / f"{recipe.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-
-
-def start_distributed(workdir: Path | None) -> None:
-    """Joins this process to the others of the run. Raises `ConfigError` where they cannot be found."""
-    require(workdir is not None, "workdir", workdir, "with --distributed one folder for all hosts")
-    try:
-        jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"distributed is True, but there is no cluster to join: {error}") from None
 
 
 def next_commands(task: Task, workdir: Path) -> list[tuple[str, str]]:
@@ -94,17 +86,16 @@ def main(args: list[str]) -> int:
     keep_memory()
     try:
         command = parse(args)
-        if command.distributed:
-            start_distributed(command.workdir)
-        use_compilation_cache(command.cache)
-        workdir = command.workdir or new_workdir(command.config)
-        if train(command.train, workdir) and jax.process_index() == 0:
-            print("what it can do now:")
-            for what, line in next_commands(command.train.task, workdir):
-                print(f"  {what + ':':24}{line}")
+        with hosts.joined(command.hosts, command.workdir):
+            use_compilation_cache(command.cache)
+            workdir = command.workdir or new_workdir(command.config)
+            if train(command.train, workdir) and jax.process_index() == 0:
+                print("what it can do now:")
+                for what, line in next_commands(command.train.task, workdir):
+                    print(f"  {what + ':':24}{line}")
     except (ConfigError, DataError, CheckpointError, TrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return hosts.status(2 if isinstance(error, ConfigError) else 1)
     return 0
 
 

@@ -27,6 +27,7 @@ from jaxmm.pretrained.opening import open_checkpoint
 from jaxmm.pretrained.summary import describe
 from jaxmm.search import Found, SearchError, build_index, open_index
 from jaxmm.terminal import choice, place, print_json, print_table
+from jaxmm.training import hosts
 from jaxmm.training.process import keep_memory, use_compilation_cache
 
 DEFAULT = "openai/clip-vit-base-patch32"
@@ -355,10 +356,10 @@ def main(args: list[str] | None = None) -> int:
             prog="jaxmm", args=args, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
     except (ConfigError, FileError, SearchError, BadRecord, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return hosts.status(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return hosts.status(130)
     return 0
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxmm.config import ConfigError, MeshConfig
+from jaxmm.config import ConfigError, MeshConfig, require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -123,10 +123,32 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def host_share(mesh: Mesh | None) -> tuple[int, int]:
+    """(h, H): of the H equal runs of rows that a batch is cut into, one a host, the h-th lies on this host's devices.
+
+    Raises `ConfigError` where hosts have unequal shares or share rows.
+    """
+    if mesh is None or {device.process_index for device in mesh.devices.flat} == {jax.process_index()}:
+        return 0, 1
+    shards, hosts = batch_shards(mesh), jax.process_count()
+    rows: dict[int, set[int]] = {host: set() for host in range(hosts)}
+    for device, (where,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        rows[device.process_index].add(where.indices(shards)[0])
+    require(shards % hosts == 0 and all(len(each) == shards // hosts for each in rows.values())
+            and sum(map(len, rows.values())) == shards, "mesh.data x mesh.fsdp", shards,
+            f"a multiple of the {hosts} hosts over all devices, so that each host reads its own share of the batch")
+    return sorted(rows, key=lambda host: min(rows[host])).index(jax.process_index()), hosts
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a batch, as global arrays on the mesh."""
     where = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
+
+
+def place_whole(value: np.ndarray, where: NamedSharding) -> jax.Array:
+    """An array that every host holds, laid out over the devices of all; nothing is sent between hosts."""
+    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
 def _constrain(x: jax.Array, where: PartitionSpec) -> jax.Array:

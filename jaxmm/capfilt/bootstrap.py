@@ -21,10 +21,11 @@ from jaxmm.capfilt.manifest import agree
 from jaxmm.capfilt.merge import merge, merged_source
 from jaxmm.capfilt.report import write_report
 from jaxmm.capfilt.select import Rule
-from jaxmm.capfilt.stages import SIZE, begin, meet, select, write_captions, write_scores
+from jaxmm.capfilt.stages import SIZE, begin, select, write_captions, write_scores
 from jaxmm.config import InitConfig, TrainConfig, to_dict
 from jaxmm.generate import Decoding
 from jaxmm.training.checkpoint import whole_steps
+from jaxmm.training.hosts import meet
 from jaxmm.training.loop import train
 from jaxmm.validation import check_types, require
 

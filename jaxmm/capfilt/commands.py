@@ -13,20 +13,22 @@ from jaxmm.capfilt.caption import NUCLEUS
 from jaxmm.capfilt.merge import merge as merge_kept
 from jaxmm.capfilt.merge import merged_source
 from jaxmm.capfilt.select import Rule
-from jaxmm.config import ConfigError, require
+from jaxmm.config import require
 from jaxmm.generate import Decoding
 from jaxmm.recipes import load_recipe
 from jaxmm.terminal import print_json, print_table
+from jaxmm.training.hosts import HostsConfig, joined
 
 Flat = Annotated[Rule, tyro.conf.arg(name="")]
 Names = tuple[str, ...]
 KEPT = Rule()
+HERE = HostsConfig()
 
 
 def run(
     captioner: Names, filter: str, web: str, out: Path, human: str | None = None, captions: int = 1,
     decoding: Decoding = NUCLEUS, prompt: str | None = None, seed: int = 0, rule: Flat = KEPT, human_weight: int = 1,
-    shard_records: int = stages.SIZE, data_dir: str | None = None, distributed: bool = False,
+    shard_records: int = stages.SIZE, data_dir: str | None = None, hosts: HostsConfig = HERE,
 ) -> None:
     """Captions, scores, selects and merges, and writes the report. Interrupted, the same command goes on.
 
@@ -44,18 +46,19 @@ def run(
         human_weight: How often a record of people counts in the source that is printed at the end.
         shard_records: Records of a shard, where the source has no shards.
         data_dir: Where prepared TFDS data sets lie.
-        distributed: Join the other hosts first (`jax.distributed.initialize`); `out` is then a folder that all see.
+        hosts: Which processes work together; `out` is then a folder that all share.
     """
-    caption(captioner, web, out, human, captions, decoding, prompt, seed, shard_records, data_dir, distributed)
-    score(filter, out, data_dir)
-    select(out, rule, data_dir)
-    merge(out, human_weight, data_dir)
+    with joined(hosts, out, name="out"):
+        caption(captioner, web, out, human, captions, decoding, prompt, seed, shard_records, data_dir, hosts)
+        score(filter, out, data_dir, hosts)
+        select(out, rule, data_dir, hosts)
+        merge(out, human_weight, data_dir, hosts)
 
 
 def caption(
     captioner: Names, web: str, out: Path, human: str | None = None, captions: int = 1, decoding: Decoding = NUCLEUS,
     prompt: str | None = None, seed: int = 0, shard_records: int = stages.SIZE, data_dir: str | None = None,
-    distributed: bool = False,
+    hosts: HostsConfig = HERE,
 ) -> None:
     """The first stage: synthetic captions beside the web's texts, in OUT/captions.
 
@@ -70,57 +73,57 @@ def caption(
         seed: Of what is drawn.
         shard_records: Records of a shard, where the source has no shards.
         data_dir: Where prepared TFDS data sets lie.
-        distributed: Join the other hosts first.
+        hosts: Which processes work together.
     """
     require(len(captioner) > 0 or captions == 0, "captioner", captioner, "one or more")
-    join(distributed)
-    folder = stages.begin(out, web, human, size=shard_records, data_dir=data_dir)
-    told(out / stages.CAPTIONS, stages.write_captions(folder, captioner, decoding=decoding, captions=captions,
-                                                      seed=seed, prompt=prompt))
+    with joined(hosts, out, name="out"):
+        folder = stages.begin(out, web, human, size=shard_records, data_dir=data_dir)
+        told(out / stages.CAPTIONS, stages.write_captions(folder, captioner, decoding=decoding, captions=captions,
+                                                          seed=seed, prompt=prompt))
 
 
-def score(filter: str, out: Path, data_dir: str | None = None, distributed: bool = False) -> None:
+def score(filter: str, out: Path, data_dir: str | None = None, hosts: HostsConfig = HERE) -> None:
     """The second stage: whether each text belongs to its picture, in OUT/scores.
 
     Args:
         filter: BLIP that matches: what `jaxmm.load` takes.
         out: The folder of the first stage.
         data_dir: Where prepared TFDS data sets lie.
-        distributed: Join the other hosts first.
+        hosts: Which processes work together.
     """
-    join(distributed)
-    told(out / stages.SCORES, stages.write_scores(stages.Folder(out, data_dir), filter))
+    with joined(hosts, out, name="out"):
+        told(out / stages.SCORES, stages.write_scores(stages.Folder(out, data_dir), filter))
 
 
-def select(out: Path, rule: Flat = KEPT, data_dir: str | None = None, distributed: bool = False) -> None:
+def select(out: Path, rule: Flat = KEPT, data_dir: str | None = None, hosts: HostsConfig = HERE) -> None:
     """The third stage: which texts stay, in OUT/selected. No model is loaded; the rule may be changed.
 
     Args:
         out: The folder of the stages before.
         rule: Which texts stay.
         data_dir: Where prepared TFDS data sets lie.
-        distributed: Join the other hosts first.
+        hosts: Which processes work together.
     """
-    join(distributed)
-    told(out / stages.SELECTED, stages.select(stages.Folder(out, data_dir), rule))
+    with joined(hosts, out, name="out"):
+        told(out / stages.SELECTED, stages.select(stages.Folder(out, data_dir), rule))
 
 
-def merge(out: Path, human_weight: int = 1, data_dir: str | None = None, distributed: bool = False) -> None:
+def merge(out: Path, human_weight: int = 1, data_dir: str | None = None, hosts: HostsConfig = HERE) -> None:
     """The fourth stage: what stays and people's texts as the TFDS data set OUT/merged; and the report.
 
     Args:
         out: The folder of the stages before.
         human_weight: How often a record of people counts in the source that is printed.
         data_dir: Where prepared TFDS data sets lie.
-        distributed: Join the other hosts first.
+        hosts: Which processes work together.
     """
     require(human_weight > 0, "human_weight", human_weight, "a positive number")
-    join(distributed)
-    folder = stages.Folder(out, data_dir)
-    merged = merge_kept(folder)
-    if jax.process_index() == 0:
-        report(out, data_dir=data_dir)
-        print(f"train on it: --data.train '{merged_source(merged, human_weight)}'")
+    with joined(hosts, out, name="out"):
+        folder = stages.Folder(out, data_dir)
+        merged = merge_kept(folder)
+        if jax.process_index() == 0:
+            report(out, data_dir=data_dir)
+            print(f"train on it: --data.train '{merged_source(merged, human_weight)}'")
 
 
 def report(out: Path, json: bool = False, data_dir: str | None = None) -> None:
@@ -145,7 +148,7 @@ def report(out: Path, json: bool = False, data_dir: str | None = None) -> None:
     print(f"report: {reports.write_report(folder)}")
 
 
-def bootstrap(config: Path, out: Path, distributed: bool = False) -> None:
+def bootstrap(config: Path, out: Path, hosts: HostsConfig = HERE) -> None:
     """The whole procedure: pre-train, fine-tune captioner and filter, caption and filter the web, pre-train anew.
 
     Interrupted, the same command goes on.
@@ -153,23 +156,14 @@ def bootstrap(config: Path, out: Path, distributed: bool = False) -> None:
     Args:
         config: A recipe whose get_config() gives a CapFiltConfig, such as configs/capfilt_scenes.py.
         out: The folder that holds everything.
-        distributed: Join the other hosts first.
+        hosts: Which processes work together.
     """
     recipe = load_recipe(config)
     require(isinstance(recipe, bootstraps.CapFiltConfig), "config", str(config), "a recipe of a bootstrap")
-    join(distributed)
-    metrics = bootstraps.bootstrap(recipe, out)
-    if metrics and jax.process_index() == 0:
-        bootstraps.print_metrics(metrics)
-
-
-def join(distributed: bool) -> None:
-    """Joins this process to the others of the run. Raises `ConfigError` where they cannot be found."""
-    if distributed and not jax.distributed.is_initialized():
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"distributed is True, but there is no cluster to join: {error}") from None
+    with joined(hosts, out, name="out"):
+        metrics = bootstraps.bootstrap(recipe, out)
+        if metrics and jax.process_index() == 0:
+            bootstraps.print_metrics(metrics)
 
 
 def told(where: Path, shards: int) -> None:

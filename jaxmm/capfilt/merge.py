@@ -15,12 +15,13 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from jaxmm.atomic import write_atomically
-from jaxmm.capfilt.stages import SELECTED, VERSION, Folder, Shard, meet
+from jaxmm.capfilt.stages import SELECTED, VERSION, Folder, Shard
 from jaxmm.capfilt.tables import Texts, digest, file_digest, read_texts
 from jaxmm.data import images
 from jaxmm.data.faults import read_record
 from jaxmm.data.importing import png
 from jaxmm.data.writing import WORK, Written, finish, picture_features, shard_path, take_back, write_shard
+from jaxmm.training.hosts import beat, meet
 
 MERGED, NOTES = "merged", "merged.json"
 
@@ -47,6 +48,7 @@ def merge(folder: Folder) -> Path:
     with tqdm(total=sum(len(shard.source) for shard in todo), desc=MERGED, unit=" pictures", mininterval=1.0,
               dynamic_ncols=True, disable=None if todo and jax.process_index() == 0 else True) as bar:
         for shard in todo:
+            beat("merging")
             _note(part, shard).unlink(missing_ok=True)
             texts = read_texts(folder.table(SELECTED, shard))
             written = write_shard(_examples(shard, texts), _path(part, shard), features)

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 from jaxmm.capfilt import caption, score
 from jaxmm.capfilt.caption import NUCLEUS, caption_shard
-from jaxmm.capfilt.manifest import agree, model_digest, read_manifest
+from jaxmm.capfilt.manifest import NAME, agree, model_digest, read_manifest
 from jaxmm.capfilt.score import score_shard
 from jaxmm.capfilt.select import Rule, cutoff, select_texts
 from jaxmm.capfilt.tables import Texts, digest, file_digest, made_from, read_texts, write_texts
@@ -28,6 +27,8 @@ from jaxmm.data.shards import shards
 from jaxmm.data.sources import Source, open_source
 from jaxmm.generate import Decoding
 from jaxmm.pretrained.model import load
+from jaxmm.training import hosts
+from jaxmm.training.hosts import meet
 
 VERSION = 1
 """Of what the stages write; another one is made anew."""
@@ -91,6 +92,7 @@ def begin(path: Path, web: str, human: str | None, *, size: int = SIZE, data_dir
     require(size > 0, "shard_records", size, "a positive number")
     agree(path, version=VERSION, web=web, human=human, shard_records=size)
     meet("begin")
+    hosts.see("out", path / NAME)
     return Folder(path, data_dir)
 
 
@@ -170,21 +172,20 @@ def _run(folder: Folder, stage: str, made: Callable[[Shard, Any], str], known: A
     mine = folder.shards[jax.process_index()::jax.process_count()]
     todo = [shard for shard in mine
             if known is None or made_from(folder.table(stage, shard)) != made(shard, known)]
+    hosts.beat(stage)
     if todo:
         known = prepare()
         todo = [shard for shard in todo if made_from(folder.table(stage, shard)) != made(shard, known)]
     with tqdm(total=sum(len(shard.source) for shard in todo), desc=stage, unit=" pictures", mininterval=1.0,
               dynamic_ncols=True, disable=None if todo and jax.process_index() == 0 else True) as bar:
+        def done(count: int) -> None:
+            hosts.beat(stage)
+            bar.update(count)
+
         for shard in todo:
-            write_texts(folder.table(stage, shard), work(shard, bar.update), made(shard, known))
+            write_texts(folder.table(stage, shard), work(shard, done), made(shard, known))
     meet(stage)
     return len(todo)
-
-
-def meet(what: str) -> None:
-    """Waits for all hosts."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"capfilt {what}")
 
 
 def local_mesh() -> Mesh | None:

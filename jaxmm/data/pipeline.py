@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,10 +94,22 @@ def eval_batches(
     `mask` bool [b] is False for bad records and for the rows that fill up the last batch; their pictures are black.
     Raises `DataError` at the end when not one record was good.
     """
+    return counted(source, eval_rows(source, config, batch_size, tokenizer, shard=shard))
+
+
+def eval_rows(
+    source: Source, config: DataConfig, batch_size: int, tokenizer: Any = None, *, shard: Shard = (0, 1)
+) -> Iterator[Batch]:
+    """As `eval_batches`, but bad records are nobody's concern."""
     load = EvalBatch(source, config.image, tokenizer, batch_size, _rows(batch_size, shard))
     batches = grain.MapDataset.range(len(source)).batch(batch_size).map(load)
+    return iter(_iterate(batches, _batch_bytes(load.rows, _image_shape(source, config.image))))
+
+
+def counted(source: Source, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """`batches` of all records of `source`; says how many were bad, and raises `DataError` when all were."""
     faults = FaultCounter(source, max_bad=1.0)
-    for batch in _iterate(batches, _batch_bytes(load.rows, _image_shape(source, config.image))):
+    for batch in batches:
         faults.update(batch)
         yield batch
     if faults.seen and faults.bad == faults.seen:

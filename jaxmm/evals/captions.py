@@ -8,7 +8,6 @@ import numpy as np
 from jaxmm.captioning import CAPTIONS, looker, prompt_tokens, words_looked, writer
 from jaxmm.config import ConfigError, Evaluator
 from jaxmm.data.images import decode
-from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source, record_texts
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.caption_metrics import caption_metric_names, caption_metrics
@@ -19,6 +18,7 @@ from jaxmm.evals.common import (
     chosen_source,
     chosen_weights,
     outputs,
+    picture_batches,
     spread,
     whole_batch,
 )
@@ -68,7 +68,7 @@ class Captions(Evaluator):
         given = prompt_tokens(tokenizer, prompt, task.model.text.decode_id)
         size = whole_batch(self.batch_size, context.mesh)
         batches = (batch | {"prompt": np.repeat(given, size, axis=0), "row": batch["index"].astype(np.int32)}
-                   for batch in eval_batches(source, context.data, size))
+                   for batch in picture_batches(source, context, size))
         fn = writer(task, self.decoding, 0, context.mesh)
         weights, found = chosen_weights(self, context), {}
         for result, batch in outputs(fn, weights, batches, context.mesh):

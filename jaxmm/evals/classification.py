@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmm.config import Evaluator, require
-from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source
 from jaxmm.evals.common import (
     EvalContext,
@@ -16,6 +15,7 @@ from jaxmm.evals.common import (
     check_labels,
     chosen_weights,
     outputs,
+    picture_batches,
     predict_fn,
     spread,
     thumbnail,
@@ -47,7 +47,7 @@ class Classification(Evaluator):
         """Yields metric names and values."""
         source, params = self.check(context), chosen_weights(self, context)
         tokenizer = context.tokenizer if "text" in context.task.reads else None
-        batches = eval_batches(source, context.data, whole_batch(self.batch_size, context.mesh), tokenizer)
+        batches = picture_batches(source, context, whole_batch(self.batch_size, context.mesh), tokenizer)
         fn = predict_fn(context.task, ("logits",), context.mesh)
         logits = ((result["logits"], batch) for result, batch in outputs(fn, params, batches, context.mesh))
         for name, value in score(logits, source, source.classes, context, self.examples):

@@ -13,8 +13,10 @@ from PIL import Image
 
 from jaxmm.config import ConfigError, DataConfig, Evaluator, Task, require
 from jaxmm.data.images import decode
-from jaxmm.data.pipeline import eval_batches
+from jaxmm.data.pipeline import counted, eval_rows
 from jaxmm.data.sources import Source, open_source
+from jaxmm.sharding import host_share, place_batch, place_whole, replicated
+from jaxmm.training import hosts
 from jaxmm.training.step import compile_prediction
 
 INPUTS = ("image", "tokens", "prompt", "row", "seen")
@@ -147,21 +149,58 @@ def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | 
             ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
     """(predictions, batch) for each of `batches`, both without the rows that `mask` leaves out.
 
-    One batch is computed while the next is prepared.
+    One batch is computed while the next is prepared. Arrays that `picture_batches` laid out over several hosts are left
+    out of what comes back.
     """
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
+    several = mesh is not None and not sharding.is_fully_addressable
 
     def real(result, batch):
-        return tuple({k: np.asarray(v)[batch["mask"]] for k, v in arrays.items()} for arrays in (result, batch))
+        hosts.beat("evaluating", waits=True)
+        return tuple({k: np.asarray(v)[batch["mask"]] for k, v in arrays.items() if _is_here(v)}
+                     for arrays in (result, batch))
+
+    def placed(value):
+        if several:
+            return place_whole(np.asarray(value), sharding) if _is_here(value) else value
+        return jax.device_put(value, sharding)
 
     pending = None
     for batch in batches:
-        current = fn(params, {k: jax.device_put(batch[k], sharding) for k in INPUTS if k in batch}), batch
+        hosts.beat("evaluating")
+        current = fn(params, {k: placed(batch[k]) for k in INPUTS if k in batch}), batch
         if pending is not None:
             yield real(*pending)
         pending = current
     if pending is not None:
         yield real(*pending)
+
+
+def _is_here(value: Any) -> bool:
+    return not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated
+
+
+def picture_batches(source: Source, context: EvalContext, batch_size: int, tokenizer: Any = None
+                    ) -> Iterator[dict[str, Any]]:
+    """`eval_batches` for a mesh over several hosts: each reads and decodes its own rows alone, pictures are laid out
+    over the devices of all, and every host holds the rest of the batch whole."""
+    share = host_share(context.mesh)
+    rows = eval_rows(source, context.data, batch_size, tokenizer, shard=share)
+    return counted(source, rows if share[1] == 1 else (_told_to_all(batch, context.mesh) for batch in rows))
+
+
+def _told_to_all(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+    hosts.beat("evaluating", waits=True)
+    placed = place_batch(batch, mesh)
+    image = placed.pop("image")
+    found = {name: np.asarray(value) for name, value in _whole(mesh)(placed).items()}
+    hosts.beat("evaluating")
+    return found | {"image": image}
+
+
+@lru_cache(maxsize=4)
+def _whole(mesh: Mesh) -> Callable[[dict], dict]:
+    return jax.jit(lambda batch: batch, out_shardings=replicated(mesh))
 
 
 def embed(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | None
@@ -196,7 +235,7 @@ def check_features(evaluator: Evaluator, train: str | None, context: EvalContext
 def frozen_features(evaluator: Evaluator, source: Source, context: EvalContext
                     ) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, d] and labels [n] of `source`, its pictures seen as in evaluation."""
-    batches = eval_batches(source, context.data, whole_batch(evaluator.batch_size, context.mesh))
+    batches = picture_batches(source, context, whole_batch(evaluator.batch_size, context.mesh))
     fn = predict_fn(context.task, ("features",), context.mesh)
     result, batch = embed(fn, chosen_weights(evaluator, context), batches, context.mesh)
     return result["features"], batch["label"]

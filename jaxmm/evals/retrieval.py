@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
 from jaxmm.config import Evaluator, require
-from jaxmm.data.pipeline import eval_batches, eval_texts
+from jaxmm.data.pipeline import eval_texts
 from jaxmm.data.sources import Source, record_texts
 from jaxmm.evals.common import (
     EvalContext,
@@ -21,6 +21,7 @@ from jaxmm.evals.common import (
     embed,
     joined,
     outputs,
+    picture_batches,
     predict_fn,
     spread,
     thumbnail,
@@ -156,8 +157,8 @@ def embed_pairs(
     size = whole_batch(evaluator.batch_size, mesh)
     if see is None:
         see = partial(outputs, predict_fn(context.task, ("image", "text") if first else ("image",), mesh), mesh=mesh)
-    result, batch = joined(see(params, batches=eval_batches(
-        source, context.data, size, context.tokenizer if first else None)))
+    result, batch = joined(see(params, batches=picture_batches(
+        source, context, size, context.tokenizer if first else None)))
     image, record = result["image"], batch["index"]
     if first:
         text, words, owner = result["text"], batch, np.arange(len(image))

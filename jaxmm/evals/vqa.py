@@ -11,7 +11,6 @@ import numpy as np
 from jaxmm.answering import ANSWERS, SHORTLIST, candidate_tokens, ranker
 from jaxmm.captioning import prompt_tokens, writer
 from jaxmm.config import ConfigError, Evaluator, require
-from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source
 from jaxmm.data.vqa import common_answers
 from jaxmm.evals.common import (
@@ -20,6 +19,7 @@ from jaxmm.evals.common import (
     check,
     chosen_weights,
     outputs,
+    picture_batches,
     spread,
     thumbnail,
     whole_batch,
@@ -123,7 +123,7 @@ class VQAAccuracy(Evaluator):
         """The number of each question, and its best answers with their scores."""
         task, tokenizer, choices = context.task, context.tokenizer, self.choices(context)
         size = whole_batch(self.batch_size, context.mesh)
-        batches = eval_batches(source, context.data, size, tokenizer)
+        batches = picture_batches(source, context, size, tokenizer)
         if choices is None:
             prompt = np.repeat(prompt_tokens(tokenizer, "", task.model.answer.decode_id), size, axis=0)
             batches = (batch | {"prompt": prompt, "row": batch["index"].astype(np.int32)} for batch in batches)

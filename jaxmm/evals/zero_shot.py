@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmm.config import Evaluator, require
-from jaxmm.data.pipeline import eval_batches
 from jaxmm.data.sources import Source
 from jaxmm.evals.classification import score, score_names
 from jaxmm.evals.common import (
@@ -17,6 +16,7 @@ from jaxmm.evals.common import (
     chosen_weights,
     embed,
     outputs,
+    picture_batches,
     predict_fn,
     whole_batch,
 )
@@ -64,7 +64,7 @@ class ZeroShot(Evaluator):
         source, params = self.check(context), chosen_weights(self, context)
         classes = self.classes or tuple(name.replace("_", " ") for name in source.classes)
         weights = class_embeddings(classes, self.templates, params, context, self.batch_size)
-        batches = eval_batches(source, context.data, whole_batch(self.batch_size, context.mesh))
+        batches = picture_batches(source, context, whole_batch(self.batch_size, context.mesh))
         fn = predict_fn(context.task, ("image",), context.mesh)
         logits = ((self.scale * unit(result["image"]) @ weights.T, batch)
                   for result, batch in outputs(fn, params, batches, context.mesh))

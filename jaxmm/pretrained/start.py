@@ -19,7 +19,7 @@ from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.checkpoint import Opened
 from jaxmm.pretrained.files import FileError
 from jaxmm.pretrained.opening import open_checkpoint
-from jaxmm.sharding import laid_out, named_leaves, replicated
+from jaxmm.sharding import laid_out, named_leaves, place_whole, replicated
 from jaxmm.tasks.base import Task
 
 HOW_TRAINED = ("dropout", "attention_dropout", "drop_path", "dtype", "remat", "scan", "init")
@@ -98,7 +98,7 @@ def _resized(table: jax.Array, model: ViTConfig | CLIPConfig | BLIPConfig, opene
     prefix = int(vision.class_token and vision.position_class) + vision.distillation_token
     whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(table)
     new = resize_positions(whole, vision.grid, opened.resize, prefix=prefix)
-    return jax.device_put(np.asarray(new), replicated(mesh))
+    return place_whole(np.asarray(new), replicated(mesh))
 
 
 def _their_path(path: str, ours: Any, theirs: Any) -> str:

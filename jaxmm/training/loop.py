@@ -10,15 +10,17 @@ import filelock
 import jax
 import numpy as np
 
-from jaxmm.config import ConfigError, Evaluator, TrainConfig, from_dict, require
+from jaxmm.config import ConfigError, Evaluator, TrainConfig, from_dict, require, to_dict
 from jaxmm.data.pipeline import FaultCounter, TrainIterator, train_batches
 from jaxmm.data.sources import Source, open_source, record_texts
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.evals.common import EvalContext
 from jaxmm.pretrained.start import adopt, open_start, start_weights
-from jaxmm.sharding import batch_shards, laid_out, make_mesh, place_batch, undivided
+from jaxmm.sharding import batch_shards, host_share, laid_out, make_mesh, place_batch, undivided
 from jaxmm.tasks.base import Task
+from jaxmm.training import hosts
 from jaxmm.training.checkpoint import Checkpoints
+from jaxmm.training.faults import SharedFaults
 from jaxmm.training.logs import MetricLog, Watch, duration
 from jaxmm.training.optimizer import Optimizer, make_optimizer
 from jaxmm.training.process import Termination
@@ -70,17 +72,21 @@ def train(
     except OSError as error:
         raise ConfigError(f"workdir is {str(workdir)!r}, which cannot be written: {error}") from None
     with lock:
+        hosts.beat("starting", 0)
         setup = prepare(config, workdir)
         with jax.set_mesh(setup.mesh), Termination() as termination:
-            return _run(setup, termination, observe)
+            metrics = _run(setup, termination, observe)
+        hosts.meet("end of the run")  # what the first host has written is there
+        return metrics
 
 
 def prepare(config: TrainConfig, workdir: Path) -> Setup:
     """Opens the sources and binds the task to them; checks all that can be checked before compiling."""
     mesh = make_mesh(config.mesh)
-    shards, part, hosts = batch_shards(mesh), config.data.batch_size // config.microbatches, jax.process_count()
-    require(shards % hosts == 0, "mesh.data x mesh.fsdp", shards, f"a multiple of the {hosts} hosts, each of which "
-            "reads its own share of the batch")
+    shards, part = batch_shards(mesh), config.data.batch_size // config.microbatches
+    require({device.process_index for device in mesh.devices.flat} == set(range(jax.process_count())), "mesh",
+            dict(mesh.shape), f"devices of all {jax.process_count()} hosts")
+    host_share(mesh)
     require(part % shards == 0, "data.batch_size", config.data.batch_size,
             f"a multiple of mesh.data x mesh.fsdp x microbatches = {shards} x {config.microbatches}")
     require(config.microbatches == 1 or type(config.task).loss is Task.loss, "microbatches", config.microbatches,
@@ -118,8 +124,13 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     evals = tuple(evaluator for evaluator in config.evals if val is not None or evaluator.source is not None)
     setup = Setup(config, workdir, task, optimizer, source, val, tokenizer, mesh, evals)
     _check_evals(setup)
+    hosts.check_same(config=to_dict(config), records=source.fingerprint,
+                     words=None if tokenizer is None else tokenizer.fingerprint)
+    hosts.meet("begin")  # nobody reads any more what was there before
     if jax.process_index() == 0:
         begin(config, task, workdir, source, tokenizer)
+    hosts.meet("begun")
+    hosts.see("workdir", workdir / "config.json")
     return setup
 
 
@@ -176,12 +187,12 @@ def _run(setup: Setup, termination: "Termination", observe) -> dict[str, float]:
     primary = jax.process_index() == 0
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep,
                               best=config.checkpoint.best is not None)
-    faults = FaultCounter(setup.train, config.data.max_bad)
+    faults = SharedFaults(FaultCounter(setup.train, config.data.max_bad), jax.process_count())
     with contextlib.ExitStack() as closing:
         closing.callback(checkpoints.close)
         checkpoints.clean()
         batches = train_batches(setup.train, config.data, setup.tokenizer, seed=config.seed,
-                                shard=(jax.process_index(), jax.process_count()), labels="label" in setup.task.reads)
+                                shard=host_share(setup.mesh), labels="label" in setup.task.reads)
         closing.callback(batches.close)
         state, anew = _restore(setup, checkpoints, batches, faults)
         start = int(state.step)
@@ -202,8 +213,8 @@ def _run(setup: Setup, termination: "Termination", observe) -> dict[str, float]:
                       "the same command goes on from there")
             return {}
         metrics, examples = _evaluate(setup, state, metric_log, watch, checkpoints)
-        if faults.bad:
-            watch.say(faults.summary())
+        if faults.counter.bad:
+            watch.say(faults.counter.summary())
         if primary:
             report = write_report(workdir, examples)
             watch.say(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "no evaluation")
@@ -212,12 +223,13 @@ def _run(setup: Setup, termination: "Termination", observe) -> dict[str, float]:
 
 
 def _restore(
-    setup: Setup, checkpoints: Checkpoints, batches: TrainIterator, faults: FaultCounter
+    setup: Setup, checkpoints: Checkpoints, batches: TrainIterator, faults: SharedFaults
 ) -> tuple[State, list[str]]:
     """The newest whole checkpoint on this run's mesh, or the state before the first step and the paths of the
     parameters that no trained model gave."""
     like = abstract_state(setup.task, setup.optimizer)
     like = laid_out(like, setup.mesh)
+    hosts.beat("restoring")
     found = checkpoints.restore(like)
     if found is None:
         init, anew, given = setup.config.init, [], {}
@@ -226,7 +238,7 @@ def _restore(
         return sharded_state(setup.task, setup.optimizer, setup.config.seed, setup.mesh, given), anew
     state, data = found
     batches.set_state(data["iterator"])
-    faults.set_state(data["faults"])
+    faults.counter.set_state(data["faults"])
     return state, []
 
 
@@ -239,12 +251,17 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
     start, best = int(state.step), config.checkpoint.best
 
     def fetch():
+        hosts.beat("reading data")
         batch = next(batches)
         faults.update(batch)
+        hosts.beat("training")
         return batch, place_batch({name: batch[name] for name in INPUTS if name in batch}, setup.mesh)
 
     def check(step, metrics):
-        if bool(metrics["finite"]):
+        hosts.beat("training", waits=True)
+        finite = bool(metrics["finite"])
+        hosts.beat("training")
+        if finite:
             return
         checkpoints.wait()
         last = checkpoints.steps()
@@ -259,17 +276,22 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
     pending, checked_loss, stopping = None, None, False
     upcoming = fetch() if start < config.steps else None
     for step in range(start + 1, config.steps + 1):
-        (host_batch, batch), position = upcoming, {"iterator": batches.get_state(), "faults": faults.get_state()}
-        bad_records = faults.bad
+        evaluating = config.eval_every and step % config.eval_every == 0 and step < config.steps
+        writing = step % config.log_every == 0 or step == config.steps
+        if writing or evaluating or step % config.checkpoint.every == 0:
+            faults.share()
+        (host_batch, batch), position = upcoming, {"iterator": batches.get_state(),
+                                                   "faults": faults.counter.get_state()}
+        bad_records = faults.counter.bad
+        hosts.beat("compiling" if step == start + 1 else "training", step, waits=step > start + 1)
         state, metrics = step_fn(state, batch, rng)
+        hosts.beat("training")
         if observe is not None:
             observe(step, host_batch)
         upcoming = fetch() if step < config.steps else None
         if pending is not None:  # one step late, so that the device never waits for the host
             check(*pending)
         pending = step, metrics
-        evaluating = config.eval_every and step % config.eval_every == 0 and step < config.steps
-        writing = step % config.log_every == 0 or step == config.steps
         stopping = termination.agreed(writing)  # read once: the signal may come at any line
         saving = (step % config.checkpoint.every == 0 or step == config.steps or stopping
                   or bool(evaluating and best))
@@ -285,12 +307,14 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
             if metric_log is not None:
                 metric_log.write(step, values)
         if saving:
+            hosts.beat("saving")
             checkpoints.save(state, position)
         if stopping:
             checkpoints.wait()
             break
         if evaluating:
             _evaluate(setup, state, metric_log, watch, checkpoints)
+    hosts.beat("saving")
     checkpoints.wait()
     return state, stopping
 
@@ -298,6 +322,7 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
 def _evaluate(setup, state, metric_log, watch, checkpoints) -> tuple[dict[str, float], list]:
     """Runs the evaluators and writes down what they yield. Returns that, and examples for the report."""
     begun, step, context = time.monotonic(), int(state.step), _context(setup, state)
+    hosts.beat("evaluating", step)
     metrics = {name: value for evaluator in setup.evals for name, value in evaluator.run(context)}
     if metric_log is not None and metrics:
         metric_log.write(step, metrics)

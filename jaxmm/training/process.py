@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmm.config import ConfigError
+from jaxmm.training import hosts
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,12 @@ class Termination:
         """Whether to stop now. Several hosts decide it where they all wait for each other anyway (`together`)."""
         if jax.process_count() == 1:
             return self.asked
-        return together and bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
+        if not together:
+            return False
+        hosts.beat("training", waits=True)
+        asked = bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
+        hosts.beat("training")
+        return asked
 
     def _ask(self, number, frame):
         if self.asked:

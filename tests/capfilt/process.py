@@ -5,13 +5,14 @@ import signal
 import sys
 from pathlib import Path
 
-import jax
-
+from jaxmm.training.hosts import HostsConfig, joined
 from tests.capfilt.conftest import run
 
 if __name__ == "__main__":
+    hosts = HostsConfig()
     if "HOSTS" in os.environ:
-        jax.distributed.initialize(os.environ["ADDRESS"], int(os.environ["HOSTS"]), int(os.environ["HOST"]))
+        hosts = HostsConfig(address=os.environ["ADDRESS"], count=int(os.environ["HOSTS"]),
+                            index=int(os.environ["HOST"]))
     if "KILLED_AT" in os.environ:
         left, fsync = int(os.environ["KILLED_AT"]), os.fsync
 
@@ -22,4 +23,5 @@ if __name__ == "__main__":
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
         os.fsync = counted
-    run(*map(Path, sys.argv[1:4]))
+    with joined(hosts, sys.argv[1]):
+        run(*map(Path, sys.argv[1:4]))

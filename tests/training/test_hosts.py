@@ -1,0 +1,365 @@
+"""Several processes train as one does, and end together when one of them dies, fails or is stuck."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from jaxmm.config import ConfigError
+from jaxmm.data.pipeline import step_records
+from jaxmm.data.sources import open_source
+from jaxmm.sharding import named_leaves
+from jaxmm.training.checkpoint import whole_steps
+from jaxmm.training.hosts import HostsConfig, found, join
+from jaxmm.training.watchdog import LONG, STATUS, Pulse, Seen, caused_elsewhere, judge
+from tests.training.common import assert_same_bits, lines
+from tests.training.hosts import EVERY, STEPS, config
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 240
+"""Seconds that processes may take for what takes some."""
+HEARTBEAT, TIMEOUT = 6.0, 7.0
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-003]", "SLURM_NTASKS": "3", "SLURM_PROCID": "1",
+         "SLURM_LOCALID": "0"}
+
+
+class Nursery:
+    """A process that has imported everything, and those that it forks."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.training.hosts"], cwd=ROOT, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+    def ask(self, **order) -> int:
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def start(self, out: str, runs: str, count: int, devices: int, *options: object) -> "Run":
+        """`count` processes with `devices` each, whose work folders are in `out`."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        return Run(self, out, [self.ask(
+            args=[str(each) for each in (self.folder, runs, out, *options)]
+            + (["--hosts", address, str(count), str(host)] if count > 1 else []),
+            devices=devices, output=str(self.folder / f"{out}-{host}.txt")) for host in range(count)])
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.stdout.close()
+        assert self.process.wait(PATIENCE) == 0
+
+
+class Run:
+    """Processes of one run, by the host's index."""
+
+    def __init__(self, nursery, out, numbers):
+        self.nursery, self.out, self.numbers, self.running = nursery, out, numbers, set(numbers)
+
+    def text(self, host: int) -> str:
+        return (self.nursery.folder / f"{self.out}-{host}.txt").read_text()
+
+    def steps(self, host: int) -> list[list[int]]:
+        """The records that a host used, a list a step."""
+        path = self.nursery.folder / self.out / f"steps-{host}"
+        rows = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [(int(row.split()[0]), json.loads(row.partition(" ")[2])) for row in rows]
+
+    def reaches(self, host: int, step: int) -> None:
+        """Returns once `host` is in `step`."""
+        deadline = time.monotonic() + PATIENCE
+        while not any(each == step for each, _ in self.steps(host)):
+            assert time.monotonic() < deadline, self.text(host)
+            time.sleep(0.01)
+
+    def kill(self, host: int) -> None:
+        os.kill(self.numbers[host], signal.SIGKILL)
+
+    def status(self, host: int) -> int:
+        """Waits for the end of `host`; kills it when that takes too long."""
+        number = self.numbers[host]
+        alarm = threading.Timer(PATIENCE, os.kill, (number, signal.SIGKILL))
+        alarm.start()
+        status = self.nursery.ask(wait=number)
+        self.running.discard(number)
+        alarm.cancel()
+        return status
+
+    def ends(self) -> "Run":
+        """All of them, and well."""
+        for host in range(len(self.numbers)):
+            assert self.status(host) == 0, self.text(host)
+        return self
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hosts")
+    open_source("scenes:tiny/train", data_dir=str(folder / "data"))
+    rng = np.random.default_rng(0)
+    for split, count, broken in (("train", 3, {1}), ("val", 5, {2, 3})):
+        for i in range(count):
+            path = folder / "few" / split / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
+            if i in broken:
+                path.write_bytes(b"<html>")
+    nursery = Nursery(folder)
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def runs(nursery):
+    """The same with four devices in one process, in two and in four."""
+    started = [nursery.start("one", "few,clip,siglip,blip", 1, 4),
+               nursery.start("two", "few,clip,siglip,blip", 2, 2, "--heartbeat", 60),
+               nursery.start("four", "few", 4, 1, "--heartbeat", 60)]
+    return {run.out: run.ends() for run in started}
+
+
+def arrays(workdir: Path, step: int):
+    """The state of a checkpoint, whatever wrote it."""
+    path = (workdir / "checkpoints" / str(step) / "state").absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+                             reader.metadata(path).item_metadata.tree)
+        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=plain))
+
+
+def difference(one: Path, other: Path) -> float:
+    """The largest of all metrics (relative) and of the final state (absolute)."""
+    found = []
+    for a, b in zip(lines(one), lines(other), strict=True):
+        assert a.keys() == b.keys()
+        found += [abs(a[name] - b[name]) / max(1, abs(a[name])) for name in a if "pictures_per_second" not in name]
+    states = [dict(named_leaves(arrays(each, STEPS))) for each in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    return max(found + [float(np.abs(value.astype(float) - states[1][name]).max())
+                        for name, value in states[0].items()])
+
+
+@pytest.mark.parametrize("out, names", [("two", "few,clip,siglip,blip"), ("four", "few")])
+def test_several_processes_train_and_evaluate_as_one(runs, nursery, out, names, record_property):
+    for name in names.split(","):
+        one, several = nursery.folder / "one" / name, nursery.folder / out / name
+        assert [row["step"] for row in lines(several) if "train/loss" in row] == list(range(1, STEPS + 1))
+        assert any(key.startswith("val/") for key in lines(several)[-1])
+        found = difference(one, several)
+        record_property(f"{name}, {out} processes and one, largest difference", f"{found:.1e}")
+        assert found < 1e-5, name
+        assert (several / "report.html").exists()
+    for host in range(1, len(runs[out].numbers)):
+        assert "training records" not in runs[out].text(host)              # progress comes from the first alone
+
+
+def test_every_host_reads_its_share_and_as_many_steps(runs, nursery):
+    """Also of three records, one of which is broken, for four hosts."""
+    for out, name, length, broken, offset in (("four", "few", 3, 2, 0), ("two", "clip", 160, None, STEPS)):
+        run, hosts = config(name, nursery.folder), range(len(runs[out].numbers))
+        found = [runs[out].steps(host)[offset:offset + STEPS] for host in hosts]
+        assert all([step for step, _ in each] == list(range(1, STEPS + 1)) for each in found)
+        for step in range(STEPS):
+            used = np.concatenate([each[step][1] for each in found])
+            drawn = step_records(length, run.data.batch_size, run.seed, step)
+            np.testing.assert_array_equal(used[drawn != broken], drawn[drawn != broken])
+            assert len(used) == len(drawn) and broken not in used          # another one is in its place
+    bad = lines(nursery.folder / "four" / "few", "data/bad_records")
+    assert bad == lines(nursery.folder / "one" / "few", "data/bad_records") and bad[-1][1] > STEPS
+    assert "2 of 5 records were bad" in runs["four"].text(3)
+
+
+@pytest.mark.parametrize("count, devices", [(1, 4), (2, 2)])
+def test_what_four_wrote_others_go_on_with(runs, nursery, count, devices):
+    out = f"from-four-{count}"
+    shutil.copytree(nursery.folder / "four" / "few", nursery.folder / out / "few")
+    shutil.rmtree(nursery.folder / out / "few" / "checkpoints" / str(STEPS))
+    went_on = nursery.start(out, "few", count, devices).ends()
+    assert f"going on after step {STEPS - EVERY}" in went_on.text(0)
+    assert difference(nursery.folder / "one" / "few", nursery.folder / out / "few") < 1e-5
+
+
+def test_a_run_whose_hosts_hang_and_die_ends_each_time_and_goes_on_exactly(runs, nursery, record_property):
+    limits = ("--heartbeat", HEARTBEAT, "--timeout", TIMEOUT)
+    name = re.escape(socket.gethostname())
+
+    stuck = nursery.start("again", "few", 2, 2, *limits, "--block", 1, 3)
+    stuck.reaches(1, 3)
+    since = time.monotonic()
+    assert [stuck.status(host) for host in (0, 1)] == [STATUS, STATUS]
+    took = time.monotonic() - since
+    record_property("seconds until a host that hung ended the run", f"{took:.1f} (limit {TIMEOUT:.0f})")
+    assert TIMEOUT < took < TIMEOUT + HEARTBEAT + 5
+    for host in (0, 1):
+        assert re.search(rf"^error: host 1 \({name}\) is stuck; last seen training at step 3, \d+ s ago\. ",
+                         stuck.text(host), re.M), stuck.text(host)
+    assert "in observe" in stuck.text(1) and "in observe" not in stuck.text(0)  # where it hangs
+
+    for killed, other in ((1, 0), (0, 1)):
+        run = nursery.start("again", "few", 2, 2, *limits, "--block", killed, STEPS)
+        run.reaches(killed, STEPS)
+        run.kill(killed)
+        since = time.monotonic()
+        assert run.status(other) == STATUS, run.text(other)
+        took = time.monotonic() - since
+        record_property(f"seconds until the death of host {killed} ended the run", f"{took:.1f}")
+        assert took < HEARTBEAT + 10
+        assert run.status(killed) == -signal.SIGKILL
+        (line,) = [line for line in run.text(other).splitlines() if line.startswith("error: ")]
+        assert re.match(rf"error: host {killed} \({name}\) is dead or cut off: .*; last seen [a-z ]+ at step \d, "
+                        rf"\d+ s ago\. Host {other} ends with it; the same command", line)
+        assert whole_steps(nursery.folder / "again" / "few" / "checkpoints") == [EVERY]
+
+    last = nursery.start("again", "few", 2, 2).ends()
+    assert f"going on after step {EVERY}" in last.text(0)
+    again, whole = nursery.folder / "again" / "few", nursery.folder / "two" / "few"
+    assert lines(again, "train/loss") == lines(whole, "train/loss")
+    assert_same_bits(arrays(again, STEPS), arrays(whole, STEPS))
+
+
+def test_a_host_that_was_told_something_else_is_named(nursery):
+    odd = nursery.start("odd", "few", 2, 1, "--odd", 1)
+    assert (odd.status(0), odd.status(1)) == (STATUS, 2)
+    assert re.search(r"error: this host was told something else than the first one:\n  config\.seed was 3 and is 99$",
+                     odd.text(1), re.M)
+    assert re.search(r"error: host 1 \(.*\) failed .*ConfigError: this .*seed was 3 and is 99\. Host 0 ends with it$",
+                     odd.text(0), re.M)
+    assert not (nursery.folder / "odd" / "few" / "config.json").exists()
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"address": "a:1"}, r"hosts\.count is None; wanted the number of processes, with hosts\.address"),
+    ({"address": "a:1", "count": 2}, r"hosts\.index is None; wanted the number of this process, 0 to 1"),
+    ({"address": "a:1", "count": 2, "index": 2}, r"hosts\.index is 2; wanted .* 0 to 1"),
+    ({"address": "a:1", "count": 2, "index": -1}, r"hosts\.index is -1"),
+    ({"address": "a", "count": 2, "index": 0}, r"hosts\.address is 'a'; wanted HOST:PORT"),
+    ({"address": "a:99999", "count": 2, "index": 0}, r"hosts\.address is 'a:99999'"),
+    ({"count": 2, "index": 0}, r"hosts\.index is 0; wanted hosts\.address and hosts\.count with it"),
+    ({"count": 0}, r"hosts\.count is 0"), ({"timeout": 0.0}, r"hosts\.timeout is 0"),
+    ({"heartbeat": float("inf")}, r"hosts\.heartbeat is inf"),
+    ({"alone": True, "count": 2}, r"hosts\.count is 2; wanted nothing with hosts\.alone"),
+], ids=str)
+def test_half_of_what_has_to_be_said_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        HostsConfig(**fields)
+
+
+def test_clusters_are_recognised_and_one_machine_is_alone(monkeypatch, tmp_path):
+    assert found() == 1 and join(HostsConfig()) is None and join(HostsConfig(count=1)) is None
+    with pytest.raises(ConfigError, match=r"hosts\.count is 3; wanted 1, which JAX found here"):
+        join(HostsConfig(count=3), tmp_path)
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert found() == 3 and join(HostsConfig(alone=True)) is None
+    with pytest.raises(ConfigError, match=r"hosts\.count is 4; wanted 3"):
+        join(HostsConfig(count=4), tmp_path)
+    with pytest.raises(ConfigError, match=r"out is None; wanted one folder for all 3 hosts"):
+        join(HostsConfig(), name="out")
+    with pytest.raises(ConfigError, match=r"the 3 hosts of this run do not come together: .*before any JAX calls"):
+        jax.devices()
+        join(HostsConfig(), tmp_path)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert found() == 1 and join(HostsConfig()) is None
+    monkeypatch.setenv("SLURM_NTASKS", "many")
+    with pytest.raises(ConfigError, match=r"SlurmCluster\), but it cannot be asked: .*'many'.* --hosts.alone"):
+        found()
+
+
+def test_a_pod_that_is_not_of_an_indexed_job_is_alone(monkeypatch):
+    from jax._src.clusters.k8s_cluster import K8sCluster
+
+    monkeypatch.setattr(K8sCluster, "is_env_present", classmethod(lambda cls: True))
+    monkeypatch.setattr(K8sCluster, "get_process_count", classmethod(lambda cls: 5))
+    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    assert found() == 1
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    assert found() == 5
+
+
+def test_the_only_worker_of_a_slice_is_alone(monkeypatch):
+    from jax._src.clusters import cloud_tpu_cluster as tpu
+
+    def nobody(key):
+        raise OSError("no metadata server")
+
+    monkeypatch.setattr(tpu, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(tpu, "get_metadata", nobody)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    assert found() == 1
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "3")
+    assert found() == 6
+    monkeypatch.delenv("MEGASCALE_NUM_SLICES")
+    with pytest.raises(ConfigError, match=r"GkeTpuCluster.*no metadata server"):
+        found()
+
+
+def seen(alive=0.0, moved=0.0, failed=None, **pulse):
+    """Of a host that last lived, moved and failed so many seconds ago, at second 1000."""
+    return Seen(Pulse("worker", failed=None if failed is None else "JaxRuntimeError: x", **pulse), 1000 - alive,
+                1000 - moved, None if failed is None else 1000 - failed)
+
+
+@pytest.mark.parametrize("hosts, named", [
+    ([{"alive": 59, "moved": 299, "doing": "training"}] * 2, None),
+    ([{}, {"alive": 61}, {"alive": 70}], (2, "is dead or cut off: no sign of life for 70 s; last seen starting at")),
+    ([{"failed": 1}, {"alive": 9}], None),                                 # five beats of two seconds
+    ([{"failed": 1}, {"alive": 11, "moved": 12}], (1, "is dead")),         # a failed collective is a hint
+    ([{"failed": 19, "alive": 2}, {"failed": 15}], None),
+    ([{"failed": 15}, {"failed": 21, "step": 4}], (1, "failed: JaxRuntimeError: x; last seen starting at step 4, 0 s")),
+    ([{"moved": 301, "doing": "training", "waits": True, "step": 5},
+      {"moved": 301, "doing": "reading data", "step": 4}], (1, "is stuck; last seen reading data at step 4, 301 s")),
+    ([{"moved": 350, "doing": "training", "step": 6}, {"moved": 301, "doing": "training", "step": 5}], (1, "is stuck")),
+    ([{"moved": 302, "doing": "training", "waits": True}, {"moved": 299, "doing": "training"}], None),
+    ([{"moved": 900, "doing": "training", "waits": True}, {"moved": 900, "doing": "saving"}], None),
+    ([{"moved": 2000, "doing": "training", "waits": True}, {"moved": 300 * LONG + 1, "doing": "compiling"}],
+     (1, "is stuck; last seen compiling")),
+    ([{"moved": 301, "doing": "training", "waits": True, "step": 2},
+      {"moved": 302, "doing": "training", "waits": True, "step": 2}], (1, "is stuck, like all others")),
+    ([{"moved": 301, "doing": "training", "waits": True}, {"moved": 301, "doing": "evaluating", "waits": True}], None),
+], ids=str)
+def test_who_ends_a_run(hosts, named):
+    verdict = judge([seen(**each) for each in hosts], 1000.0, timeout=300.0, heartbeat=60.0, interval=2.0)
+    if named is None:
+        assert verdict is None
+    else:
+        assert (verdict.host, verdict.name) == (named[0], "worker") and verdict.what.startswith(named[1])
+        assert verdict.stuck == named[1].startswith("is stuck")
+
+
+def test_what_is_told_twice_is_no_sign_of_life():
+    first = seen(alive=5, moved=7, beats=3, moves=2)
+    same = first.told(first.pulse, 1000.0)
+    assert (same.alive, same.moved) == (995, 993)
+    later = first.told(Pulse("worker", beats=4, moves=2, failed="x"), 1000.0)
+    assert (later.alive, later.moved, later.failed) == (1000, 993, 1000)
+    assert later.told(Pulse("worker", beats=5, moves=3, failed="x"), 1001.0).failed == 1000
+
+
+def test_errors_that_a_dead_host_causes_are_known():
+    try:
+        try:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+        except RuntimeError as error:
+            raise OSError("saving failed") from error
+    except OSError as error:
+        assert caused_elsewhere(error)
+    assert caused_elsewhere(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
+    assert not caused_elsewhere(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert not caused_elsewhere(ConfigError("steps is 0"))
