@@ -15,7 +15,7 @@ from typing import Annotated
 import jax
 import tyro
 
-from jaxmm.config import ConfigError, TrainConfig, require
+from jaxmm.config import ConfigError, TrainConfig
 from jaxmm.data.sources import DataError
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig

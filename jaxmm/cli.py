@@ -347,9 +347,13 @@ def main(args: list[str] | None = None) -> int:
     keep_memory()
     args = sys.argv[1:] if args is None else args
     try:
-        if args[:1] == ["plan"]:      # its options are those of a recipe, which has to be read first
+        recipe = any(each.partition("=")[0] == "--config" for each in args)      # whose fields are options, too
+        if recipe and args[:1] == ["plan"]:
             return plan(args[1:])
         use_compilation_cache()
+        if recipe and args[:2] == ["capfilt", "bootstrap"]:
+            commands.run_bootstrap(args[2:])
+            return 0
         tyro.extras.subcommand_cli_from_dict(
             {"classify": classify, "caption": caption, "answer": answer, "match": match, "search": search,
              "data": data, "capfilt": capfilt, "convert": convert, "show": show, "parity": parity, "plan": planned},

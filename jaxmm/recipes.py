@@ -36,7 +36,7 @@ def parse_recipe(
     """`command`, a dataclass with `config` and, in the field `name`, a `recipe`, from a command line.
 
     First which recipe (`--config`; else `default`), then everything with that recipe's values as defaults. Raises
-    `ConfigError`, which names the recipes in `folder`.
+    `ConfigError`, which names the recipes in `folder`. All other fields of `command` have defaults.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", type=Path, default=default)

@@ -1,5 +1,7 @@
 """`jaxmm capfilt`: better captions for a crawl, stage by stage or all at once."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +17,7 @@ from jaxmm.capfilt.merge import merged_source
 from jaxmm.capfilt.select import Rule
 from jaxmm.config import require
 from jaxmm.generate import Decoding
-from jaxmm.recipes import load_recipe
+from jaxmm.recipes import parse_recipe
 from jaxmm.terminal import print_json, print_table
 from jaxmm.training.hosts import HostsConfig, joined
 
@@ -148,22 +150,39 @@ def report(out: Path, json: bool = False, data_dir: str | None = None) -> None:
     print(f"report: {reports.write_report(folder)}")
 
 
-def bootstrap(config: Path, out: Path, hosts: HostsConfig = HERE) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
     """The whole procedure: pre-train, fine-tune captioner and filter, caption and filter the web, pre-train anew.
+    Interrupted, the same command goes on. Any field of the recipe can be set besides."""
 
-    Interrupted, the same command goes on.
+    config: Path
+    """A recipe whose get_config() gives a CapFiltConfig, such as configs/capfilt_scenes.py. Its fields are the options
+    below."""
+    out: Path | None = None
+    """The folder that holds everything; needed."""
+    hosts: HostsConfig = HERE
+    """Which processes work together; `out` is then a folder that all share."""
+    recipe: Annotated[bootstraps.CapFiltConfig, tyro.conf.arg(name="")]
 
-    Args:
-        config: A recipe whose get_config() gives a CapFiltConfig, such as configs/capfilt_scenes.py.
-        out: The folder that holds everything.
-        hosts: Which processes work together.
-    """
-    recipe = load_recipe(config)
-    require(isinstance(recipe, bootstraps.CapFiltConfig), "config", str(config), "a recipe of a bootstrap")
-    with joined(hosts, out, name="out"):
-        metrics = bootstraps.bootstrap(recipe, out)
+
+def run_bootstrap(args: Sequence[str]) -> None:
+    """The command `jaxmm capfilt bootstrap` with its options."""
+    command = parse_recipe(Bootstrap, args, recipe=bootstraps.CapFiltConfig, name="recipe",
+                           prog="jaxmm capfilt bootstrap", description=Bootstrap.__doc__)
+    require(command.out is not None, "out", None, "--out FOLDER")
+    with joined(command.hosts, command.out, name="out"):
+        metrics = bootstraps.bootstrap(command.recipe, command.out)
         if metrics and jax.process_index() == 0:
             bootstraps.print_metrics(metrics)
+
+
+def bootstrap(config: Path, out: Path) -> None:
+    """The whole procedure: pre-train, fine-tune captioner and filter, caption and filter the web, pre-train anew.
+
+    Args:
+        config: A recipe, such as configs/capfilt_scenes.py; with it, `--help` shows all options.
+        out: The folder that holds everything.
+    """
 
 
 def told(where: Path, shards: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from jaxmm.capfilt import bootstrap as module
 from jaxmm.capfilt.bootstrap import CapFiltConfig, bootstrap
+from jaxmm.cli import main
 from jaxmm.config import ConfigError, MeshConfig
 from jaxmm.data.sources import open_source
 from jaxmm.recipes import load_recipe
@@ -77,3 +78,19 @@ def test_what_cannot_be():
     with pytest.raises(ConfigError, match="rounds is 0; wanted a positive number"):
         replace(whole, rounds=0)
     assert isinstance(whole, CapFiltConfig)
+
+
+def test_any_field_can_be_set_on_the_command_line(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "bootstrap", lambda recipe, out: seen.append((recipe, out)) or {})
+    assert main(["capfilt", "bootstrap", "--config", str(RECIPE), "--out", str(tmp_path), "--pretrain.steps", "7",
+                 "--rule.threshold", "0.7", "--rounds", "2"]) == 0
+    [(recipe, out)] = seen
+    assert (recipe.pretrain.steps, recipe.rule.threshold, recipe.rounds, out) == (7, 0.7, 2, tmp_path)
+    assert recipe.captioner == load_recipe(RECIPE).captioner
+
+
+def test_a_recipe_of_one_run_is_no_bootstrap(tmp_path, capsys):
+    config = RECIPE.with_name("vit_digits.py")
+    assert main(["capfilt", "bootstrap", "--config", str(config), "--out", str(tmp_path)]) == 2
+    assert "a recipe whose get_config() gives a CapFiltConfig" in capsys.readouterr().err
