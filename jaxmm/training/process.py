@@ -33,8 +33,10 @@ def keep_memory() -> None:
     threads. Where there is an accelerator nothing would be gained, and threads that decode pictures would wait for
     each other.
     """
-    plugins = importlib.metadata.entry_points(group="jax_plugins") or importlib.util.find_spec("libtpu")
-    if (plugins and os.environ.get("JAX_PLATFORMS") != "cpu") or platform.libc_ver()[0] != "glibc":
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    tpus = importlib.util.find_spec("libtpu") and any(
+        file for form in ("accel*", "vfio/*") for file in Path("/dev").glob(form))
+    if ((plugins or tpus) and os.environ.get("JAX_PLATFORMS") != "cpu") or platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
     for option, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
