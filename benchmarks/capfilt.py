@@ -97,7 +97,7 @@ def seed_results(config: CapFiltConfig, seed: int, out: Path, arms: list[str]) -
         write_captions(folder, [str(out / min(roles))], decoding=arm.decoding or config.decoding, seed=seed)
         write_scores(folder, str(out / max(roles)))
         select(folder, arm.rule)
-        runs.note(f"{name}-texts", truths(folder))
+        runs.note(f"{name}-texts", truths(folder, arm.rule))
         trained(f"model-{name}", config.pretrain, merged_source(merge(folder), config.human_weight))
     found = {}
     for name in arms:
@@ -107,8 +107,9 @@ def seed_results(config: CapFiltConfig, seed: int, out: Path, arms: list[str]) -
     return found
 
 
-def truths(folder: Folder) -> dict[str, float]:
-    """What is known of the texts of the web's pictures: shares, and NaN where there is nothing to count."""
+def truths(folder: Folder, rule: Rule) -> dict[str, float]:
+    """What is known of the texts of the web's pictures: shares, and NaN where there is nothing to count. Dropped is of
+    the texts that `rule` was asked about."""
     rows = []
     for shard, texts in zip(folder.shards, folder.tables(SELECTED), strict=True):
         if shard.origin != "web":
@@ -118,9 +119,9 @@ def truths(folder: Folder) -> dict[str, float]:
                                               strict=True):
             if record not in true:
                 true[record] = true_captions(scene_of(shard.source[record]))
-            rows.append((origin == "web", kept, plain(text) in true[record]))
-    web, kept, right = np.array(rows, bool).T
-    return {"texts": len(rows), "kept": int(kept.sum()), "dropped": share(~kept),
+            rows.append((origin == "web", origin in rule.origins, kept, plain(text) in true[record]))
+    web, asked, kept, right = np.array(rows, bool).T
+    return {"texts": int(asked.sum()), "kept": int(kept.sum()), "dropped": share(~kept[asked]),
             "precision": share(~right[web & ~kept]), "recall": share(~kept[web & ~right]),
             "synthetic": share(right[~web]), "synthetic_kept": share(right[~web & kept]), "trained": share(right[kept])}
 

@@ -35,7 +35,8 @@ def cycles(kernel: Kernel, kind: str, cache: Path | None) -> int | None:
     taken = _steps(kernel)
     if taken is None:
         return None
-    key = f"{kernel.name} {kernel.inputs} {kind} {importlib.metadata.version('libtpu')}"
+    rows = ", ".join(f"{dtype}{list(shape[1:])}" for dtype, shape in kernel.inputs)      # of a step, whatever the batch
+    key = f"{kernel.name} {rows} {kind} {importlib.metadata.version('libtpu')}"
     file = None if cache is None else cache / "kernels.json"
     known = json.loads(file.read_text()) if file and file.exists() else {}
     if key not in known:
