@@ -5,7 +5,6 @@
 
 import importlib.util
 import math
-import os
 import re
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 from benchmarks.plan import CONFIGS, NATURAL
 from jaxmm.planning.chips import open_topology
+from jaxmm.planning.plan import make_plan
 from jaxmm.planning.shapes import bind
 from jaxmm.recipes import load_recipe
 from jaxmm.sharding import named_leaves, spec
@@ -22,6 +22,7 @@ from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "shardings"
+QUICK = "vit_s16_imagenet"
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 
 
@@ -70,7 +71,7 @@ def test_moments_and_teachers_lie_where_their_parameters_do(name):
             copies += 1
             for mesh in meshes(name):
                 assert spec(path, leaf.shape, mesh) == spec(tail, leaf.shape, mesh), path
-    assert copies >= 2 * len(params) - 8      # some have bounds instead of moments, or are frozen
+    assert copies >= len(params)      # two moments each, of a frozen half none
 
 
 def test_every_large_recipe_is_here():
@@ -78,25 +79,30 @@ def test_every_large_recipe_is_here():
     small = {path.stem for path in CONFIGS.glob("*.py")} - set(NATURAL)
     assert small == {"blip_scenes", "blip_vqa", "capfilt_scenes", "clip_captions", "clip_scenes", "finetune_captions",
                      "finetune_folder", "vit_digits", "vit_folder"}
-    for name in NATURAL:
-        head = (CONFIGS / f"{name}.py").read_text().split('"""')[1]
-        assert re.search(rf"Plan on {NATURAL[name]} \(\d+ chips\): fits in [\d.]+ GiB", " ".join(head.split())), name
+
+
+def heads():
+    """The headers of recipes that carry a plan."""
+    texts = {name: " ".join((CONFIGS / f"{name}.py").read_text().split('"""')[1].split()) for name in NATURAL}
+    return {name: text for name, text in texts.items() if "Plan on" in text}
+
+
+def test_headers_have_plans_that_fit():
+    assert len(heads()) >= 8
+    for name, text in heads().items():
+        assert re.search(rf"Plan on {NATURAL[name]} \(\d+ chips\): fits in [\d.]+ GiB", text), name
 
 
 @pytest.mark.skipif(NO_LIBTPU, reason="libtpu is not installed: pip install 'jaxmm[tpu]'")
-@pytest.mark.parametrize("name", NATURAL)
+@pytest.mark.parametrize("name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.topology)
+                                  for name in NATURAL])
 def test_it_fits_its_topology(name):
-    """Compiled for the real chips: about a minute for the largest."""
-    from jaxmm.planning.plan import make_plan
-    plan = make_plan(load_recipe(CONFIGS / f"{name}.py"), open_topology(NATURAL[name]), _told())
+    """Compiled for the real chips: seconds for the smallest, ten minutes on two cores for BLIP's pre-training."""
+    plan = make_plan(load_recipe(CONFIGS / f"{name}.py"), open_topology(NATURAL[name]))
     assert plan.fits and plan.estimated_utilization > 0.05
     assert plan.peak_bytes >= plan.argument_bytes > 4 * plan.parameters / plan.chips
-
-
-def _told():
-    """Where compilers' answers are kept between runs of the tests, if anywhere."""
-    kept = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    return Path(kept) / "plans" if kept else None
+    if name in heads():
+        assert f"{plan.peak_bytes / 2**30:,.2f} GiB of" in heads()[name]
 
 
 if __name__ == "__main__":
