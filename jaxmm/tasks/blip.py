@@ -19,7 +19,7 @@ from jaxmm.losses.matching import hard_negatives, matching_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
-from jaxmm.sharding import constrain_batch, constrain_replicated
+from jaxmm.sharding import batch_devices, constrain_batch, constrain_replicated
 from jaxmm.tasks.base import Task, check_pairs
 from jaxmm.tasks.blip_parts import check_words, init_blip, picture_features, with_vocabulary
 
@@ -163,6 +163,8 @@ class BLIPPretraining(Task):
 
     def _contrast_in_blocks(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
         """The loss alone; rows are compared with their batch and with the queue, both spread over the devices."""
+        require(self.queue % batch_devices() == 0, "task.queue", self.queue,
+                f"a multiple of the {batch_devices()} devices that share it, with task.tile")
         names = [name for name in ("image_id", "text_id") if name in batch]
         keys = pair_keys(tuple(batch[name] for name in names), jnp.arange(len(image)))
         queued = pair_keys(tuple(extra[f"{name}s"] for name in names), jnp.full(self.queue, NO_PLACE))
