@@ -147,7 +147,7 @@ def test_contrast_in_blocks_gives_the_same_losses(trained):
 def test_a_queue_that_cannot_be_shared():
     params, extra = start()
     with (jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))),
-          pytest.raises(ConfigError, match="task.queue is 10; wanted a multiple of the 4 devices")):
+          pytest.raises(ConfigError, match=r"task\.queue is 10; wanted a multiple of the 4 devices")):
         jax.eval_shape(replace(TASK, tile=3).loss, params, extra, batch(0), jax.random.key(0))
 
 
