@@ -4,8 +4,7 @@
 
 Width 768, fp32, value and gradient by both embeddings (and of BLIP's loss, with a queue of 57,600, by the student's).
 What is counted is what the loss adds: temporaries and gradients, without the embeddings that go in. Nothing is run; for
-v5e libtpu compiles (`pip install 'jaxmm[tpu]'`), where some temporaries never leave the chip's own memory and do not
-count; on CPU all do. Inf-CL (Cheng et al. 2024) publishes, for eight devices, 0.18, 0.72,
+v5e libtpu compiles (`pip install 'jaxmm[tpu]'`); temporaries that never leave the chip's own memory do not count. Inf-CL (Cheng et al. 2024) publishes, for eight devices, 0.18, 0.72,
 1.45 and (with offloading) 6.53 GB for batches of 32k, 128k, 256k and 1M.
 """
 
@@ -94,14 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loss_memory.md")
     args = parser.parse_args()
-    targets = {"8 CPU devices": open_topology("h100:8").devices} | {
-        name: open_topology(name).devices for name in TARGETS}
+    targets = {name: open_topology(name).devices for name in TARGETS}
     losses = {f"{kind}, {how.__name__}": how(kind) for kind in WHOLE for how in (whole, blocks)}
     losses["BLIP's with queue, blocks"] = distilled
     text = ["# Memory of contrastive losses", "",
             "Made by `python -m benchmarks.loss_memory`: GB that value and gradient add on a chip (temporaries and",
-            f"gradients; embeddings of width {WIDTH} in fp32 go in), compiled by libtpu for chips that were not there,",
-            "where some temporaries never leave the chip's own memory and do not count; and for CPU, where all do.",
+            f"gradients; embeddings of width {WIDTH} in fp32 go in), compiled by libtpu for chips that were not there",
+            "(temporaries that never leave the chip's own memory do not count).",
             "Inf-CL's published figures for eight devices: 0.18 (32k), 0.72 (128k), 1.45 (256k), 6.53 (1M).", "",
             f"| loss | chips | {' | '.join(f'{size // 1024}k' for size in BATCHES)} |", f"|{' --- |' * 6}"]
     for name, loss in tqdm(losses.items(), unit=" losses"):
