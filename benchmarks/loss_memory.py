@@ -4,8 +4,9 @@
 
 Width 768, fp32, value and gradient by both embeddings (and of BLIP's loss, with a queue of 57,600, by the student's).
 What is counted is what the loss adds: temporaries and gradients, without the embeddings that go in. Nothing is run; for
-v5e libtpu compiles (`pip install 'jaxmm[tpu]'`); temporaries that never leave the chip's own memory do not count. Inf-CL (Cheng et al. 2024) publishes, for eight devices, 0.18, 0.72,
-1.45 and (with offloading) 6.53 GB for batches of 32k, 128k, 256k and 1M.
+v5e libtpu compiles (`pip install 'jaxmm[tpu]'`); temporaries that never leave the chip's own memory do not count.
+Inf-CL (Cheng et al. 2024) publishes, for eight devices, 0.18, 0.72, 1.45 and (with offloading) 6.53 GB for batches of
+32k, 128k, 256k and 1M.
 """
 
 import argparse

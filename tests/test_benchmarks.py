@@ -1,11 +1,13 @@
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks import generate, reranking
+from benchmarks import generate, plan, reranking
 from benchmarks.common import Rounds, Worker
 from benchmarks.sides import Case
+from tests.planning.test_plan import planned
 
 SLEEPER = """
 from benchmarks.common import serve
@@ -78,3 +80,24 @@ def test_candidates_are_different_texts_that_end():
     lengths = (tokens != 0).sum(axis=1)
     assert lengths.min() >= 8 and lengths.max() <= 20
     assert (tokens[np.arange(len(tokens)), lengths - 1] == 102).all() and (tokens[:, 0] == 30_523).all()
+
+
+def test_plans_in_headers_and_growth(tmp_path, monkeypatch):
+    text = 'r"""A recipe.\n\n    python run_train.py\n\nTold.\n"""\n\nimport this\n'
+    (tmp_path / "clip_l14.py").write_text(text)
+    monkeypatch.setattr(plan, "CONFIGS", tmp_path)
+    monkeypatch.setattr(plan, "load_recipe", lambda path: None)
+    monkeypatch.setattr(plan, "open_topology", lambda name: None)
+    for peak in (3, 4):      # the second takes the first one's place
+        made = planned(0.5, peak * 2**30, batch=1000)
+        made = replace(made, hbm_bytes=16 * 2**30, estimated_utilization=0.25)
+        monkeypatch.setattr(plan, "planned", lambda config, topology, made=made: made)
+        plan.write_header("clip_l14", "v5e:2x2")
+    assert (tmp_path / "clip_l14.py").read_text() == text.replace("Told.\n", (
+        "Told.\n\nPlan on v5e:2x2 (1 chips): fits in 4.00 GiB of 16.00 GiB a chip, 2,000 pictures/s and 25% of peak by "
+        "XLA's estimate.\n"))
+    rows = [(plan.Row("clip_l14", "", None, ""), replace(made, topology=f"v5e:{chips}", chips=chips, peak_bytes=peak))
+            for chips, peak in ((16, 2**30), (256, 2**30 + 2**26))]
+    assert plan.scaling(rows) == ["- clip_l14: 1.00 GiB a chip on 16, 1.06 on 256 (+6.2%)"]
+    line = plan.line(plan.Row("clip_l14", "128 a chip", None, "v5e:2x2"), replace(made, fits=False, peak_bytes=2**35))
+    assert "no, 16.00 GiB short" in line and "500 ms, 25%" in line
