@@ -19,6 +19,7 @@ from jaxmm.config import ConfigError, TrainConfig
 from jaxmm.data.sources import DataError
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
+from jaxmm.recipes import parse_recipe
 from jaxmm.tasks.base import Task
 from jaxmm.training import hosts
 from jaxmm.training.checkpoint import CheckpointError

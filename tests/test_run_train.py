@@ -8,6 +8,7 @@ import pytest
 
 import run_train
 from jaxmm import cli
+from jaxmm.recipes import load_recipe
 from jaxmm.training import loop
 from jaxmm.training.checkpoint import MANIFEST
 from jaxmm.training.process import use_compilation_cache
@@ -104,7 +105,7 @@ def test_without_a_work_folder_a_new_one_is_named_after_the_recipe(command, reci
     ("vit_digits", ["classify PICTURES --model"]), ("blip_nlvr2", [])])
 def test_what_a_trained_model_can_do_is_said(config, commands, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
-    task = run_train.load_recipe(ROOT / "configs" / f"{config}.py").task
+    task = load_recipe(ROOT / "configs" / f"{config}.py").task
     if config == "vit_digits":
         task = task.bind(image_size=8, classes=10, tokenizer=None)
     *found, python, _ = [line for _, line in run_train.next_commands(task, tmp_path)]

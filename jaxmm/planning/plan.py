@@ -15,6 +15,7 @@ import jax
 
 from jaxmm.atomic import write_atomically
 from jaxmm.config import ConfigError, TrainConfig
+from jaxmm.nn import tpu_attention
 from jaxmm.planning import kernels
 from jaxmm.planning.chips import Topology
 from jaxmm.planning.flops import Flops, count
@@ -200,9 +201,12 @@ def _remembered(lowered: Any, topology: Topology, cache: Path | None) -> dict[st
 
 
 def _file(lowered: Any, topology: Topology) -> str:
-    """Named after the program, who it is for, and what compiles it."""
+    """Named after the program, who it is for, and what compiles it. A kernel's code holds paths of this machine: its
+    source stands for it."""
     compiler = "libtpu" if not topology.approximate else "jaxlib"
-    parts = lowered.as_text(), topology.name, importlib.metadata.version(compiler), READING
+    program = re.sub(r'backend_config = "[^"]*"', "", lowered.as_text())
+    source = Path(tpu_attention.__file__).read_text()
+    parts = program, source, topology.name, importlib.metadata.version(compiler), READING
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] + ".json"
 
 
