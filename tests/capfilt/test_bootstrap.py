@@ -36,7 +36,8 @@ def recipe(tmp_path_factory):
                        transformer=replace(model.text.transformer, width=32, depth=1, mlp_dim=40))
         return small(replace(run, task=replace(run.task, model=replace(model, vision=vision, text=text))), 3, data_dir)
 
-    return replace(whole, web="scenes:tiny/web", human="scenes:tiny/train[:16]", shard_records=30,
+    return replace(whole, web="scenes:tiny/web", human="scenes:tiny/train[:16]", human_weight=2,
+                   shard_records=30,
                    rule=replace(whole.rule, threshold=None, quantile=0.3),
                    **{name: smaller(getattr(whole, name)) for name in ("pretrain", "captioner", "filter")})
 
