@@ -34,10 +34,10 @@ ACTIVATIONS = {
 }
 
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
     "cheap": jax.checkpoint_policies.save_only_these_names("projections", "attention", "middle", "hidden"),
     "mlp": jax.checkpoint_policies.save_only_these_names("projections", "attention", "middle"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 

@@ -20,8 +20,6 @@ from jaxmm.recipes import parse_recipe
 from jaxmm.terminal import print_json, print_table
 from jaxmm.training.process import cache_folder
 
-REMATS = tuple[str, ...]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:

@@ -20,8 +20,12 @@ class Flops(NamedTuple):
 
 def count(function: Any, *arguments: Any) -> Flops:
     """Those of `function` of arguments that may be shapes."""
-    jaxpr = jax.make_jaxpr(function)(*arguments)
-    return _count(jaxpr.jaxpr, 1.0, False)
+    return count_jaxpr(jax.make_jaxpr(function)(*arguments))
+
+
+def count_jaxpr(traced: Any) -> Flops:
+    """Those of a closed jaxpr."""
+    return _count(traced.jaxpr, 1.0, False)
 
 
 def _count(jaxpr: Any, times: float, again: bool) -> Flops:

@@ -115,26 +115,25 @@ class Program:
                     constants.append(int(re.match(r"-?\d+", each.rest)[0]))
         return max(constants, default=None)
 
-    def walk(self, name: str = "ENTRY", times: int = 1) -> Iterator[tuple[Instruction, int, bool]]:
+    def walk(
+        self, name: str = "ENTRY", times: int = 1, fused: bool = False
+    ) -> Iterator[tuple[Instruction, int, bool]]:
         """Each instruction that is reached, how often in all, and whether it is inside a fusion.
 
         Of a conditional's branches all count: XLA cannot know either.
         """
-        yield from self._walk(name, times, False)
-
-    def _walk(self, name, times, fused):
         for each in self.computations.get(name, ()):
             yield each, times, fused
             if each.opcode == "while":
-                yield from self._walk(each.called("body"), times * (self.trips(each) or 1), fused)
+                yield from self.walk(each.called("body"), times * (self.trips(each) or 1), fused)
             elif each.opcode in ("fusion", "call", "async-start"):
                 inside = each.called("calls") or each.called("to_apply")
-                yield from self._walk(inside, times, fused or each.opcode == "fusion")
+                yield from self.walk(inside, times, fused or each.opcode == "fusion")
             elif each.opcode == "conditional":
                 branches = _BRANCHES.search(each.rest)
                 names = re.findall(r"[\w.\-]+", branches[1]) if branches else _CALLED.findall(each.rest)
                 for branch in names:
-                    yield from self._walk(branch, times, fused)
+                    yield from self.walk(branch, times, fused)
 
     @cached_property
     def kernels(self) -> dict[Kernel, int]:

@@ -18,15 +18,15 @@ from jaxmm.config import ConfigError, TrainConfig
 from jaxmm.nn import tpu_attention
 from jaxmm.planning import kernels
 from jaxmm.planning.chips import Topology
-from jaxmm.planning.flops import Flops, count
+from jaxmm.planning.flops import Flops, count_jaxpr
 from jaxmm.planning.hlo import Collective, Program
 from jaxmm.planning.shapes import batch_shapes, bind
-from jaxmm.sharding import batch_shards, laid_out, make_mesh, named_leaves, replicated, undivided
+from jaxmm.sharding import laid_out, make_mesh, named_leaves, replicated, undivided
 from jaxmm.tasks.base import Task
+from jaxmm.training.accumulate import check_parts
 from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state
-from jaxmm.training.step import compile_step, train_step
-from jaxmm.validation import require
+from jaxmm.training.step import compile_step
 
 READING = "2"
 """Changes when what is read from a compiled program does."""
@@ -104,30 +104,19 @@ class Traced:
     key: jax.ShapeDtypeStruct
     assumed: tuple[str, ...]
 
-    def lower(self) -> Any:
-        """The step as a run would compile it."""
+    def step(self) -> Any:
+        """The step as a run would compile it, traced by JAX."""
         step = compile_step(self.task, self.optimizer, self.mesh, self.state, microbatches=self.config.microbatches,
                             skip_nonfinite=self.config.nonfinite == "skip")
         with jax.set_mesh(self.mesh):
-            return step.lower(self.state, self.batch, self.key)
-
-    def flops(self) -> Flops:
-        """Counted in the traced step, of all chips together."""
-        with jax.set_mesh(self.mesh):
-            return count(lambda *inputs: train_step(self.task, self.optimizer, *inputs,
-                                                    microbatches=self.config.microbatches),
-                         self.state, self.batch, self.key)
+            return step.trace(self.state, self.batch, self.key)
 
 
 def trace(config: TrainConfig, topology: Topology) -> Traced:
     """`config` on `topology`, nothing compiled yet. Raises `ConfigError` where a run would."""
     mesh = make_mesh(config.mesh, topology.devices)
-    shards = batch_shards(mesh)
-    require(config.data.batch_size // config.microbatches % shards == 0, "data.batch_size", config.data.batch_size,
-            f"a multiple of mesh.data x mesh.fsdp x microbatches = {shards} x {config.microbatches}")
+    check_parts(config, mesh)
     bound = bind(config)
-    require(config.microbatches == 1 or type(bound.task).loss is Task.loss, "microbatches", config.microbatches,
-            f"1: the loss of {type(bound.task).__name__} cannot be computed in parts")
     params = jax.eval_shape(bound.task.init, jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, params, config.steps, bound.task.bounds)
     state = laid_out(abstract_state(bound.task, optimizer), mesh)
@@ -143,14 +132,17 @@ def make_plan(config: TrainConfig, topology: Topology, cache: Path | None = None
     the recipe cannot run there at all, whatever the memory.
     """
     traced = trace(config, topology)
-    lowered, flops = traced.lower(), traced.flops()
+    step = traced.step()
+    with jax.set_mesh(traced.mesh):
+        lowered, flops = step.lower(), count_jaxpr(step.jaxpr)
+    file = None if cache is None else cache / _file(lowered, topology)
     common: dict[str, Any] = {
         "topology": topology.name, "chips": len(topology.devices), "mesh": dict(traced.mesh.shape),
         "batch_size": config.data.batch_size, "microbatches": config.microbatches,
         "parameters": sum(leaf.size for _, leaf in named_leaves(traced.state.params)), "flops": flops.all,
         "model_flops": flops.model, "hbm_bytes": topology.chip.hbm_bytes, "assumed": traced.assumed,
         "replicated": tuple(undivided(traced.state, traced.mesh)), "approximate": topology.approximate}
-    told = _remembered(lowered, topology, cache) or _compile(lowered, topology, dict(traced.mesh.shape), cache)
+    told = _remembered(file) or _compile(lowered, topology, dict(traced.mesh.shape), file)
     collectives = tuple(Collective(**each | {"axes": tuple(each["axes"])}) for each in told.pop("collectives"))
     cycles = told.pop("cycles")
     if cycles is not None:
@@ -159,8 +151,9 @@ def make_plan(config: TrainConfig, topology: Topology, cache: Path | None = None
                 fits=told["peak_bytes"] <= topology.chip.hbm_bytes, collectives=collectives)
 
 
-def _compile(lowered: Any, topology: Topology, mesh: dict[str, int], cache: Path | None) -> dict[str, Any]:
-    """What the compiler says, as plain values; kept in `cache`."""
+def _compile(lowered: Any, topology: Topology, mesh: dict[str, int], file: Path | None) -> dict[str, Any]:
+    """What the compiler says, as plain values; kept in `file`."""
+    cache = None if file is None else file.parent
     begun, kept = time.monotonic(), jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)      # without the chips it could not be read again
     try:
@@ -185,19 +178,16 @@ def _compile(lowered: Any, topology: Topology, mesh: dict[str, int], cache: Path
                  "kernel_cycles": sum(times * each for times, each in scheduled) if known else 0,
                  "collectives": [dataclasses.asdict(each) for each in program.collectives(mesh)]}
     told["compile_seconds"] = time.monotonic() - begun
-    if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache / _file(lowered, topology), json.dumps(told))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(told))
     return told
 
 
-def _remembered(lowered: Any, topology: Topology, cache: Path | None) -> dict[str, Any] | None:
-    """What was written in `cache` about this very program."""
-    if cache is None:
-        return None
+def _remembered(file: Path | None) -> dict[str, Any] | None:
+    """What was written there about this very program."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads((cache / _file(lowered, topology)).read_text())
-    return None
+        return None if file is None else json.loads(file.read_text())
 
 
 def _file(lowered: Any, topology: Topology) -> str:

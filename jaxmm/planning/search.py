@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxmm.config import ConfigError, MeshConfig, TrainConfig, differences, to_dict
-from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.nn.transformer import REMAT_POLICIES, TransformerConfig
 from jaxmm.planning.chips import Topology
 from jaxmm.planning.plan import Plan
 from jaxmm.planning.shapes import resized
-from jaxmm.tasks.base import Task
 
 Planner = Callable[[TrainConfig, Topology], Plan]
-REMATS = ("none", "cheap", "mlp", "dots", "full")
+REMATS = ("none", *REMAT_POLICIES)
 """From the fastest to the smallest."""
 TILE = 1024
 
@@ -81,11 +80,6 @@ def _shapes(config: TrainConfig, topology: Topology) -> list[MeshConfig]:
     return [MeshConfig(fsdp=size, tensor=tensor) for size in sizes]
 
 
-def splits(config: TrainConfig) -> bool:
-    """Whether the loss can be computed in microbatches."""
-    return type(config.task).loss is Task.loss
-
-
 def remedies(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
     """Changes that need less memory, from what costs least: parameters in more shares, the loss in blocks, computing
     again, microbatches; then all of these at once; and last a smaller batch, which is another recipe."""
@@ -96,7 +90,7 @@ def remedies(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
         tiled = replace(config, task=replace(config.task, tile=TILE))
         found.append(tiled)
     found += [with_remat(config, policy) for policy in REMATS[REMATS.index(remat_of(config)) + 1:]]
-    parts = [config.microbatches * n for n in (2, 4, 8, 16)] if splits(config) else []
+    parts = [config.microbatches * n for n in (2, 4, 8, 16)] if config.task.splits else []
     parts = [n for n in parts if config.data.batch_size % (n * len(topology.devices)) == 0]
     found += [replace(config, microbatches=n) for n in parts]
     least = with_remat(replace(tiled, mesh=shapes[-1] if shapes else config.mesh), "full")
@@ -131,7 +125,7 @@ def candidates(
     """All combinations; of what is not given, what is likely: the recipe's batch, meshes of any shares, three policies,
     and 1 or 4 microbatches."""
     meshes = [MeshConfig(fsdp=size, tensor=config.mesh.tensor) for size in fsdp] or _shapes(config, topology)
-    parts = (tuple(microbatches) or (1, 4)) if splits(config) else (1,)
+    parts = (tuple(microbatches) or (1, 4)) if config.task.splits else (1,)
     sizes = tuple(batch_sizes) or (config.data.batch_size,)
     found = []
     for size, mesh, policy, n in itertools.product(sizes, meshes, tuple(remats) or ("none", "cheap", "full"), parts):

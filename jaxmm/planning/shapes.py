@@ -44,7 +44,6 @@ def bind(config: TrainConfig) -> Bound:
         assumed.append(f"{ANSWERS} different answers to a question at most")
     if config.init.source is not None:
         assumed.append(f"the recipe's own architecture, not that of init.from = {config.init.source!r}")
-    task.check_batch(config.data.batch_size)
     return Bound(task.bind(image_size=config.data.image.size, classes=classes, tokenizer=tokenizer), tuple(assumed))
 
 

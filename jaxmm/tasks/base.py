@@ -45,6 +45,11 @@ class Task:
     bounds: ClassVar[tuple[tuple[str, float, float], ...]] = ()
     """(path pattern, lowest, highest): parameters that the optimizer holds within limits."""
 
+    @property
+    def splits(self) -> bool:
+        """Whether its loss can be computed in microbatches."""
+        return type(self).loss is Task.loss
+
     def bind(self, *, image_size: int, classes: int | None, tokenizer: Any | None) -> "Task":
         """This task with what only the data knows filled in. Raises `ConfigError` where they do not fit."""
         raise NotImplementedError

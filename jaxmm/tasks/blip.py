@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.config import check_types, require
 from jaxmm.losses.blocks import NO_PLACE, Columns, Distilled, Rows, compare, pair_keys
@@ -147,14 +147,13 @@ class BLIPPretraining(Task):
         b = len(image)
         if self.tile is not None:
             loss = self._contrast_in_blocks(image, text, taught_image, taught_text, extra, batch, temperature, alpha)
-            to_text, to_image = (constrain_batch(x) @ constrain_replicated(y).T / temperature
-                                 for x, y in ((image, taught_text), (text, taught_image)))
             ids = batch.get("image_id"), batch.get("text_id")
-            return loss, *map(constrain_batch, (to_text, to_image)), positives(*ids, size=b)
+            return (loss, _similar(image, taught_text, temperature), _similar(text, taught_image, temperature),
+                    positives(*ids, size=b))
         texts = jnp.concatenate([taught_text, extra["text_queue"]])
         images = jnp.concatenate([taught_image, extra["image_queue"]])
         positive = _belong(batch, extra, b, self.queue)
-        similar = [constrain_batch(constrain_batch(x) @ constrain_replicated(y).T / temperature) for x, y in (
+        similar = [_similar(x, y, temperature) for x, y in (
             (image, texts), (text, images), (taught_image, texts), (taught_text, images))]
         to_text, to_image, *teacher = similar
         losses = [soft_contrastive(logits, distilled_targets(told, positive, alpha))
@@ -219,6 +218,12 @@ class BLIPPretraining(Task):
 
         return {"image": image, "text": text, "match": match,
                 "features": picture_features(self.model, self.pixels)}
+
+
+def _similar(rows: Float[Array, "b e"], columns: Float[Array, "n e"], temperature: Float[Array, ""]
+             ) -> Float[Array, "b n"]:
+    """Logits; rows stay where they are, every device sees all columns."""
+    return constrain_batch(constrain_batch(rows) @ constrain_replicated(columns).T / temperature)
 
 
 def _ids(batch: Mapping[str, Array], name: str, size: int) -> Int[Array, "b 2"]:

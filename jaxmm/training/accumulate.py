@@ -9,10 +9,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from jaxmm.sharding import constrain_batch
+from jaxmm.config import TrainConfig, require
+from jaxmm.sharding import batch_shards, constrain_batch
 from jaxmm.tasks.base import Batch, Metrics, Params, Task
+
+
+def check_parts(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises `ConfigError` where the batch cannot be cut into microbatches and shares of devices, or the loss not be
+    computed of it."""
+    shards, part = batch_shards(mesh), config.data.batch_size // config.microbatches
+    require(part % shards == 0, "data.batch_size", config.data.batch_size,
+            f"a multiple of mesh.data x mesh.fsdp x microbatches = {shards} x {config.microbatches}")
+    require(config.microbatches == 1 or config.task.splits, "microbatches", config.microbatches,
+            f"1: the loss of {type(config.task).__name__} cannot be computed in parts")
+    config.task.check_batch(config.data.batch_size)
 
 
 def split(tree: Any, parts: int) -> Any:

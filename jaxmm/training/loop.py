@@ -16,9 +16,10 @@ from jaxmm.data.sources import Source, open_source, record_texts
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.evals.common import EvalContext
 from jaxmm.pretrained.start import adopt, open_start, start_weights
-from jaxmm.sharding import batch_shards, host_share, laid_out, make_mesh, place_batch, undivided
+from jaxmm.sharding import host_share, laid_out, make_mesh, place_batch, undivided
 from jaxmm.tasks.base import Task
 from jaxmm.training import hosts
+from jaxmm.training.accumulate import check_parts
 from jaxmm.training.checkpoint import Checkpoints
 from jaxmm.training.faults import SharedFaults
 from jaxmm.training.logs import MetricLog, Watch, duration
@@ -83,15 +84,10 @@ def train(
 def prepare(config: TrainConfig, workdir: Path) -> Setup:
     """Opens the sources and binds the task to them; checks all that can be checked before compiling."""
     mesh = make_mesh(config.mesh)
-    shards, part = batch_shards(mesh), config.data.batch_size // config.microbatches
     require({device.process_index for device in mesh.devices.flat} == set(range(jax.process_count())), "mesh",
             dict(mesh.shape), f"devices of all {jax.process_count()} hosts")
     host_share(mesh)
-    require(part % shards == 0, "data.batch_size", config.data.batch_size,
-            f"a multiple of mesh.data x mesh.fsdp x microbatches = {shards} x {config.microbatches}")
-    require(config.microbatches == 1 or type(config.task).loss is Task.loss, "microbatches", config.microbatches,
-            f"1: the loss of {type(config.task).__name__} cannot be computed in parts")
-    config.task.check_batch(config.data.batch_size)
+    check_parts(config, mesh)
     source = open_source(config.data.train, data_dir=config.data.data_dir)
     began = begun(config, workdir, source)
     require("answers" not in config.task.reads or getattr(source, "most_answers", 0), "data.train", config.data.train,
