@@ -11,7 +11,7 @@ arm:
     captions   the web's texts and one synthetic caption of each picture, all of them
     both       those of both that the filter keeps: CapFilt
     beam       as `both`, captions by 3 beams in place of nucleus sampling
-    shared     as `both`, one fine-tuned model is captioner and filter
+    shared     as `both`, one model, fine-tuned for both as long as the captioner alone, is captioner and filter
 
 Held-out pictures: 100-way recall@1 by cosine and matched again, captions that name the largest object, captions that
 say what is so. Of the texts: the share that the filter drops (the paper's noise ratio), precision and recall of that
@@ -84,7 +84,8 @@ def seed_results(config: CapFiltConfig, seed: int, out: Path, arms: list[str]) -
             sys.exit("stopped; the same command goes on")
 
     trained("none", config.pretrain, f"{config.web} + {config.human_weight}*{config.human}")
-    joint = replace(config.pretrain, steps=config.filter.steps, optimizer=config.filter.optimizer)
+    joint = replace(config.pretrain, steps=config.captioner.steps, optimizer=replace(
+        config.filter.optimizer, learning_rate=config.captioner.optimizer.learning_rate))
     for name in arms:
         arm = ARMS[name]
         if arm is None or f"model-{name}" in runs.metrics:

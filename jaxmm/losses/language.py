@@ -15,9 +15,10 @@ def token_losses(
     `logits[:, i]` says what follows `tokens[:, i]`. Smoothing is torch's: (1 - s) x the token's own loss + s x the mean
     loss of all tokens of the vocabulary.
     """
-    told = jax.nn.log_softmax(widened(logits[:, :-1]))
-    own = jnp.take_along_axis(told, tokens[:, 1:, None], axis=2)[..., 0]
-    losses = -(1 - smoothing) * own - smoothing * told.mean(axis=-1)
+    logits, tokens = widened(logits[:, :-1]), tokens[:, 1:, None]
+    # Not gathered: of a vocabulary TPUs would lay out all logits anew for it, and again for the gradient.
+    own = jnp.where(tokens == jnp.arange(logits.shape[-1]), logits, 0.0).sum(axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - (1 - smoothing) * own - smoothing * logits.mean(axis=-1)
     return jnp.pad(jnp.where(counts[:, 1:], losses, 0.0), ((0, 0), (1, 0)))
 
 

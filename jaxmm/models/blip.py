@@ -100,24 +100,20 @@ class BLIP(nn.Module):
 
     def read(
         self, tokens: Int[Array, "b t"], seen: Context, *, train: bool, mask: Bool[Array, "b t"] | None = None,
-        looking: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Texts read in view of pictures, or of two each: the image-grounded encoder.
 
-        `looking` says which picture each text is read with; None: that of its own row, or with fewer pictures than
-        texts, as many texts in turn look at each.
+        A text is read with the picture of its own row, or with fewer pictures than texts, as many texts in turn with
+        each.
         """
         mask = tokens != self.config.text.pad_id if mask is None else mask
         if self.config.encode_token:
             tokens = tokens.at[:, 0].set(self.config.text.encode_id)
-        return self.text.encode(tokens, seen, train=train, mask=mask, looking=looking)
+        return self.text.encode(tokens, seen, train=train, mask=mask)
 
-    def match(
-        self, tokens: Int[Array, "b t"], seen: Float[Array, "r n c"], *, train: bool,
-        looking: Int[Array, "b"] | None = None,
-    ) -> Float[Array, "b 2"]:
-        """Logits of "do not belong together" and "belong together", fp32. `looking` as in `read`."""
-        read = self.read(tokens, seen, train=train, looking=looking)
+    def match(self, tokens: Int[Array, "b t"], seen: Float[Array, "r n c"], *, train: bool) -> Float[Array, "b 2"]:
+        """Logits of "do not belong together" and "belong together", fp32, of texts with the pictures of `read`."""
+        read = self.read(tokens, seen, train=train)
         return self.matching_head(widened(read[:, 0]))
 
     def compare(

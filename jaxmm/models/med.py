@@ -144,26 +144,23 @@ class MedLayer(nn.Module):
 
     def encode(
         self, x: Float[Array, "b t d"], mask: Mask, context: Context | None, context_mask: ContextMask | None,
-        looking: Int[Array, "b"] | None = None, *, train: bool, weights: bool = False,
+        *, train: bool, weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t n"] | None]:
         """The layer of the unimodal encoder, and with a `context` of the image-grounded one; and with `weights` those
         of cross-attention.
 
-        `context` may have fewer rows than `x`: then each of them is looked at by as many rows of `x` in turn, or by
-        those that `looking` says.
+        `context` may have fewer rows than `x`: then each of them is looked at by as many rows of `x` in turn.
         """
         x, shares = self._add("attention", x, self.attention(x, x, mask, train=train)[0], train), None
         if context is not None:
-            y, shares = self._see(x, context, context_mask, looking, train=train, weights=weights)
+            y, shares = self._see(x, context, context_mask, train=train, weights=weights)
             x = self._add("cross_attention", x, y, train)
         return self._add("mlp", x, self.mlp(x, train=train), train), shares
 
-    def _see(self, x, context, context_mask, looking, *, train: bool, weights: bool):
+    def _see(self, x, context, context_mask, *, train: bool, weights: bool):
         """What cross-attention finds in a picture; of two, each by its own, what they find is merged, or its mean."""
         if self.config.merge_from is None:
             seen = self.cross_attention.keys_values(context)
-            if looking is not None:
-                seen = tuple(constrain_batch(each[looking]) for each in seen)
             y, shares = self.cross_attention.attend_to(side_by_side(x, len(seen[0])), seen, context_mask, train=train,
                                                        weights=weights)
             return y.reshape(x.shape), shares
@@ -296,19 +293,17 @@ class Med(nn.Module):
     def encode(
         self, tokens: Int[Array, "b t"], context: Context | None = None, *, train: bool,
         mask: Bool[Array, "b t"] | None = None, context_mask: Bool[Array, "r n"] | None = None,
-        looking: Int[Array, "b"] | None = None,
     ) -> Float[Array, "b t d"]:
         """Tokens read both ways: by themselves, or with a picture (whose first token is then `encode_id`), or two.
 
-        `mask` says which tokens are there; None: those that are not padding. `looking` says which row of the context
-        each text looks at, whose keys and values are then computed once for all that do; None: its own, or with fewer
-        pictures than texts, as many texts in turn look at each.
+        `mask` says which tokens are there; None: those that are not padding. With fewer pictures than texts, as many
+        texts in turn look at each, whose keys and values are computed once for all that do.
         """
         mask = tokens != self.config.pad_id if mask is None else mask
         x = self.embedding(tokens, train=train)
         if self.is_initializing():
             return x
-        return self._run(MedLayer.encode, x, mask[:, None, None, :], context, context_mask, looking, train=train)[0]
+        return self._run(MedLayer.encode, x, mask[:, None, None, :], context, context_mask, train=train)[0]
 
     def decode(
         self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, train: bool,
@@ -368,7 +363,7 @@ class Med(nn.Module):
             x = layer.apply({"params": params}, x, mask, seen, context_mask, method=MedLayer.follow)
         return self.head(x, self.embedding)
 
-    def _run(self, method, x, mask, context, context_mask, *more, train: bool, weights: bool = False):
+    def _run(self, method, x, mask, context, context_mask, *, train: bool, weights: bool = False):
         """All layers, one after the other, those that merge last: the tokens, and with `weights` those of
         cross-attention."""
         stack, first = self.config.transformer, self.config.merge_from
@@ -381,7 +376,7 @@ class Med(nn.Module):
             def one(x, inputs):
                 params, key = inputs
                 rngs = None if key is None else {"dropout": key}
-                x, shares = layer.apply({"params": params}, constrain_batch(x), mask, context, context_mask, *more,
+                x, shares = layer.apply({"params": params}, constrain_batch(x), mask, context, context_mask,
                                         train=train, weights=weights, rngs=rngs, method=method)
                 return constrain_batch(x), shares
 

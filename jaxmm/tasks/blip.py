@@ -5,6 +5,7 @@ Without a decoder it is the fine-tuning for retrieval (section 4.1), which does 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -174,18 +175,23 @@ class BLIPPretraining(Task):
         return sum(losses) / 2
 
     def _match(self, variables, seen, tokens, to_text, to_image, positive, rng, rngs):
-        """The loss over pairs that belong together, texts with a hard negative picture, and pictures with a text."""
+        """The loss over pairs that belong together, texts with a hard negative picture, and pictures with a text.
+
+        Each picture is looked at by its own text and by its negative, so that of pictures only the negatives are
+        fetched from where they are.
+        """
         first, second = jax.random.split(rng)
         pictures, has_picture = hard_negatives(jax.lax.stop_gradient(to_image), positive, first)
         texts, has_text = hard_negatives(jax.lax.stop_gradient(to_text), positive, second)
-        b = len(tokens)
-        all_tokens = constrain_batch(jnp.concatenate([tokens, tokens, tokens[texts]]))
-        looking = jnp.concatenate([jnp.arange(b), pictures, jnp.arange(b)])
-        logits = BLIP(self.model).apply(variables, all_tokens, seen, train=True, looking=looking, method=BLIP.match,
-                                        rngs=rngs)
-        labels = jnp.repeat(jnp.asarray([1, 0, 0]), b)
-        counts = jnp.concatenate([jnp.ones(b, bool), has_picture, has_text])
-        return matching_loss(logits, labels, counts)
+        b, (own, other) = len(tokens), jax.random.split(rngs["dropout"])
+        match = partial(BLIP(self.model).apply, variables, train=True, method=BLIP.match)
+        both = constrain_batch(jnp.stack([tokens, tokens[texts]], axis=1).reshape(2 * b, -1))
+        with_own = match(both, seen, rngs={"dropout": own})
+        with_other = match(tokens, constrain_batch(seen[pictures]), rngs={"dropout": other})
+        there = jnp.stack([jnp.ones(b, bool), has_text], axis=1).ravel()
+        return matching_loss(jnp.concatenate([with_own, with_other]),
+                             jnp.concatenate([jnp.tile(jnp.asarray([1, 0]), b), jnp.zeros(b, jnp.int32)]),
+                             jnp.concatenate([there, has_picture]))
 
     def _enqueue(self, extra, image, text, batch) -> dict[str, Any]:
         """The queues with the batch in the places of the oldest: a ring, which any batch fits."""

@@ -94,7 +94,7 @@ def test_headers_have_plans_that_fit():
 
 
 @pytest.mark.skipif(NO_LIBTPU, reason="libtpu is not installed: pip install 'jaxmm[tpu]'")
-@pytest.mark.parametrize("name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.topology)
+@pytest.mark.parametrize("name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long)
                                   for name in NATURAL])
 def test_it_fits_its_topology(name):
     """Compiled for the real chips: seconds for the smallest, ten minutes on two cores for BLIP's pre-training."""
