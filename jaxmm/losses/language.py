@@ -16,7 +16,7 @@ def token_losses(
     loss of all tokens of the vocabulary.
     """
     logits, tokens = widened(logits[:, :-1]), tokens[:, 1:, None]
-    # Not gathered: of a vocabulary TPUs would lay out all logits anew for it, and again for the gradient.
+    # A sum over what is masked goes along with the other sums; gathering took a fifth longer (CPU; TPU by estimate).
     own = jnp.where(tokens == jnp.arange(logits.shape[-1]), logits, 0.0).sum(axis=-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - (1 - smoothing) * own - smoothing * logits.mean(axis=-1)
     return jnp.pad(jnp.where(counts[:, 1:], losses, 0.0), ((0, 0), (1, 0)))

@@ -143,8 +143,8 @@ class MedLayer(nn.Module):
         return f"causal_{part}" if self.config.encoder and part in self.config.own else part
 
     def encode(
-        self, x: Float[Array, "b t d"], mask: Mask, context: Context | None, context_mask: ContextMask | None,
-        *, train: bool, weights: bool = False,
+        self, x: Float[Array, "b t d"], mask: Mask, context: Context | None, context_mask: ContextMask | None, *,
+        train: bool, weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t n"] | None]:
         """The layer of the unimodal encoder, and with a `context` of the image-grounded one; and with `weights` those
         of cross-attention.

@@ -186,12 +186,11 @@ class BLIPPretraining(Task):
         b, (own, other) = len(tokens), jax.random.split(rngs["dropout"])
         match = partial(BLIP(self.model).apply, variables, train=True, method=BLIP.match)
         both = constrain_batch(jnp.stack([tokens, tokens[texts]], axis=1).reshape(2 * b, -1))
-        with_own = match(both, seen, rngs={"dropout": own})
+        with_own = match(both, seen, rngs={"dropout": own}).reshape(b, 2, 2)
         with_other = match(tokens, constrain_batch(seen[pictures]), rngs={"dropout": other})
-        there = jnp.stack([jnp.ones(b, bool), has_text], axis=1).ravel()
-        return matching_loss(jnp.concatenate([with_own, with_other]),
-                             jnp.concatenate([jnp.tile(jnp.asarray([1, 0]), b), jnp.zeros(b, jnp.int32)]),
-                             jnp.concatenate([there, has_picture]))
+        logits = jnp.concatenate([with_own[:, 0], with_own[:, 1], with_other])
+        labels = jnp.repeat(jnp.asarray([1, 0, 0]), b)
+        return matching_loss(logits, labels, jnp.concatenate([jnp.ones(b, bool), has_text, has_picture]))
 
     def _enqueue(self, extra, image, text, batch) -> dict[str, Any]:
         """The queues with the batch in the places of the oldest: a ring, which any batch fits."""
