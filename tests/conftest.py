@@ -7,10 +7,8 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook names it but does not import it)
+from tests.xla import flags
 
-DEVICES = "--xla_force_host_platform_device_count=8"
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 
@@ -29,6 +27,12 @@ def _private_cache() -> Path | None:
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (cache := _private_cache()):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_configure(config):
+    """Parity is that of programs as users compile them."""
+    os.environ["XLA_FLAGS"] = flags(8, fast=config.option.markexpr != "parity")
+
 
 def pytest_terminal_summary(terminalreporter):
     """Shows the figures that tests hand to `record_property`, also those of tests that passed."""

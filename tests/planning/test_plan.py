@@ -79,7 +79,7 @@ def test_a_plan_for_tpus(tmp_path, monkeypatch):
 @TPU
 def test_what_does_not_fit_and_what_would(tmp_path):
     """On chips with nine tenths of the memory that it needs: how much is missing is told, and a change found."""
-    large, config = open_topology("v5e:2x2"), recipe(2048, mesh=MeshConfig(fsdp=4))
+    large, config = open_topology("v5e:2x2"), recipe(256, mesh=MeshConfig(fsdp=4))
     chip = replace(large.chip, hbm_bytes=make_plan(config, large, tmp_path).peak_bytes * 9 // 10)
     topology, tried = replace(large, chip=chip), []
     made = make_plan(config, topology, tmp_path)

@@ -14,7 +14,7 @@ def refused(path, *words, read=False):
         if read:
             for each in tensors.values():
                 each.read()
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 10
     message = str(caught.value)
     assert str(path) in message and len(message) < 3000
     for word in words:

@@ -31,11 +31,6 @@ from jaxmm.tasks.classify import Classify
 from jaxmm.tasks.contrastive import Contrastive
 from jaxmm.training.optimizer import Optimizer, make_optimizer
 
-FAST: dict[str, Any] = {"xla_backend_optimization_level": 0}
-"""Options that cut the back end's effort: it compiles in a third of the time, from the same partitioned program."""
-if jax.__version_info__ < (0, 11):
-    FAST["xla_cpu_use_fusion_emitters"] = False
-
 SIDE, CLASSES, VOCABULARY, LENGTH = 12, 10, 64, 7
 
 

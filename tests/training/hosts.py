@@ -29,7 +29,8 @@ from jaxmm.tasks.blip import BLIPPretraining
 from jaxmm.tasks.classify import Classify
 from jaxmm.training import hosts
 from jaxmm.training.loop import train
-from tests.training.common import FAST, clip_run
+from tests.training.common import clip_run
+from tests.xla import flags
 
 STEPS, EVERY = 4, 2
 STACK = {"depth": 2, "heads": 2, "dropout": 0.1}
@@ -109,8 +110,7 @@ def serve() -> int:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            flags = {**FAST, "xla_force_host_platform_device_count": order["devices"]}
-            os.environ["XLA_FLAGS"] = " ".join(f"--{name}={value}" for name, value in flags.items())
+            os.environ["XLA_FLAGS"] = flags(order["devices"])
             return main(order["args"])
     return 0
 

@@ -29,7 +29,7 @@ from tests.training.common import assert_same_bits, lines
 from tests.training.hosts import EVERY, STEPS, config
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240
+PATIENCE = 900
 """Seconds that processes may take for what takes some."""
 HEARTBEAT, TIMEOUT = 6.0, 7.0
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[001-003]", "SLURM_NTASKS": "3", "SLURM_PROCID": "1",

@@ -15,11 +15,12 @@ import pytest
 from jaxmm.data.pipeline import step_records
 from jaxmm.data.sources import open_source
 from jaxmm.training.checkpoint import MANIFEST, Checkpoints
-from tests.training.common import FAST, assert_same_bits, lines, restored
+from tests.training.common import assert_same_bits, lines, restored
 from tests.training.process import EVERY, STEPS, config
+from tests.xla import flags
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240
+PATIENCE = 900
 """Seconds that a process may take for what takes a few."""
 
 
@@ -29,13 +30,11 @@ class Trainer:
     def __init__(self, workdir, shared, *options, devices=1):
         workdir.mkdir(exist_ok=True)
         self.workdir, self.output = workdir, workdir / "output.txt"
-        flags = {**FAST, "xla_force_host_platform_device_count": devices}
-        flags = " ".join(f"--{name}={value}" for name, value in flags.items())
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.training.process", workdir, shared / "data", "--cache", shared / "cache",
                  *map(str, options)], cwd=ROOT, stdout=file, stderr=file,
-                env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(devices)})
 
     def wait_for(self, condition):
         """Returns once `condition` is true; fails when the process ends first, or after `PATIENCE`."""

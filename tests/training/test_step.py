@@ -11,7 +11,7 @@ from jaxmm.sharding import make_mesh, place_batch, replicated, shardings
 from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state, init_state, sharded_state
 from jaxmm.training.step import compile_step, train_step
-from tests.training.common import CLASSES, FAST, Linear, assert_same_bits, batch, leaves, model_task, plain_optimizer
+from tests.training.common import CLASSES, Linear, assert_same_bits, batch, leaves, model_task, plain_optimizer
 
 ONE = (1, 1, 1)
 MESHES = {"data 8": (8, 1, 1), "fsdp 8": (1, 8, 1), "tensor 4": (2, 1, 4), "2x2x2": (2, 2, 2)}
@@ -49,7 +49,7 @@ def run(kind, axes, *, microbatches=1, scan=True, drawn=(), tile=None):
         key = jax.device_put(jax.random.key(7), replicated(mesh))
         state = jax.device_put(first_state(kind, drawn), shardings(shapes, mesh))
         step = compile_step(task, optimizer, mesh, shapes, microbatches=microbatches)
-        step = step.lower(state, place_batch(batch(kind, 0, BATCH), mesh), key).compile(FAST)
+        step = step.lower(state, place_batch(batch(kind, 0, BATCH), mesh), key).compile()
         metrics = []
         for number in range(STEPS):
             state, values = step(state, place_batch(batch(kind, number, BATCH), mesh), key)
