@@ -18,7 +18,7 @@ say what is so. Of the texts: the share that the filter drops (the paper's noise
 against the known noise of the web's, how many of the synthetic captions are right, and of what was trained on.
 
 What is done stays in DIR: the same command goes on. `--quick` is one seed, `none` and `both`, and two fifths of all
-steps: 15 minutes on two cores.
+steps: under 15 minutes on two cores, in which a captioner learns little and a filter drops nine texts of ten.
 """
 
 import argparse
