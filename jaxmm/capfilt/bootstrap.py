@@ -27,6 +27,7 @@ from jaxmm.generate import Decoding
 from jaxmm.training.checkpoint import whole_steps
 from jaxmm.training.hosts import meet
 from jaxmm.training.loop import train
+from jaxmm.training.optimizer import learning_rate
 from jaxmm.validation import check_types, require
 
 STATE = "bootstrap.json"
@@ -76,6 +77,8 @@ def bootstrap(config: CapFiltConfig, out: Path, *, say: Callable[[str], Any] = p
     the new one; and so on. Raises `ConfigError` where `out` holds another bootstrap (the number of rounds may change),
     and what training and the stages raise.
     """
+    for run in (config.pretrain, config.captioner, config.filter):
+        learning_rate(run.optimizer, run.steps)      # what the last run would refuse is refused before the first
     agree(out, free=("rounds",), **to_dict(config))
     state = Runs(out)
     data_dir = config.pretrain.data.data_dir

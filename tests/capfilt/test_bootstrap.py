@@ -74,8 +74,11 @@ def test_a_run_that_is_asked_to_stop_stops_all(recipe, tmp_path, monkeypatch):
     assert bootstrap(recipe, tmp_path) == {} and not (tmp_path / "bootstrap.json").exists()
 
 
-def test_what_cannot_be():
+def test_what_cannot_be(tmp_path):
     whole = load_recipe(RECIPE)
+    with pytest.raises(ConfigError, match=r"warmup \+ optimizer\.cooldown is 50; wanted at most steps = 40"):
+        bootstrap(replace(whole, filter=replace(whole.filter, steps=40)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="rounds is 0; wanted a positive number"):
         replace(whole, rounds=0)
     assert isinstance(whole, CapFiltConfig)
