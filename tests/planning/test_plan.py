@@ -77,6 +77,7 @@ def test_a_plan_for_tpus(tmp_path, monkeypatch):
 
 
 @TPU
+@pytest.mark.long
 def test_what_does_not_fit_and_what_would(tmp_path):
     """On chips with nine tenths of the memory that it needs: how much is missing is told, and a change found."""
     large, config = open_topology("v5e:2x2"), recipe(256, mesh=MeshConfig(fsdp=4))
@@ -87,6 +88,16 @@ def test_what_does_not_fit_and_what_would(tmp_path):
     found = search.repair(config, topology, lambda *each: make_plan(*each, tmp_path), wanted=1, on_plan=tried.append)
     assert found[0].plan.fits and found[0] is tried[-1] and not any(each.plan.fits for each in tried[:-1])
     assert found[0].flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat")
+
+
+def test_a_repair_ends_with_the_first_that_fits(eight):
+    def plan(config, _):
+        return planned(1.0, 60, fits=search.remat_of(config) == "full")
+
+    tried = []
+    found = search.repair(recipe(64), eight, plan, wanted=1, on_plan=tried.append)
+    assert found == [tried[-1]] and found[0].plan.fits and not any(each.plan.fits for each in tried[:-1])
+    assert "remat full" in found[0].flags and len(tried) > 1
 
 
 def test_in_gpus_place(eight):
