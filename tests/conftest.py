@@ -31,7 +31,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (cache := _private_cache())
 
 def pytest_configure(config):
     """Parity is that of programs as users compile them."""
-    os.environ["XLA_FLAGS"] = flags(8, fast=config.option.markexpr != "parity")
+    wanted = flags(8, fast=config.option.markexpr != "parity")
+    if wanted not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {wanted}".strip()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -8,13 +8,13 @@ from jaxmm.pretrained.files import FileError, open_tensors
 
 
 def refused(path, *words, read=False):
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(FileError) as caught:
         tensors = open_tensors(path)
         if read:
             for each in tensors.values():
                 each.read()
-    assert time.process_time() - start < 10
+    assert time.thread_time() - start < 3
     message = str(caught.value)
     assert str(path) in message and len(message) < 3000
     for word in words:
