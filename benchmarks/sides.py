@@ -29,6 +29,8 @@ class Case:
     dtype: str
     remat: str
     """What our backward pass computes again."""
+    scan: bool = True
+    """Whether our layers are one compiled layer in a loop."""
 
     @property
     def sizes(self) -> dict:
@@ -149,7 +151,7 @@ def ours(case: Case, weights: Path, gpu: bool):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     platform = jax.devices()[0].platform
     kind, name = case.model.split(":")
-    stack = {"dtype": case.dtype, "remat": case.remat}
+    stack = {"dtype": case.dtype, "remat": case.remat, "scan": case.scan}
     if kind == "vit":
         task = Classify(model=vit(name, classes=1000, stack=stack), pixels=Pixels())
     else:

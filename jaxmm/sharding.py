@@ -8,7 +8,7 @@ layer axis alone.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -173,6 +173,14 @@ def axis_sizes() -> dict[str, int]:
     if mesh.empty or "data" not in mesh.axis_names or any(t != AxisType.Auto for t in mesh.axis_types):
         return dict.fromkeys(AXES, 1)
     return dict(mesh.shape)
+
+
+def platform() -> Literal["cpu", "gpu", "tpu"]:
+    """What is traced now is for: the current mesh's devices, present or not; outside of one, this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    return "tpu" if device.device_kind.startswith("TPU") else "cpu" if device.device_kind == "cpu" else "gpu"
 
 
 def batch_devices() -> int:

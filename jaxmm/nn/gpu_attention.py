@@ -1,0 +1,53 @@
+"""Attention on NVIDIA GPUs by cuDNN's kernels, which write no scores (FlashAttention, Dao et al. 2022).
+
+cuDNN asks for even numbers of tokens in training; a class token makes them odd. One token more, that nobody looks at,
+costs less than the scores do.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxmm.sharding import BATCH, axis_sizes, batch_devices, platform
+
+WIDEST, MULTIPLE = 128, 8
+"""What a head may measure."""
+
+
+def suits(query: Float[Array, "b t h k"], mask: Array | None) -> bool:
+    """Whether cuDNN can do it on the GPUs at hand: two bytes a number, an Ampere or newer, no mask, which texts have
+    and are short, and shares for all devices of the current mesh."""
+    b, _, heads, width = query.shape
+    fits = query.dtype.itemsize == 2 and mask is None and width <= WIDEST and width % MULTIPLE == 0
+    return fits and not (b % batch_devices() or heads % axis_sizes()["tensor"]) and platform() == "gpu" and _ampere()
+
+
+def _ampere() -> bool:
+    capability = getattr(jax.local_devices()[0], "compute_capability", "").replace(".", "")  # "gfx942" of AMD's
+    return capability.isdigit() and int(capability) >= 80
+
+
+def attended(
+    query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], value: Float[Array, "b s h k"], *,
+    implementation: str = "cudnn",
+) -> Float[Array, "b t h k"]:
+    """What `attend` gives. `implementation` "xla" computes it anywhere."""
+    run = partial(_even, implementation)
+    if math.prod(axis_sizes().values()) > 1:
+        where = PartitionSpec(BATCH, None, "tensor")
+        run = jax.shard_map(run, in_specs=(where,) * 3, out_specs=where, check_vma=False)
+    return run(query, key, value)
+
+
+def _even(implementation, query, key, value):
+    """Of tokens filled up to an even number."""
+    b, t, s = *query.shape[:2], key.shape[1]
+    if s % 2 == t % 2 == 0:
+        return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+    filled = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    return jax.nn.dot_product_attention(*filled, query_seq_lengths=jnp.full(b, t), key_value_seq_lengths=jnp.full(b, s),
+                                        implementation=implementation)[:, :t]

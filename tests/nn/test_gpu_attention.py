@@ -1,0 +1,53 @@
+"""cuDNN's attention as `attend` has it, computed here without a GPU, and compiled for several of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from jaxmm.config import MeshConfig
+from jaxmm.nn.attention import attend, causal_mask
+from jaxmm.nn.gpu_attention import attended, suits
+from jaxmm.sharding import make_mesh
+
+
+def inputs(t=7, s=5, dtype=jnp.float32, b=4):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(jax.random.normal(key, (b, n, 2, 8), dtype) for key, n in zip(keys, (t, s, s), strict=True))
+
+
+@pytest.mark.parametrize("t, s", [(7, 7), (6, 4), (6, 5), (7, 4)])
+def test_it_is_attend(t, s):
+    def both(f):
+        return jax.value_and_grad(lambda *x: (f(*x) ** 2).sum(), (0, 1, 2))(*inputs(t, s))
+
+    got, expected = both(lambda *x: attended(*x, implementation="xla")), both(lambda *x: attend(*x)[0])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_what_suits(monkeypatch):
+    monkeypatch.setattr("jaxmm.nn.gpu_attention.platform", lambda: "gpu")
+    half = inputs(dtype=jnp.bfloat16)[0]
+    assert not suits(half, None)             # no GPU is here
+    monkeypatch.setattr("jaxmm.nn.gpu_attention._ampere", lambda: True)
+    assert suits(half, None)
+    assert not suits(half, causal_mask(7))
+    assert not suits(half.astype(jnp.float32), None)
+    assert not suits(half[..., :6], None)
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:8])):
+        assert not suits(half, None)         # 4 pictures, 8 devices
+
+
+def test_each_gpu_attends_to_its_pictures(monkeypatch):
+    """The program that cuDNN is handed on 4 GPUs, of which none is here."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+    with jax.set_mesh(make_mesh(MeshConfig(tensor=2), jax.devices()[:4])):
+        gradient = jax.jit(jax.grad(lambda *x: attended(*x).astype(jnp.float32).sum(), (0, 1, 2)))
+        text = gradient.trace(*inputs(dtype=jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @__cudnn$fmha" in line]
+    assert len(calls) == 2
+    assert all("tensor<2x8x1x8xbf16>, tensor<2x6x1x8xbf16>" in call for call in calls), calls
