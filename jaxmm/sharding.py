@@ -8,6 +8,7 @@ layer axis alone.
 import math
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -181,6 +182,17 @@ def platform() -> Literal["cpu", "gpu", "tpu"]:
     if device is None:
         return jax.default_backend()
     return "tpu" if device.device_kind.startswith("TPU") else "cpu" if device.device_kind == "cpu" else "gpu"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, name: str) -> jax.Array:
+    """A parameter called `name`, put together from the shares of `fsdp` before it is used. Its gradient lies where XLA
+    likes. Without this XLA multiplies by each share as it comes around where a mesh has no other axis."""
+    axes = axis_sizes()
+    return x if axes["fsdp"] == 1 else _constrain(x, spec(name, x.shape, axes | {"fsdp": 1}))
+
+
+gathered.defvjp(lambda x, name: (gathered(x, name), None), lambda name, _, gradient: (gradient,))
 
 
 def batch_devices() -> int:

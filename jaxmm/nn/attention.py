@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxmm.nn import gpu_attention, tpu_attention
 from jaxmm.nn.precision import wide, widened
-from jaxmm.sharding import platform
+from jaxmm.sharding import gathered, platform
 
 Initializer = Callable[..., Array]
 Mask = Bool[Array, "#b #h #t #s"]
@@ -176,7 +176,8 @@ class Linear(nn.Module):
         def init(rng):
             return self.kernel_init(rng, shape).reshape(*inside, *self.features)
 
-        kernel = self.param("kernel", init).reshape(shape).astype(self.dtype)
+        kernel = self.param("kernel", init).astype(self.dtype)
+        kernel = gathered(kernel, "/".join((*self.path, "kernel"))).reshape(shape)
         bias = self.param("bias", self.bias_init, self.features).reshape(-1)
         on = platform()
         x = x.astype(self.dtype).reshape(*(batch if on == "tpu" else (-1,)), shape[0])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -126,11 +127,9 @@ def nursery(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(nursery):
-    """The same with four devices in one process, in two and in four."""
-    started = [nursery.start("one", "few,clip,siglip,blip", 1, 4),
-               nursery.start("two", "few,clip,siglip,blip", 2, 2, "--heartbeat", 60),
-               nursery.start("four", "few", 4, 1, "--heartbeat", 60)]
-    return {run.out: run.ends() for run in started}
+    """`runs(name, count)`: four devices' run of that name by so many processes, made once."""
+    return cache(lambda name, count: nursery.start(
+        f"{name}-of-{count}", name, count, 4 // count, "--heartbeat", 60).ends())
 
 
 def arrays(workdir: Path, step: int):
@@ -154,48 +153,47 @@ def difference(one: Path, other: Path) -> float:
                         for name, value in states[0].items()])
 
 
-@pytest.mark.parametrize("out, names", [
-    ("two", "few,clip,siglip,blip"), ("four", "few"),
-    pytest.param("four-more", "clip,siglip,blip", marks=pytest.mark.long)])
-def test_several_processes_train_and_evaluate_as_one(runs, nursery, out, names, record_property):
-    if out not in runs:
-        runs[out] = nursery.start(out, names, 4, 1, "--heartbeat", 60).ends()
-    for name in names.split(","):
-        one, several = nursery.folder / "one" / name, nursery.folder / out / name
-        assert [row["step"] for row in lines(several) if "train/loss" in row] == list(range(1, STEPS + 1))
-        assert any(key.startswith("val/") for key in lines(several)[-1])
-        found = difference(one, several)
-        record_property(f"{name}, {out} processes and one, largest difference", f"{found:.1e}")
-        assert found < 1e-5, name
-        assert (several / "report.html").exists()
-    for host in range(1, len(runs[out].numbers)):
-        assert "training records" not in runs[out].text(host)              # progress comes from the first alone
+@pytest.mark.parametrize("name, count", [
+    ("few", 2), ("few", 4), ("clip", 2), *(pytest.param(*each, marks=pytest.mark.long) for each in (
+        ("clip", 4), ("siglip", 2), ("siglip", 4), ("blip", 2), ("blip", 4)))])
+def test_several_processes_train_and_evaluate_as_one(runs, nursery, name, count, record_property):
+    one, several = (nursery.folder / runs(name, each).out / name for each in (1, count))
+    assert [row["step"] for row in lines(several) if "train/loss" in row] == list(range(1, STEPS + 1))
+    assert any(key.startswith("val/") for key in lines(several)[-1])
+    found = difference(one, several)
+    record_property(f"{name}, {count} processes and one, largest difference", f"{found:.1e}")
+    assert found < 1e-5
+    assert (several / "report.html").exists()
+    for host in range(1, count):
+        assert "training records" not in runs(name, count).text(host)      # progress comes from the first alone
 
 
-def test_every_host_reads_its_share_and_as_many_steps(runs, nursery):
+@pytest.mark.parametrize("name, count, length, broken", [("few", 4, 3, 2), ("clip", 2, 160, None)])
+def test_every_host_reads_its_share_and_as_many_steps(runs, nursery, name, count, length, broken):
     """Also of three records, one of which is broken, for four hosts."""
-    for out, name, length, broken, offset in (("four", "few", 3, 2, 0), ("two", "clip", 160, None, STEPS)):
-        run, hosts = config(name, nursery.folder), range(len(runs[out].numbers))
-        found = [runs[out].steps(host)[offset:offset + STEPS] for host in hosts]
-        assert all([step for step, _ in each] == list(range(1, STEPS + 1)) for each in found)
-        for step in range(STEPS):
-            used = np.concatenate([each[step][1] for each in found])
-            drawn = step_records(length, run.data.batch_size, run.seed, step)
-            np.testing.assert_array_equal(used[drawn != broken], drawn[drawn != broken])
-            assert len(used) == len(drawn) and broken not in used          # another one is in its place
-    bad = lines(nursery.folder / "four" / "few", "data/bad_records")
-    assert bad == lines(nursery.folder / "one" / "few", "data/bad_records") and bad[-1][1] > STEPS
-    assert "2 of 5 records were bad" in runs["four"].text(3)
+    run, found = config(name, nursery.folder), [runs(name, count).steps(host)[:STEPS] for host in range(count)]
+    assert all([step for step, _ in each] == list(range(1, STEPS + 1)) for each in found)
+    for step in range(STEPS):
+        used = np.concatenate([each[step][1] for each in found])
+        drawn = step_records(length, run.data.batch_size, run.seed, step)
+        np.testing.assert_array_equal(used[drawn != broken], drawn[drawn != broken])
+        assert len(used) == len(drawn) and broken not in used              # another one is in its place
+
+
+def test_every_bad_record_is_counted_once(runs, nursery):
+    bad = lines(nursery.folder / runs("few", 4).out / "few", "data/bad_records")
+    assert bad == lines(nursery.folder / runs("few", 1).out / "few", "data/bad_records") and bad[-1][1] > STEPS
+    assert "2 of 5 records were bad" in runs("few", 4).text(3)
 
 
 @pytest.mark.parametrize("count, devices", [(1, 4), (2, 2)])
 def test_what_four_wrote_others_go_on_with(runs, nursery, count, devices):
     out = f"from-four-{count}"
-    shutil.copytree(nursery.folder / "four" / "few", nursery.folder / out / "few")
+    shutil.copytree(nursery.folder / runs("few", 4).out / "few", nursery.folder / out / "few")
     shutil.rmtree(nursery.folder / out / "few" / "checkpoints" / str(STEPS))
     went_on = nursery.start(out, "few", count, devices).ends()
     assert f"going on after step {STEPS - EVERY}" in went_on.text(0)
-    assert difference(nursery.folder / "one" / "few", nursery.folder / out / "few") < 1e-5
+    assert difference(nursery.folder / runs("few", 1).out / "few", nursery.folder / out / "few") < 1e-5
 
 
 def test_a_run_whose_hosts_hang_and_die_ends_each_time_and_goes_on_exactly(runs, nursery, record_property):
@@ -231,7 +229,7 @@ def test_a_run_whose_hosts_hang_and_die_ends_each_time_and_goes_on_exactly(runs,
 
     last = nursery.start("again", "few", 2, 2).ends()
     assert f"going on after step {EVERY}" in last.text(0)
-    again, whole = nursery.folder / "again" / "few", nursery.folder / "two" / "few"
+    again, whole = (nursery.folder / out / "few" for out in ("again", runs("few", 2).out))
     assert lines(again, "train/loss") == lines(whole, "train/loss")
     assert_same_bits(arrays(again, STEPS), arrays(whole, STEPS))
 
