@@ -7,7 +7,7 @@ OpenAI reports 68.6 % zero-shot ImageNet top-1 from 32 epochs over 400 million p
 10,700 A100 hours for 13 billion samples. Lower `--steps` to 32 x your pairs / 32,768.
 Where OpenAI's training code is not known (the random crop), the value is open_clip's. We have not run it at this scale.
 
-Plan on v5e:16x16 (256 chips): fits in 11.02 GiB of 15.75 GiB a chip, 119,607 pictures/s and 29% of peak by XLA's
+Plan on v5e:16x16 (256 chips): fits in 10.16 GiB of 15.75 GiB a chip, 155,573 pictures/s and 38% of peak by XLA's
 estimate.
 """
 

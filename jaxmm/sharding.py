@@ -8,7 +8,6 @@ layer axis alone.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -184,15 +183,12 @@ def platform() -> Literal["cpu", "gpu", "tpu"]:
     return "tpu" if device.device_kind.startswith("TPU") else "cpu" if device.device_kind == "cpu" else "gpu"
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(x: jax.Array, name: str) -> jax.Array:
-    """A parameter called `name`, put together from the shares of `fsdp` before it is used. Its gradient lies where XLA
-    likes. Without this XLA multiplies by each share as it comes around where a mesh has no other axis."""
+    """A parameter called `name`, put together from the shares of `fsdp` before it is used; so is its gradient, before
+    it is cut. Where a mesh has no axis `data`, XLA would multiply by each share as it comes around instead."""
     axes = axis_sizes()
-    return x if axes["fsdp"] == 1 else _constrain(x, spec(name, x.shape, axes | {"fsdp": 1}))
-
-
-gathered.defvjp(lambda x, name: (gathered(x, name), None), lambda name, _, gradient: (gradient,))
+    alone = axes["fsdp"] > 1 and axes["data"] == 1
+    return _constrain(x, spec(name, x.shape, axes | {"fsdp": 1})) if alone else x
 
 
 def batch_devices() -> int:
