@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmm.config import ConfigError, MeshConfig, OptimizerConfig
@@ -15,10 +16,12 @@ from jaxmm.sharding import (
     batch_shards,
     constrain_batch,
     constrain_replicated,
+    gathered,
     make_mesh,
     named_leaves,
     path_name,
     place_batch,
+    platform,
     shardings,
     spec,
     undivided,
@@ -178,6 +181,19 @@ def test_path_name():
     tree = {"a": (1, {"b": 2}), "c": np.zeros(3)}
     assert dict(named_leaves({"a": tree["a"]})) == {"a/0": 1, "a/1/b": 2}
     assert path_name(jax.tree_util.tree_leaves_with_path(tree)[-1][0]) == "c"
+
+
+@pytest.mark.parametrize("mesh, expected", [
+    (MeshConfig(fsdp=4, tensor=2), P(None, "tensor")), (MeshConfig(data=2, fsdp=2, tensor=2), P("fsdp", "tensor"))])
+def test_a_parameter_is_gathered_where_nothing_else_divides_the_batch(mesh, expected):
+    name, x = "mlp/up/kernel", jnp.arange(32.0).reshape(4, 8)
+    mesh = make_mesh(mesh, jax.devices()[:8])
+    cut = jax.device_put(x, NamedSharding(mesh, P("fsdp", "tensor")))
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda x: gathered(x, name))(cut)
+        assert platform() == "cpu"
+    assert found.sharding.is_equivalent_to(NamedSharding(mesh, expected), 2)
+    np.testing.assert_array_equal(found, x)
 
 
 if __name__ == "__main__":
