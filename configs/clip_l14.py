@@ -7,7 +7,7 @@ OpenAI reports 75.5 % zero-shot ImageNet top-1 (76.2 % with a last epoch at 336 
 open_clip needed about 50,800 A100 hours for 13 billion samples. Parameters and optimizer state are cut over 16 chips.
 Where OpenAI's training code is not known (the random crop), the value is open_clip's. We have not run it at this scale.
 
-Plan on v5e:16x16 (256 chips): fits in 6.18 GiB of 15.75 GiB a chip, 41,469 pictures/s and 43% of peak by XLA's
+Plan on v5e:16x16 (256 chips): fits in 4.98 GiB of 15.75 GiB a chip, 45,337 pictures/s and 47% of peak by XLA's
 estimate.
 """
 

@@ -7,7 +7,7 @@ At 224 pixels, the loss in blocks, parameters and optimizer state in 16 shares. 
 the paper's section 4; its private pairs (WebLI) are not to be had. Any `tokenizer.json` will do for a run from scratch:
 its vocabulary sizes the text tower. We have not run it at this scale.
 
-Plan on v5e:16x16 (256 chips): fits in 7.36 GiB of 15.75 GiB a chip, 26,875 pictures/s and 44% of peak by XLA's
+Plan on v5e:16x16 (256 chips): fits in 6.68 GiB of 15.75 GiB a chip, 29,554 pictures/s and 48% of peak by XLA's
 estimate.
 """
 
