@@ -3,7 +3,8 @@
     python -m benchmarks.plan [--only NAME,...] [--headers] [--out benchmarks/results/plan.md]
 
 No TPU is needed, only libtpu (`pip install 'jaxmm[tpu]'`). Every row is a compilation of the real train step, one to
-three minutes on two cores; what the compiler said is kept, so that the command goes on where it was interrupted.
+three minutes on two cores; what the compiler said is kept, so that the command goes on where it was interrupted. With
+`--only` the lines of other recipes stay as they were.
 
 Pairs a chip stay the same from 16 chips to 256 (weak scaling): memory should, too. `--headers` writes the plan of each
 recipe of published size on its natural topology into the recipe's own header.
@@ -82,16 +83,13 @@ def line(row: Row, made: Plan) -> str:
             f"{made.peak_bytes / 2**30:.2f} | {estimate} | {exchanged} |")
 
 
-def scaling(found: list[tuple[Row, Plan]]) -> list[str]:
-    """How memory grows from 16 to 256 chips of one kind at the same pairs a chip."""
-    lines = []
-    for name in SHARES:
-        peaks = {made.chips: made.peak_bytes for row, made in found
-                 if row.name == name and made.topology.startswith("v5e") and made.fits}
-        if {16, 256} <= set(peaks):
-            lines.append(f"- {name}: {peaks[16] / 2**30:.2f} GiB a chip on 16, {peaks[256] / 2**30:.2f} on 256 "
-                         f"({peaks[256] / peaks[16] - 1:+.1%})")
-    return lines
+def scaling(name: str, found: list[Plan]) -> list[str]:
+    """How memory grows from 16 to 256 chips of one kind at the same pairs a chip, in a line, if both were planned."""
+    peaks = {made.chips: made.peak_bytes for made in found if made.topology.startswith("v5e") and made.fits}
+    if not {16, 256} <= set(peaks):
+        return []
+    return [f"- {name}: {peaks[16] / 2**30:.2f} GiB a chip on 16, {peaks[256] / 2**30:.2f} on 256 "
+            f"({peaks[256] / peaks[16] - 1:+.1%})"]
 
 
 def write_header(name: str, topology: str) -> None:
@@ -126,7 +124,14 @@ def main() -> None:
             if not only or name in only:
                 write_header(name, topology)
         return
+    before = args.out.read_text().splitlines() if only and args.out.exists() else []
+    table, growth = [], []
     found = [(row, planned(row.config, open_topology(row.topology))) for row in tqdm(rows(only), unit=" plans")]
+    for name in (*SHARES, "siglip_b16"):
+        mine = [each for each in found if each[0].name == name]
+        table += [line(*each) for each in mine] or [old for old in before if old.startswith(f"| {name} |")]
+        growth += scaling(name, [made for _, made in mine]) if mine else [
+            old for old in before if old.startswith(f"- {name}: ")]
     text = [
         "# Plans", "",
         "Made by `python -m benchmarks.plan`: each line is the real train step, compiled by libtpu for chips that",
@@ -136,8 +141,8 @@ def main() -> None:
         "peak, without recomputation in the numerator. It leaves out waiting for exchanges, and no chip has run it.",
         "Exchanges: GiB a step and chip, the three largest.", "",
         "| recipe | pairs | topology | mesh | batch | fits | GiB | estimate | exchanges |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |", *(line(*each) for each in found), "",
-        "Memory a chip at the same pairs a chip:", "", *scaling(found), ""]
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |", *table, "",
+        "Memory a chip at the same pairs a chip:", "", *growth, ""]
     write_atomically(args.out, "\n".join(text))
     print("\n".join(text))
 

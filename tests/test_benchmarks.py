@@ -96,8 +96,27 @@ def test_plans_in_headers_and_growth(tmp_path, monkeypatch):
     assert (tmp_path / "clip_l14.py").read_text() == text.replace("Told.\n", (
         "Told.\n\nPlan on v5e:2x2 (1 chips): fits in 4.00 GiB of 16.00 GiB a chip, 2,000 pictures/s and 25% of peak by "
         "XLA's estimate.\n"))
-    rows = [(plan.Row("clip_l14", "", None, ""), replace(made, topology=f"v5e:{chips}", chips=chips, peak_bytes=peak))
-            for chips, peak in ((16, 2**30), (256, 2**30 + 2**26))]
-    assert plan.scaling(rows) == ["- clip_l14: 1.00 GiB a chip on 16, 1.06 on 256 (+6.2%)"]
+    sizes = [replace(made, topology=f"v5e:{chips}", chips=chips, peak_bytes=peak)
+             for chips, peak in ((16, 2**30), (256, 2**30 + 2**26))]
+    assert plan.scaling("clip_l14", sizes) == ["- clip_l14: 1.00 GiB a chip on 16, 1.06 on 256 (+6.2%)"]
+    assert plan.scaling("clip_l14", sizes[:1]) == []
     line = plan.line(plan.Row("clip_l14", "128 a chip", None, "v5e:2x2"), replace(made, fits=False, peak_bytes=2**35))
     assert "no, 16.00 GiB short" in line and "500 ms, 25%" in line
+
+
+def test_plans_of_some_recipes_leave_those_of_others(tmp_path, monkeypatch):
+    sizes = {"v5e:16": 16, "v5e:256": 256}
+    monkeypatch.setattr(plan, "rows", lambda only: [
+        plan.Row(name, "1 a chip", None, topology) for name in ("clip_b16", "clip_l14") for topology in sizes
+        if name in only or not only])
+    monkeypatch.setattr(plan, "open_topology", lambda name: name)
+    for first, options in ((1, []), (2, ["--only", "clip_l14"])):
+        monkeypatch.setattr(plan, "planned", lambda config, topology, first=first: replace(
+            planned(None, first * 2**30), topology=topology, chips=sizes[topology]))
+        monkeypatch.setattr("sys.argv", ["plan", "--out", str(tmp_path / "plan.md"), *options])
+        plan.main()
+    rows = [each.split("|") for each in (tmp_path / "plan.md").read_text().splitlines() if each.startswith("| clip")]
+    assert [(row[1].strip(), row[7].strip()) for row in rows] == [("clip_b16", "1.00")] * 2 + [("clip_l14", "2.00")] * 2
+    assert [each for each in (tmp_path / "plan.md").read_text().splitlines() if each.startswith("- ")] == [
+        f"- {name}: {peak} GiB a chip on 16, {peak} on 256 (+0.0%)"
+        for name, peak in (("clip_b16", "1.00"), ("clip_l14", "2.00"))]
