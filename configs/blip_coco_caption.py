@@ -7,6 +7,8 @@ r"""BLIP that writes captions of COCO's photographs, from a pre-trained BLIP: th
 and CIDEr 129.7 on the Karpathy test split from the pre-training on 14M pictures, 39.4 and 131.4 from that on 129M
 (table 1). Begin with a pre-trained file, not with one that was fine-tuned on these captions already. Their RandAugment,
 whose operations are not ours, is left out. We have not run it at this scale.
+
+Plan on v5e:4x4 (16 chips): fits in 11.26 GiB of 15.75 GiB a chip, 2,160 pictures/s and 28% of peak by XLA's estimate.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig

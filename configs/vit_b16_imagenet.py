@@ -4,6 +4,8 @@
 
 The values are those of big_vision's vit_i1k configuration for B/16, which states no result; we have not run it. Needs
 `imagenet2012` prepared by TFDS as ArrayRecord. Weight decay as in vit_s16_imagenet.
+
+Plan on v5e:8x8 (64 chips): fits in 11.30 GiB of 15.75 GiB a chip, 38,166 pictures/s and 32% of peak by XLA's estimate.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
