@@ -7,7 +7,7 @@ The paper reports 71.0 % zero-shot ImageNet top-1 after three days on 16 TPU v4 
 words; its released B/16 goes further. Any `tokenizer.json` will do for a run from scratch: its vocabulary sizes the
 text tower. Learning rate, decay and batch follow the paper's section 4; we have not run it at this scale.
 
-Plan on v5e:16x16 (256 chips): does not fit: 16.77 GiB of 15.75 GiB a chip, 136,422 pictures/s and 38% of peak by XLA's
+Plan on v5e:16x16 (256 chips): fits in 9.00 GiB of 15.75 GiB a chip, 134,747 pictures/s and 37% of peak by XLA's
 estimate.
 """
 
