@@ -9,7 +9,7 @@ question for the vendor, and both sides' processes keep their memory instead of 
 
 On a GPU: ViT-L/16 and CLIP ViT-L/14 in bf16 (fp32 parameters), against transformers under `torch.compile`, whose
 attention is FlashAttention's and whose AdamW is one kernel. Our layers are compiled one after the other there: a loop's
-stacks of what the backward pass needs are a third of the step.
+stacks of what the backward pass needs were a quarter of the step.
 
 Each side of each arm is a process that lives through all rounds; they take turns (A B A B), one computing at a time;
 medians are compared. Outputs and the losses of two steps must agree before anything is timed. A round counts only

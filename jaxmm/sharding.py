@@ -7,7 +7,7 @@ layer axis alone.
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,6 +18,8 @@ from jaxmm.config import ConfigError, MeshConfig, require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+TOKENS = PartitionSpec(BATCH, None, "tensor")
+"""Where queries, keys and values [b t h ...] lie."""
 
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(^|/)v_(row|col)/", ()),  # Adafactor's factored moments lack a dimension of their parameter, and are small
@@ -151,8 +153,13 @@ def place_whole(value: np.ndarray, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
+def _alone() -> bool:
+    """Whether the current mesh is one device, or there is none."""
+    return math.prod(axis_sizes().values()) == 1
+
+
 def _constrain(x: jax.Array, where: PartitionSpec) -> jax.Array:
-    if math.prod(axis_sizes().values()) == 1:
+    if _alone():
         return x
     return jax.lax.with_sharding_constraint(x, where)
 
@@ -189,6 +196,16 @@ def gathered(x: jax.Array, name: str) -> jax.Array:
     axes = axis_sizes()
     alone = axes["fsdp"] > 1 and axes["data"] == 1
     return _constrain(x, spec(name, x.shape, axes | {"fsdp": 1})) if alone else x
+
+
+def divides(batch: int, heads: int) -> bool:
+    """Whether so many pictures and heads give every device of the current mesh as much."""
+    return batch % batch_devices() == 0 and heads % axis_sizes()["tensor"] == 0
+
+
+def on_each_device(run: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`run` on every device's own share; itself on one device and outside a mesh."""
+    return run if _alone() else jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def batch_devices() -> int:

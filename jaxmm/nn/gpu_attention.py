@@ -4,15 +4,13 @@ cuDNN asks for even numbers of tokens in training; a class token makes them odd.
 costs less than the scores do.
 """
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxmm.sharding import BATCH, axis_sizes, batch_devices, platform
+from jaxmm.sharding import TOKENS, divides, on_each_device, platform
 
 WIDEST, MULTIPLE = 128, 8
 """What a head may measure."""
@@ -23,7 +21,7 @@ def suits(query: Float[Array, "b t h k"], mask: Array | None) -> bool:
     and are short, and shares for all devices of the current mesh."""
     b, _, heads, width = query.shape
     fits = query.dtype.itemsize == 2 and mask is None and width <= WIDEST and width % MULTIPLE == 0
-    return fits and not (b % batch_devices() or heads % axis_sizes()["tensor"]) and platform() == "gpu" and _ampere()
+    return fits and divides(b, heads) and platform() == "gpu" and _ampere()
 
 
 def _ampere() -> bool:
@@ -36,11 +34,7 @@ def attended(
     implementation: str = "cudnn",
 ) -> Float[Array, "b t h k"]:
     """What `attend` gives. `implementation` "xla" computes it anywhere."""
-    run = partial(_even, implementation)
-    if math.prod(axis_sizes().values()) > 1:
-        where = PartitionSpec(BATCH, None, "tensor")
-        run = jax.shard_map(run, in_specs=(where,) * 3, out_specs=where, check_vma=False)
-    return run(query, key, value)
+    return on_each_device(partial(_even, implementation), TOKENS, TOKENS)(query, key, value)
 
 
 def _even(implementation, query, key, value):

@@ -6,7 +6,6 @@ values, and neither pass needs FlashAttention's running sums (Dao et al. 2022): 
 again and keeps nothing but queries, keys and values.
 """
 
-import math
 from functools import partial
 
 import jax
@@ -16,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from jaxmm.sharding import BATCH, axis_sizes, batch_devices
+from jaxmm.sharding import BATCH, TOKENS, axis_sizes, divides, on_each_device
 
 ROOM = 12 * 2**20
 """Bytes of the chip's own memory that a step of a kernel may take; XLA grants 16 MiB."""
@@ -107,16 +106,14 @@ def _run(kernel, name, results, heads, interpret, arrays, mask):
 
 def _spread(kernel, name, results, arrays, mask, interpret):
     """`_run` on every device's pictures and heads, of arrays [b n h k]."""
-    sizes, heads = axis_sizes(), arrays[0].shape[2]
-    run = partial(_run, kernel, name, results, heads // sizes["tensor"], interpret)
+    heads, spec = arrays[0].shape[2] // axis_sizes()["tensor"], None
+    run = partial(_run, kernel, name, results, heads, interpret)
     flat = [x.reshape(*x.shape[:2], -1) for x in arrays]      # of [h k] the chip would fill up the last axis
     if mask is not None:
         mask = mask[:, 0].astype(jnp.int32)
-    if math.prod(sizes.values()) > 1:
-        where = PartitionSpec(BATCH, None, "tensor")
-        spec = None if mask is None else PartitionSpec(BATCH if mask.shape[0] > 1 else None)
-        run = jax.shard_map(run, in_specs=([where] * len(flat), spec), out_specs=where, check_vma=False)
-    return [x.reshape(arrays[i].shape) for x, i in zip(run(flat, mask), results, strict=True)]
+        spec = PartitionSpec(BATCH if mask.shape[0] > 1 else None)
+    found = on_each_device(run, (TOKENS, spec), TOKENS)(flat, mask)
+    return [x.reshape(arrays[i].shape) for x, i in zip(found, results, strict=True)]
 
 
 def suits(query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], mask: Array | None) -> bool:
@@ -124,7 +121,7 @@ def suits(query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], mask: Ar
     of the current mesh."""
     b, t, heads, width = query.shape
     tensor = axis_sizes()["tensor"]
-    if b % batch_devices() or heads % tensor or (mask is not None and mask.shape[1] > 1):
+    if not divides(b, heads) or (mask is not None and mask.shape[1] > 1):
         return False
     return heads_at_once(t, key.shape[1], heads // tensor, width, query.dtype.itemsize) > 0
 
