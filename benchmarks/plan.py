@@ -54,6 +54,8 @@ def rows(only: set[str]) -> list[Row]:
     found = []
     for name, share in SHARES.items():
         config = load_recipe(CONFIGS / f"{name}.py")
+        if hasattr(config.task, "negatives"):
+            config = replace(config, task=replace(config.task, negatives=share))
         for topology in TOPOLOGIES:
             size = share * len(open_topology(topology).devices)
             if size <= getattr(config.task, "queue", size):

@@ -6,8 +6,8 @@ r"""BLIP that finds COCO' captions and pictures, from a pre-trained BLIP: the pa
 
 384 pixels, 256 pairs a step, 6 epochs, AdamW with a cosine from 1e-5; contrast and matching, without writing. Text
 recall@1, 5, 10 and image recall@1, 5, 10: 80.6, 95.2, 97.6 and 63.1, 85.3, 91.1 from the pre-training on 14M pictures;
-81.9, 95.4, 97.8 and 64.3, 85.7, 91.5 from that on 129M (table 5). The authors' runs draw hard negatives over all GPUs;
-here always from the whole batch. `Reranking` is the protocol of these numbers, k = 256. Their RandAugment, whose
+81.9, 95.4, 97.8 and 64.3, 85.7, 91.5 from that on 129M (table 5). Hard negatives are drawn from the
+whole batch, as theirs from all GPUs. `Reranking` is the protocol of these numbers, k = 256. Their RandAugment, whose
 operations are not ours, is left out. We have not run it at this scale.
 """
 

@@ -7,16 +7,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 def hard_negatives(
-    similarity: Float[Array, "b b"], positive: Bool[Array, "b b"], rng: Key[Array, ""]
-) -> tuple[Int[Array, "b"], Bool[Array, "b"]]:
+    similarity: Float[Array, "*groups b b"], positive: Bool[Array, "*groups b b"], rng: Key[Array, ""]
+) -> tuple[Int[Array, "*groups b"], Bool[Array, "*groups b"]]:
     """For each row a column that is no positive of it, drawn the likelier the more similar the two are.
 
     The second result says where there is one: a row all of whose columns are positives has none.
     """
     weights = jax.nn.softmax(similarity) + 1e-4
     logits = jnp.where(positive, -jnp.inf, jnp.log(weights))
-    there = ~positive.all(axis=1)
-    return jax.random.categorical(rng, jnp.where(there[:, None], logits, 0.0)), there
+    there = ~positive.all(axis=-1)
+    return jax.random.categorical(rng, jnp.where(there[..., None], logits, 0.0)), there
 
 
 def matching_loss(

@@ -160,6 +160,8 @@ def _header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
         if size > MAX_HEADER:
             raise failure(path, [f"its header claims {size:,} bytes; at most {MAX_HEADER:,} are read"])
         text = file.read(size)
+    if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:  # before Python has an object of each
+        raise failure(path, [f"it holds {count:,} tensors; at most {MAX_TENSORS:,} are read"])
     try:
         with safe_open(path, "numpy"):
             pass

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.config import check_types, require
 from jaxmm.losses.blocks import NO_PLACE, Columns, Distilled, Rows, compare, pair_keys
-from jaxmm.losses.contrastive import distilled_targets, equal_ids, positives, soft_contrastive
+from jaxmm.losses.contrastive import distilled_targets, equal_ids, soft_contrastive
 from jaxmm.losses.language import language_loss
 from jaxmm.losses.matching import hard_negatives, matching_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
@@ -53,6 +53,10 @@ class BLIPPretraining(Task):
     tile: int | None = None
     """Compute the contrast with queues in blocks that rotate around the mesh, `tile` x `tile` logits at a time at most;
     None: each device has its rows' logits with the whole queue."""
+    negatives: int | None = None
+    """Hard negatives are drawn from so many pairs of the batch that follow each other (the paper's pre-training: those
+    of one GPU), so that a device which holds them all looks at pictures of its own only. None: from the whole batch,
+    for which every device gathers all pictures' tokens."""
     reads: ClassVar = ("image", "text")
     bounds: ClassVar = ((r"^temperature$", 0.001, 0.5),)
 
@@ -65,6 +69,8 @@ class BLIPPretraining(Task):
         require(self.queue > 0, "task.queue", self.queue, "a positive number")
         require(self.ramp >= 0, "task.ramp", self.ramp, "0 or more steps")
         require(self.tile is None or self.tile > 0, "task.tile", self.tile, "a positive number, or None")
+        require(self.negatives is None or self.negatives > 1, "task.negatives", self.negatives,
+                "two or more pairs, or None")
         require(min(self.weights) >= 0 < max(self.weights), "task.weights", self.weights, "0 or more, one above 0")
         for name in ("momentum", "alpha", "smoothing"):
             require(0 <= getattr(self, name) < 1, f"task.{name}", getattr(self, name), "0 or more, below 1")
@@ -78,8 +84,10 @@ class BLIPPretraining(Task):
         return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
 
     def check_batch(self, size):
-        """The queue has room for all of it."""
+        """The queue has room for all of it, and negatives are drawn from whole groups."""
         require(size <= self.queue, "task.queue", self.queue, f"at least data.batch_size = {size}")
+        require(size % (self.negatives or 1) == 0, "task.negatives", self.negatives,
+                f"a divisor of data.batch_size = {size}")
 
     def init(self, rng):
         """Fresh parameters."""
@@ -118,10 +126,12 @@ class BLIPPretraining(Task):
             {name: params[name] for name in TAUGHT}))
         taught_image, taught_text = self._teach(teacher, params, pixels, tokens, teaching)
         alpha = self.alpha * (jnp.minimum(1.0, extra["step"] / self.ramp) if self.ramp else 1.0)
-        contrastive, to_text, to_image, positive = self._contrast(
-            image, text, taught_image, taught_text, extra, batch, params["temperature"], jnp.asarray(alpha))
+        contrastive = self._contrast(image, text, taught_image, taught_text, extra, batch, params["temperature"],
+                                     jnp.asarray(alpha))
 
-        matching, accuracy = self._match(variables, seen, tokens, to_text, to_image, positive, drawing, rngs[2])
+        similar = [self._grouped(x) @ self._grouped(y).mT / params["temperature"]
+                   for x, y in ((text, taught_image), (image, taught_text))]
+        matching, accuracy = self._match(variables, seen, tokens, similar, self._together(batch), drawing, rngs[2])
         metrics = {"contrastive": contrastive, "matching": matching, "match_accuracy": accuracy,
                    "temperature": params["temperature"], "alpha": jnp.asarray(alpha)}
         if self.model.text.decoder:
@@ -144,22 +154,18 @@ class BLIPPretraining(Task):
         return jax.lax.stop_gradient((image, text))
 
     def _contrast(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
-        """The loss over batch and queues; similarities of the batch [b b] both ways, and which of it are positives."""
-        b = len(image)
+        """The loss over batch and queues."""
         if self.tile is not None:
-            loss = self._contrast_in_blocks(image, text, taught_image, taught_text, extra, batch, temperature, alpha)
-            ids = batch.get("image_id"), batch.get("text_id")
-            return (loss, _similar(image, taught_text, temperature), _similar(text, taught_image, temperature),
-                    positives(*ids, size=b))
+            return self._contrast_in_blocks(image, text, taught_image, taught_text, extra, batch, temperature, alpha)
         texts = jnp.concatenate([taught_text, extra["text_queue"]])
         images = jnp.concatenate([taught_image, extra["image_queue"]])
-        positive = _belong(batch, extra, b, self.queue)
+        positive = _belong(batch, extra, len(image), self.queue)
         similar = [_similar(x, y, temperature) for x, y in (
             (image, texts), (text, images), (taught_image, texts), (taught_text, images))]
         to_text, to_image, *teacher = similar
         losses = [soft_contrastive(logits, distilled_targets(told, positive, alpha))
                   for logits, told in zip((to_text, to_image), teacher, strict=True)]
-        return sum(losses) / 2, to_text[:, :b], to_image[:, :b], positive[:, :b]
+        return sum(losses) / 2
 
     def _contrast_in_blocks(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
         """The loss alone; rows are compared with their batch and with the queue, both spread over the devices."""
@@ -174,23 +180,42 @@ class BLIPPretraining(Task):
                                                        (text, taught_text, taught_image, "image_queue"))]
         return sum(losses) / 2
 
-    def _match(self, variables, seen, tokens, to_text, to_image, positive, rng, rngs):
+    def _grouped(self, x: Array) -> Array:
+        """[b ...] as the groups [b/n n ...] that negatives are drawn from, on the devices where they are."""
+        x = x.reshape(-1, self.negatives or len(x), *x.shape[1:])
+        return constrain_batch(x) if len(x) % batch_devices() == 0 else x
+
+    def _together(self, batch) -> Bool[Array, "g n n"]:
+        """Which pairs of a group belong together."""
+        size = len(batch["tokens"])
+        same = jnp.eye(self.negatives or size, dtype=bool)[None]
+        for name in ("image_id", "text_id"):
+            if name in batch:
+                same = same | jax.vmap(equal_ids)(self._grouped(batch[name]))
+        return same
+
+    def _match(self, variables, seen, tokens, similar, positive, rng, rngs):
         """The loss over pairs that belong together, texts with a hard negative picture, and pictures with a text.
 
         Each picture is looked at by its own text and by its negative, so that of pictures only the negatives are
         fetched from where they are.
         """
-        first, second = jax.random.split(rng)
-        pictures, has_picture = hard_negatives(jax.lax.stop_gradient(to_image), positive, first)
-        texts, has_text = hard_negatives(jax.lax.stop_gradient(to_text), positive, second)
+        drawn = [hard_negatives(jax.lax.stop_gradient(each), positive, key)
+                 for each, key in zip(similar, jax.random.split(rng), strict=True)]
+        (pictures, has_picture), (texts, has_text) = drawn
+        take = jax.vmap(lambda x, places: x[places])
+        other_tokens = take(self._grouped(tokens), texts).reshape(tokens.shape)
+        other_seen = constrain_batch(take(self._grouped(seen), pictures).reshape(seen.shape))
+
         b, (own, other) = len(tokens), jax.random.split(rngs["dropout"])
         match = partial(BLIP(self.model).apply, variables, train=True, method=BLIP.match)
-        both = constrain_batch(jnp.stack([tokens, tokens[texts]], axis=1).reshape(2 * b, -1))
+        both = constrain_batch(jnp.stack([tokens, other_tokens], axis=1).reshape(2 * b, -1))
         with_own = match(both, seen, rngs={"dropout": own}).reshape(b, 2, 2)
-        with_other = match(tokens, constrain_batch(seen[pictures]), rngs={"dropout": other})
+        with_other = match(tokens, other_seen, rngs={"dropout": other})
         logits = jnp.concatenate([with_own[:, 0], with_own[:, 1], with_other])
         labels = jnp.repeat(jnp.asarray([1, 0, 0]), b)
-        return matching_loss(logits, labels, jnp.concatenate([jnp.ones(b, bool), has_text, has_picture]))
+        counts = jnp.concatenate([jnp.ones(b, bool), has_text.ravel(), has_picture.ravel()])
+        return matching_loss(logits, labels, counts)
 
     def _enqueue(self, extra, image, text, batch) -> dict[str, Any]:
         """The queues with the batch in the places of the oldest: a ring, which any batch fits."""

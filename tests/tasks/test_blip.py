@@ -1,5 +1,6 @@
 """BLIP's pre-training against plain numpy, over several steps: teacher, queues, ramp and negatives in their order."""
 
+import re
 from dataclasses import replace
 
 import chex
@@ -11,7 +12,7 @@ import pytest
 from jaxmm.config import ConfigError, MeshConfig
 from jaxmm.losses.matching import hard_negatives
 from jaxmm.models.blip import BLIP
-from jaxmm.sharding import make_mesh, place_batch, shardings
+from jaxmm.sharding import batch_sharding, laid_out, make_mesh, place_batch, shardings
 from jaxmm.tasks import blip as tasks
 from jaxmm.tasks.blip import NOBODY, TAUGHT, BLIPPretraining
 from tests import reference
@@ -49,8 +50,8 @@ def trained():
 class Oracle:
     """The pre-training of ALBEF and BLIP as their papers describe it, one pair after the other."""
 
-    def __init__(self, params, extra):
-        self.p = fp64(params)
+    def __init__(self, params, extra, among=B):
+        self.p, self.among = fp64(params), among
         self.teacher = {name: self.p[name] for name in TAUGHT}
         self.queue = [(np.asarray(image, np.float64), np.asarray(text, np.float64), None, None)
                       for image, text in zip(extra["image_queue"], extra["text_queue"], strict=True)]
@@ -87,10 +88,12 @@ class Oracle:
 
         positive = np.array([[i == j or ids[0][i] == ids[0][j] or ids[1][i] == ids[1][j] for j in range(B)]
                              for i in range(B)])
+        groups = [range(i, i + self.among) for i in range(0, B, self.among)]
         first, second = jax.random.split(jax.random.split(rng, 3)[1])
-        pictures, texts = (np.asarray(hard_negatives(jnp.asarray(similar[name][:, :B], jnp.float32),
-                                                     jnp.asarray(positive), key)[0])
-                           for name, key in (("image", first), ("text", second)))
+        pictures, texts = ((np.asarray(hard_negatives(
+            *(jnp.asarray([x[np.ix_(group, group)] for group in groups])
+              for x in (similar[name].astype(np.float32), positive)), key)[0])
+            + [[group[0]] for group in groups]).ravel() for name, key in (("image", first), ("text", second)))
         matching = 0.0
         for label, rows, words in ((1, seen, tokens), (0, seen[pictures], tokens), (0, seen, tokens[texts])):
             started = words.copy()
@@ -113,10 +116,11 @@ class Oracle:
         return contrastive, matching, np.mean(each)
 
 
-def test_the_three_losses_over_steps():
+@pytest.mark.parametrize("negatives", [None, 2])
+def test_the_three_losses_over_steps(negatives):
     params, extra = start()
-    oracle = Oracle(params, extra)
-    loss = jax.jit(TASK.loss)
+    oracle = Oracle(params, extra, negatives or B)
+    loss = jax.jit(replace(TASK, negatives=negatives).loss)
     for step in range(5):
         rng = jax.random.key(step)
         want = oracle.losses(batch(step), rng)
@@ -142,6 +146,18 @@ def test_contrast_in_blocks_gives_the_same_losses(trained):
         np.testing.assert_allclose(got, want, rtol=1e-6)
         chex.assert_trees_all_close((slopes, found, extra), (gradients, metrics, later), rtol=1e-4, atol=1e-5)
     assert found["alpha"] > 0 and (extra["text_ids"] != NOBODY).any()
+
+
+@pytest.mark.parametrize("negatives, gathers", [(None, True), (2, False)])
+def test_pictures_stay_where_they_are_if_their_negatives_do(negatives, gathers):
+    task, params, extra = writes_not(*start())
+    task = replace(task, negatives=negatives)
+    with jax.set_mesh(mesh := make_mesh(MeshConfig(data=2), jax.devices()[:2])):
+        placed = laid_out((params, extra), mesh)
+        data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batch(0))
+        made = jax.jit(jax.grad(task.loss, has_aux=True)).lower(*placed, data, jax.random.key(0)).compile()
+    all_tokens = rf"f32\[(1,)?{B},5,10\]\S* (all-gather|all-reduce)"   # one token more than 2 x 2 patches
+    assert bool(re.search(all_tokens, made.as_text())) == gathers
 
 
 def test_a_queue_that_cannot_be_shared():
@@ -269,6 +285,10 @@ def test_what_cannot_be():
     with pytest.raises(ConfigError, match=r"task\.queue is 3; wanted at least data\.batch_size = 4"):
         params, extra = start()
         jax.eval_shape(lambda: replace(TASK, queue=3).loss(params, extra, batch(0), jax.random.key(0)))
+    with pytest.raises(ConfigError, match=r"task\.negatives is 3; wanted a divisor of data\.batch_size = 4"):
+        replace(TASK, negatives=3).check_batch(4)
+    with pytest.raises(ConfigError, match=r"task\.negatives is 1; wanted two or more pairs"):
+        replace(TASK, negatives=1)
     with pytest.raises(ConfigError, match=r"task\.alpha is 1"):
         replace(TASK, alpha=1.0)
     with pytest.raises(ConfigError, match=r"task\.model is"):
