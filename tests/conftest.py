@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+import pytest
 from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401  (the hook names it but does not import it)
@@ -46,3 +47,12 @@ def pytest_terminal_summary(terminalreporter):
 
 
 install_import_hook("jaxmm", "tests.typecheck.typechecked")
+
+
+@pytest.fixture
+def no_java(monkeypatch):
+    """METEOR would start a Java machine an evaluation."""
+    from jaxmm.evals import caption_metrics
+
+    for module in ("caption_metrics", "captions"):
+        monkeypatch.setattr(f"jaxmm.evals.{module}.caption_metric_names", lambda: caption_metrics.METRICS)

@@ -9,20 +9,14 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from jaxmm.config import ConfigError, DataConfig
-from jaxmm.evals import Captions, EvalContext, caption_metrics
+from jaxmm.evals import Captions, EvalContext
 from jaxmm.evals.ptb import ptb_tokens
 from jaxmm.generate import Decoding
 from tests.evals.conftest import MemorySource
 from tests.pretrained import tiny
 
+pytestmark = pytest.mark.usefixtures("no_java")
 DECODING = Decoding(beams=2, max_length=9)
-
-
-@pytest.fixture(autouse=True)
-def no_java(monkeypatch):
-    """METEOR would start a Java machine an evaluation."""
-    monkeypatch.setattr(caption_metrics, "caption_metric_names", lambda: caption_metrics.METRICS)
-    monkeypatch.setattr("jaxmm.evals.captions.caption_metric_names", lambda: caption_metrics.METRICS)
 
 
 def context(source, model=None):

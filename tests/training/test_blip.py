@@ -18,6 +18,7 @@ from jaxmm.tasks.caption import Captioning
 from jaxmm.training.loop import prepare, train
 from tests.training.common import assert_same_bits, clip_run, lines, restored
 
+pytestmark = pytest.mark.usefixtures("no_java")
 STACK = {"depth": 2, "heads": 2, "dropout": 0.1}
 VISION = ViTConfig(transformer=TransformerConfig(width=24, mlp_dim=40, **STACK), image_size=16, patch=4)
 TEXT = MedConfig(transformer=TransformerConfig(width=16, mlp_dim=56, eps=1e-12, **STACK), context_width=24,
