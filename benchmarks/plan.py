@@ -7,8 +7,8 @@ five minutes on two cores and eleven for BLIP; what the compiler said is kept, s
 interrupted. With `--only` the lines of other recipes stay as they were.
 
 Pairs a chip stay the same from 16 chips to 256 (weak scaling): memory should, too. BLIP draws hard negatives from the
-pairs of a chip, as the paper's pre-training from those of a GPU. `--headers` writes the plan of each
-recipe of published size on its natural topology into the recipe's own header.
+pairs of a chip, as the paper's pre-training from those of a GPU. `--headers` writes the plan of each recipe of
+published size on its natural topology into the recipe's own header.
 """
 
 import argparse
