@@ -1,7 +1,8 @@
 r"""BLIP base pre-trained as in the paper (Li et al. 2022, section 4.1), on your own pairs.
 
     python run_train.py --config configs/blip_b16_pretrain.py --workdir runs/blip \
-        --init.from facebook/deit-base-patch16-224 --data.train tfds:MY_PAIRS:train --data.tokenizer.file vocab.txt
+        --init.from facebook/deit-base-patch16-224 --data.train tfds:MY_PAIRS:train \
+        --data.val tfds:MY_PAIRS:validation --data.tokenizer.file vocab.txt
 
 The picture tower begins as DeiT's, the text transformer anew (the authors': as BERT base). 20 epochs of 14 million
 pictures, 2,880 a step, the learning rate x 0.9 an epoch, weight decay on every parameter; hard negatives from 90 pairs,

@@ -1,7 +1,8 @@
 r"""BLIP large pre-trained as in the paper (Li et al. 2022, section 4.1), on your own pairs.
 
     python run_train.py --config configs/blip_l16_pretrain.py --workdir runs/blip \
-        --init.from google/vit-large-patch16-224-in21k --data.train tfds:MY_PAIRS:train --data.tokenizer.file vocab.txt
+        --init.from google/vit-large-patch16-224-in21k --data.train tfds:MY_PAIRS:train \
+        --data.val tfds:MY_PAIRS:validation --data.tokenizer.file vocab.txt
 
 The picture tower begins as that of ImageNet-21k, the text transformer anew (the authors': as BERT base). 20 epochs of
 14 million pictures, 2,400 a step, the learning rate x 0.9 an epoch, weight decay on every parameter; hard negatives

@@ -1,7 +1,7 @@
 r"""CLIP ViT-B/16 as OpenAI trained it (Radford et al. 2021, tables 18 and 19), on your own pairs.
 
     python run_train.py --config configs/clip_b16.py --workdir runs/b16 --data.train tfds:MY_PAIRS:train \
-        --data.tokenizer.file bpe_simple_vocab_16e6.txt.gz
+        --data.val tfds:MY_PAIRS:validation --data.tokenizer.file bpe_simple_vocab_16e6.txt.gz
 
 OpenAI reports 68.6 % zero-shot ImageNet top-1 from 32 epochs over 400 million private pairs; open_clip needed about
 10,700 A100 hours for 13 billion samples. Lower `--steps` to 32 x your pairs / 32,768.

@@ -1,7 +1,7 @@
 r"""CLIP ViT-L/14 as OpenAI trained it (Radford et al. 2021, tables 18 and 19), on your own pairs.
 
     python run_train.py --config configs/clip_l14.py --workdir runs/l14 --data.train tfds:MY_PAIRS:train \
-        --data.tokenizer.file bpe_simple_vocab_16e6.txt.gz
+        --data.val tfds:MY_PAIRS:validation --data.tokenizer.file bpe_simple_vocab_16e6.txt.gz
 
 OpenAI reports 75.5 % zero-shot ImageNet top-1 (76.2 % with a last epoch at 336 pixels), from 12 days on 256 V100;
 open_clip needed about 50,800 A100 hours for 13 billion samples. Parameters and optimizer state are cut over 16 chips.

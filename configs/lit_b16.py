@@ -1,7 +1,7 @@
 r"""Locked-image tuning (LiT, Zhai et al. 2022): a text tower learns to read a picture tower that stays as it is.
 
     python run_train.py --config configs/lit_b16.py --workdir runs/lit --data.train tfds:MY_PAIRS:train \
-        --data.tokenizer.file vocab.txt
+        --data.val tfds:MY_PAIRS:validation --data.tokenizer.file vocab.txt
 
 Every parameter under `vision/` is frozen: no gradient is computed for it and no optimizer state is kept. The tower has
 no projection and the text tower is projected onto it, as in the paper's B/16 models. The picture tower is the one of

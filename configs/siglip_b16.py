@@ -1,7 +1,7 @@
 r"""SigLIP B/16 (Zhai et al. 2023): the sigmoid loss, on your own pairs.
 
     python run_train.py --config configs/siglip_b16.py --workdir runs/siglip --data.train tfds:MY_PAIRS:train \
-        --data.tokenizer.file tokenizer.json
+        --data.val tfds:MY_PAIRS:validation --data.tokenizer.file tokenizer.json
 
 The paper reports 71.0 % zero-shot ImageNet top-1 after three days on 16 TPU v4 chips, on private pairs with English
 words; its released B/16 goes further. Any `tokenizer.json` will do for a run from scratch: its vocabulary sizes the

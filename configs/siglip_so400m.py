@@ -1,7 +1,7 @@
 r"""SigLIP So400m/14 (Zhai et al. 2023; the shape of Alabdulmohsin et al. 2023), on your own pairs.
 
     python run_train.py --config configs/siglip_so400m.py --workdir runs/so400m --data.train tfds:MY_PAIRS:train \
-        --data.tokenizer.file tokenizer.json
+        --data.val tfds:MY_PAIRS:validation --data.tokenizer.file tokenizer.json
 
 At 224 pixels, the loss in blocks, parameters and optimizer state in 16 shares. Learning rate, decay and batch follow
 the paper's section 4; its private pairs (WebLI) are not to be had. Any `tokenizer.json` will do for a run from scratch:

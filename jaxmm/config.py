@@ -90,7 +90,8 @@ class TokenizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train and validate on. A source is one string: `scenes:train`, `digits:train`, `folder:DIR`,
-    `captions:FILE.jsonl`, `coco:FILE.json[:SPLIT]`, `nlvr:FILE.json`, `tfds:NAME:SPLIT`, `vqa:PLACE`."""
+    `captions:FILE.jsonl`, `coco:FILE.json[:SPLIT]`, `nlvr:FILE.json`, `tars:GLOB`, `parquet:GLOB`,
+    `tfds:NAME:SPLIT`, `vqa:PLACE`."""
 
     train: str = "scenes:train"
     """Source of the training pictures."""
