@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
 
 from jaxmm.config import Evaluator, require
 from jaxmm.data.sources import Source
@@ -46,6 +44,9 @@ class LinearProbe(Evaluator):
 def probe(train_x: np.ndarray, train_y: np.ndarray, x: np.ndarray, y: np.ndarray, *, c: tuple[float, ...],
           max_iter: int) -> float:
     """Accuracy on features `x` [n, d] with labels `y` [n] of a regression fitted on `train_x`, `train_y`."""
+    from sklearn.linear_model import LogisticRegression  # a second of import that the other evaluations do without
+    from sklearn.model_selection import train_test_split
+
     if not (np.isfinite(train_x).all() and np.isfinite(x).all()):
         return float("nan")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tensorboardX import SummaryWriter
 
 from jaxmm.training.checkpoint import write_atomically
 
@@ -18,6 +17,8 @@ class MetricLog:
 
     def __init__(self, workdir: Path, step: int):
         """Goes on after `step`: lines of later steps, from a run that was cut off, are removed."""
+        from tensorboardX import SummaryWriter  # seconds of import where torch is installed
+
         self.path = workdir / "metrics.jsonl"
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
