@@ -52,6 +52,8 @@ class Setup:
     mesh: jax.sharding.Mesh
     evals: tuple[Evaluator, ...]
     """Those of `config` that have something to measure on."""
+    like: State
+    """Shapes and shardings of the state."""
 
 
 def train(
@@ -118,7 +120,8 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     params = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, params, config.steps, task.bounds)
     evals = tuple(evaluator for evaluator in config.evals if val is not None or evaluator.source is not None)
-    setup = Setup(config, workdir, task, optimizer, source, val, tokenizer, mesh, evals)
+    like = laid_out(abstract_state(task, optimizer), mesh)
+    setup = Setup(config, workdir, task, optimizer, source, val, tokenizer, mesh, evals, like)
     _check_evals(setup)
     hosts.check_same(config=to_dict(config), records=source.fingerprint,
                      words=None if tokenizer is None else tokenizer.fingerprint)
@@ -132,7 +135,7 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
 
 def _check_evals(setup: Setup) -> None:
     """Raises `ConfigError` where an evaluator cannot run, where two give the same name, or none the best's."""
-    context, seen = _context(setup), []
+    context, seen = _context(setup, setup.like), []
     for evaluator in setup.evals:
         evaluator.check(context)
         seen += evaluator.metrics(context)
@@ -142,9 +145,8 @@ def _check_evals(setup: Setup) -> None:
     require(best is None or best in seen, "checkpoint.best", best, f"one of {', '.join(seen) or 'no metrics'}")
 
 
-def _context(setup: Setup, state: State | None = None) -> EvalContext:
-    """What evaluators see; without a `state`, its shapes."""
-    state = abstract_state(setup.task, setup.optimizer) if state is None else state
+def _context(setup: Setup, state: State) -> EvalContext:
+    """What evaluators see."""
     return EvalContext(task=setup.task, params=state.params, average=state.average, data=setup.config.data,
                        train=setup.train, val=setup.val, tokenizer=setup.tokenizer, mesh=setup.mesh)
 
@@ -223,15 +225,13 @@ def _restore(
 ) -> tuple[State, list[str]]:
     """The newest whole checkpoint on this run's mesh, or the state before the first step and the paths of the
     parameters that no trained model gave."""
-    like = abstract_state(setup.task, setup.optimizer)
-    like = laid_out(like, setup.mesh)
     hosts.beat("restoring")
-    found = checkpoints.restore(like)
+    found = checkpoints.restore(setup.like)
     if found is None:
         init, anew, given = setup.config.init, [], {}
         if init.source is not None:
             given, anew = start_weights(init, setup.task, setup.mesh)
-        return sharded_state(setup.task, setup.optimizer, setup.config.seed, setup.mesh, given), anew
+        return sharded_state(setup.task, setup.optimizer, setup.config.seed, setup.like, given), anew
     state, data = found
     batches.set_state(data["iterator"])
     faults.counter.set_state(data["faults"])

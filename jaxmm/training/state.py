@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jaxmm.sharding import path_name, shardings
+from jaxmm.sharding import path_name
 from jaxmm.tasks.base import Task
 from jaxmm.training.optimizer import Optimizer
 
@@ -50,9 +49,10 @@ def abstract_state(task: Task, optimizer: Optimizer) -> State:
 
 
 def sharded_state(
-    task: Task, optimizer: Optimizer, seed: int, mesh: Mesh, given: Mapping[str, Array] | None = None
+    task: Task, optimizer: Optimizer, seed: int, like: State, given: Mapping[str, Array] | None = None
 ) -> State:
-    """A state before its first step, each device making its own share: the whole never exists in one place."""
-    where = shardings(abstract_state(task, optimizer), mesh)
+    """A state before its first step, laid out as `like`, each device making its own share: the whole never exists in
+    one place."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, like)
     make = jax.jit(lambda rng, given: init_state(task, optimizer, rng, given), out_shardings=where)
     return make(jax.random.key(seed), dict(given or {}))

@@ -93,7 +93,8 @@ def test_parts_of_a_pre_trained_blip_do_what_they_did(own, tmp_path):
         leaves, structure = jax.tree.flatten_with_path(jax.eval_shape(task.init, jax.random.key(0)))
         names = [path for path, _ in named_leaves(jax.tree.unflatten(structure, [leaf for _, leaf in leaves]))]
         tree = jax.tree.unflatten(structure, [given.get(path, 0.0) for path in names])
-        return BLIP(task.model).apply({"params": tree}, *args, train=False, method=method)
+        return jax.jit(lambda tree, *args: BLIP(task.model).apply(
+            {"params": tree}, *args, train=False, method=method))(tree, *args)
 
     whole = dict(named_leaves(source.params))
     seen = does(both, whole, BLIP.see, image)
