@@ -33,8 +33,8 @@ SHARES = {"clip_b16": 128, "clip_l14": 128, "siglip_so400m": 128, "blip_b16_pret
 """Pairs a chip."""
 NATURAL = {
     "blip_b16_pretrain": "v5e:4x8", "blip_l16_pretrain": "v5e:4x8", "blip_captions": "v5e:4x4",
-    "blip_coco_caption": "v5e:4x4", "blip_coco_retrieval": "v5e:4x4", "blip_flickr_retrieval": "v5e:4x4",
-    "blip_nlvr2": "v5e:4x4", "blip_vqav2": "v5e:4x4", "clip_b16": "v5e:16x16", "clip_b32": "v5e:16x16",
+    "blip_coco_caption": "v5e:4x4", "blip_coco_retrieval": "v5e:4x8", "blip_flickr_retrieval": "v5e:4x8",
+    "blip_nlvr2": "v5e:4x8", "blip_vqav2": "v5e:4x8", "clip_b16": "v5e:16x16", "clip_b32": "v5e:16x16",
     "clip_l14": "v5e:16x16", "lit_b16": "v5e:8x8", "siglip_b16": "v5e:16x16", "siglip_so400m": "v5e:16x16",
     "vit_b16_imagenet": "v5e:8x8", "vit_s16_imagenet": "v5e:2x4"}
 """Where each recipe of published size would be run as it stands."""

@@ -4,6 +4,8 @@ r"""BLIP that writes captions, on your own pictures and captions, from a trained
         --data.train coco:captions_train.json --data.val coco:captions_val.json
 
 The paper's fine-tuning (section 4.3): 384 pixels, 256 pictures a step, 5 epochs, AdamW with a cosine from 1e-5.
+
+Plan on v5e:4x4 (16 chips): fits in 11.26 GiB of 15.75 GiB a chip, 2,160 pictures/s and 28% of peak by XLA's estimate.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig

@@ -9,6 +9,8 @@ The picture tower begins as that of ImageNet-21k, the text transformer anew (the
 from 75 pairs, those of one of their 32 GPUs. The paper has it for 129 million pictures: after fine-tuning on COCO text
 recall@1 80.6 and image recall@1 64.1, with CapFilt 82.4 and 65.1 (table 1). Their RandAugment, whose operations are not
 ours, is left out. We have not run it at this scale.
+
+Plan on v5e:4x8 (32 chips): fits in 14.53 GiB of 15.75 GiB a chip, 3,773 pictures/s and 39% of peak by XLA's estimate.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig

@@ -8,6 +8,8 @@ training and validation joined into one (`jq -s add vqa_train.json vqa_val.json`
 `val2014`; their questions of Visual Genome are left out. The paper has 78.24 on test-dev and 78.17 on test-std (78.25
 and 78.32 from the large model's CapFilt), which only the official server measures; `data.val` shows how a run goes, and
 is part of what it trains on.
+
+Plan on v5e:4x8 (32 chips): fits in 13.06 GiB of 15.75 GiB a chip, 1,396 pictures/s and 17% of peak by XLA's estimate.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
