@@ -32,7 +32,7 @@ from jaxmm.losses.blocks import (
 from jaxmm.losses.contrastive import contrastive_logits, positives, sigmoid_contrastive, softmax_contrastive
 from jaxmm.planning.chips import open_topology
 from jaxmm.planning.plan import bytes_asked_for
-from jaxmm.sharding import batch_sharding, make_mesh, replicated
+from jaxmm.sharding import batch_sharding, constrain_batch, make_mesh, replicated
 
 WIDTH, QUEUE, TILE = 768, 57_600, 1024
 BATCHES = 2**15, 2**17, 2**18, 2**20
@@ -45,7 +45,8 @@ BLOCKS = {"softmax": Softmax, "sigmoid": Sigmoid}
 def whole(kind):
     """Logits of all pairs, rows where their pictures are."""
     def loss(image, text, ids, scale, bias):
-        return WHOLE[kind](contrastive_logits(image, text, scale, bias), positives(ids, None, len(image)))
+        return WHOLE[kind](contrastive_logits(image, text, scale, bias),
+                           constrain_batch(positives(ids, None, len(image))))
     return loss
 
 

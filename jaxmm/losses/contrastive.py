@@ -6,17 +6,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.sharding import constrain_batch, constrain_replicated
 
-Ids = Int[Array, "b 2"]
+Ids = Int[Array, "*groups b 2"]
 """64-bit hashes as two int32 each."""
 
 
-def equal_ids(ids: Ids) -> Bool[Array, "b b"]:
+def equal_ids(ids: Ids) -> Bool[Array, "*groups b b"]:
     """Which pairs have the same id."""
-    return (ids[:, None, :] == ids[None, :, :]).all(axis=-1)
+    return (ids[..., :, None, :] == ids[..., None, :, :]).all(axis=-1)
 
 
-def positives(image_ids: Ids | None, text_ids: Ids | None, size: int) -> Bool[Array, "b b"]:
-    """Which (picture, text) pairs belong together.
+def positives(image_ids: Ids | None, text_ids: Ids | None, size: int) -> Bool[Array, "*groups b b"]:
+    """Which (picture, text) pairs of the batch, or of each group, belong together; without ids, of one alone.
 
     The diagonal, and all pairs whose pictures or whose texts are the same: a caption of the very same picture is no
     negative of it.
@@ -25,7 +25,7 @@ def positives(image_ids: Ids | None, text_ids: Ids | None, size: int) -> Bool[Ar
     for ids in (image_ids, text_ids):
         if ids is not None:
             same = same | equal_ids(ids)
-    return constrain_batch(same)
+    return same
 
 
 def contrastive_logits(

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.config import check_types, require
 from jaxmm.losses.blocks import NO_PLACE, Columns, Distilled, Rows, compare, pair_keys
-from jaxmm.losses.contrastive import distilled_targets, equal_ids, soft_contrastive
+from jaxmm.losses.contrastive import distilled_targets, equal_ids, positives, soft_contrastive
 from jaxmm.losses.language import language_loss
 from jaxmm.losses.matching import hard_negatives, matching_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
@@ -131,7 +131,9 @@ class BLIPPretraining(Task):
 
         similar = [self._grouped(x) @ self._grouped(y).mT / params["temperature"]
                    for x, y in ((text, taught_image), (image, taught_text))]
-        matching, accuracy = self._match(variables, seen, tokens, similar, self._together(batch), drawing, rngs[2])
+        ids = (self._grouped(batch[name]) if name in batch else None for name in ("image_id", "text_id"))
+        positive = jnp.broadcast_to(positives(*ids, size=similar[0].shape[-1]), similar[0].shape)
+        matching, accuracy = self._match(variables, seen, tokens, similar, positive, drawing, rngs[2])
         metrics = {"contrastive": contrastive, "matching": matching, "match_accuracy": accuracy,
                    "temperature": params["temperature"], "alpha": jnp.asarray(alpha)}
         if self.model.text.decoder:
@@ -184,15 +186,6 @@ class BLIPPretraining(Task):
         """[b ...] as the groups [b/n n ...] that negatives are drawn from, on the devices where they are."""
         x = x.reshape(-1, self.negatives or len(x), *x.shape[1:])
         return constrain_batch(x) if len(x) % batch_devices() == 0 else x
-
-    def _together(self, batch) -> Bool[Array, "g n n"]:
-        """Which pairs of a group belong together."""
-        size = len(batch["tokens"])
-        same = jnp.eye(self.negatives or size, dtype=bool)[None]
-        for name in ("image_id", "text_id"):
-            if name in batch:
-                same = same | jax.vmap(equal_ids)(self._grouped(batch[name]))
-        return same
 
     def _match(self, variables, seen, tokens, similar, positive, rng, rngs):
         """The loss over pairs that belong together, texts with a hard negative picture, and pictures with a text.

@@ -13,6 +13,7 @@ from jaxmm.losses.blocks import Sigmoid, Softmax, contrastive_in_blocks
 from jaxmm.models.clip import CLIP, CLIPConfig, normalise
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
+from jaxmm.sharding import constrain_batch
 from jaxmm.tasks.base import Task, check_pairs
 
 
@@ -83,7 +84,7 @@ class Contrastive(Task):
             loss, told = contrastive_in_blocks(kind, outputs["image"], outputs["text"], ids, scale, bias,
                                                tile=self.tile)
             return loss, metrics | told
-        positive = losses.positives(*ids, size=len(outputs["image"]))
+        positive = constrain_batch(losses.positives(*ids, size=len(outputs["image"])))
         logits = losses.contrastive_logits(outputs["image"], outputs["text"], scale, bias)
         loss = {"softmax": losses.softmax_contrastive, "sigmoid": losses.sigmoid_contrastive}[self.kind]
         nearest = jnp.take_along_axis(positive, logits.argmax(axis=1)[:, None], axis=1)
