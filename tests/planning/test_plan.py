@@ -79,16 +79,16 @@ def test_a_plan_for_tpus(tmp_path, monkeypatch):
 @TPU
 @pytest.mark.long
 def test_what_does_not_fit_and_what_would(tmp_path):
-    """On chips with nine tenths of the memory that it needs: how much is missing is told, and a change found that
-    leaves the batch as it is; which it is, depends on the compiler."""
-    large, config = open_topology("v5e:2x2"), recipe(256, mesh=MeshConfig(fsdp=4))
+    """On chips with nine tenths of the memory that it needs: how much is missing is told, and a change found. Of
+    a small batch all that is kept for the backward pass would fit beside the cores, and no remedy would help."""
+    large, config = open_topology("v5e:2x2"), recipe(2_048, mesh=MeshConfig(fsdp=4))
     chip = replace(large.chip, hbm_bytes=make_plan(config, large, tmp_path).peak_bytes * 9 // 10)
     topology, tried = replace(large, chip=chip), []
     made = make_plan(config, topology, tmp_path)
     assert not made.fits and made.missing_bytes == made.peak_bytes - chip.hbm_bytes > 0
     found = search.repair(config, topology, lambda *each: make_plan(*each, tmp_path), wanted=1, on_plan=tried.append)
     assert found[0].plan.fits and found[0] is tried[-1] and not any(each.plan.fits for each in tried[:-1])
-    assert found[0].flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat", "--microbatches")
+    assert found[0].flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat")
 
 
 def test_a_repair_ends_with_the_first_that_fits(eight):
