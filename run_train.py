@@ -15,17 +15,18 @@ from typing import Annotated
 import jax
 import tyro
 
+from jaxmm.checkpoints import CheckpointError
+from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import ConfigError, TrainConfig
-from jaxmm.data.sources import DataError
+from jaxmm.data.base import DataError
+from jaxmm.hosts import startup as hosts
+from jaxmm.hosts.startup import HostsConfig
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
 from jaxmm.recipes import parse_recipe
-from jaxmm.tasks.base import Task
-from jaxmm.training import hosts
-from jaxmm.training.checkpoint import CheckpointError
-from jaxmm.training.hosts import HostsConfig
+from jaxmm.task import Task
 from jaxmm.training.loop import TrainError, train
-from jaxmm.training.process import keep_memory, use_compilation_cache
+from jaxmm.training.runtime import keep_memory
 
 HERE = Path(__file__).parent
 

@@ -36,13 +36,14 @@ from benchmarks.common import machine
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.bootstrap import CapFiltConfig, Runs, on
 from jaxmm.capfilt.merge import merge, merged_source
-from jaxmm.capfilt.select import Rule
+from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import SELECTED, Folder, begin, select, write_captions, write_scores
+from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import InitConfig, TrainConfig
 from jaxmm.data.scenes import plain, scene_of, true_captions
-from jaxmm.generate import Decoding
+from jaxmm.inference.generate import Decoding
 from jaxmm.recipes import load_recipe
-from jaxmm.training.process import keep_memory, use_compilation_cache
+from jaxmm.training.runtime import keep_memory
 
 RECIPE = Path(__file__).parents[1] / "configs" / "capfilt_scenes.py"
 METRICS = {"i2t_recall@1": "picture to text", "t2i_recall@1": "text to picture",

@@ -20,7 +20,7 @@ from sklearn.linear_model import RidgeCV
 
 from jaxmm.data.images import decode
 from jaxmm.data.pipeline import image_id, text_id
-from jaxmm.data.sources import open_source
+from jaxmm.data.sources.registry import open_source
 from jaxmm.evals.retrieval import best_rank, right_answers
 
 KS = (1, 5, 10)

@@ -38,10 +38,10 @@ def prepare(folder: Path, count: int) -> None:
 
     from jaxmm.config import ImageConfig, TokenizerConfig
     from jaxmm.data.tokenizers import make_tokenizer
+    from jaxmm.inference.model import Model
     from jaxmm.models.blip import blip
-    from jaxmm.pretrained.model import Model
-    from jaxmm.tasks.blip import BLIPPretraining
-    from jaxmm.tasks.caption import Captioning
+    from jaxmm.tasks.blip_pretraining import BLIPPretraining
+    from jaxmm.tasks.image_captioning import Captioning
     words = [f"word{i}" for i in range(VOCABULARY)]
     words[0], words[100:104] = "[PAD]", ("[UNK]", "[CLS]", "[SEP]", "[MASK]")
     (folder / "vocab.txt").write_text("\n".join(words))
@@ -64,12 +64,12 @@ def prepare(folder: Path, count: int) -> None:
 
 def ours(folder: Path, loop: int):
     """({what: a run}, probabilities of the pictures' own texts)."""
-    from jaxmm.capfilt.caption import caption_shard
-    from jaxmm.capfilt.score import score_shard
-    from jaxmm.data.sources import open_source
-    from jaxmm.generate import Decoding
-    from jaxmm.pretrained.model import load
-    from jaxmm.training.process import keep_memory
+    from jaxmm.capfilt.scoring import score_shard
+    from jaxmm.capfilt.synthetic_captions import caption_shard
+    from jaxmm.data.sources.registry import open_source
+    from jaxmm.inference.generate import Decoding
+    from jaxmm.inference.model import load
+    from jaxmm.training.runtime import keep_memory
     keep_memory()  # as the command does
     source = open_source(f"captions:{folder}/pairs.jsonl")
     captioner, matcher = load(folder / "captioner"), load(folder / "filter")

@@ -31,7 +31,7 @@ def work(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def ours(folder: Path):
-    from jaxmm.pretrained.model import load
+    from jaxmm.inference.model import load
     pictures, texts = work(folder)
     model = load(folder / "model")
     return lambda: (model.encode_image(pictures), model.encode_text(texts))
@@ -83,11 +83,11 @@ def prepare(args, folder: Path) -> None:
     import jax
 
     from jaxmm.config import ImageConfig, TokenizerConfig
-    from jaxmm.data.sources import find_pictures
+    from jaxmm.data.base import find_pictures
     from jaxmm.data.tokenizers import make_tokenizer
+    from jaxmm.inference.model import Model
     from jaxmm.models.clip import clip
-    from jaxmm.pretrained.model import Model
-    from jaxmm.tasks.contrastive import Contrastive
+    from jaxmm.tasks.contrastive_learning import Contrastive
     pictures, text = find_pictures(args.pictures), Path(args.texts).read_text(encoding="utf-8")
     texts = ([each["caption"] for each in json.loads(text)["annotations"]] if args.texts.endswith(".json")
              else text.splitlines())[:args.count]

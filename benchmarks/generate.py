@@ -46,11 +46,11 @@ def ours(folder: Path):
     """(a batch's tokens [b t] of mode, new tokens and seed; picture tokens of a seed; how much was compiled so far)."""
     import jax
 
-    from jaxmm.captioning import writer
-    from jaxmm.generate import Decoding
-    from jaxmm.matching import seer
-    from jaxmm.pretrained.model import load
-    from jaxmm.training.process import keep_memory
+    from jaxmm.inference.captioning import writer
+    from jaxmm.inference.generate import Decoding
+    from jaxmm.inference.matching import seer
+    from jaxmm.inference.model import load
+    from jaxmm.training.runtime import keep_memory
     keep_memory()  # as the command does
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -137,9 +137,9 @@ def prepare(folder: Path) -> int:
     import jax
 
     from jaxmm.config import ImageConfig
+    from jaxmm.inference.model import Model
     from jaxmm.models.blip import blip
-    from jaxmm.pretrained.model import Model
-    from jaxmm.tasks.caption import Captioning
+    from jaxmm.tasks.image_captioning import Captioning
     model = blip("base", image_size=SIDE, embed_dim=None, matching=False, temperature=None)
     task = Captioning(model=replace(model, text=replace(model.text, encoder=False)))
     params = jax.tree_util.tree_map_with_path(

@@ -25,7 +25,7 @@ from PIL import Image
 
 from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.data.pipeline import train_batches
-from jaxmm.data.sources import open_source
+from jaxmm.data.sources.registry import open_source
 
 BATCH = 32
 

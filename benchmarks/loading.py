@@ -32,7 +32,7 @@ def memory(name: str) -> int:
 def ours(folder: Path):
     import jax
 
-    from jaxmm.pretrained.model import load
+    from jaxmm.inference.model import load
     jax.devices()
     return lambda: jax.block_until_ready(load(folder).params)
 
@@ -67,9 +67,9 @@ def write(name: str, folder: Path) -> int:
     import numpy as np
 
     from jaxmm.config import ImageConfig
+    from jaxmm.inference.model import Model
     from jaxmm.models.clip import clip
-    from jaxmm.pretrained.model import Model
-    from jaxmm.tasks.contrastive import Contrastive
+    from jaxmm.tasks.contrastive_learning import Contrastive
     task = Contrastive(model=clip(name, activation="quick_gelu"))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from jaxmm.atomic import write_atomically
 from jaxmm.config import MeshConfig
-from jaxmm.losses.blocks import (
+from jaxmm.losses.blockwise import (
     NO_PLACE,
     Columns,
     Distilled,

@@ -19,13 +19,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jaxmm.atomic import write_atomically
+from jaxmm.compiling import cache_folder
 from jaxmm.config import TrainConfig
 from jaxmm.planning.chips import Topology, open_topology
 from jaxmm.planning.commands import gib
+from jaxmm.planning.pareto import with_remat
 from jaxmm.planning.plan import Plan, make_plan
-from jaxmm.planning.search import with_remat
 from jaxmm.recipes import load_recipe
-from jaxmm.training.process import cache_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x8")

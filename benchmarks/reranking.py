@@ -7,7 +7,7 @@ queries take hours on two cores. Measured are `--queries` pictures with 16 texts
 pictures with their candidates; those of texts with theirs cost the same where pictures' tokens are kept), from bytes
 to the logits of the pairs:
 
-* `jaxmm`: pictures encoded once in batches of 8, then `jaxmm.evals.reranking.match_pairs`;
+* `jaxmm`: pictures encoded once in batches of 8, then `jaxmm.inference.matching.match_pairs`;
 * `kept`: transformers' parts by hand: pictures encoded once in batches of 8, then a picture's 16 texts in one batch,
   padded to the longest of them, which look at 16 copies of its tokens;
 * `plain`: the model called for each pair with its picture and its text; of `--plain` pairs.
@@ -47,11 +47,10 @@ def work(queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def ours(folder: Path, queries: int, count: int):
     """{what: a run that returns the pairs' logits}."""
-    from jaxmm.evals.common import outputs
-    from jaxmm.evals.reranking import match_pairs
-    from jaxmm.matching import seer
-    from jaxmm.pretrained.model import load
-    from jaxmm.training.process import keep_memory
+    from jaxmm.inference.batching import outputs
+    from jaxmm.inference.matching import match_pairs, seer
+    from jaxmm.inference.model import load
+    from jaxmm.training.runtime import keep_memory
     keep_memory()  # as the command does
     image, tokens, chosen = work(queries)
     model = load(folder)
@@ -115,9 +114,9 @@ def prepare(folder: Path) -> None:
     import jax
 
     from jaxmm.config import ImageConfig
+    from jaxmm.inference.model import Model
     from jaxmm.models.blip import blip
-    from jaxmm.pretrained.model import Model
-    from jaxmm.tasks.blip import BLIPPretraining
+    from jaxmm.tasks.blip_pretraining import BLIPPretraining
     model = blip("base", image_size=SIDE, temperature=None)
     task = BLIPPretraining(model=replace(model, text=replace(model.text, decoder=False)))
     params = jax.jit(task.init)(jax.random.key(0))

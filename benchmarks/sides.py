@@ -135,17 +135,18 @@ def ours(case: Case, weights: Path, gpu: bool):
     import jax
     import jax.numpy as jnp
 
+    from jaxmm.compiling import compiler_options
     from jaxmm.config import MeshConfig, OptimizerConfig
     from jaxmm.models.clip import clip
     from jaxmm.models.vit import vit
     from jaxmm.nn.pixels import Pixels
     from jaxmm.sharding import make_mesh, place_batch
-    from jaxmm.tasks.classify import Classify
-    from jaxmm.tasks.contrastive import Contrastive
+    from jaxmm.tasks.contrastive_learning import Contrastive
+    from jaxmm.tasks.image_classification import Classify
     from jaxmm.training.optimizer import make_optimizer
-    from jaxmm.training.process import keep_memory
+    from jaxmm.training.runtime import keep_memory
     from jaxmm.training.state import init_state
-    from jaxmm.training.step import compile_step, compiler_options
+    from jaxmm.training.step import compile_step
 
     keep_memory()  # as run_train.py does
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

@@ -16,7 +16,7 @@ Plan on v5e:4x8 (32 chips): fits in 11.90 GiB of 15.75 GiB a chip, 5,703 picture
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Reranking, Retrieval
 from jaxmm.models.blip import blip
-from jaxmm.tasks.blip import BLIPPretraining
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
 
 BATCH, EPOCHS = 2_880, 20
 EPOCH = 14_000_000 // BATCH

@@ -16,7 +16,7 @@ from jaxmm.evals import Captions
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import vit
-from jaxmm.tasks.caption import Captioning
+from jaxmm.tasks.image_captioning import Captioning
 
 EPOCH = 566_747 // 256
 

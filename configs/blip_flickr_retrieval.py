@@ -18,7 +18,7 @@ from jaxmm.evals import Reranking, Retrieval
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import vit
-from jaxmm.tasks.blip import BLIPPretraining
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
 
 EPOCH = 145_000 // 256
 

@@ -16,7 +16,7 @@ Plan on v5e:4x8 (32 chips): fits in 14.53 GiB of 15.75 GiB a chip, 3,773 picture
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Reranking, Retrieval
 from jaxmm.models.blip import blip
-from jaxmm.tasks.blip import BLIPPretraining
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
 
 BATCH, EPOCHS = 2_400, 20
 EPOCH = 14_000_000 // BATCH

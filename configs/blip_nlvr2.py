@@ -17,7 +17,7 @@ from jaxmm.evals import Classification
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import vit
-from jaxmm.tasks.nlvr import NLVR
+from jaxmm.tasks.pair_classification import NLVR
 
 
 def get_config() -> TrainConfig:

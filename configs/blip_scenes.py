@@ -10,12 +10,12 @@ the picture's five.
 
 from jaxmm.config import CheckpointConfig, DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Captions, Reranking, Retrieval
-from jaxmm.generate import Decoding
+from jaxmm.inference.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.blip import BLIPPretraining
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
 
 
 def get_config() -> TrainConfig:

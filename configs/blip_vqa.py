@@ -1,4 +1,4 @@
-r"""BLIP that answers questions about pictures, from scratch on your own questions (see `jaxmm.data.vqa` for layouts).
+r"""BLIP learns to answer your questions, from scratch (layouts: `jaxmm.data.sources.vqa`).
 
     python run_train.py --config configs/blip_vqa.py \
         --data.train vqa:../shared/data/easy_vqa/train --data.val vqa:../shared/data/easy_vqa/test
@@ -17,7 +17,7 @@ from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.vqa import VQA
+from jaxmm.tasks.question_answering import VQA
 
 
 def get_config() -> TrainConfig:

@@ -17,7 +17,7 @@ from jaxmm.evals import VQAAccuracy
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import vit
-from jaxmm.tasks.vqa import VQA
+from jaxmm.tasks.question_answering import VQA
 
 
 def get_config() -> TrainConfig:

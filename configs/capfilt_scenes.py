@@ -9,13 +9,13 @@ A BLIP learns from all of it; a captioner and a filter are fine-tuned from it on
 from jaxmm.capfilt.bootstrap import CapFiltConfig
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Captions, Reranking, Retrieval
-from jaxmm.generate import Decoding
+from jaxmm.inference.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.blip import BLIPPretraining
-from jaxmm.tasks.caption import Captioning
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
+from jaxmm.tasks.image_captioning import Captioning
 
 LONGEST = 32
 """Tokens of a caption."""

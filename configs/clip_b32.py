@@ -14,7 +14,7 @@ estimate.
 from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Retrieval
 from jaxmm.models.clip import clip
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
 
 BATCH = 32_768
 

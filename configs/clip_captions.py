@@ -14,7 +14,7 @@ from jaxmm.evals import Retrieval
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
 
 
 def get_config() -> TrainConfig:

@@ -10,7 +10,7 @@ towers, pixel statistics and vocabulary are used. For SigLIP add `--task.kind si
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TrainConfig
 from jaxmm.evals import Retrieval
 from jaxmm.models.clip import clip
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
 
 
 def get_config() -> TrainConfig:

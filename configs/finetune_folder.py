@@ -11,7 +11,7 @@ folder of another run. Its architecture and pixel statistics are used; the head 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TrainConfig
 from jaxmm.evals import Classification
 from jaxmm.models.vit import vit
-from jaxmm.tasks.classify import Classify
+from jaxmm.tasks.image_classification import Classify
 
 
 def get_config() -> TrainConfig:

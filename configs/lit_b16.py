@@ -15,7 +15,7 @@ from jaxmm.evals import Retrieval
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import transformer, vit
 from jaxmm.nn.pixels import INCEPTION
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
 
 
 def get_config() -> TrainConfig:

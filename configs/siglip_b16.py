@@ -15,7 +15,7 @@ from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConf
 from jaxmm.evals import Retrieval
 from jaxmm.models.clip import siglip
 from jaxmm.nn.pixels import INCEPTION
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
 
 BATCH = 32_768
 

@@ -11,7 +11,7 @@ Plan on v5e:8x8 (64 chips): fits in 11.30 GiB of 15.75 GiB a chip, 38,166 pictur
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
 from jaxmm.evals import Classification
 from jaxmm.models.vit import vit
-from jaxmm.tasks.classify import Classify
+from jaxmm.tasks.image_classification import Classify
 
 EPOCHS, BATCH, PICTURES = 300, 4096, 1_268_355  # train[:99%] of 1,281,167
 

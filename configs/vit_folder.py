@@ -11,7 +11,7 @@ from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
 from jaxmm.evals import Classification
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.classify import Classify
+from jaxmm.tasks.image_classification import Classify
 
 
 def get_config() -> TrainConfig:

@@ -12,7 +12,7 @@ Plan on v5e:2x4 (8 chips): fits in 9.74 GiB of 15.75 GiB a chip, 11,430 pictures
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
 from jaxmm.evals import Classification
 from jaxmm.models.vit import vit
-from jaxmm.tasks.classify import Classify
+from jaxmm.tasks.image_classification import Classify
 
 EPOCHS, BATCH, PICTURES = 90, 1024, 1_268_355  # train[:99%] of 1,281,167
 

@@ -8,12 +8,13 @@ import importlib
 _HOMES = {
     "CLIP": "models.clip", "CLIPConfig": "models.clip", "TextConfig": "models.clip", "clip": "models.clip",
     "siglip": "models.clip", "ViT": "models.vit", "ViTConfig": "models.vit", "vit": "models.vit",
-    "BLIP": "models.blip", "BLIPConfig": "models.blip", "blip": "models.blip", "Decoding": "generate",
-    "BLIPPretraining": "tasks.blip", "Captioning": "tasks.caption", "Classify": "tasks.classify",
-    "Contrastive": "tasks.contrastive", "TrainConfig": "config", "ConfigError": "config", "DataError": "data.sources",
-    "open_source": "data.sources", "CheckpointError": "training.checkpoint", "TrainError": "training.loop",
-    "train": "training.loop", "train_step": "training.step", "load": "pretrained.model", "Model": "pretrained.model",
-    "FileError": "pretrained.files",
+    "BLIP": "models.blip", "BLIPConfig": "models.blip", "blip": "models.blip", "Decoding": "inference.generate",
+    "BLIPPretraining": "tasks.blip_pretraining", "Captioning": "tasks.image_captioning",
+    "Classification": "tasks.image_classification", "ContrastiveLearning": "tasks.contrastive_learning",
+    "TrainConfig": "config", "ConfigError": "config", "DataError": "data.base",
+    "open_source": "data.sources.registry", "CheckpointError": "checkpoints", "TrainError": "training.loop",
+    "train": "training.loop", "train_step": "training.step", "load": "inference.model", "Model": "inference.model",
+    "FileError": "pretrained.io.files",
 }
 
 __all__ = sorted(_HOMES)

@@ -11,24 +11,25 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from jaxmm.answering import ANSWERS
 from jaxmm.capfilt import commands
-from jaxmm.captioning import CAPTIONS
+from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import ConfigError
-from jaxmm.data.commands import check_data, import_data, show_data
-from jaxmm.data.faults import BadRecord
-from jaxmm.data.sources import find_pictures
-from jaxmm.generate import Decoding
+from jaxmm.data.bad_records import BadRecord
+from jaxmm.data.base import find_pictures
+from jaxmm.data.tools.commands import check_data, import_data, show_data
+from jaxmm.hosts import startup as hosts
+from jaxmm.inference.answering import ANSWERS
+from jaxmm.inference.captioning import CAPTIONS
+from jaxmm.inference.generate import Decoding
+from jaxmm.inference.model import Format, Model, load
+from jaxmm.inference.search import Found, SearchError, build_index, open_index
 from jaxmm.planning.commands import plan
 from jaxmm.pretrained import parity as parities
-from jaxmm.pretrained.files import FileError
-from jaxmm.pretrained.model import Format, Model, load
-from jaxmm.pretrained.opening import open_checkpoint
+from jaxmm.pretrained.io.files import FileError
+from jaxmm.pretrained.registry import open_checkpoint
 from jaxmm.pretrained.summary import describe
-from jaxmm.search import Found, SearchError, build_index, open_index
 from jaxmm.terminal import choice, place, print_json, print_table
-from jaxmm.training import hosts
-from jaxmm.training.process import keep_memory, use_compilation_cache
+from jaxmm.training.runtime import keep_memory
 
 DEFAULT = "openai/clip-vit-base-patch32"
 CAPTIONER = "Salesforce/blip-image-captioning-base"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxmm.tasks.base import Task
+from jaxmm.task import Task
 from jaxmm.validation import ConfigError, check_patterns, check_types, require
 
 
@@ -250,7 +250,7 @@ class Evaluator:
     """First part of the metrics' names."""
 
     def metrics(self, context: Any) -> tuple[str, ...]:
-        """The names that `run` yields in `context` (see `jaxmm.evals.common.EvalContext`)."""
+        """The names that `run` yields in `context` (see `jaxmm.evals.context.EvalContext`)."""
         raise NotImplementedError
 
     def __post_init__(self):
@@ -297,6 +297,20 @@ class TrainConfig:
                 f"a divisor of data.batch_size = {self.data.batch_size}")
 
 
+RENAMED = {
+    "jaxmm.generate.Decoding": "jaxmm.inference.generate.Decoding",
+    "jaxmm.tasks.blip.BLIPPretraining": "jaxmm.tasks.blip_pretraining.BLIPPretraining",
+    "jaxmm.tasks.caption.Captioning": "jaxmm.tasks.image_captioning.Captioning",
+    "jaxmm.tasks.classify.Classify": "jaxmm.tasks.image_classification.Classify",
+    "jaxmm.tasks.contrastive.Contrastive": "jaxmm.tasks.contrastive_learning.Contrastive",
+    "jaxmm.tasks.nlvr.NLVR": "jaxmm.tasks.pair_classification.NLVR",
+    "jaxmm.tasks.vqa.VQA": "jaxmm.tasks.question_answering.VQA",
+    "jaxmm.evals.classification.Classification": "jaxmm.evals.accuracy.Classification",
+    "jaxmm.evals.vqa.VQAAccuracy": "jaxmm.evals.vqa_accuracy.VQAAccuracy",
+}
+"""Types that older versions wrote under another name."""
+
+
 def to_dict(value: Any) -> Any:
     """A configuration as plain JSON values; a dataclass becomes its fields and a `type`."""
     if dataclasses.is_dataclass(value):
@@ -313,7 +327,8 @@ def from_dict(value: Any) -> Any:
         return tuple(from_dict(v) for v in value)
     if not isinstance(value, dict):
         return value
-    module, _, name = str(value.get("type")).rpartition(".")
+    kind = str(value.get("type"))
+    module, _, name = RENAMED.get(kind, kind).rpartition(".")
     cls = None
     if module.split(".")[0] == "jaxmm":
         with contextlib.suppress(ModuleNotFoundError):
@@ -335,6 +350,16 @@ def save_config(config: TrainConfig, path: Path, **notes: Any) -> None:
 def load_config(path: Path) -> TrainConfig:
     """Reads what `save_config` wrote."""
     return from_dict(json.loads(path.read_text())["config"])
+
+
+def with_current_names(value: Any) -> Any:
+    """Replace the types that older versions wrote by their names of today, in plain JSON values."""
+    if isinstance(value, list):
+        return [with_current_names(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {key: with_current_names(item) for key, item in value.items()}
+    return value | {"type": RENAMED.get(value["type"], value["type"])} if isinstance(value.get("type"), str) else value
 
 
 def differences(old: Any, new: Any, *, free: Sequence[str] = (), name: str = "") -> list[str]:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxmm import cli
-from jaxmm.data.sources import open_source
-from jaxmm.pretrained.model import load
+from jaxmm.data.sources.registry import open_source
+from jaxmm.inference.model import load
 from jaxmm.sharding import named_leaves
 from tests.data import crawl
 from tests.data.crawl import write_tar

@@ -25,7 +25,7 @@ from jaxmm.config import (
     to_dict,
 )
 from jaxmm.models.vit import vit
-from jaxmm.tasks.classify import Classify
+from jaxmm.tasks.image_classification import Classify
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"), key=lambda path: path.stem)
 TASK = Classify(model=vit("mu/4", image_size=8))

@@ -8,10 +8,10 @@ import pytest
 
 import run_train
 from jaxmm import cli
+from jaxmm.checkpoints import MANIFEST
+from jaxmm.compiling import use_compilation_cache
 from jaxmm.recipes import load_recipe
 from jaxmm.training import loop
-from jaxmm.training.checkpoint import MANIFEST
-from jaxmm.training.process import use_compilation_cache
 from tests.training.common import Plain, lines
 
 ROOT = Path(__file__).parents[1]

@@ -26,8 +26,8 @@ from jaxmm.sharding import (
     spec,
     undivided,
 )
-from jaxmm.tasks.classify import Classify
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.image_classification import Classify
 from jaxmm.training.optimizer import make_optimizer
 from tests.tasks.common import SOFTMAX
 

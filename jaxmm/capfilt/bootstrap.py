@@ -16,16 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmm.atomic import write_atomically
-from jaxmm.capfilt.caption import NUCLEUS
+from jaxmm.capfilt.html_report import write_report
 from jaxmm.capfilt.manifest import agree
 from jaxmm.capfilt.merge import merge, merged_source
-from jaxmm.capfilt.report import write_report
-from jaxmm.capfilt.select import Rule
+from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import SIZE, begin, select, write_captions, write_scores
+from jaxmm.capfilt.synthetic_captions import NUCLEUS
+from jaxmm.checkpoints import whole_steps
 from jaxmm.config import InitConfig, TrainConfig, to_dict
-from jaxmm.generate import Decoding
-from jaxmm.training.checkpoint import whole_steps
-from jaxmm.training.hosts import meet
+from jaxmm.hosts.startup import meet
+from jaxmm.inference.generate import Decoding
 from jaxmm.training.loop import train
 from jaxmm.training.optimizer import learning_rate
 from jaxmm.validation import check_types, require

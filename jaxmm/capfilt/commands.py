@@ -9,17 +9,17 @@ import jax
 import tyro
 
 from jaxmm.capfilt import bootstrap as bootstraps
-from jaxmm.capfilt import report as reports
+from jaxmm.capfilt import html_report as reports
 from jaxmm.capfilt import stages
-from jaxmm.capfilt.caption import NUCLEUS
 from jaxmm.capfilt.merge import merge as merge_kept
 from jaxmm.capfilt.merge import merged_source
-from jaxmm.capfilt.select import Rule
+from jaxmm.capfilt.selection import Rule
+from jaxmm.capfilt.synthetic_captions import NUCLEUS
 from jaxmm.config import require
-from jaxmm.generate import Decoding
+from jaxmm.hosts.startup import HostsConfig, joined
+from jaxmm.inference.generate import Decoding
 from jaxmm.recipes import parse_recipe
 from jaxmm.terminal import print_json, print_table
-from jaxmm.training.hosts import HostsConfig, joined
 
 Flat = Annotated[Rule, tyro.conf.arg(name="")]
 Names = tuple[str, ...]

@@ -11,7 +11,7 @@ import numpy as np
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.tables import digest
 from jaxmm.config import ConfigError, differences, to_dict
-from jaxmm.pretrained.model import Model
+from jaxmm.inference.model import Model
 from jaxmm.sharding import named_leaves
 
 NAME = "manifest.json"

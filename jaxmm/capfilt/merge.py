@@ -18,10 +18,10 @@ from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.stages import SELECTED, VERSION, Folder, Shard
 from jaxmm.capfilt.tables import Texts, digest, file_digest, read_texts
 from jaxmm.data import images
-from jaxmm.data.faults import read_record
-from jaxmm.data.importing import png
-from jaxmm.data.writing import WORK, Written, finish, picture_features, shard_path, take_back, write_shard
-from jaxmm.training.hosts import beat, meet
+from jaxmm.data.bad_records import read_record
+from jaxmm.data.tools.importing import png
+from jaxmm.data.tools.writing import WORK, Written, finish, picture_features, shard_path, take_back, write_shard
+from jaxmm.hosts.startup import beat, meet
 
 MERGED, NOTES = "merged", "merged.json"
 

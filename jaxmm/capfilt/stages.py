@@ -16,19 +16,21 @@ import jax
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
-from jaxmm.capfilt import caption, score
-from jaxmm.capfilt.caption import NUCLEUS, caption_shard
+from jaxmm.capfilt import scoring as score
+from jaxmm.capfilt import synthetic_captions as caption
 from jaxmm.capfilt.manifest import NAME, agree, model_digest, read_manifest
-from jaxmm.capfilt.score import score_shard
-from jaxmm.capfilt.select import Rule, cutoff, select_texts
+from jaxmm.capfilt.scoring import score_shard
+from jaxmm.capfilt.selection import Rule, cutoff, select_texts
+from jaxmm.capfilt.synthetic_captions import NUCLEUS, caption_shard
 from jaxmm.capfilt.tables import Texts, digest, file_digest, made_from, read_texts, write_texts
 from jaxmm.config import ConfigError, require, to_dict
-from jaxmm.data.shards import shards
-from jaxmm.data.sources import Source, open_source
-from jaxmm.generate import Decoding
-from jaxmm.pretrained.model import load
-from jaxmm.training import hosts
-from jaxmm.training.hosts import meet
+from jaxmm.data.base import Source
+from jaxmm.data.sources.registry import open_source
+from jaxmm.data.sources.shards import shards
+from jaxmm.hosts import startup as hosts
+from jaxmm.hosts.startup import meet
+from jaxmm.inference.generate import Decoding
+from jaxmm.inference.model import load
 
 VERSION = 1
 """Of what the stages write; another one is made anew."""

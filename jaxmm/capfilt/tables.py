@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jaxmm.data.sources import DataError
+from jaxmm.data.base import DataError
 
 COLUMNS = {
     "record": pa.int64(),               # number in its shard

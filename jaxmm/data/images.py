@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from jaxmm.data.faults import BadRecord
+from jaxmm.data.bad_records import BadRecord
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 90_000_000

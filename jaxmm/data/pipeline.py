@@ -23,10 +23,11 @@ from grain.experimental import index_shuffle
 from jaxtyping import Int
 
 from jaxmm.config import DataConfig, ImageConfig
-from jaxmm.data import images, transforms, vqa
-from jaxmm.data.faults import REASONS, BadRecord, Batch, FaultCounter, read_record
+from jaxmm.data import images, transforms
+from jaxmm.data.bad_records import REASONS, BadRecord, Batch, FaultCounter, read_record
+from jaxmm.data.base import DataError, Record, Source, record_key, record_texts
 from jaxmm.data.processes import start_worker
-from jaxmm.data.sources import DataError, Record, Source, record_key, record_texts
+from jaxmm.data.sources import vqa
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,13 @@
 """Evaluators: one metric a file, each a frozen dataclass whose `run` yields `(name, value)`."""
 
+from jaxmm.evals.accuracy import Classification
 from jaxmm.evals.captions import Captions
-from jaxmm.evals.classification import Classification
-from jaxmm.evals.common import CaptionExample, EvalContext, PredictionExample, RetrievalExample, Retrieved
+from jaxmm.evals.context import CaptionExample, EvalContext, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.evals.knn import KNN
 from jaxmm.evals.probe import LinearProbe
 from jaxmm.evals.reranking import Reranking
 from jaxmm.evals.retrieval import Retrieval
-from jaxmm.evals.vqa import VQAAccuracy
+from jaxmm.evals.vqa_accuracy import VQAAccuracy
 from jaxmm.evals.zero_shot import ZeroShot
 
 __all__ = ["KNN", "CaptionExample", "Captions", "Classification", "EvalContext", "LinearProbe", "PredictionExample",

@@ -5,31 +5,30 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxmm.captioning import CAPTIONS, looker, prompt_tokens, words_looked, writer
 from jaxmm.config import ConfigError, Evaluator
+from jaxmm.data.base import Source, record_texts
 from jaxmm.data.images import decode
-from jaxmm.data.sources import Source, record_texts
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.caption_metrics import caption_metric_names, caption_metrics
-from jaxmm.evals.common import (
+from jaxmm.evals.context import (
     CaptionExample,
     EvalContext,
     check,
     chosen_source,
     chosen_weights,
-    outputs,
     picture_batches,
     spread,
-    whole_batch,
 )
-from jaxmm.generate import Decoding
+from jaxmm.inference.batching import outputs, whole_batch
+from jaxmm.inference.captioning import CAPTIONS, looker, prompt_tokens, words_looked, writer
+from jaxmm.inference.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captions(Evaluator):
     """Yields `caption_exact`, the share of pictures whose caption is, word for word, one of those that they have,
-    `caption_score`, the mean of the captions' scores (see `jaxmm.generate.Written`), and for scenes `caption_largest`,
+    `caption_score`, the mean of the captions' scores (`inference.generate.Written`), and for scenes `caption_largest`,
     the share whose caption names colour and shape of the largest object, and `caption_true`, the share that say what is
     so; then what COCO's captions are measured by, as fractions of 1 but CIDEr (see `jaxmm.evals.caption_metrics`):
     `bleu@1` to `bleu@4`, `rouge_l`, `cider`, and `meteor` and `spice` where there is a Java that runs them.

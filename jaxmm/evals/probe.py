@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmm.config import Evaluator, require
-from jaxmm.data.sources import Source
-from jaxmm.evals.common import EvalContext, check_features, frozen_features
+from jaxmm.data.base import Source
+from jaxmm.evals.context import EvalContext, check_features, frozen_features
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from jaxmm.config import require
-from jaxmm.evals.common import EvalContext, chosen_weights, outputs, whole_batch
+from jaxmm.evals.context import EvalContext, chosen_weights
 from jaxmm.evals.retrieval import PairEvaluator, Pairs, best_rank_of, chunks, embed_pairs
-from jaxmm.matching import PICTURES, matcher, pair_batches, power_of_two, seer
-from jaxmm.tasks.base import Task
+from jaxmm.inference.batching import outputs
+from jaxmm.inference.matching import match_pairs, seer
 
 TIE = np.float32(1e-5)
 """Scores closer than this are equal: what sums in float32, in another order, leave of logits."""
@@ -113,18 +112,3 @@ def scattered(place: Int[np.ndarray, "q k"], score: Float[np.ndarray, "q k"], it
     return full
 
 
-def match_pairs(
-    task: Task, params: Any, seen: Float[np.ndarray, "n s c"], tokens: Int[np.ndarray, "m t"],
-    picture: Int[np.ndarray, "p"], text: Int[np.ndarray, "p"], mesh: Mesh | None,
-) -> Float[np.ndarray, "p 2"]:
-    """The logits of "do not belong together" and "belong together" of each pair (`picture`, `text`).
-
-    `seen` are the tokens of pictures that `jaxmm.matching.seer` makes.
-    """
-    found = np.zeros((len(picture), 2), np.float32)
-    size = whole_batch(min(PICTURES, power_of_two(len(np.unique(picture)))), mesh)
-    batches = pair_batches(seen, tokens, picture, text, pad_id=task.model.text.pad_id, size=size)
-    for result, batch in outputs(matcher(task, mesh), params, batches, mesh):
-        there = batch["pair"] >= 0
-        found[batch["pair"][there]] = result["match"][there]
-    return found

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
 from jaxmm.config import Evaluator, require
+from jaxmm.data.base import Source, record_texts
 from jaxmm.data.pipeline import eval_texts
-from jaxmm.data.sources import Source, record_texts
-from jaxmm.evals.common import (
+from jaxmm.evals.context import (
     EvalContext,
     RetrievalExample,
     Retrieved,
@@ -20,13 +20,11 @@ from jaxmm.evals.common import (
     chosen_weights,
     embed,
     joined,
-    outputs,
     picture_batches,
-    predict_fn,
     spread,
     thumbnail,
-    whole_batch,
 )
+from jaxmm.inference.batching import outputs, predict_fn, whole_batch
 
 TIE = np.float32(1e-6)
 """Cosines closer than this are equal: what a float32 dot product of unit vectors can tell apart."""

@@ -7,19 +7,10 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxmm.config import Evaluator, require
-from jaxmm.data.sources import Source
-from jaxmm.evals.classification import score, score_names
-from jaxmm.evals.common import (
-    EvalContext,
-    check,
-    check_labels,
-    chosen_weights,
-    embed,
-    outputs,
-    picture_batches,
-    predict_fn,
-    whole_batch,
-)
+from jaxmm.data.base import Source
+from jaxmm.evals.accuracy import score, score_names
+from jaxmm.evals.context import EvalContext, check, check_labels, chosen_weights, embed, picture_batches
+from jaxmm.inference.batching import outputs, predict_fn, whole_batch
 
 TEMPLATES = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
              "a {} in a video game.", "art of the {}.", "a photo of the small {}.")

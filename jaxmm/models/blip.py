@@ -1,14 +1,12 @@
 """BLIP (Li et al. 2022): a picture encoder, and a text transformer that encodes, matches, writes and compares."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxmm.generate import Decoding, Written, write
 from jaxmm.models.clip import normalise
-from jaxmm.models.med import Context, Med, MedConfig, empty_cache
+from jaxmm.models.med import Context, Med, MedConfig
 from jaxmm.models.vit import ViT, ViTConfig, vit
 from jaxmm.nn.precision import widened
 from jaxmm.validation import check_types, require
@@ -167,24 +165,3 @@ def blip(size: str = "base", *, image_size: int = 224, stack: dict | None = None
     return BLIPConfig(**{"vision": vision, "text": text} | overrides)
 
 
-def write_texts(
-    config: BLIPConfig, params: Any, context: Float[Array, "b n c"], prompt: Int[Array, "r p"],
-    lengths: Int[Array, "r"], keys: Key[Array, "r"], decoding: Decoding,
-    context_mask: Bool[Array, "b n"] | None = None,
-) -> Written:
-    """Texts in view of pictures (or of what was made of questions), each going on from its prompt.
-
-    A prompt begins with [DEC], whatever token stands there. There may be several prompts for each picture: its first,
-    its second and so on, then those of the next. The context's keys and values are computed once, and all texts and
-    beams of a picture look at the same ones.
-    """
-    text = config.text if config.answer is None else config.answer
-    module, variables = Med(text), {"params": params["text" if config.answer is None else "answer"]}
-    sights = module.apply(variables, context, method=Med.look)
-
-    def step(tokens, at, cache, held):
-        return module.apply(variables, tokens, at, cache, sights, held, context_mask, method=Med.step)
-
-    rows = len(prompt) * decoding.beams
-    return write(step, empty_cache(text, rows, decoding.max_length), prompt.at[:, 0].set(text.decode_id), lengths, keys,
-                 decoding, end_id=text.end_id, pad_id=text.pad_id)

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from jaxmm.compiling import cache_folder
 from jaxmm.config import TrainConfig
-from jaxmm.planning import search as searching
+from jaxmm.planning import pareto as searching
 from jaxmm.planning.chips import open_topology
+from jaxmm.planning.pareto import Found, Planner
 from jaxmm.planning.plan import Plan, make_plan, sharding_lines, trace
-from jaxmm.planning.search import Found, Planner
 from jaxmm.recipes import parse_recipe
 from jaxmm.terminal import print_json, print_table
-from jaxmm.training.process import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)

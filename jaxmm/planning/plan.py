@@ -22,7 +22,7 @@ from jaxmm.planning.flops import Flops, count_jaxpr
 from jaxmm.planning.hlo import Collective, Program
 from jaxmm.planning.shapes import batch_shapes, bind
 from jaxmm.sharding import laid_out, make_mesh, named_leaves, replicated, undivided
-from jaxmm.tasks.base import Task
+from jaxmm.task import Task
 from jaxmm.training.accumulate import check_parts
 from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state

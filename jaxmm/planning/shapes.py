@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxmm.config import DataConfig, TrainConfig
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.sharding import batch_sharding
-from jaxmm.tasks.base import Task
+from jaxmm.task import Task
 
 PUBLISHED = {"clip": 49_408, "bert": 30_522, "file": 32_000}
 """Sizes of vocabularies whose files are not there: OpenAI's, BERT's, and SigLIP's for any other."""

@@ -12,16 +12,16 @@ from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.embeddings import Resize
 from jaxmm.nn.pixels import Pixels
-from jaxmm.pretrained.files import FileError, Tensors
-from jaxmm.pretrained.tables import Row
-from jaxmm.pretrained.words import Words
-from jaxmm.tasks.base import Task
-from jaxmm.tasks.blip import BLIPPretraining
-from jaxmm.tasks.caption import Captioning
-from jaxmm.tasks.classify import Classify
-from jaxmm.tasks.contrastive import Contrastive
-from jaxmm.tasks.nlvr import NLVR
-from jaxmm.tasks.vqa import VQA
+from jaxmm.pretrained.io.files import FileError, Tensors
+from jaxmm.pretrained.table import Row
+from jaxmm.pretrained.tokenizer import Words
+from jaxmm.task import Task
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
+from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.image_captioning import Captioning
+from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.pair_classification import NLVR
+from jaxmm.tasks.question_answering import VQA
 
 BLIP_LENGTH = 40
 """Tokens of a text in BLIP's fine-tuning for captions and matching, at most."""

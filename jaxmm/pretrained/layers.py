@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from jaxmm.pretrained.files import Tensors
-from jaxmm.pretrained.tables import FLAT, SAME, TRANSPOSED, Row, linear
+from jaxmm.pretrained.io.files import Tensors
+from jaxmm.pretrained.table import FLAT, SAME, TRANSPOSED, Row, linear
 
 PARTS = ("query", "key", "value")
 

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmm.inference.model import Model, load
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
 from jaxmm.models.vit import ViT, ViTConfig
 from jaxmm.nn.attention import causal_mask
 from jaxmm.nn.transformer import Stack
 from jaxmm.pretrained import parity_blip
-from jaxmm.pretrained.files import FileError
-from jaxmm.pretrained.model import Model, load
-from jaxmm.pretrained.source import Files, find
+from jaxmm.pretrained.io.files import FileError
+from jaxmm.pretrained.io.hub import Files, find
 
 Outputs = dict[str, np.ndarray]
 """What each part of a model computes, by name, in order."""

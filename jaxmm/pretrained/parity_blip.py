@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmm.generate import Decoding
+from jaxmm.inference.captioning import write_texts
+from jaxmm.inference.generate import Decoding
 from jaxmm.losses.language import language_loss
-from jaxmm.models.blip import BLIP, BLIPConfig, write_texts
+from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med import Med, MedConfig, MedLayer
 from jaxmm.models.vit import ViT
 from jaxmm.nn.attention import causal_mask

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxmm.pretrained.checkpoint import Opened
-from jaxmm.pretrained.start import HOW_TRAINED
+from jaxmm.pretrained.warm_start import HOW_TRAINED
 from jaxmm.sharding import named_leaves
 
 TRAINING = (*HOW_TRAINED, "positions_std", "head_init", "head_bias", "patch_dropout")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from jaxmm.config import TrainConfig, require
 from jaxmm.sharding import batch_shards, constrain_batch
-from jaxmm.tasks.base import Batch, Metrics, Params, Task
+from jaxmm.task import Batch, Metrics, Params, Task
 
 
 def check_parts(config: TrainConfig, mesh: Mesh) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxmm.training.checkpoint import write_atomically
+from jaxmm.checkpoints import write_atomically
 
 
 class MetricLog:

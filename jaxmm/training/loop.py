@@ -10,25 +10,26 @@ import filelock
 import jax
 import numpy as np
 
+from jaxmm.checkpoints import Checkpoints
 from jaxmm.config import ConfigError, Evaluator, TrainConfig, from_dict, require, to_dict
+from jaxmm.data.base import Source, record_texts
 from jaxmm.data.pipeline import FaultCounter, TrainIterator, train_batches
-from jaxmm.data.sources import Source, open_source, record_texts
+from jaxmm.data.sources.registry import open_source
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
-from jaxmm.evals.common import EvalContext
-from jaxmm.pretrained.start import adopt, open_start, start_weights
+from jaxmm.evals.context import EvalContext
+from jaxmm.hosts import startup as hosts
+from jaxmm.pretrained.warm_start import adopt, open_start, start_weights
 from jaxmm.sharding import host_share, laid_out, make_mesh, place_batch, undivided
-from jaxmm.tasks.base import Task
-from jaxmm.training import hosts
+from jaxmm.task import Task
 from jaxmm.training.accumulate import check_parts
-from jaxmm.training.checkpoint import Checkpoints
-from jaxmm.training.faults import SharedFaults
 from jaxmm.training.logs import MetricLog, Watch, duration
 from jaxmm.training.optimizer import Optimizer, make_optimizer
-from jaxmm.training.process import Termination
+from jaxmm.training.report import write_report
+from jaxmm.training.runtime import Termination
+from jaxmm.training.shared_bad_records import SharedFaults
 from jaxmm.training.state import State, abstract_state, sharded_state
 from jaxmm.training.step import compile_step
 from jaxmm.training.workdir import begin, begun
-from jaxmm.viz import write_report
 
 INPUTS = ("image", "tokens", "label", "image_id", "text_id", "answers", "answer_weight")
 """What of a batch goes to the devices."""

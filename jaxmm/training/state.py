@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Key
 
 from jaxmm.sharding import path_name
-from jaxmm.tasks.base import Task
+from jaxmm.task import Task
 from jaxmm.training.optimizer import Optimizer
 
 

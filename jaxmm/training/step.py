@@ -1,6 +1,5 @@
 """The one train step: for every model, on every mesh."""
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,8 +8,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jaxmm.sharding import batch_sharding, named_leaves, replicated, shardings
-from jaxmm.tasks.base import Batch, Metrics, Task
+from jaxmm.compiling import compiler_options, largest_matrix
+from jaxmm.sharding import batch_sharding, replicated, shardings
+from jaxmm.task import Batch, Metrics, Task
 from jaxmm.training.accumulate import value_and_grad
 from jaxmm.training.optimizer import Optimizer
 from jaxmm.training.state import State
@@ -43,39 +43,6 @@ def train_step(
     metrics = metrics | {"loss": loss, "grad_norm": norm, "learning_rate": optimizer.schedule(state.step),
                          "finite": finite, "skips": new.skips}
     return new, metrics
-
-
-SMALL = 2**18
-"""Numbers in a small matrix, at most."""
-
-
-def compiler_options(platform: str, largest: int | None = None) -> dict[str, str] | None:
-    """What `jax.jit` is told on `platform`, for a model whose largest matrix has `largest` numbers (None: many).
-
-    On CPU, XLA's newer library of kernels multiplies large matrices a fifth slower than the one before it, and small
-    ones half as fast again (jaxlib 0.10 and 0.12, AMD Zen 4, widths 768 and 128): where matrices are large it is left
-    the reductions, which it does better.
-    """
-    if platform != "cpu" or (largest is not None and largest <= SMALL):
-        return None
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-
-
-def largest_matrix(params) -> int:
-    """How many numbers the largest matrix of one layer has."""
-    return max((leaf.size // (leaf.shape[0] if "blocks/" in path else 1) for path, leaf in named_leaves(params)
-                if path.endswith("kernel")), default=0)
-
-
-def compile_prediction(predict: Callable, mesh: Mesh | None, *, whole: bool = True, few: bool = False) -> Callable:
-    """`predict` as a jitted function on `mesh` (None: the default device).
-
-    Every host holds its results `whole`, or they lie as they were computed. `few`: what its matrices multiply has few
-    rows, as a decoder's newest tokens do, for which CPU has kernels that are twice as fast.
-    """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return jax.jit(predict, out_shardings=replicated(mesh) if whole and mesh is not None else None,
-                   compiler_options=None if few else compiler_options(platform))
 
 
 def compile_step(task: Task, optimizer: Optimizer, mesh: Mesh, state: State, **options):

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from jaxmm.config import ConfigError, TrainConfig, differences, save_config, to_dict
-from jaxmm.data.sources import Source
+from jaxmm.config import ConfigError, TrainConfig, differences, save_config, to_dict, with_current_names
+from jaxmm.data.base import Source
 from jaxmm.data.tokenizers import Tokenizer
-from jaxmm.tasks.base import Task
+from jaxmm.task import Task
 
 FREE = ("steps", "microbatches", "log_every", "eval_every", "evals", "mesh", "checkpoint", "nonfinite", "max_skips",
         "data.val", "data.workers", "data.data_dir", "data.max_bad")
@@ -28,7 +28,7 @@ def begun(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] 
         return None
     try:
         notes = json.loads(path.read_text())
-        old, fingerprint, _ = notes["config"], notes["fingerprint"], notes["task"]
+        old, fingerprint, _ = with_current_names(notes["config"]), notes["fingerprint"], notes["task"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not what a run writes: {type(error).__name__}: {error}") from None
     changes = differences(old, json.loads(json.dumps(to_dict(config))), free=FREE)

@@ -5,9 +5,9 @@ import hashlib
 import pytest
 
 from jaxmm.capfilt.merge import merge
-from jaxmm.capfilt.select import Rule
+from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import begin, select, write_captions, write_scores
-from jaxmm.generate import Decoding
+from jaxmm.inference.generate import Decoding
 from tests.data import crawl
 from tests.pretrained import tiny
 

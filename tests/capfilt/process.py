@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from jaxmm.training.hosts import HostsConfig, joined
+from jaxmm.hosts.startup import HostsConfig, joined
 from tests.capfilt.conftest import run
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from jaxmm.capfilt import bootstrap as module
 from jaxmm.capfilt.bootstrap import CapFiltConfig, bootstrap
 from jaxmm.cli import main
 from jaxmm.config import ConfigError, MeshConfig
-from jaxmm.data.sources import open_source
+from jaxmm.data.sources.registry import open_source
 from jaxmm.recipes import load_recipe
 
 RECIPE = Path(__file__).parents[2] / "configs" / "capfilt_scenes.py"

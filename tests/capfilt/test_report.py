@@ -3,7 +3,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from jaxmm.capfilt.report import diversity, measure, write_report
+from jaxmm.capfilt.html_report import diversity, measure, write_report
 from jaxmm.capfilt.stages import SELECTED
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxmm.capfilt.select import REASONS, Rule, cutoff, select_texts
+from jaxmm.capfilt.selection import REASONS, Rule, cutoff, select_texts
 from jaxmm.capfilt.tables import SCORED, Texts
 from jaxmm.config import ConfigError
 

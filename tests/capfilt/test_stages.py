@@ -15,12 +15,13 @@ import pytest
 import jaxmm
 from jaxmm.capfilt import stages
 from jaxmm.capfilt.merge import merge, merged_source
-from jaxmm.capfilt.select import Rule
+from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import CAPTIONS, SCORES, SELECTED, begin, select, write_captions, write_scores
 from jaxmm.config import ConfigError
+from jaxmm.data.base import DataError
 from jaxmm.data.images import decode
-from jaxmm.data.sources import DataError, open_source
-from jaxmm.generate import Decoding
+from jaxmm.data.sources.registry import open_source
+from jaxmm.inference.generate import Decoding
 from tests.capfilt.conftest import MEDIAN, contents, run
 from tests.data import crawl
 

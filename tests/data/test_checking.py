@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from jaxmm.config import DataConfig, ImageConfig
-from jaxmm.data import showing
-from jaxmm.data.checking import check, examine, pixel_id
-from jaxmm.data.faults import REASONS
+from jaxmm.data.bad_records import REASONS
 from jaxmm.data.pipeline import eval_batches
-from jaxmm.data.sources import open_source
+from jaxmm.data.sources.registry import open_source
+from jaxmm.data.tools import showing
+from jaxmm.data.tools.checking import check, examine, pixel_id
 from tests.data.crawl import CASES, files, jpeg, pairs, photo, write_tar
 from tests.data.test_images import encode
 from tests.data.test_pipeline import Letters

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from jaxmm.data.sources import DataError, open_source, record_key, record_texts
+from jaxmm.data.base import DataError, record_key, record_texts
+from jaxmm.data.sources.registry import open_source
 from tests.data.test_sources import png, write
 
 

@@ -16,12 +16,13 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxmm.data import writing
-from jaxmm.data.checking import pixel_id
+from jaxmm.data.base import DataError
 from jaxmm.data.images import decode
-from jaxmm.data.importing import import_source
-from jaxmm.data.sources import DataError, open_source
-from jaxmm.data.writing import finish, picture_features, shard_path, write_shard
+from jaxmm.data.sources.registry import open_source
+from jaxmm.data.tools import writing
+from jaxmm.data.tools.checking import pixel_id
+from jaxmm.data.tools.importing import import_source
+from jaxmm.data.tools.writing import finish, picture_features, shard_path, write_shard
 from tests.data.crawl import CASES, files, jpeg, pairs, photo, write_tar
 from tests.data.test_images import encode
 

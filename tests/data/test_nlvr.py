@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from jaxmm.config import DataConfig, ImageConfig
-from jaxmm.data.nlvr import exchanged
+from jaxmm.data.base import DataError, record_key
 from jaxmm.data.pipeline import eval_batches, image_id, train_batches
-from jaxmm.data.sources import DataError, open_source, record_key
-from jaxmm.evals.common import thumbnail
+from jaxmm.data.sources.nlvr import exchanged
+from jaxmm.data.sources.registry import open_source
+from jaxmm.evals.context import thumbnail
 from tests.data.test_sources import png, write
 
 PLAIN = ImageConfig(size=4, train_crop="squash", eval_crop="squash", flip=False)

@@ -6,10 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxmm.data import parquet
-from jaxmm.data.faults import BadRecord
-from jaxmm.data.shards import shards
-from jaxmm.data.sources import DataError, open_source, record_key, record_texts
+from jaxmm.data.bad_records import BadRecord
+from jaxmm.data.base import DataError, record_key, record_texts
+from jaxmm.data.sources import parquet
+from jaxmm.data.sources.registry import open_source
+from jaxmm.data.sources.shards import shards
 
 
 def write(path, rows=3, **columns):

@@ -12,9 +12,10 @@ from PIL import Image
 
 from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.data import pipeline, transforms
+from jaxmm.data.base import DataError
 from jaxmm.data.images import decode
 from jaxmm.data.pipeline import FaultCounter, eval_batches, eval_texts, step_records, train_batches
-from jaxmm.data.sources import DataError, open_source
+from jaxmm.data.sources.registry import open_source
 
 IMAGE = ImageConfig(size=16)
 CONFIG = DataConfig(batch_size=6, image=IMAGE)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from jaxmm.data import scenes
 from jaxmm.data.scenes import COLORS, NOISE, SHAPES, Object, Scene, open_scenes
-from jaxmm.data.scenes.words import _wrong
+from jaxmm.data.scenes.language import _wrong
 
 PHRASE = re.compile(rf"(?:(small|little|large|big) )?({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b")
 WHERE = re.compile(r"(left of|right of|above|over|below|under)")

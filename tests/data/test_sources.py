@@ -8,7 +8,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jaxmm.data.sources import DataError, open_source, record_key, record_texts
+from jaxmm.data.base import DataError, record_key, record_texts
+from jaxmm.data.sources.registry import open_source
 
 
 def png(value, size=(5, 3)):

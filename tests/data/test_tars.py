@@ -9,10 +9,11 @@ import tarfile
 
 import pytest
 
-from jaxmm.data import tars
-from jaxmm.data.faults import BadRecord
-from jaxmm.data.shards import Slice, shards
-from jaxmm.data.sources import DataError, open_source, record_key, record_texts
+from jaxmm.data.bad_records import BadRecord
+from jaxmm.data.base import DataError, record_key, record_texts
+from jaxmm.data.sources import tars
+from jaxmm.data.sources.registry import open_source
+from jaxmm.data.sources.shards import Slice, shards
 from tests.data.crawl import CASES, files, jpeg, pairs, write_tar
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from jaxmm.config import DataConfig, ImageConfig, TokenizerConfig
+from jaxmm.data.base import DataError, record_key, record_texts
 from jaxmm.data.pipeline import REASONS, FaultCounter, eval_batches, image_id, train_batches
-from jaxmm.data.sources import DataError, open_source, record_key, record_texts
+from jaxmm.data.sources.registry import open_source
+from jaxmm.data.sources.vqa import clean_question, common_answers, weighted
 from jaxmm.data.tokenizers import make_tokenizer
-from jaxmm.data.vqa import clean_question, common_answers, weighted
 from tests.data.test_sources import png, write
 
 ROWS = [{"image": "p/1.png", "question": "What is #1?", "answers": ["a cat", "cat", "a cat"]},

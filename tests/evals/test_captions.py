@@ -11,7 +11,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from jaxmm.config import ConfigError, DataConfig
 from jaxmm.evals import Captions, EvalContext
 from jaxmm.evals.ptb import ptb_tokens
-from jaxmm.generate import Decoding
+from jaxmm.inference.generate import Decoding
 from tests.evals.conftest import MemorySource
 from tests.pretrained import tiny
 

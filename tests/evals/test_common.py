@@ -6,7 +6,8 @@ import pytest
 
 from jaxmm.config import ConfigError
 from jaxmm.evals import KNN, Classification, LinearProbe, Retrieval, ZeroShot
-from jaxmm.evals.common import accuracy, embed, outputs, predict_fn, spread, whole_batch
+from jaxmm.evals.context import accuracy, embed, spread
+from jaxmm.inference.batching import outputs, predict_fn, whole_batch
 from tests.evals.conftest import SIDE, LinearTask, MemorySource
 
 

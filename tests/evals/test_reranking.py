@@ -12,8 +12,7 @@ from jaxmm.config import ConfigError, DataConfig
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals import EvalContext, Reranking, Retrieval
 from jaxmm.evals import retrieval as module
-from jaxmm.evals.reranking import match_pairs
-from jaxmm.matching import pair_batches
+from jaxmm.inference.matching import match_pairs, pair_batches
 from jaxmm.models.blip import BLIP
 from tests.evals.conftest import MemorySource
 from tests.pretrained import tiny

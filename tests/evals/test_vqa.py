@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from jaxmm.config import ConfigError, DataConfig
-from jaxmm.data.sources import open_source
+from jaxmm.data.sources.registry import open_source
 from jaxmm.evals import EvalContext, VQAAccuracy
-from jaxmm.evals.vqa import accuracy_of, normalise_answer
-from jaxmm.generate import Decoding
+from jaxmm.evals.vqa_accuracy import accuracy_of, normalise_answer
+from jaxmm.inference.generate import Decoding
 from tests.evals.conftest import MemorySource
 from tests.pretrained import tiny
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import MeshConfig
-from jaxmm.losses.blocks import (
+from jaxmm.losses.blockwise import (
     NO_PLACE,
     Columns,
     Distilled,

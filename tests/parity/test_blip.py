@@ -10,19 +10,20 @@ import torch
 import transformers
 from PIL import Image
 
-from jaxmm.answering import ANSWERS
-from jaxmm.generate import Decoding
+from jaxmm.inference.answering import ANSWERS
+from jaxmm.inference.captioning import write_texts
+from jaxmm.inference.generate import Decoding
+from jaxmm.inference.model import load
 from jaxmm.losses.language import language_loss
-from jaxmm.models.blip import BLIP, BLIPConfig, write_texts
+from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.pretrained.blip import transformers_rows
-from jaxmm.pretrained.files import open_tensors
-from jaxmm.pretrained.model import load
+from jaxmm.pretrained.families.transformers_blip import transformers_rows
+from jaxmm.pretrained.io.files import open_tensors
 from jaxmm.pretrained.parity import compare, golden_inputs
-from jaxmm.pretrained.tables import read_params
-from jaxmm.tasks.vqa import VQA
+from jaxmm.pretrained.table import read_params
+from jaxmm.tasks.question_answering import VQA
 from tests.parity.test_loading import shaken
 from tests.parity.test_published import close
 from tests.training.common import assert_same_bits

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from jaxmm.pretrained.files import FileError, Tensor, open_tensors, write_safetensors
+from jaxmm.pretrained.io.files import FileError, Tensor, open_tensors, write_safetensors
 
 pytestmark = pytest.mark.parity
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

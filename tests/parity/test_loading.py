@@ -9,8 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from jaxmm.pretrained.files import FileError
-from jaxmm.pretrained.model import load
+from jaxmm.inference.model import load
+from jaxmm.pretrained.io.files import FileError
 from tests.parity.test_published import close
 from tests.training.common import assert_same_bits
 

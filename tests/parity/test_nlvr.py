@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from jaxmm.pretrained.files import FileError
-from jaxmm.pretrained.model import load
-from jaxmm.tasks.nlvr import NLVR
+from jaxmm.inference.model import load
+from jaxmm.pretrained.io.files import FileError
+from jaxmm.tasks.pair_classification import NLVR
 from tests.parity.test_published import close
 
 pytestmark = pytest.mark.parity

@@ -9,7 +9,7 @@ import transformers
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from jaxmm.pretrained.transformers import read_preprocessor
+from jaxmm.pretrained.families.transformers import read_preprocessor
 from tests.pretrained import tiny
 
 pytestmark = pytest.mark.parity

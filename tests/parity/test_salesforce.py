@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
+from jaxmm.inference.model import load
 from jaxmm.models.blip import BLIP
-from jaxmm.pretrained.files import FileError
-from jaxmm.pretrained.model import load
+from jaxmm.pretrained.io.files import FileError
 from tests.parity.test_blip import IMAGE, MASK, SIDE, TEXT, VISION, WORDS, shaken, torched
 from tests.parity.test_published import close
 

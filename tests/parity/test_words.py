@@ -11,8 +11,8 @@ import sentencepiece
 import tokenizers
 import transformers
 
-from jaxmm.pretrained.source import Files
-from jaxmm.pretrained.words import Words, read_tokenizer
+from jaxmm.pretrained.io.hub import Files
+from jaxmm.pretrained.tokenizer import Words, read_tokenizer
 
 pytestmark = pytest.mark.parity
 PIECES = {

@@ -11,12 +11,12 @@ import pytest
 
 from jaxmm.cli import main
 from jaxmm.config import ConfigError, MeshConfig, TrainConfig
+from jaxmm.planning import pareto as search
 from jaxmm.planning import plan as plans
-from jaxmm.planning import search
 from jaxmm.planning.chips import CHIPS, Topology, open_topology
 from jaxmm.planning.plan import bytes_asked_for, make_plan, sharding_lines, trace
 from jaxmm.planning.shapes import bind
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
 from tests.training.common import LINEAR, clip_run, model_task
 
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from jaxmm.pretrained.files import FileError, open_tensors
+from jaxmm.pretrained.io.files import FileError, open_tensors
 
 
 def refused(path, *words, read=False):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxmm.pretrained import zips
-from jaxmm.pretrained.files import DTYPES, FileError, Tensor, file_metadata, open_tensors, write_safetensors
-from jaxmm.pretrained.tensors import MAX_TENSORS
+from jaxmm.pretrained.io import zips
+from jaxmm.pretrained.io.files import DTYPES, FileError, Tensor, file_metadata, open_tensors, write_safetensors
+from jaxmm.pretrained.io.tensors import MAX_TENSORS
 from tests.pretrained.common import refused
 from tests.pretrained.writers import mapping, tensor, torch_legacy, torch_zip
 

@@ -9,10 +9,11 @@ import pytest
 
 from jaxmm.models.clip import siglip
 from jaxmm.models.vit import ViTConfig
-from jaxmm.pretrained import blip, npz, open_clip, timm, transformers
-from jaxmm.pretrained.files import Tensor
+from jaxmm.pretrained.families import npz, open_clip, timm, transformers
+from jaxmm.pretrained.families import transformers_blip as blip
+from jaxmm.pretrained.io.files import Tensor
 from jaxmm.sharding import named_leaves
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
 from tests.pretrained import test_npz, tiny
 
 GOLDEN = Path(__file__).parent / "golden"

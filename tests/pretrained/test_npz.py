@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.pretrained import npz
-from jaxmm.pretrained.files import open_tensors
-from jaxmm.pretrained.model import load
-from jaxmm.pretrained.opening import open_checkpoint
-from jaxmm.pretrained.tables import write_tensors
+from jaxmm.inference.model import load
+from jaxmm.pretrained.families import npz
+from jaxmm.pretrained.io.files import open_tensors
+from jaxmm.pretrained.registry import open_checkpoint
+from jaxmm.pretrained.table import write_tensors
 from tests.reference import ACTIVATIONS, attend, norm, patchify, unit
 
 WIDTH, DEPTH, HEADS, MLP, PATCH, SIDE, CLASSES, VOCABULARY, LENGTH = 24, 3, 3, 40, 4, 12, 5, 31, 7

@@ -9,8 +9,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from jaxmm.pretrained import pickles, torch_files
-from jaxmm.pretrained.files import FileError, open_tensors
+from jaxmm.pretrained.io import pickles
+from jaxmm.pretrained.io import torch as torch_files
+from jaxmm.pretrained.io.files import FileError, open_tensors
 from tests.pretrained.common import refused
 from tests.pretrained.writers import (
     MAGIC,

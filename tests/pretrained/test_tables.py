@@ -7,9 +7,9 @@ import pytest
 
 from jaxmm.config import MeshConfig
 from jaxmm.models.vit import ViT, ViTConfig, transformer
-from jaxmm.pretrained import npz, open_clip, timm, transformers
-from jaxmm.pretrained.files import FileError, Tensor, open_tensors, write_safetensors
-from jaxmm.pretrained.tables import CONV, FLAT, SAME, TRANSPOSED, Row, lead, linear, read_params, write_tensors
+from jaxmm.pretrained.families import npz, open_clip, timm, transformers
+from jaxmm.pretrained.io.files import FileError, Tensor, open_tensors, write_safetensors
+from jaxmm.pretrained.table import CONV, FLAT, SAME, TRANSPOSED, Row, lead, linear, read_params, write_tensors
 from jaxmm.sharding import make_mesh, named_leaves, shardings
 
 CONFIG = ViTConfig(transformer=transformer("mu", depth=3, width=24, heads=3, mlp_dim=40), image_size=12, patch=4,

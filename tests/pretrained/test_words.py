@@ -10,9 +10,9 @@ import tokenizers
 
 from jaxmm.config import TokenizerConfig
 from jaxmm.data.tokenizers import make_tokenizer
-from jaxmm.pretrained.files import FileError
-from jaxmm.pretrained.source import Files
-from jaxmm.pretrained.words import Words, read_tokenizer, tokenizer_files
+from jaxmm.pretrained.io.files import FileError
+from jaxmm.pretrained.io.hub import Files
+from jaxmm.pretrained.tokenizer import Words, read_tokenizer, tokenizer_files
 from tests.data.test_tokenizers import CORPUS, MERGES, clip_vocab
 
 TEXTS = ["The  CAT's dog!!", "caf\u00e9 &amp; cats", "dog " * 40, "", "a<|endoftext|>cat", "<end_of_text>", "🦄 中文"]

@@ -8,18 +8,18 @@ from PIL import Image
 
 from jaxmm.config import ImageConfig, TokenizerConfig
 from jaxmm.data.tokenizers import make_tokenizer
+from jaxmm.inference.model import Model
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.pretrained.model import Model
-from jaxmm.tasks.blip import BLIPPretraining
-from jaxmm.tasks.caption import Captioning
-from jaxmm.tasks.classify import Classify
-from jaxmm.tasks.contrastive import Contrastive
-from jaxmm.tasks.nlvr import NLVR
-from jaxmm.tasks.vqa import VQA
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
+from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.image_captioning import Captioning
+from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.pair_classification import NLVR
+from jaxmm.tasks.question_answering import VQA
 from tests.tasks.common import params
 
 SIDE, LENGTH = 12, 9

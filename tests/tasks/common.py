@@ -11,8 +11,8 @@ import numpy as np
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.classify import Classify
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.image_classification import Classify
 from tests.reference import random_like
 
 B, CLASSES = 8, 5

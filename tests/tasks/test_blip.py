@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError, MeshConfig
-from jaxmm.losses.matching import hard_negatives
+from jaxmm.losses.image_text_matching import hard_negatives
 from jaxmm.models.blip import BLIP
 from jaxmm.sharding import batch_sharding, laid_out, make_mesh, place_batch, shardings
-from jaxmm.tasks import blip as tasks
-from jaxmm.tasks.blip import NOBODY, TAUGHT, BLIPPretraining
+from jaxmm.tasks import blip_pretraining as tasks
+from jaxmm.tasks.blip_pretraining import NOBODY, TAUGHT, BLIPPretraining
 from tests import reference
 from tests.models.test_blip import MODEL, parameters
 from tests.reference import fp64, log_softmax

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
-from jaxmm.tasks.blip_parts import with_vocabulary
-from jaxmm.tasks.caption import Captioning
+from jaxmm.tasks.blip_common import with_vocabulary
+from jaxmm.tasks.image_captioning import Captioning
 from tests import reference
 from tests.models.test_blip import MED, MODEL
 from tests.pretrained.tiny import TOKENIZER

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
-from jaxmm.tasks.classify import Classify
+from jaxmm.tasks.image_classification import Classify
 from tests import reference
 from tests.reference import fp64
 from tests.tasks.common import CLASSES, CLASSIFY, VISION, B, bf16, labelled, params

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
 from tests import reference
 from tests.losses.test_contrastive import brute_sigmoid, brute_softmax
 from tests.reference import fp64

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
-from jaxmm.tasks.base import Task
-from jaxmm.tasks.vqa import VQA
+from jaxmm.task import Task
+from jaxmm.tasks.question_answering import VQA
 from tests import reference
 from tests.models.test_blip import MED, MODEL
 from tests.pretrained.tiny import TOKENIZER

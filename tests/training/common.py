@@ -23,12 +23,12 @@ from jaxmm.config import (
     TrainConfig,
 )
 from jaxmm.data.pipeline import image_id, step_records
-from jaxmm.data.sources import open_source
+from jaxmm.data.sources.registry import open_source
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.classify import Classify
-from jaxmm.tasks.contrastive import Contrastive
+from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.image_classification import Classify
 from jaxmm.training.optimizer import Optimizer, make_optimizer
 
 SIDE, CLASSES, VOCABULARY, LENGTH = 12, 10, 64, 7

@@ -18,16 +18,16 @@ import jax
 from jax._src import xla_bridge
 
 from jaxmm.config import CheckpointConfig, DataConfig, ImageConfig, MeshConfig, TrainConfig
-from jaxmm.data.sources import DataError
+from jaxmm.data.base import DataError
 from jaxmm.evals import Captions, Classification, Retrieval, caption_metrics
-from jaxmm.generate import Decoding
+from jaxmm.hosts import startup as hosts
+from jaxmm.inference.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.blip import BLIPPretraining
-from jaxmm.tasks.classify import Classify
-from jaxmm.training import hosts
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
+from jaxmm.tasks.image_classification import Classify
 from jaxmm.training.loop import train
 from tests.training.common import clip_run
 from tests.xla import flags

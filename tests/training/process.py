@@ -16,10 +16,10 @@ from pathlib import Path
 
 import jax
 
+from jaxmm import checkpoints as checkpoint
+from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import CheckpointConfig, MeshConfig
-from jaxmm.training import checkpoint
 from jaxmm.training.loop import train
-from jaxmm.training.process import use_compilation_cache
 from tests.training.common import clip_run
 
 STEPS, EVERY = 28, 4

@@ -7,14 +7,14 @@ import pytest
 
 from jaxmm.config import ConfigError
 from jaxmm.evals import Captions, Retrieval
-from jaxmm.generate import Decoding
+from jaxmm.inference.generate import Decoding
+from jaxmm.inference.model import load
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.pretrained.model import load
-from jaxmm.tasks.blip import BLIPPretraining
-from jaxmm.tasks.caption import Captioning
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
+from jaxmm.tasks.image_captioning import Captioning
 from jaxmm.training.loop import prepare, train
 from tests.training.common import assert_same_bits, clip_run, lines, restored
 

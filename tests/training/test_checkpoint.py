@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from jaxmm import atomic
+from jaxmm import checkpoints as checkpoint
+from jaxmm.checkpoints import MANIFEST, CheckpointError, Checkpoints, write_atomically
 from jaxmm.config import MeshConfig
 from jaxmm.sharding import make_mesh, shardings
-from jaxmm.training import checkpoint
-from jaxmm.training.checkpoint import MANIFEST, CheckpointError, Checkpoints, write_atomically
 from jaxmm.training.state import State
 from tests.training.common import assert_same_bits, leaves
 

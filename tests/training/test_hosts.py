@@ -19,13 +19,13 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
+from jaxmm.checkpoints import whole_steps
 from jaxmm.config import ConfigError
 from jaxmm.data.pipeline import step_records
-from jaxmm.data.sources import open_source
+from jaxmm.data.sources.registry import open_source
+from jaxmm.hosts.heartbeat import LONG, STATUS, Pulse, Seen, caused_elsewhere, judge
+from jaxmm.hosts.startup import HostsConfig, found, join
 from jaxmm.sharding import named_leaves
-from jaxmm.training.checkpoint import whole_steps
-from jaxmm.training.hosts import HostsConfig, found, join
-from jaxmm.training.watchdog import LONG, STATUS, Pulse, Seen, caused_elsewhere, judge
 from tests.training.common import assert_same_bits, lines
 from tests.training.hosts import EVERY, STEPS, config
 

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxmm.checkpoints import CheckpointError, Checkpoints
+from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import (
     CheckpointConfig,
     ConfigError,
@@ -20,12 +22,10 @@ from jaxmm.config import (
     TokenizerConfig,
     to_dict,
 )
-from jaxmm.data.sources import DataError
+from jaxmm.data.base import DataError
 from jaxmm.evals import Classification
 from jaxmm.training import loop
-from jaxmm.training.checkpoint import CheckpointError, Checkpoints
 from jaxmm.training.loop import TrainError, train
-from jaxmm.training.process import use_compilation_cache
 from tests.training.common import LINEAR, Linear, Plain, assert_same_bits, clip_run, lines, poison, restored
 
 

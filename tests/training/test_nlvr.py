@@ -10,12 +10,12 @@ from PIL import Image
 
 from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Classification
+from jaxmm.inference.model import load
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.pretrained.model import load
-from jaxmm.tasks.nlvr import NLVR
+from jaxmm.tasks.pair_classification import NLVR
 from jaxmm.training.loop import train
 from tests.training.common import lines
 

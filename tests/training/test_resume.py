@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxmm.checkpoints import MANIFEST, Checkpoints
 from jaxmm.data.pipeline import step_records
-from jaxmm.data.sources import open_source
-from jaxmm.training.checkpoint import MANIFEST, Checkpoints
+from jaxmm.data.sources.registry import open_source
 from tests.training.common import assert_same_bits, lines, restored
 from tests.training.process import EVERY, STEPS, config
 from tests.xla import flags

@@ -16,10 +16,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from jaxmm.data.scenes.picture import COLORS, SHAPES, SIZES, Object, Scene, cell, draw, random_scene, relation
-from jaxmm.data.scenes.words import NOISE, Question, captions, describe, plain, questions, true_captions, web_caption
-from jaxmm.data.shards import Slice
-from jaxmm.data.sources import DataError, Source
+from jaxmm.data.base import DataError, Source
+from jaxmm.data.scenes.drawing import COLORS, SHAPES, SIZES, Object, Scene, cell, draw, random_scene, relation
+from jaxmm.data.scenes.language import NOISE, Question, captions, describe, plain, questions, true_captions, web_caption
+from jaxmm.data.sources.shards import Slice
 
 __all__ = ["COLORS", "NOISE", "SHAPES", "SIZES", "Object", "Question", "Scene", "ScenesSource", "captions",
            "cell", "describe", "draw", "open_scenes", "plain", "prepare", "questions", "random_scene", "relation",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxmm.data.scenes import words
-from jaxmm.data.scenes.picture import Scene, png, random_scene
+from jaxmm.data.scenes import language as words
+from jaxmm.data.scenes.drawing import Scene, png, random_scene
 
 _SEED = 20240
 

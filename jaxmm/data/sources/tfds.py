@@ -1,0 +1,116 @@
+"""TFDS data sets prepared as ArrayRecord, read without TensorFlow."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jaxmm.data.base import DataError, Record, fingerprint
+
+CAPTIONS = ("captions", "caption", "texts", "text")
+"""Features that are taken for captions: the first that a data set has."""
+
+_NAME_SPLIT = re.compile(r"(.+):([^:\[\]+]+(?:\[[^\]]*\])?(?:\+[^:\[\]+]+(?:\[[^\]]*\])?)*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TfdsSource:
+    """A split of a TFDS data set; pictures stay encoded until the pipeline decodes them."""
+
+    name: str
+    data: Any = field(repr=False)
+    image: str
+    """Feature that holds the picture."""
+    captions: str | None
+    classes: tuple[str, ...] | None
+    keys: bool
+    """Whether examples have a `key`, a text."""
+    fingerprint: str = field(repr=False)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads one example."""
+        example = self.data[index]
+        key = _text(example["key"]) if self.keys else self.key(index)
+        record: Record = {"key": key, "image": example[self.image]}
+        if self.classes is not None:
+            record["label"] = int(example["label"])
+        if self.captions is not None:
+            record["texts"] = texts(example[self.captions])
+        if "image_id" in example:
+            record["image_id"] = _text(example["image_id"])
+        return record
+
+    def key(self, index: int) -> str:
+        """The example's own, else the source and the record number."""
+        return _text(self.data[index]["key"]) if self.keys else f"{self.name}#{index}"
+
+
+def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSource:
+    """Opens `NAME:SPLIT`; NAME may hold a config and version (`coco/2014:1.1.0`) or be the prepared folder itself.
+
+    `data_dir` or `TFDS_DATA_DIR` says where prepared data sets lie. Nothing is downloaded. Raises `DataError`.
+    """
+    parts = _NAME_SPLIT.fullmatch(location)
+    if not parts:
+        raise DataError(f"source {spec!r}: wanted tfds:NAME:SPLIT")
+    name, split = parts.groups()
+    try:
+        if Path(name, "dataset_info.json").is_file():
+            builder = tfds.builder_from_directory(name)
+        else:
+            builder = tfds.builder(name, data_dir=data_dir)
+    except Exception as error:  # TFDS raises many kinds, and some list every data set there is
+        raise DataError(f"source {spec!r}: TFDS has no data set {name!r} in {data_dir or 'its data folder'}: "
+                        f"{str(error).splitlines()[0]}") from None
+    return from_builder(builder, split, spec)
+
+
+def from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str) -> TfdsSource:
+    """A split of a prepared data set as a source named `spec`. Raises `DataError`."""
+    if not builder.info.splits:
+        raise DataError(f"source {spec!r}: {builder.info.full_name} is not prepared in {builder.data_dir}; wanted "
+                        "download_and_prepare(file_format='array_record') there first")
+    features = dict(builder.info.features)
+    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    if not images:
+        raise DataError(f"source {spec!r}: none of its features {sorted(features)} is a picture")
+    try:
+        data = builder.as_data_source(split=split, decoders={images[0]: tfds.decode.SkipDecoding()})
+        count = len(data)
+    except NotImplementedError:
+        raise DataError(f"source {spec!r} is prepared as {builder.info.file_format}; wanted array_record: prepare it "
+                        "with file_format='array_record'") from None
+    except Exception as error:
+        raise DataError(f"source {spec!r}: cannot open split {split!r}: {error}") from None
+    label = features.get("label")
+    return TfdsSource(
+        name=spec, data=data, image=images[0],
+        captions=next((name for name in CAPTIONS if name in features), None),
+        classes=tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None,
+        keys=isinstance(features.get("key"), tfds.features.Text),
+        fingerprint=fingerprint([builder.info.full_name, split, count,
+                                 *(s.shard_lengths for s in builder.info.splits.values())]),
+    )
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """Captions out of a feature: a text, a list of texts, or objects that have a `text`."""
+    if isinstance(value, Mapping):
+        inner = next((value[name] for name in ("text", "caption", "raw") if name in value), ())
+        return texts(inner)
+    if isinstance(value, (bytes, str)):
+        return (_text(value),)
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return tuple(text for part in (value if np.ndim(value) else [value.item()]) for text in texts(part))
+    return ()
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,1 @@
+"""Check, import, show and write data sets."""

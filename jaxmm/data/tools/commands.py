@@ -1,0 +1,131 @@
+"""`jaxmm data`: imports, checks and shows sources."""
+
+import os
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from jaxmm.data.base import DataError, Source
+from jaxmm.data.sources.registry import open_source
+from jaxmm.terminal import place, print_json, print_table
+
+Spec = Annotated[str, tyro.conf.Positional, place("SOURCE")]
+Dest = Annotated[Path, tyro.conf.Positional, place("DEST")]
+
+
+def import_data(
+    source: Spec, dest: Dest, split: str = "train", workers: int | None = None, shard_records: int = 1000,
+    data_dir: str | None = None,
+) -> None:
+    """Writes a source as a TFDS data set that `tfds:DEST:train` reads, a shard for each of the source's.
+
+    Every picture is decoded on the way. What cannot be used is left out, counted by reason and named; what other
+    readers would see rotated, in other colours or not at all becomes PNG. Interrupted, the same command goes on.
+
+    Args:
+        source: What to read: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
+        dest: A new folder.
+        split: Its name in the data set.
+        workers: Processes; as many as there are cores, if not said. The result does not depend on it.
+        shard_records: Records of a shard, where the source has no shards.
+        data_dir: Where prepared TFDS data sets lie.
+    """
+    from jaxmm.data.tools.importing import import_source, summary
+
+    opened = _open(source, data_dir, shard_records)
+    with _progress(opened, shard_records, "importing") as on_shard:
+        imported = import_source(opened, dest, split=split, workers=_workers(workers), shard_records=shard_records,
+                                 on_shard=on_shard)
+    print(f"{dest}: {'' if imported.anew else 'there already, nothing to do: '}{summary(imported)}")
+
+
+def check_data(
+    source: Spec, workers: int | None = None, json: bool = False, records: bool = False, data_dir: str | None = None,
+) -> None:
+    """Says what is in a source and which of its records cannot be used, without writing.
+
+    Args:
+        source: What to read: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
+        workers: Processes; as many as there are cores, if not said.
+        json: One JSON object instead of tables.
+        records: A line of JSON a record (key, usable, reason, detail) instead.
+        data_dir: Where prepared TFDS data sets lie.
+    """
+    from jaxmm.data.tools.checking import check
+
+    opened = _open(source, data_dir)
+    with _progress(opened, 1000, "checking") as on_shard:
+        report = check(opened, workers=_workers(workers), on_shard=on_shard,
+                       on_record=(lambda judgement: print_json(asdict(judgement))) if records else None)
+    if records:
+        return
+    if json:
+        print_json(report)
+        return
+    print(f"{source}: {report['usable']:,} of {report['records']:,} records can be used; {report['texts']:,} captions; "
+          f"{report['duplicates']:,} pictures that occurred before")
+    if report["broken"]:
+        print_table(("why not", "records", "first"), (
+            (reason, f"{count:,}", ", ".join(report["examples"][reason]))
+            for reason, count in report["broken"].items()))
+    measured = [(name.replace("_", " "), report[name]) for name in ("width", "height", "caption_words") if report[name]]
+    if measured:
+        print_table(("", *measured[0][1]), ((name, *(f"{value:g}" for value in values.values()))
+                                            for name, values in measured))
+    for fault in report["faults"]:
+        print(f"{fault['shard']}: {fault['fault']}")
+
+
+def show_data(source: Spec, count: int = 8, html: Path | None = None, data_dir: str | None = None) -> None:
+    """Shows the first records of a source: a table, or one HTML file with the pictures.
+
+    Args:
+        source: What to read: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
+        count: So many records.
+        html: A file to write instead of the table.
+        data_dir: Where prepared TFDS data sets lie.
+    """
+    from jaxmm.data.tools import showing
+
+    if count < 1:
+        raise DataError(f"count is {count}; wanted 1 or more")
+    shown = showing.first(_open(source, data_dir), count)
+    if html is not None:
+        showing.write_html(source, shown, html)
+        print(f"{html}: {len(shown)} records")
+        return
+    print_table(("key", "size", "texts"), ((record.key, record.size, "\n".join(record.texts)) for record in shown))
+
+
+def _open(spec: str, data_dir: str | None, shard_records: int = 1000) -> Source:
+    if shard_records < 1:
+        raise DataError(f"shard_records is {shard_records}; wanted 1 or more")
+    return open_source(spec, data_dir=data_dir)
+
+
+def _workers(workers: int | None) -> int:
+    if workers is not None and workers < 1:
+        raise DataError(f"workers is {workers}; wanted 1 or more")
+    return workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count()
+
+
+@contextmanager
+def _progress(source: Source, shard_records: int, what: str):
+    """A bar over the shards, with pictures a second; what takes the records of a shard that is done."""
+    total = len(source.shards()) if hasattr(source, "shards") else -(-len(source) // shard_records)
+    done = 0
+    with tqdm(total=total, desc=what, unit=" shards", dynamic_ncols=True, file=sys.stderr,
+              disable=None if total > 1 else True) as bar:
+        def on_shard(records: int) -> None:
+            nonlocal done
+            done += records
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{done:,} records, {done / max(elapsed, 1e-3):,.0f}/s", refresh=False)
+            bar.update()
+
+        yield on_shard

@@ -1,0 +1,1 @@
+"""Start several processes as one run, synchronise them, and notice when one fails."""

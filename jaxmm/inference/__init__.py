@@ -1,0 +1,1 @@
+"""Use a trained model: classify, caption, answer, match and search."""

@@ -1,0 +1,77 @@
+"""Run a compiled function over batches on a mesh."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmm.compiling import compile_prediction
+from jaxmm.config import Task
+from jaxmm.hosts import startup as hosts
+from jaxmm.sharding import place_whole
+
+INPUTS = ("image", "tokens", "prompt", "row", "seen")
+"""Keys of a batch that the functions of `Task.predict` may read; the rest stays on the host."""
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(a for a in ("data", "fsdp") if a in mesh.axis_names)
+
+
+def whole_batch(batch_size: int, mesh: Mesh | None) -> int:
+    """`batch_size` rounded up to a multiple of the devices that share a batch."""
+    parts = math.prod(mesh.shape[a] for a in _batch_axes(mesh)) if mesh is not None else 1
+    return -(-batch_size // parts) * parts
+
+
+@lru_cache(maxsize=32)
+def predict_fn(task: Task, names: tuple[str, ...], mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
+    """`task.predict[name]` for each of `names`, compiled together.
+
+    Equal arguments give the same function, so that a later evaluation finds it compiled. Its results are
+    replicated: every host holds them whole.
+    """
+
+    def predict(params, batch):
+        return {name: task.predict[name](params, batch) for name in names}
+
+    return compile_prediction(predict, mesh)
+
+
+def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | None
+            ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """(predictions, batch) for each of `batches`, both without the rows that `mask` leaves out.
+
+    One batch is computed while the next is prepared. Arrays that `picture_batches` laid out over several hosts are left
+    out of what comes back.
+    """
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
+    several = mesh is not None and not sharding.is_fully_addressable
+
+    def real(result, batch):
+        hosts.beat("evaluating", waits=True)
+        return tuple({k: np.asarray(v)[batch["mask"]] for k, v in arrays.items() if _is_here(v)}
+                     for arrays in (result, batch))
+
+    def placed(value):
+        if several:
+            return place_whole(np.asarray(value), sharding) if _is_here(value) else value
+        return jax.device_put(value, sharding)
+
+    pending = None
+    for batch in batches:
+        hosts.beat("evaluating")
+        current = fn(params, {k: placed(batch[k]) for k in INPUTS if k in batch}), batch
+        if pending is not None:
+            yield real(*pending)
+        pending = current
+    if pending is not None:
+        yield real(*pending)
+
+
+def _is_here(value: Any) -> bool:
+    return not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated

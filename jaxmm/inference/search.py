@@ -1,0 +1,143 @@
+"""Search in pictures, by words or by a picture: an index on disk, searched exactly.
+
+An index is a folder: `index.json` (which model, how long a row), `embeddings.f32` (rows of length 1, one after the
+other) and `pictures.jsonl` (a line a picture: its path, or why it is not in the index). It may be larger than memory,
+when it is made and when it is searched.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxmm.checkpoints import write_atomically
+from jaxmm.data.base import fingerprint
+
+CHUNK = 2048
+"""Pictures between two points from which an interrupted index goes on."""
+ROWS = 2**16
+"""Embeddings that are compared at a time."""
+SETTINGS, VECTORS, PICTURES = "index.json", "embeddings.f32", "pictures.jsonl"
+
+Encode = Callable[[Iterable[str], Callable[[str, Exception], None]], Float[np.ndarray, "n e"]]
+"""Embeddings of pictures; those that cannot be read are handed to the second argument and left out."""
+
+
+class SearchError(RuntimeError):
+    """An index that cannot be made or read."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture and its cosine with the query."""
+
+    path: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index that is whole."""
+
+    model: str
+    """What `jaxmm.load` takes."""
+    embeddings: Float[np.ndarray, "n e"]
+    """On disk."""
+    paths: list[str]
+
+    def search(self, query: Float[np.ndarray, " e"], top: int = 10) -> list[Found]:
+        """The `top` pictures nearest to `query`, a vector of length 1, best first."""
+        best = np.empty(0, np.float32)
+        where = np.empty(0, np.int64)
+        for start in range(0, len(self.paths), ROWS):
+            scores = self.embeddings[start:start + ROWS] @ query.astype(np.float32)
+            best, where = np.append(best, scores), np.append(where, np.arange(start, start + len(scores)))
+            order = np.argsort(-best, kind="stable")[:top]
+            best, where = best[order], where[order]
+        return [Found(self.paths[i], float(score)) for i, score in zip(where, best, strict=True)]
+
+
+def build_index(
+    encode: Encode, model: str, paths: Sequence[str], folder: Path, *,
+    on_error: Callable[[str, Exception], None], on_chunk: Callable[[int], None] = lambda count: None,
+) -> int:
+    """Encodes `paths` into a new index `folder`; the count of pictures in it.
+
+    Goes on where the same call was interrupted. `on_error` is told of each picture that cannot be read, which is left
+    out, `on_chunk` how many pictures were just done. Raises `SearchError` where the folder exists.
+    """
+    if folder.exists():
+        raise SearchError(f"{folder} exists; wanted a new folder for the index")
+    if not paths:
+        raise SearchError("there are no pictures to put into an index")
+    part = folder.with_name(folder.name + ".part")
+    part.mkdir(parents=True, exist_ok=True)
+    wanted = {"model": model, "pictures": fingerprint(paths)}
+    done, kept, size = _resume(part, wanted)
+    on_chunk(done)
+    with (part / VECTORS).open("ab") as vectors, (part / PICTURES).open("a", encoding="utf-8") as lines:
+        for start in range(done, len(paths), CHUNK):
+            chunk, bad = paths[start:start + CHUNK], {}
+
+            def refuse(path, error, bad=bad):
+                bad[path] = error
+                on_error(path, error)
+
+            rows = encode(chunk, refuse)
+            if size is None and len(rows):
+                size = rows.shape[1]
+                write_atomically(part / SETTINGS, json.dumps(wanted | {"size": size}))
+            vectors.write(np.ascontiguousarray(rows, np.float32).tobytes())
+            _flush(vectors)  # before the lines: these say what is done
+            lines.writelines(json.dumps({"path": os.path.abspath(path)} | ({"error": str(bad[path])} if path in bad
+                                                                         else {})) + "\n" for path in chunk)
+            _flush(lines)
+            kept += len(rows)
+            on_chunk(len(chunk))
+    if not kept:
+        raise SearchError(f"none of the {len(paths)} pictures can be read")
+    part.rename(folder)
+    return kept
+
+
+def _resume(part: Path, wanted: dict[str, Any]) -> tuple[int, int, int | None]:
+    """How many pictures an interrupted index has done and kept, and the length of its rows; else an empty one."""
+    try:
+        settings = json.loads((part / SETTINGS).read_text())
+        text = (part / PICTURES).read_text(encoding="utf-8")
+        lines = text[:text.rfind("\n") + 1].splitlines()
+        lines = lines[:len(lines) // CHUNK * CHUNK]
+        kept = sum("error" not in json.loads(line) for line in lines)
+        same = {name: settings[name] for name in wanted} == wanted
+        size = settings["size"]
+    except (OSError, ValueError, KeyError):
+        same = False
+    if not same or (part / VECTORS).stat().st_size < kept * size * 4:
+        for name in (SETTINGS, PICTURES, VECTORS):
+            (part / name).unlink(missing_ok=True)
+        return 0, 0, None
+    os.truncate(part / VECTORS, kept * size * 4)
+    write_atomically(part / PICTURES, "".join(f"{line}\n" for line in lines))
+    return len(lines), kept, size
+
+
+def open_index(folder: Path) -> Index:
+    """Opens an index. Raises `SearchError` for anything that is none, or is damaged."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        rows = [json.loads(line) for line in (folder / PICTURES).open(encoding="utf-8")]
+        paths = [row["path"] for row in rows if "error" not in row]
+        embeddings = np.memmap(folder / VECTORS, np.float32, "r").reshape(len(paths), settings["size"])
+        return Index(settings["model"], embeddings, paths)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SearchError(f"{folder} is no index that `jaxmm search index` made: {error}") from None
+
+
+def _flush(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())

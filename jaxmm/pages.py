@@ -1,0 +1,55 @@
+"""Write self-contained HTML pages from templates."""
+
+import base64
+import io
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+_MAX_TEXT = 180
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Writes one self-contained HTML file from a template beside this module; returns its path."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("jaxmm", "."), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True)
+    environment.filters |= {"number": number, "picture": picture, "cut": _cut, "lit": lit}
+    part = path.with_name(path.name + ".part")
+    part.write_text(environment.get_template(template).render(**values), "utf-8")
+    os.replace(part, path)
+    return path
+
+
+def number(value: float | int, digits: int = 4) -> str:
+    """A value as a person reads it: a few digits, thousands separated, a dash for NaN."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else str(value)
+    if abs(value) >= 10_000:
+        return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:.{digits}g}"
+
+
+def picture(pixels: np.ndarray) -> str:
+    """uint8 [h, w, 3] as a data URI."""
+    out = io.BytesIO()
+    image = Image.fromarray(pixels)
+    image.save(out, "WEBP", lossless=max(image.size) <= 64, quality=85)
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def lit(pixels: np.ndarray, look: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3], bright where `look` [g, g] is high and dark where it is low."""
+    height, width = pixels.shape[:2]
+    light = look - look.min()
+    light = Image.fromarray((255 * light / max(float(light.max()), 1e-12)).astype(np.uint8))
+    light = np.asarray(light.resize((width, height), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+    return (pixels * (0.2 + 0.8 * light)).astype(np.uint8)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT - 1] + "…"

@@ -1,0 +1,333 @@
+"""transformers' ViT, DeiT, CLIP and SigLIP (versions 4 and 5): configuration, preprocessing and names of the weights.
+
+What a `config.json` leaves out has the class's default there, which is filled in here.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmm.config import ImageConfig
+from jaxmm.models.clip import CLIPConfig, TextConfig
+from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import IMAGENET, INCEPTION, Pixels
+from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.pretrained import layers
+from jaxmm.pretrained.checkpoint import Checkpoint, known, unsupported
+from jaxmm.pretrained.io.files import FileError, Tensors
+from jaxmm.pretrained.layers import dense, norm, torch_map_head
+from jaxmm.pretrained.table import CONV, Row, lead
+from jaxmm.pretrained.tokenizer import Words
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu"}
+STACK = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+VIT = STACK | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "image_size": 224, "patch_size": 16}
+CLIP_VISION = STACK | {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "image_size": 224, "patch_size": 32}
+CLIP_TEXT = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048,
+             "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "vocab_size": 49_408, "max_position_embeddings": 77,
+             "eos_token_id": 49_407}
+SIGLIP_VISION = STACK | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "image_size": 224,
+                         "patch_size": 16}
+SIGLIP_TEXT = STACK | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vocab_size": 32_000,
+                       "max_position_embeddings": 64}
+LAYER = {"attention": {name: f"self_attn.{name[0]}_proj" for name in layers.PARTS}, "out_name": "self_attn.out_proj",
+         "mlp": ("mlp.fc1", "mlp.fc2"), "norms": ("layer_norm1", "layer_norm2")}
+"""Of CLIP and SigLIP."""
+HEADS = ("classifier", "cls_classifier", "distillation_classifier")
+VIT_LAYERS = {
+    4: ("encoder.layer.{}", {"attention": {name: f"attention.attention.{name}" for name in layers.PARTS},
+                             "out_name": "attention.output.dense", "mlp": ("intermediate.dense", "output.dense")}),
+    5: ("layers.{}", {"attention": {name: f"attention.{name[0]}_proj" for name in layers.PARTS},
+                      "out_name": "attention.o_proj", "mlp": ("mlp.fc1", "mlp.fc2")}),
+}
+"""Of ViT and DeiT, by the version of the names."""
+
+
+def read(config: Mapping[str, Any], tensors: Tensors, preprocessor: Mapping[str, Any] | None) -> Checkpoint:
+    """Understands a folder of transformers' from its `config.json`, `preprocessor_config.json` and weights.
+
+    Raises `FileError` for models and settings that are not supported.
+    """
+    readers = {"vit": read_vit, "deit": read_vit, "clip": read_clip, "siglip": read_siglip}
+    return known(readers, config.get("model_type"), "model_type")(config, tensors, preprocessor)
+
+
+def stack(config: Mapping[str, Any], **fields: Any) -> TransformerConfig:
+    """The layers that a configuration of transformers' describes."""
+    unsupported(config, {"qkv_bias": True, "hidden_dropout_prob": 0.0, "num_channels": 3}, "config.json")
+    return TransformerConfig(
+        width=config["hidden_size"], depth=config["num_hidden_layers"], heads=config["num_attention_heads"],
+        mlp_dim=config["intermediate_size"], eps=config["layer_norm_eps"],
+        activation=known(ACTIVATIONS, config["hidden_act"], "hidden_act"), **fields)
+
+
+def read_vit(config, tensors, preprocessor) -> Checkpoint:
+    """ViT and DeiT, with a classification head, with the pooler of a bare model, or with neither."""
+    deit, full = config["model_type"] == "deit", VIT | config
+    prefix = next((p for p in ("vit.", "deit.") if any(key.startswith(p) for key in tensors)), "")
+    version = 5 if any(key.startswith(f"{prefix}layers.") for key in tensors) else 4
+    heads = [name for name in HEADS if f"{name}.weight" in tensors]
+    pooler = f"{prefix}pooler.dense.weight"
+    model = ViTConfig(
+        transformer=stack(full), image_size=full["image_size"], patch=full["patch_size"],
+        distillation_token=deit, distillation_head="distillation_classifier" in heads,
+        pre_logits=tensors[pooler].shape[0] if pooler in tensors and not heads else None,
+        classes=tensors[f"{heads[0]}.weight"].shape[0] if heads else None)
+    notes = []
+    if full["layer_norm_eps"] == 1e-12 and not deit:
+        notes.append("layer_norm_eps is 1e-12, as the file says and transformers computes; Google's original weights "
+                     "were trained with 1e-6")
+    if deit and "cls_classifier" not in heads and heads:
+        notes.append("only the class token's head is in the file; DeiT averages it with that of the distillation token")
+    side = full["image_size"]
+    default = {"size": round(side * 8 / 7), "crop": side, "resample": 3} if deit else {"size": side, "resample": 2}
+    image, pixels, told = read_preprocessor(preprocessor, model, IMAGENET if deit else INCEPTION, default)
+    labels = config.get("id2label")
+    return Checkpoint(
+        family="transformers", config=model, rows=vit_rows(model, prefix, version, heads), image=image, pixels=pixels,
+        labels=tuple(labels[str(i)] for i in range(model.classes)) if labels and model.classes else None,
+        ignore=(rf"^{prefix}pooler\.",) if heads else (), notes=(*notes, *told))
+
+
+def vit_rows(model: ViTConfig, prefix: str, version: int, heads: list[str]) -> list[Row]:
+    """The weights of ViT and DeiT."""
+    embeddings, (where, names) = f"{prefix}embeddings", VIT_LAYERS[version]
+    rows = [*patches(f"{embeddings}.patch_embeddings.projection", model.patch_bias, ""),
+            Row("positions", f"{embeddings}.position_embeddings", lead(1)),
+            Row("class_token", f"{embeddings}.cls_token", lead(2)),
+            *layers.layers("encoder", prefix + where, norms=("layernorm_before", "layernorm_after"), **names),
+            *norm("norm", f"{prefix}layernorm")]
+    if model.distillation_token:
+        rows.append(Row("distillation_token", f"{embeddings}.distillation_token", lead(2)))
+    if model.pre_logits:
+        rows += dense("pre_logits", f"{prefix}pooler.dense")
+    if model.classes:
+        rows += dense("head", heads[0])
+    if model.distillation_head:
+        rows += dense("distillation_head", heads[1])
+    return rows
+
+
+def patches(theirs: str, bias: bool, tower: str) -> list[Row]:
+    """The patch embedding, a convolution there."""
+    return [Row(f"{tower}patches/kernel", f"{theirs}.weight", CONV)] + (
+        [Row(f"{tower}patches/bias", f"{theirs}.bias")] if bias else [])
+
+
+def read_clip(config, tensors, preprocessor) -> Checkpoint:
+    """CLIP with both towers."""
+    vision, text = CLIP_VISION | config.get("vision_config", {}), CLIP_TEXT | config.get("text_config", {})
+    notes, eos = [], text["eos_token_id"]
+    if eos == 2:
+        notes.append("text_config.eos_token_id is 2, as in files of before 2023; the text is pooled at the largest id, "
+                     "as transformers does for them")
+    model = CLIPConfig(
+        vision=ViTConfig(transformer=stack(vision), image_size=vision["image_size"], patch=vision["patch_size"],
+                         pre_norm=True, patch_bias=False),
+        text=TextConfig(transformer=stack(text), vocab_size=text["vocab_size"],
+                        context_length=text["max_position_embeddings"],
+                        **({"pool": "argmax"} if eos == 2 else {"pool": "eos", "eos_id": eos})),
+        embed_dim=config.get("projection_dim", 512))
+    default = {"size": model.vision.image_size, "shortest": True, "crop": model.vision.image_size, "resample": 3}
+    image, pixels, told = read_preprocessor(preprocessor, model.vision, CLIP_PIXELS, default)
+    return Checkpoint(family="transformers", config=model, rows=clip_rows(), image=image, pixels=pixels,
+                      words=Words(vocabulary="transformers"), ignore=(r"\.position_ids$",), notes=(*notes, *told))
+
+
+def clip_rows() -> list[Row]:
+    """The weights of CLIP."""
+    vision, text = "vision_model", "text_model"
+    return [
+        *patches(f"{vision}.embeddings.patch_embedding", False, "vision/"),
+        Row("vision/class_token", f"{vision}.embeddings.class_embedding"),
+        Row("vision/positions", f"{vision}.embeddings.position_embedding.weight"),
+        *norm("vision/pre_norm", f"{vision}.pre_layrnorm"),  # as it is spelt there
+        *layers.layers("vision/encoder", f"{vision}.encoder.layers.{{}}", **LAYER),
+        *norm("vision/norm", f"{vision}.post_layernorm"), *text_rows(text),
+        *dense("vision_projection", "visual_projection", bias=False),
+        *dense("text_projection", "text_projection", bias=False), Row("logit_scale", "logit_scale")]
+
+
+def text_rows(theirs: str) -> list[Row]:
+    """The text tower of CLIP and SigLIP."""
+    return [Row("text/tokens/embedding", f"{theirs}.embeddings.token_embedding.weight"),
+            Row("text/positions", f"{theirs}.embeddings.position_embedding.weight"),
+            *layers.layers("text/encoder", f"{theirs}.encoder.layers.{{}}", **LAYER),
+            *norm("text/norm", f"{theirs}.final_layer_norm")]
+
+
+def read_siglip(config, tensors, preprocessor) -> Checkpoint:
+    """SigLIP, and SigLIP 2 of a fixed resolution."""
+    vision, text = SIGLIP_VISION | config.get("vision_config", {}), SIGLIP_TEXT | config.get("text_config", {})
+    unsupported(vision, {"vision_use_head": True}, "vision_config")
+    unsupported(text, {"projection_size": vision["hidden_size"]}, "text_config")
+    model = CLIPConfig(
+        vision=ViTConfig(transformer=stack(vision), patch=vision["patch_size"], pool="map", class_token=False,
+                         image_size=vision["image_size"] // vision["patch_size"] * vision["patch_size"]),
+        text=TextConfig(transformer=stack(text), vocab_size=text["vocab_size"],
+                        context_length=text["max_position_embeddings"], causal=False, pool="last"),
+        embed_dim=vision["hidden_size"], vision_projection=False, text_projection_bias=True,
+        logit_scale=math.log(10), logit_bias=-10.0)
+    default = {"size": vision["image_size"], "resample": 3}
+    image, pixels, told = read_preprocessor(preprocessor, model.vision, INCEPTION, default)
+    return Checkpoint(family="transformers", config=model, rows=siglip_rows(), image=image, pixels=pixels,
+                      words=siglip_words(model.text.vocab_size), ignore=(r"\.position_ids$",), notes=told)
+
+
+def siglip_words(vocabulary: int) -> Words:
+    """SigLIP reads 32,000 tokens without case and punctuation; SigLIP 2 Gemma's 256,000 in lower case."""
+    return Words(vocabulary="file", cleaning="siglip" if vocabulary <= 2**16 else "lower")
+
+
+def siglip_rows() -> list[Row]:
+    """The weights of SigLIP."""
+    return [
+        *patches("vision_model.embeddings.patch_embedding", True, "vision/"),
+        Row("vision/positions", "vision_model.embeddings.position_embedding.weight"),
+        *layers.layers("vision/encoder", "vision_model.encoder.layers.{}", **LAYER),
+        *norm("vision/norm", "vision_model.post_layernorm"),
+        *torch_map_head("vision/map_head", "vision_model.head"), *text_rows("text_model"),
+        *dense("text_projection", "text_model.head"),
+        Row("logit_scale", "logit_scale", lead(1)), Row("logit_bias", "logit_bias", lead(1))]
+
+
+RESAMPLE = {2: "bilinear", 3: "bicubic"}
+
+
+def read_preprocessor(
+    config: Mapping[str, Any] | None, model: ViTConfig, pixels: Pixels, default: Mapping[str, Any]
+) -> tuple[ImageConfig, Pixels, tuple[str, ...]]:
+    """How pictures are prepared: `preprocessor_config.json`, or without one the family's `default`, with a note."""
+    size, patch = model.image_size, model.patch
+    if config is None:
+        resize, crop, shortest = default["size"], default.get("crop"), default.get("shortest", False)
+        resample, notes = default["resample"], ("there is no preprocessor_config.json: pictures are prepared as this "
+                                                "family's released models are",)
+    else:
+        wanted = config.get("size", default["size"])
+        shortest = (isinstance(wanted, int) and default.get("shortest", False)) or (
+            isinstance(wanted, Mapping) and "shortest_edge" in wanted)
+        resize = wanted if isinstance(wanted, int) else wanted.get("shortest_edge", wanted.get("height"))
+        if isinstance(wanted, Mapping) and wanted.get("height") != wanted.get("width"):
+            raise FileError(f"preprocessor_config.json: size is {dict(wanted)}; supported are squares")
+        crop = config.get("crop_size", default.get("crop")) if config.get("do_center_crop", "crop" in default) else None
+        crop = crop.get("height") if isinstance(crop, Mapping) else crop
+        unsupported(config, {"do_resize": True, "do_rescale": True, "do_normalize": True}, "preprocessor_config.json")
+        resample, notes = config.get("resample", default["resample"]), ()
+        pixels = Pixels(mean=tuple(config.get("image_mean", pixels.mean)),
+                        std=tuple(config.get("image_std", pixels.std)))
+    final = crop or resize
+    if not size <= final < size + patch:  # a remainder below a patch is not read
+        raise FileError(f"pictures are prepared at {final} x {final}; the model reads {size} x {size}")
+    image = ImageConfig(size=final, eval_crop="center_floor" if shortest else "squash", eval_resize=resize / final,
+                        interpolation=known(RESAMPLE, resample, "resample"))
+    return image, pixels, notes
+
+
+
+def write(config: ViTConfig | CLIPConfig, image: ImageConfig, pixels: Pixels, labels: tuple[str, ...] | None
+          ) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
+    """`config.json`, `preprocessor_config.json` and the rows of a folder that transformers loads.
+
+    Raises `FileError` where no class of transformers computes what the model does.
+    """
+    if isinstance(config, ViTConfig):
+        described, rows = write_vit(config, labels)
+    elif config.logit_bias is None:
+        described, rows = write_clip(config), clip_rows()
+    else:
+        described, rows = write_siglip(config), siglip_rows()
+    return described, write_preprocessor(image, pixels, described["model_type"]), rows
+
+
+def write_stack(stack: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `stack`."""
+    names = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+    return {"hidden_size": stack.width, "num_hidden_layers": stack.depth, "num_attention_heads": stack.heads,
+            "intermediate_size": stack.mlp_dim, "layer_norm_eps": stack.eps, "hidden_act": names[stack.activation]}
+
+
+def write_vit(model: ViTConfig, labels: tuple[str, ...] | None) -> tuple[dict[str, Any], list[Row]]:
+    """`ViTForImageClassification`, `ViTModel` or DeiT's."""
+    _only(model, class_token=True, position_class=True, positions="learned", pool="cls", registers=0, pre_norm=False,
+          norm_pooled=False, patch_bias=True)
+    deit = model.distillation_token
+    kind, heads, prefix = "DeiT" if deit else "ViT", ["classifier"], "deit." if deit else "vit."
+    if model.distillation_head:
+        kind, heads = "DeiT", ["cls_classifier", "distillation_classifier"]
+    architecture = f"{kind}ForImageClassification" + ("WithTeacher" if model.distillation_head else "")
+    if not model.classes:
+        architecture, prefix = f"{kind}Model", ""
+    elif model.pre_logits:
+        raise FileError("transformers has no classifier behind a pre-logits layer; wanted pre_logits None")
+    config = {"model_type": kind.lower(), "architectures": [architecture], "image_size": model.image_size,
+              "patch_size": model.patch, "num_channels": 3, "qkv_bias": True, "encoder_stride": model.patch,
+              "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | write_stack(model.transformer)
+    if model.classes:
+        names = labels or tuple(f"LABEL_{i}" for i in range(model.classes))
+        config |= {"id2label": {str(i): name for i, name in enumerate(names)},
+                   "label2id": {name: i for i, name in enumerate(names)}}
+    if model.pre_logits:
+        config |= {"pooler_output_size": model.pre_logits, "pooler_act": "tanh"}
+    return config, vit_rows(model, prefix, 4, heads)
+
+
+def write_clip(model: CLIPConfig) -> dict[str, Any]:
+    """`CLIPModel`."""
+    vision, text = model.vision, model.text
+    _only(vision, class_token=True, position_class=True, positions="learned", pool="cls", registers=0, pre_norm=True,
+          norm_pooled=False, patch_bias=False, pre_logits=None, distillation_token=False)
+    _only(text, causal=True, pad_id=None)
+    _only(model, vision_projection=True, text_projection_bias=False)
+    if text.pool not in ("eos", "argmax"):
+        raise FileError(f"text.pool is {text.pool!r}; CLIP of transformers pools the end token")
+    eos = 2 if text.pool == "argmax" else text.eos_id  # 2: the largest id, whatever it is
+    common = {"projection_dim": model.embed_dim, "attention_dropout": 0.0}
+    return {
+        "model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": model.embed_dim,
+        "logit_scale_init_value": model.logit_scale,
+        "vision_config": common | {"model_type": "clip_vision_model", "image_size": vision.image_size,
+                                   "patch_size": vision.patch, "num_channels": 3, "attention_dropout": 0.0,
+                          } | write_stack(vision.transformer),
+        "text_config": common | {"model_type": "clip_text_model", "vocab_size": text.vocab_size,
+                                 "max_position_embeddings": text.context_length, "eos_token_id": eos,
+                                 } | write_stack(text.transformer)}
+
+
+def write_siglip(model: CLIPConfig) -> dict[str, Any]:
+    """`SiglipModel`."""
+    vision, text = model.vision, model.text
+    _only(vision, class_token=False, positions="learned", pool="map", registers=0, pre_norm=False, patch_bias=True,
+          pre_logits=None)
+    _only(text, causal=False, pad_id=None, pool="last")
+    _only(model, vision_projection=False, text_projection_bias=True)
+    return {
+        "model_type": "siglip", "architectures": ["SiglipModel"],
+        "vision_config": {"model_type": "siglip_vision_model", "image_size": vision.image_size,
+                          "patch_size": vision.patch, "num_channels": 3, "attention_dropout": 0.0,
+                          } | write_stack(vision.transformer),
+        "text_config": {"model_type": "siglip_text_model", "vocab_size": text.vocab_size,
+                        "max_position_embeddings": text.context_length, "projection_size": model.embed_dim,
+                        "attention_dropout": 0.0,
+                        } | write_stack(text.transformer)}
+
+
+def write_preprocessor(image: ImageConfig, pixels: Pixels, model_type: str) -> dict[str, Any]:
+    """`preprocessor_config.json`, for the image processor of `model_type`."""
+    names = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip", "blip": "Blip"}
+    processor = f"{names[model_type]}ImageProcessor"
+    resize, square = round(image.size * image.eval_resize), {"height": image.size, "width": image.size}
+    size = {"shortest_edge": resize} if image.eval_crop != "squash" else {"height": resize, "width": resize}
+    crop = image.eval_crop != "squash" or resize != image.size
+    return {"image_processor_type": processor, "do_resize": True, "size": size, "do_center_crop": crop,
+            "resample": {name: number for number, name in RESAMPLE.items()}[image.interpolation],
+            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(pixels.mean),
+            "image_std": list(pixels.std)} | ({"crop_size": square} if crop else {})
+
+
+def _only(config: Any, **wanted: Any) -> None:
+    """Raises `FileError` naming what the class of transformers cannot express."""
+    odd = [f"{name} = {getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value]
+    if odd:
+        raise FileError(f"transformers has no such {type(config).__name__}: {', '.join(odd)}")

@@ -1,0 +1,231 @@
+"""Checkpoint formats as data: rows of (our path, their key, invertible operation), used in both directions.
+
+What a checkpoint lacks, has too much of, or holds in another shape is found out from names and shapes alone, all of
+it, before any array is read; then each array goes to its place by itself.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmm.pretrained.io.files import FileError, Tensor, Tensors
+from jaxmm.sharding import named_leaves
+
+Shape = tuple[int, ...]
+SHOWN = 20
+"""Problems of a kind that a message lists."""
+COLUMNS = 16
+"""Of a transposed matrix that are copied at a time: a cache line of fp32."""
+READERS = 2
+"""Tensors that are read at a time, at most; each is in memory besides the result."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """How an array of ours lies in a checkpoint."""
+
+    shape: Callable[[Shape], Shape]
+    """Theirs, of ours."""
+    read: Callable[[np.ndarray, Shape], np.ndarray]
+    """Theirs and our shape to ours."""
+    write: Callable[[np.ndarray], np.ndarray]
+    """Ours to theirs."""
+
+
+SAME = Op(lambda ours: ours, lambda x, ours: x, lambda x: x)
+FLAT = Op(lambda ours: (math.prod(ours),), lambda x, ours: x.reshape(ours), lambda x: x.reshape(-1))
+"""A bias [h k] as a vector."""
+CONV = Op(lambda ours: (ours[3], ours[2], ours[0], ours[1]), lambda x, ours: x.transpose(2, 3, 1, 0),
+          lambda x: x.transpose(3, 2, 0, 1))
+"""A kernel [p p c d] as torch's convolution [d c p p]."""
+TRANSPOSED = Op(lambda ours: ours[::-1], lambda x, ours: x.T, lambda x: x.T)
+
+
+def linear(inputs: int = 1) -> Op:
+    """A kernel [*in *out], of whose dimensions the first `inputs` are read from, as torch's matrix [out in]."""
+    def sizes(ours):
+        return math.prod(ours[:inputs]), math.prod(ours[inputs:])
+    return Op(lambda ours: sizes(ours)[::-1], lambda x, ours: x.T.reshape(ours), lambda x: x.reshape(sizes(x.shape)).T)
+
+
+def lead(ones: int) -> Op:
+    """An array behind `ones` dimensions of size 1."""
+    return Op(lambda ours: (1,) * ones + ours, lambda x, ours: x.reshape(ours),
+              lambda x: x.reshape((1,) * ones + x.shape))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of our arrays and where a checkpoint has it."""
+
+    ours: str
+    """Our path. One of whose keys there is one a layer is stacked over layers."""
+    theirs: str
+    """Their key; `{}` stands for the number of a layer."""
+    op: Op = SAME
+    part: int = 0
+    parts: int = 1
+    """Theirs is `parts` arrays one after the other along the first axis, and ours is number `part` of them."""
+    first: int = 0
+    """Their number of the first layer that has it."""
+
+    def keys(self, depth: int) -> list[str]:
+        """Their keys, one a layer where they have one a layer."""
+        return [self.theirs.format(self.first + i) for i in range(depth)] if self.layered else [self.theirs]
+
+    @property
+    def layered(self) -> bool:
+        """Whether each layer is an array of its own in the checkpoint."""
+        return "{}" in self.theirs
+
+
+def read_params(
+    tensors: Tensors, rows: Sequence[Row], like: Any, *, name: str, ignore: Iterable[str] = ()
+) -> Any:
+    """Parameters shaped, typed and laid out as `like` (`ShapeDtypeStruct`s, with shardings or without).
+
+    `ignore` holds regular expressions of keys that are known to be of no use. Raises `FileError`, which names `name`
+    and everything that is missing, left over or of another shape.
+    """
+    leaves = dict(named_leaves(like))
+    _check(tensors, rows, leaves, name, [re.compile(pattern) for pattern in ignore])
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row.theirs].append(row)
+    filled = {}
+
+    def fill(group: list[Row]) -> None:
+        """Arrays that share a tensor are filled together, so that it is read once."""
+        hosts = [_empty(leaves[row.ours]) for row in group]
+        for layer, key in enumerate(group[0].keys(_depth(leaves, group[0]))):
+            theirs = tensors[key].read()
+            for row, host in zip(group, hosts, strict=True):
+                target = host[layer, ...] if row.layered else host
+                rows_each = len(theirs) // row.parts if row.parts > 1 else 0
+                piece = theirs[row.part * rows_each:(row.part + 1) * rows_each] if row.parts > 1 else theirs
+                _copy(target, row.op.read(piece, target.shape))
+            del theirs
+        while hosts:
+            host = hosts.pop()
+            filled[group[len(hosts)].ours] = _place(host, leaves[group[len(hosts)].ours])
+            del host
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(fill, groups.values()))
+    paths = [path for path, _ in named_leaves(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), [filled[path] for path in paths])
+
+
+def write_tensors(params: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """What `read_params` would read: every tensor of the checkpoint, made when it is asked for.
+
+    Raises `FileError` for parameters that no row covers.
+    """
+    leaves = dict(named_leaves(params))
+    if left := sorted(set(leaves) - {row.ours for row in rows}):
+        raise FileError(f"this format has no place for {', '.join(left[:SHOWN])}")
+    groups = defaultdict(list)
+    for row in rows:
+        for layer, key in enumerate(row.keys(_depth(leaves, row))):
+            groups[key].append((row, layer))
+
+    def read(parts):
+        arrays = []
+        for row, layer in parts:
+            ours = np.asarray(leaves[row.ours])
+            arrays.append(row.op.write(ours[layer] if row.layered else ours))
+        result = np.empty((sum(map(len, arrays)), *arrays[0].shape[1:]) if len(arrays) > 1 else arrays[0].shape,
+                          arrays[0].dtype)
+        start = 0
+        for array in arrays:
+            target = result[start:start + len(array)] if len(arrays) > 1 else result
+            _copy(target, array)
+            start += len(target) if len(arrays) > 1 else 0
+        return result
+
+    tensors = {}
+    for key, parts in groups.items():
+        parts.sort(key=lambda part: part[0].part)
+        row, _ = parts[0]
+        shape = _their_shape(row, leaves[row.ours].shape)
+        tensors[key] = Tensor(shape, np.dtype(leaves[row.ours].dtype), partial(read, parts))
+    return tensors
+
+
+def _depth(leaves: Mapping[str, Any], row: Row) -> int:
+    return leaves[row.ours].shape[0] if row.layered else 1
+
+
+def _their_shape(row: Row, ours: Shape) -> Shape:
+    shape = row.op.shape(tuple(ours[1:] if row.layered else ours))
+    return (row.parts * shape[0], *shape[1:]) if row.parts > 1 else shape
+
+
+def _check(tensors, rows, leaves, name, ignore) -> None:
+    uncovered = set(leaves) ^ {row.ours for row in rows}
+    if uncovered:
+        raise FileError(f"{name}: this format and the model do not agree on {', '.join(sorted(uncovered)[:SHOWN])}")
+    missing, misshapen, known = [], [], set()
+    for row in rows:
+        shape = _their_shape(row, leaves[row.ours].shape)
+        for key in row.keys(_depth(leaves, row)):
+            if key in known:
+                continue
+            known.add(key)
+            if key not in tensors:
+                missing.append(key)
+            elif tensors[key].shape != shape:
+                misshapen.append(f"{key} {list(tensors[key].shape)}, wanted {list(shape)}")
+    left = [key for key in tensors if key not in known and not any(pattern.search(key) for pattern in ignore)]
+    problems = [_listed(what, found) for what, found in
+                (("missing", missing), ("of another shape", misshapen), ("left over", left)) if found]
+    if problems:
+        raise FileError(f"{name} does not hold this model:\n  " + "\n  ".join(problems))
+
+
+def _listed(what: str, found: list[str]) -> str:
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return f"{len(found)} {what}: {', '.join(sorted(found)[:SHOWN])}{more}"
+
+
+def _copy(target: np.ndarray, source: np.ndarray) -> None:
+    """`target[...] = source`, of which `target` is contiguous.
+
+    A transposed matrix goes a few columns at a time: numpy's copy of it misses the cache for every element.
+    """
+    if source.ndim > 1 and source.size > COLUMNS**2:
+        for shape in ((len(source), -1), (-1, source.shape[-1])):
+            try:
+                flat = source.reshape(shape, copy=False)
+            except ValueError:
+                continue
+            if flat.strides[0] == flat.itemsize < flat.strides[1]:
+                target = target.reshape(flat.shape)
+                for start in range(0, flat.shape[1], COLUMNS):
+                    target[:, start:start + COLUMNS] = flat[:, start:start + COLUMNS]
+                return
+    target[...] = source
+
+
+def _empty(like: Any) -> np.ndarray:
+    """An array to fill. Aligned so that a CPU device takes it as it is, without a copy."""
+    dtype, align = np.dtype(like.dtype), 64
+    count = math.prod(like.shape) * dtype.itemsize
+    raw = np.empty(count + align, np.uint8)
+    start = -raw.ctypes.data % align
+    return raw[start:start + count].view(dtype).reshape(like.shape)
+
+
+def _place(host: np.ndarray, like: Any) -> jax.Array:
+    where = getattr(like, "sharding", None)
+    if where is None or len(where.device_set) == 1:
+        return jax.device_put(host, where, may_alias=True)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])

@@ -1,0 +1,265 @@
+"""BLIP's pre-training (Li et al. 2022, section 3.2): contrast with a teacher and queues, matching, writing.
+
+Without a decoder it is the fine-tuning for retrieval (section 4.1), which does not write.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmm.config import check_types, require
+from jaxmm.losses.blockwise import NO_PLACE, Columns, Distilled, Rows, compare, pair_keys
+from jaxmm.losses.contrastive import distilled_targets, equal_ids, positives, soft_contrastive
+from jaxmm.losses.image_text_matching import hard_negatives, matching_loss
+from jaxmm.losses.language import language_loss
+from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import Pixels
+from jaxmm.sharding import batch_devices, constrain_batch, constrain_replicated
+from jaxmm.task import Task, check_pairs
+from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, with_vocabulary
+
+NOBODY = -(2**31)
+"""The id of a place in the queue that no example has taken."""
+TAUGHT = ("vision", "text", "vision_projection", "text_projection")
+"""Parts of which the teacher is a moving average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLIPPretraining(Task):
+    """One model that compares, matches and writes. The picture is encoded once for all three."""
+
+    model: BLIPConfig
+    pixels: Pixels = CLIP_PIXELS
+    """How bytes become the model's input."""
+    queue: int = 57_600
+    """q, embeddings of the last pictures and texts that a batch is compared with besides its own."""
+    momentum: float = 0.995
+    """Of the teacher, a moving average of the student."""
+    alpha: float = 0.4
+    """Share of the teacher's opinion in the targets of the contrastive loss."""
+    ramp: int = 0
+    """Steps over which `alpha` grows from 0 (the paper's code: two epochs)."""
+    smoothing: float = 0.1
+    """Label smoothing of the written tokens."""
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Of contrast, matching and writing in the loss. The paper's are 1; a short run from scratch writes better where
+    contrast, whose gradient a low temperature makes large, counts for less."""
+    tile: int | None = None
+    """Compute the contrast with queues in blocks that rotate around the mesh, `tile` x `tile` logits at a time at most;
+    None: each device has its rows' logits with the whole queue."""
+    negatives: int | None = None
+    """Hard negatives are drawn from so many pairs of the batch that follow each other (the paper's pre-training: those
+    of one GPU), so that a device which holds them all looks at pictures of its own only. None: from the whole batch,
+    for which every device gathers all pictures' tokens."""
+    reads: ClassVar = ("image", "text")
+    bounds: ClassVar = ((r"^temperature$", 0.001, 0.5),)
+
+    def __post_init__(self):
+        """Checks that the model has the three modes, and ranges."""
+        check_types(self, "task")
+        model = self.model
+        require(model.embed_dim and model.matching and model.answer is None, "task.model", model,
+                "embed_dim, matching, and no answer")
+        require(self.queue > 0, "task.queue", self.queue, "a positive number")
+        require(self.ramp >= 0, "task.ramp", self.ramp, "0 or more steps")
+        require(self.tile is None or self.tile > 0, "task.tile", self.tile, "a positive number, or None")
+        require(self.negatives is None or self.negatives > 1, "task.negatives", self.negatives,
+                "two or more pairs, or None")
+        require(min(self.weights) >= 0 < max(self.weights), "task.weights", self.weights, "0 or more, one above 0")
+        for name in ("momentum", "alpha", "smoothing"):
+            require(0 <= getattr(self, name) < 1, f"task.{name}", getattr(self, name), "0 or more, below 1")
+
+    def bind(self, *, image_size, classes, tokenizer):
+        """The vocabulary is the tokenizer's, and two tokens more: the first of what is written, and of what is
+        matched."""
+        check_pairs(image_size, self.model.vision, tokenizer)
+        require(self.model.temperature is not None, "task.model.temperature", None, "a number to start from")
+        check_words(self.model.text, tokenizer)
+        return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
+
+    def check_batch(self, size):
+        """The queue has room for all of it, and negatives are drawn from whole groups."""
+        require(size <= self.queue, "task.queue", self.queue, f"at least data.batch_size = {size}")
+        require(size % (self.negatives or 1) == 0, "task.negatives", self.negatives,
+                f"a divisor of data.batch_size = {size}")
+
+    def init(self, rng):
+        """Fresh parameters."""
+        return init_blip(self.model, rng)
+
+    def init_extra(self, params, rng):
+        """The teacher, a copy of the student; queues of random directions that belong to nobody."""
+        first, second = jax.random.split(rng)
+        shape = self.queue, self.model.embed_dim
+
+        def directions(key):
+            x = jax.random.normal(key, shape)
+            return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+        nobody = jnp.full((self.queue, 2), NOBODY, jnp.int32)
+        return {"teacher": jax.tree.map(jnp.copy, {name: params[name] for name in TAUGHT}),
+                "image_queue": directions(first), "text_queue": directions(second),
+                "image_ids": nobody, "text_ids": nobody,
+                "place": jnp.zeros((), jnp.int32), "step": jnp.zeros((), jnp.int32)}
+
+    def loss(self, params, extra, batch, rng):
+        """The weighted sum of the three losses; the teacher is brought up to date before it is asked, the queues
+        after."""
+        model, tokens = BLIP(self.model), batch["tokens"]
+        self.check_batch(len(tokens))
+        dropout, drawing, teaching = jax.random.split(rng, 3)
+        rngs = [{"dropout": key} for key in jax.random.split(dropout, 4)]
+        variables = {"params": params}
+        pixels = self.pixels(batch["image"])
+        seen = model.apply(variables, pixels, train=True, method=BLIP.see, rngs=rngs[0])
+        image = model.apply(variables, seen, method=BLIP.embed_image)
+        text = model.apply(variables, tokens, train=True, method=BLIP.embed_text, rngs=rngs[1])
+
+        teacher = jax.lax.stop_gradient(jax.tree.map(
+            lambda old, new: self.momentum * old + (1 - self.momentum) * new, extra["teacher"],
+            {name: params[name] for name in TAUGHT}))
+        taught_image, taught_text = self._teach(teacher, params, pixels, tokens, teaching)
+        alpha = self.alpha * (jnp.minimum(1.0, extra["step"] / self.ramp) if self.ramp else 1.0)
+        contrastive = self._contrast(image, text, taught_image, taught_text, extra, batch, params["temperature"],
+                                     jnp.asarray(alpha))
+
+        similar = [self._grouped(x) @ self._grouped(y).mT / params["temperature"]
+                   for x, y in ((text, taught_image), (image, taught_text))]
+        ids = (self._grouped(batch[name]) if name in batch else None for name in ("image_id", "text_id"))
+        positive = jnp.broadcast_to(positives(*ids, size=similar[0].shape[-1]), similar[0].shape)
+        matching, accuracy = self._match(variables, seen, tokens, similar, positive, drawing, rngs[2])
+        metrics = {"contrastive": contrastive, "matching": matching, "match_accuracy": accuracy,
+                   "temperature": params["temperature"], "alpha": jnp.asarray(alpha)}
+        if self.model.text.decoder:
+            written = tokens.at[:, 0].set(self.model.text.decode_id)
+            logits = model.apply(variables, written, seen, train=True, method=BLIP.write, rngs=rngs[3])
+            metrics["writing"] = language_loss(logits, written, written != self.model.text.pad_id, self.smoothing)
+
+        extra = extra | self._enqueue(extra, taught_image, taught_text, batch) | {
+            "teacher": teacher, "step": extra["step"] + 1}
+        losses = contrastive, matching, metrics.get("writing", 0.0)
+        return sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True)), (extra, metrics)
+
+    def _teach(self, teacher, params, pixels, tokens, rng):
+        """The teacher's embeddings of the batch."""
+        model, variables = BLIP(self.model), {"params": params | teacher}
+        first, second = ({"dropout": key} for key in jax.random.split(rng))
+        seen = model.apply(variables, pixels, train=True, method=BLIP.see, rngs=first)
+        image = model.apply(variables, seen, method=BLIP.embed_image)
+        text = model.apply(variables, tokens, train=True, method=BLIP.embed_text, rngs=second)
+        return jax.lax.stop_gradient((image, text))
+
+    def _contrast(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
+        """The loss over batch and queues."""
+        if self.tile is not None:
+            return self._contrast_in_blocks(image, text, taught_image, taught_text, extra, batch, temperature, alpha)
+        texts = jnp.concatenate([taught_text, extra["text_queue"]])
+        images = jnp.concatenate([taught_image, extra["image_queue"]])
+        positive = _belong(batch, extra, len(image), self.queue)
+        similar = [_similar(x, y, temperature) for x, y in (
+            (image, texts), (text, images), (taught_image, texts), (taught_text, images))]
+        to_text, to_image, *teacher = similar
+        losses = [soft_contrastive(logits, distilled_targets(told, positive, alpha))
+                  for logits, told in zip((to_text, to_image), teacher, strict=True)]
+        return sum(losses) / 2
+
+    def _contrast_in_blocks(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
+        """The loss alone; rows are compared with their batch and with the queue, both spread over the devices."""
+        require(self.queue % batch_devices() == 0, "task.queue", self.queue,
+                f"a multiple of the {batch_devices()} devices that share it, with task.tile")
+        names = [name for name in ("image_id", "text_id") if name in batch]
+        keys = pair_keys(tuple(batch[name] for name in names), jnp.arange(len(image)))
+        queued = pair_keys(tuple(extra[f"{name}s"] for name in names), jnp.full(self.queue, NO_PLACE))
+        losses = [compare(Distilled, Rows((student, teacher), keys), Columns((new, extra[queue]), (keys, queued)),
+                          1 / temperature, jnp.zeros(()), alpha, tile=self.tile)[0]
+                  for student, teacher, new, queue in ((image, taught_image, taught_text, "text_queue"),
+                                                       (text, taught_text, taught_image, "image_queue"))]
+        return sum(losses) / 2
+
+    def _grouped(self, x: Array) -> Array:
+        """[b ...] as the groups [b/n n ...] that negatives are drawn from, on the devices where they are."""
+        x = x.reshape(-1, self.negatives or len(x), *x.shape[1:])
+        return constrain_batch(x) if len(x) % batch_devices() == 0 else x
+
+    def _match(self, variables, seen, tokens, similar, positive, rng, rngs):
+        """The loss over pairs that belong together, texts with a hard negative picture, and pictures with a text.
+
+        Each picture is looked at by its own text and by its negative, so that of pictures only the negatives are
+        fetched from where they are.
+        """
+        drawn = [hard_negatives(jax.lax.stop_gradient(each), positive, key)
+                 for each, key in zip(similar, jax.random.split(rng), strict=True)]
+        (pictures, has_picture), (texts, has_text) = drawn
+        take = jax.vmap(lambda x, places: x[places])
+        other_tokens = take(self._grouped(tokens), texts).reshape(tokens.shape)
+        other_seen = constrain_batch(take(self._grouped(seen), pictures).reshape(seen.shape))
+
+        b, (own, other) = len(tokens), jax.random.split(rngs["dropout"])
+        match = partial(BLIP(self.model).apply, variables, train=True, method=BLIP.match)
+        both = constrain_batch(jnp.stack([tokens, other_tokens], axis=1).reshape(2 * b, -1))
+        with_own = match(both, seen, rngs={"dropout": own}).reshape(b, 2, 2)
+        with_other = match(tokens, other_seen, rngs={"dropout": other})
+        logits = jnp.concatenate([with_own[:, 0], with_own[:, 1], with_other])
+        labels = jnp.repeat(jnp.asarray([1, 0, 0]), b)
+        counts = jnp.concatenate([jnp.ones(b, bool), has_text.ravel(), has_picture.ravel()])
+        return matching_loss(logits, labels, counts)
+
+    def _enqueue(self, extra, image, text, batch) -> dict[str, Any]:
+        """The queues with the batch in the places of the oldest: a ring, which any batch fits."""
+        b = len(image)
+        places = (extra["place"] + jnp.arange(b)) % self.queue
+        new = {"image_queue": image, "text_queue": text, "image_ids": _ids(batch, "image_id", b),
+               "text_ids": _ids(batch, "text_id", b)}
+        return {name: extra[name].at[places].set(constrain_replicated(rows)) for name, rows in new.items()} | {
+            "place": (extra["place"] + b) % self.queue}
+
+    @property
+    def predict(self) -> Mapping:
+        """`image` and `text` [b e], normalised; `match` [b], the probability that the picture and the text of the same
+        row belong together; `features` [b d], the picture's first token."""
+        model = BLIP(self.model)
+
+        def see(params, batch):
+            return model.apply({"params": params}, self.pixels(batch["image"]), train=False, method=BLIP.see)
+
+        def image(params, batch):
+            return model.apply({"params": params}, see(params, batch), method=BLIP.embed_image)
+
+        def text(params, batch):
+            return model.apply({"params": params}, batch["tokens"], train=False, method=BLIP.embed_text)
+
+        def match(params, batch):
+            logits = model.apply({"params": params}, batch["tokens"], see(params, batch), train=False,
+                                 method=BLIP.match)
+            return jax.nn.softmax(logits)[:, 1]
+
+        return {"image": image, "text": text, "match": match,
+                "features": picture_features(self.model, self.pixels)}
+
+
+def _similar(rows: Float[Array, "b e"], columns: Float[Array, "n e"], temperature: Float[Array, ""]
+             ) -> Float[Array, "b n"]:
+    """Logits; rows stay where they are, every device sees all columns."""
+    return constrain_batch(constrain_batch(rows) @ constrain_replicated(columns).T / temperature)
+
+
+def _ids(batch: Mapping[str, Array], name: str, size: int) -> Int[Array, "b 2"]:
+    """The batch's ids; without any, different ones for every example."""
+    return batch[name] if name in batch else jnp.full((size, 2), NOBODY, jnp.int32)
+
+
+def _belong(batch: Mapping[str, Array], extra: Mapping[str, Any], size: int, queue: int) -> Bool[Array, "b n"]:
+    """Which of the batch and the queue belong to each of the batch: the same picture, or the same words."""
+    positive = jnp.concatenate([jnp.eye(size, dtype=bool), jnp.zeros((size, queue), bool)], axis=1)
+    for name, queued in (("image_id", "image_ids"), ("text_id", "text_ids")):
+        if name in batch:
+            ids = batch[name]
+            same = (ids[:, None] == extra[queued][None]).all(axis=-1)
+            positive = positive | jnp.concatenate([equal_ids(ids), same], axis=1)
+    return positive

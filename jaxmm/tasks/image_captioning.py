@@ -1,0 +1,76 @@
+"""Writing captions of pictures: BLIP's decoder, fine-tuned (Li et al. 2022, section 4.3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxmm.config import check_types, require
+from jaxmm.losses.language import language_loss
+from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import Pixels
+from jaxmm.task import Task, check_pairs
+from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, with_vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioning(Task):
+    """A picture encoder and a decoder that writes what it sees, behind a prompt that is always the same."""
+
+    model: BLIPConfig
+    pixels: Pixels = CLIP_PIXELS
+    """How bytes become the model's input."""
+    prompt: str = "a picture of"
+    """What every caption begins with. It is given, not learned."""
+    prompt_ids: tuple[int, ...] | None = None
+    """The tokens of `prompt`; None: as the tokenizer of the run has them."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    reads: ClassVar = ("image", "text")
+
+    def __post_init__(self):
+        """Checks that the model writes."""
+        check_types(self, "task")
+        require(self.model.text.decoder and self.model.answer is None, "task.model.text.decoder",
+                self.model.text.decoder, "True, and no answer")
+        require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
+
+    def bind(self, *, image_size, classes, tokenizer):
+        """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
+        check_pairs(image_size, self.model.vision, tokenizer)
+        ids = prompt_ids(tokenizer, self.prompt)
+        check_words(self.model.text, tokenizer, ids)
+        text = with_vocabulary(self.model.text, tokenizer)
+        return replace(self, prompt_ids=ids, model=replace(self.model, text=text))
+
+    def init(self, rng):
+        """Fresh parameters."""
+        return init_blip(self.model, rng)
+
+    def loss(self, params, extra, batch, rng):
+        """Cross-entropy of the tokens behind the prompt, over all texts of the batch."""
+        model, text = BLIP(self.model), self.model.text
+        first, second = ({"dropout": key} for key in jax.random.split(rng))
+        seen = model.apply({"params": params}, self.pixels(batch["image"]), train=True, method=BLIP.see, rngs=first)
+        b, given = len(batch["tokens"]), self.prompt_ids or ()
+        start = jnp.broadcast_to(jnp.asarray((text.decode_id, *given), jnp.int32), (b, 1 + len(given)))
+        tokens = jnp.concatenate([start, batch["tokens"][:, 1:]], axis=1)
+        logits = model.apply({"params": params}, tokens, seen, train=True, method=BLIP.write, rngs=second)
+        counts = (tokens != text.pad_id) & (jnp.arange(tokens.shape[1]) > len(given))
+        loss = language_loss(logits, tokens, counts, self.smoothing)
+        right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]
+        return loss, (extra, {"accuracy": right.sum() / jnp.maximum(counts.sum(), 1)})
+
+    @property
+    def predict(self) -> Mapping:
+        """`features` [b d], the picture's first token."""
+        return {"features": picture_features(self.model, self.pixels)}
+
+
+def prompt_ids(tokenizer, prompt: str) -> tuple[int, ...]:
+    """The tokens of `prompt`, without begin and end."""
+    row = tokenizer([prompt])[0].tolist()
+    return tuple(row[1:row.index(tokenizer.eos_id)]) if prompt else ()

@@ -1,0 +1,88 @@
+"""Classification of pictures."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxmm.config import ConfigError, check_types, require
+from jaxmm.losses import classification as losses
+from jaxmm.models.vit import ViT, ViTConfig
+from jaxmm.nn.pixels import INCEPTION, Pixels
+from jaxmm.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify(Task):
+    """A vision transformer with a classification head."""
+
+    model: ViTConfig
+    pixels: Pixels = INCEPTION
+    """How bytes become the model's input."""
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: one class a picture; sigmoid: every class by itself."""
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0: none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's; with both, each batch gets one of them by a fair coin."""
+    reads: ClassVar = ("image", "label")
+    decomposes: ClassVar[bool] = True
+
+    def __post_init__(self):
+        """Checks ranges."""
+        check_types(self, "task")
+        require(0 <= self.label_smoothing < 1, "task.label_smoothing", self.label_smoothing, "0 or more, below 1")
+        for name in ("mixup", "cutmix"):
+            require(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), "0 or more")
+
+    def bind(self, *, image_size, classes, tokenizer):
+        """The number of classes comes from the data where the recipe leaves it open."""
+        require(image_size == self.model.image_size, "data.image.size", image_size,
+                f"the model's task.model.image_size = {self.model.image_size}")
+        if classes is None:
+            raise ConfigError("data.train has no labels; wanted a source with classes, such as folder:DIR")
+        require(self.model.classes in (None, classes), "task.model.classes", self.model.classes,
+                f"None, or the source's {classes}")
+        return replace(self, model=replace(self.model, classes=classes))
+
+    def init(self, rng):
+        """Fresh parameters."""
+        size = self.model.image_size
+        return ViT(self.model).init(rng, jnp.zeros((1, size, size, 3)), train=False)["params"]
+
+    def prepare(self, batch, rng):
+        """Soft targets; mixup or CutMix over the global batch."""
+        image = batch["image"]
+        targets = losses.soft_targets(batch["label"], self.model.classes, self.label_smoothing)
+        coin, drawing = jax.random.split(rng)
+        if self.mixup and self.cutmix:
+            mixes = [lambda: losses.mixup(image, targets, self.mixup, drawing),
+                     lambda: losses.cutmix(image, targets, self.cutmix, drawing)]
+            image, targets = jax.lax.cond(jax.random.bernoulli(coin), *mixes)
+        elif self.mixup:
+            image, targets = losses.mixup(image, targets, self.mixup, drawing)
+        elif self.cutmix:
+            image, targets = losses.cutmix(image, targets, self.cutmix, drawing)
+        return batch | {"image": image, "target": targets}
+
+    def encode(self, params, batch, rng):
+        """Logits."""
+        return ViT(self.model).apply({"params": params}, self.pixels(batch["image"]), train=True,
+                                     rngs={"dropout": rng}).logits
+
+    def objective(self, params, outputs, batch):
+        """Cross-entropy with the soft targets; accuracy on the labels."""
+        loss = {"softmax": losses.cross_entropy, "sigmoid": losses.sigmoid_cross_entropy}[self.kind]
+        accuracy = (outputs.argmax(axis=-1) == batch["label"]).mean()
+        return loss(outputs, batch["target"]), {"accuracy": accuracy}
+
+    @property
+    def predict(self) -> Mapping:
+        """`logits` [b classes] and `features` [b d]."""
+        def run(params, batch):
+            return ViT(self.model).apply({"params": params}, self.pixels(batch["image"]), train=False)
+        return {"logits": lambda params, batch: run(params, batch).logits,
+                "features": lambda params, batch: run(params, batch).pooled.astype(jnp.float32)}

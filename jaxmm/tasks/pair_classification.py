@@ -1,0 +1,64 @@
+"""Telling whether a sentence about two pictures is true: BLIP on NLVR2 (Li et al. 2022, section 4.5)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+
+from jaxmm.config import check_types, require
+from jaxmm.losses.classification import cross_entropy
+from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import Pixels
+from jaxmm.task import Task, check_pairs
+from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, with_vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class NLVR(Task):
+    """A picture encoder, and an encoder of texts that sees two pictures; class 0 is false, 1 is true."""
+
+    model: BLIPConfig
+    pixels: Pixels = CLIP_PIXELS
+    """How bytes become the model's input."""
+    reads: ClassVar = ("image", "text", "label")
+    pictures: ClassVar[int] = 2
+    decomposes: ClassVar[bool] = True
+
+    def __post_init__(self):
+        """Checks that the model reads two pictures."""
+        check_types(self, "task")
+        require(self.model.pair, "task.model.text.merge_from", None, "the number of a layer: two pictures are read")
+
+    def bind(self, *, image_size, classes, tokenizer):
+        """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
+        check_pairs(image_size, self.model.vision, tokenizer)
+        require(classes == 2, "data.train", f"a source with {classes or 'no'} classes", "one with two: false and true")
+        check_words(self.model.text, tokenizer)
+        return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
+
+    def init(self, rng):
+        """Fresh parameters."""
+        return init_blip(self.model, rng)
+
+    def encode(self, params, batch, rng):
+        """Logits."""
+        return BLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), batch["tokens"], train=True,
+                                      rngs={"dropout": rng})["compare"]
+
+    def objective(self, params, outputs, batch):
+        """Cross-entropy, and accuracy."""
+        accuracy = (outputs.argmax(axis=-1) == batch["label"]).mean()
+        return cross_entropy(outputs, jax.nn.one_hot(batch["label"], 2)), {"accuracy": accuracy}
+
+    @property
+    def predict(self) -> Mapping:
+        """`logits` [b 2] of false and true; `features` [b d], the first token of a picture, or of both [b 2d]."""
+        model = BLIP(self.model)
+
+        def logits(params, batch):
+            return model.apply({"params": params}, self.pixels(batch["image"]), batch["tokens"],
+                               train=False)["compare"]
+
+        return {"logits": logits, "features": picture_features(self.model, self.pixels)}

@@ -1,0 +1,91 @@
+"""Answering questions about pictures: BLIP reads the question in view of the picture and writes (Li et al. 2022,
+section 4.4)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxmm.config import check_types, require
+from jaxmm.losses.language import token_losses
+from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import Pixels
+from jaxmm.task import Task, check_pairs
+from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, with_vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQA(Task):
+    """The picture is encoded once for its questions, and a question read once for its answers, each of which has a
+    weight."""
+
+    model: BLIPConfig
+    pixels: Pixels = CLIP_PIXELS
+    """How bytes become the model's input."""
+    smoothing: float = 0.1
+    """Label smoothing of the answers' tokens."""
+    reads: ClassVar = ("image", "text", "answers")
+    decomposes: ClassVar[bool] = True
+
+    def __post_init__(self):
+        """Checks that the model reads questions and writes answers."""
+        check_types(self, "task")
+        text, answer = self.model.text, self.model.answer
+        require(text.encoder and not text.decoder, "task.model.text.decoder", text.decoder,
+                "False: task.model.answer writes")
+        require(answer is not None and answer.decoder and not answer.encoder, "task.model.answer", answer,
+                "a MedConfig with encoder=False")
+        require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
+
+    def bind(self, *, image_size, classes, tokenizer):
+        """The vocabulary of questions and answers is the tokenizer's and two tokens more, where the recipe leaves it
+        open."""
+        check_pairs(image_size, self.model.vision, tokenizer)
+        check_words(self.model.text, tokenizer)
+        parts = {name: with_vocabulary(getattr(self.model, name), tokenizer, f"task.model.{name}")
+                 for name in ("text", "answer")}
+        return replace(self, model=replace(self.model, **parts))
+
+    def init(self, rng):
+        """Fresh parameters."""
+        return init_blip(self.model, rng)
+
+    def encode(self, params, batch, rng):
+        """For each picture the weighted sum of its answers' losses, the mean over its questions; and how many tokens of
+        its answers are right, of how many."""
+        model, answer = BLIP(self.model), self.model.answer
+        rngs = [{"dropout": key} for key in jax.random.split(rng, 3)]
+        tokens, pictures = batch["answers"], len(batch["image"])
+        questions = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        b, (a, t) = len(questions), tokens.shape[-2:]
+        weights = batch["answer_weight"].reshape(b, a)
+        require(t <= answer.positions, "data.tokenizer.answer_length", t,
+                f"at most task.model.answer.positions = {answer.positions}")
+
+        def run(method, *args, rngs, **options):
+            return model.apply({"params": params}, *args, train=True, method=method, rngs=rngs, **options)
+
+        seen = run(BLIP.see, self.pixels(batch["image"]), rngs=rngs[0])
+        states = run(BLIP.read, questions, seen, rngs=rngs[1])
+        tokens = tokens.reshape(b * a, t).at[:, 0].set(answer.decode_id)
+        there = jnp.repeat(questions != self.model.text.pad_id, a, axis=0)
+        logits = run(BLIP.write, tokens, jnp.repeat(states, a, axis=0), context_mask=there, rngs=rngs[2])
+        counts = (tokens != answer.pad_id) & (weights.reshape(-1, 1) > 0)
+        losses = token_losses(logits, tokens, counts, self.smoothing).sum(axis=1).reshape(b, a)
+        right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]
+        losses = (losses * weights).sum(axis=1).reshape(pictures, -1).mean(axis=1)
+        right, counted = (each.reshape(pictures, -1).sum(axis=1) for each in (right, counts[:, 1:]))
+        return {"loss": losses, "right": right, "all": counted}
+
+    def objective(self, params, outputs, batch):
+        """The mean over pictures; the share of tokens of answers that are the likeliest."""
+        accuracy = outputs["right"].sum() / jnp.maximum(outputs["all"].sum(), 1)
+        return outputs["loss"].mean(), {"accuracy": accuracy}
+
+    @property
+    def predict(self) -> Mapping:
+        """`features` [b d], the picture's first token."""
+        return {"features": picture_features(self.model, self.pixels)}
