@@ -15,11 +15,11 @@ from typing import Annotated
 import jax
 import tyro
 
+from jaxmm import hosts
 from jaxmm.checkpoints import CheckpointError
 from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import ConfigError, TrainConfig
 from jaxmm.data.base import DataError
-from jaxmm.hosts import startup as hosts
 from jaxmm.hosts.startup import HostsConfig
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
@@ -88,7 +88,7 @@ def main(args: list[str]) -> int:
     keep_memory()
     try:
         command = parse(args)
-        with hosts.joined(command.hosts, command.workdir):
+        with hosts.distributed(command.hosts, command.workdir):
             use_compilation_cache(command.cache)
             workdir = command.workdir or new_workdir(command.config)
             if train(command.train, workdir) and jax.process_index() == 0:
@@ -97,7 +97,7 @@ def main(args: list[str]) -> int:
                     print(f"  {what + ':':24}{line}")
     except (ConfigError, DataError, CheckpointError, TrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return hosts.status(2 if isinstance(error, ConfigError) else 1)
+        return hosts.exit_status(2 if isinstance(error, ConfigError) else 1)
     return 0
 
 

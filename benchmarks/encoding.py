@@ -87,7 +87,7 @@ def prepare(args, folder: Path) -> None:
     from jaxmm.data.tokenizers import make_tokenizer
     from jaxmm.inference.model import Model
     from jaxmm.models.clip import clip
-    from jaxmm.tasks.contrastive_learning import Contrastive
+    from jaxmm.tasks.contrastive_learning import ContrastiveLearning
     pictures, text = find_pictures(args.pictures), Path(args.texts).read_text(encoding="utf-8")
     texts = ([each["caption"] for each in json.loads(text)["annotations"]] if args.texts.endswith(".json")
              else text.splitlines())[:args.count]
@@ -95,7 +95,7 @@ def prepare(args, folder: Path) -> None:
         sys.exit(f"there are {len(pictures)} pictures and {len(texts)} texts; wanted {args.count}")
     step = len(pictures) // args.count
     (folder / "work.json").write_text(json.dumps({"pictures": pictures[::step][:args.count], "texts": texts}))
-    task = Contrastive(model=clip("ViT-B-32", activation="quick_gelu"))
+    task = ContrastiveLearning(model=clip("ViT-B-32", activation="quick_gelu"))
     tokenizer = make_tokenizer(TokenizerConfig(kind="clip", file=args.merges))
     Model(task=task, params=jax.jit(task.init)(jax.random.key(0)), image=ImageConfig(), tokenizer=tokenizer).save(
         folder / "model", format="transformers")

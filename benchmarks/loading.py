@@ -69,8 +69,8 @@ def write(name: str, folder: Path) -> int:
     from jaxmm.config import ImageConfig
     from jaxmm.inference.model import Model
     from jaxmm.models.clip import clip
-    from jaxmm.tasks.contrastive_learning import Contrastive
-    task = Contrastive(model=clip(name, activation="quick_gelu"))
+    from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+    task = ContrastiveLearning(model=clip(name, activation="quick_gelu"))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02),
                           jax.eval_shape(task.init, jax.random.key(0)))

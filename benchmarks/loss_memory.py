@@ -19,7 +19,7 @@ from tqdm import tqdm
 from jaxmm.atomic import write_atomically
 from jaxmm.config import MeshConfig
 from jaxmm.losses.blockwise import (
-    NO_PLACE,
+    NOT_IN_BATCH,
     Columns,
     Distilled,
     Rows,
@@ -61,7 +61,7 @@ def distilled(image, text, ids, scale, bias):
     """BLIP's, one direction; the teacher's embeddings are the other arguments'."""
     teacher, queue = jax.lax.stop_gradient(image), jnp.zeros((QUEUE, WIDTH))
     keys = pair_keys((ids,), jnp.arange(len(image))), pair_keys((jnp.zeros((QUEUE, 2), jnp.int32),),
-                                                                jnp.full(QUEUE, NO_PLACE))
+                                                                jnp.full(QUEUE, NOT_IN_BATCH))
     return compare(Distilled, Rows((image, teacher), keys[0]), Columns((text, queue), keys), scale, bias,
                    jnp.float32(0.4), tile=TILE)[0]
 

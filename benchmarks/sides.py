@@ -135,14 +135,14 @@ def ours(case: Case, weights: Path, gpu: bool):
     import jax
     import jax.numpy as jnp
 
-    from jaxmm.compiling import compiler_options
+    from jaxmm.compiling import jit_options
     from jaxmm.config import MeshConfig, OptimizerConfig
     from jaxmm.models.clip import clip
     from jaxmm.models.vit import vit
     from jaxmm.nn.pixels import Pixels
     from jaxmm.sharding import make_mesh, place_batch
-    from jaxmm.tasks.contrastive_learning import Contrastive
-    from jaxmm.tasks.image_classification import Classify
+    from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+    from jaxmm.tasks.image_classification import Classification
     from jaxmm.training.optimizer import make_optimizer
     from jaxmm.training.runtime import keep_memory
     from jaxmm.training.state import init_state
@@ -154,9 +154,9 @@ def ours(case: Case, weights: Path, gpu: bool):
     kind, name = case.model.split(":")
     stack = {"dtype": case.dtype, "remat": case.remat, "scan": case.scan}
     if kind == "vit":
-        task = Classify(model=vit(name, classes=1000, stack=stack), pixels=Pixels())
+        task = Classification(model=vit(name, classes=1000, stack=stack), pixels=Pixels())
     else:
-        task = Contrastive(model=clip(name, activation="quick_gelu", stack=stack), pixels=Pixels())
+        task = ContrastiveLearning(model=clip(name, activation="quick_gelu", stack=stack), pixels=Pixels())
     with jax.set_mesh(mesh):
         params = jax.tree.map(jnp.asarray, from_transformers(dict(np.load(weights)), kind, case.sizes))
         names = {"image", "label"} if kind == "vit" else {"image", "tokens"}
@@ -172,7 +172,7 @@ def ours(case: Case, weights: Path, gpu: bool):
             state = state.replace(params=params)
             step = compile_step(task, optimizer, mesh, state).lower(state, batch, jax.random.key(0)).compile()
         else:
-            predict = jax.jit(task.predict["logits"], compiler_options=compiler_options(platform))
+            predict = jax.jit(task.predict["logits"], compiler_options=jit_options(platform))
 
     def run():
         nonlocal state
@@ -185,7 +185,7 @@ def ours(case: Case, weights: Path, gpu: bool):
     def product(n):
         keys = jax.random.split(jax.random.key(0))
         a, b = (jax.random.normal(key, (n, n), case.dtype) for key in keys)
-        multiply = jax.jit(jnp.matmul, compiler_options=compiler_options(platform))
+        multiply = jax.jit(jnp.matmul, compiler_options=jit_options(platform))
         return lambda: multiply(a, b).block_until_ready()
 
     if not case.train:

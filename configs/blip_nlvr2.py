@@ -13,11 +13,11 @@ Plan on v5e:4x8 (32 chips): fits in 10.27 GiB of 15.75 GiB a chip, 2,080 picture
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
-from jaxmm.evals import Classification
+from jaxmm.evals import TopKAccuracy
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import vit
-from jaxmm.tasks.pair_classification import NLVR
+from jaxmm.tasks.pair_classification import PairClassification
 
 
 def get_config() -> TrainConfig:
@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
     model = BLIPConfig(vision=vit("B/16", image_size=384, stack=stack), text=MedConfig(decoder=False, merge_from=6),
                        embed_dim=None, matching=False, temperature=None)
     return TrainConfig(
-        task=NLVR(model=model),
+        task=PairClassification(model=model),
         init=InitConfig(source="model_base_14M.pth"),
         steps=15 * 86_373 // 256,
         data=DataConfig(
@@ -34,5 +34,5 @@ def get_config() -> TrainConfig:
             image=ImageConfig(size=384, scale=(0.5, 1.0), eval_crop="squash"),
             tokenizer=TokenizerConfig(kind="bert", file="vocab.txt", context_length=40)),
         optimizer=OptimizerConfig(learning_rate=3e-5, weight_decay=0.05, decay="", warmup=0.0, clip=None),
-        evals=(Classification(batch_size=64),),
+        evals=(TopKAccuracy(batch_size=64),),
         eval_every=337, log_every=50)

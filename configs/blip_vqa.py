@@ -17,7 +17,7 @@ from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.question_answering import VQA
+from jaxmm.tasks.question_answering import QuestionAnswering
 
 
 def get_config() -> TrainConfig:
@@ -29,7 +29,7 @@ def get_config() -> TrainConfig:
     answer = MedConfig(transformer=words, vocab_size=None, positions=24, context_width=128, encoder=False)
     model = BLIPConfig(vision=vision, text=text, answer=answer, embed_dim=None, matching=False, temperature=None)
     return TrainConfig(
-        task=VQA(model=model, smoothing=0.0),
+        task=QuestionAnswering(model=model, smoothing=0.0),
         steps=1600,
         data=DataConfig(
             train="vqa:data/train", val="vqa:data/test", batch_size=64, questions=8,

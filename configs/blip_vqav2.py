@@ -17,7 +17,7 @@ from jaxmm.evals import VQAAccuracy
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import vit
-from jaxmm.tasks.question_answering import VQA
+from jaxmm.tasks.question_answering import QuestionAnswering
 
 
 def get_config() -> TrainConfig:
@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
     model = BLIPConfig(vision=vit("B/16", image_size=480, stack=stack), text=MedConfig(decoder=False),
                        answer=MedConfig(encoder=False), embed_dim=None, matching=False, temperature=None)
     return TrainConfig(
-        task=VQA(model=model),
+        task=QuestionAnswering(model=model),
         init=InitConfig(source="model_base_capfilt_large.pth"),
         steps=25_700,      # 658,111 questions, 10 times
         data=DataConfig(

@@ -15,7 +15,7 @@ estimate.
 from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Retrieval
 from jaxmm.models.clip import clip
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 BATCH = 32_768
 
@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
     """The recipe."""
     model = clip("ViT-B-16", activation="quick_gelu", stack={"dtype": "bfloat16", "remat": "cheap"})
     return TrainConfig(
-        task=Contrastive(model=model, tile=1024),
+        task=ContrastiveLearning(model=model, tile=1024),
         steps=32 * 400_000_000 // BATCH,
         data=DataConfig(
             train="tfds:pairs:train", val="tfds:pairs:validation", batch_size=BATCH, workers=32,

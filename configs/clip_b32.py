@@ -14,7 +14,7 @@ estimate.
 from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Retrieval
 from jaxmm.models.clip import clip
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 BATCH = 32_768
 
@@ -23,7 +23,7 @@ def get_config() -> TrainConfig:
     """The recipe."""
     model = clip("ViT-B-32", activation="quick_gelu", stack={"dtype": "bfloat16"})
     return TrainConfig(
-        task=Contrastive(model=model),
+        task=ContrastiveLearning(model=model),
         steps=32 * 400_000_000 // BATCH,
         data=DataConfig(
             train="tfds:pairs:train", val="tfds:pairs:validation", batch_size=BATCH, workers=32,

@@ -14,7 +14,7 @@ from jaxmm.evals import Retrieval
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 
 def get_config() -> TrainConfig:
@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
         transformer=TransformerConfig(width=128, depth=2, heads=4, mlp_dim=384, dropout=0.1),
         vocab_size=None, context_length=24, causal=False, pool="mean", pad_id=0)
     return TrainConfig(
-        task=Contrastive(model=CLIPConfig(vision=vision, text=text, embed_dim=128)),
+        task=ContrastiveLearning(model=CLIPConfig(vision=vision, text=text, embed_dim=128)),
         steps=1500,
         data=DataConfig(
             train="captions:data/train.jsonl", val="captions:data/test.jsonl", batch_size=128,

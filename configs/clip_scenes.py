@@ -10,7 +10,7 @@ from jaxmm.evals import Retrieval
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 
 def get_config() -> TrainConfig:
@@ -22,7 +22,7 @@ def get_config() -> TrainConfig:
         transformer=TransformerConfig(width=128, depth=3, heads=4, mlp_dim=384, remat="cheap"),
         vocab_size=None, context_length=32, causal=False, pool="mean", pad_id=0)
     return TrainConfig(
-        task=Contrastive(model=CLIPConfig(vision=vision, text=text, embed_dim=128)),
+        task=ContrastiveLearning(model=CLIPConfig(vision=vision, text=text, embed_dim=128)),
         steps=420,
         data=DataConfig(
             train="scenes:train", val="scenes:val", batch_size=128,

@@ -10,13 +10,13 @@ towers, pixel statistics and vocabulary are used. For SigLIP add `--task.kind si
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TrainConfig
 from jaxmm.evals import Retrieval
 from jaxmm.models.clip import clip
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 
 def get_config() -> TrainConfig:
     """The recipe."""
     return TrainConfig(
-        task=Contrastive(model=clip("ViT-B-32", stack={"remat": "cheap"})),
+        task=ContrastiveLearning(model=clip("ViT-B-32", stack={"remat": "cheap"})),
         init=InitConfig(source="openai/clip-vit-base-patch32"),
         steps=1000,
         data=DataConfig(train="captions:data/train.jsonl", val="captions:data/test.jsonl", batch_size=128,

@@ -9,20 +9,20 @@ folder of another run. Its architecture and pixel statistics are used; the head 
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TrainConfig
-from jaxmm.evals import Classification
+from jaxmm.evals import TopKAccuracy
 from jaxmm.models.vit import vit
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.image_classification import Classification
 
 
 def get_config() -> TrainConfig:
     """The recipe."""
     return TrainConfig(
-        task=Classify(model=vit("B/32", stack={"drop_path": 0.1, "remat": "cheap"}), label_smoothing=0.1),
+        task=Classification(model=vit("B/32", stack={"drop_path": 0.1, "remat": "cheap"}), label_smoothing=0.1),
         init=InitConfig(source="openai/clip-vit-base-patch32"),
         steps=1000,
         data=DataConfig(train="folder:data/train", val="folder:data/test", batch_size=64,
                         image=ImageConfig(size=224, scale=(0.4, 1.0))),
         optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.05, warmup=0.1, layer_decay=0.75,
                                   multipliers=(("^head/", 10.0),)),
-        evals=(Classification(),),
+        evals=(TopKAccuracy(),),
         eval_every=250, log_every=20)

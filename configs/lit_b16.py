@@ -15,7 +15,7 @@ from jaxmm.evals import Retrieval
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import transformer, vit
 from jaxmm.nn.pixels import INCEPTION
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 
 def get_config() -> TrainConfig:
@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
     model = CLIPConfig(vision=vit("B/16", stack=stack), text=text, embed_dim=768, vision_projection=False,
                        text_projection_bias=True)
     return TrainConfig(
-        task=Contrastive(model=model, pixels=INCEPTION),
+        task=ContrastiveLearning(model=model, pixels=INCEPTION),
         init=InitConfig(source="google/vit-base-patch16-224-in21k"),
         steps=55_000,
         data=DataConfig(

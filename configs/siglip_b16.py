@@ -15,7 +15,7 @@ from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConf
 from jaxmm.evals import Retrieval
 from jaxmm.models.clip import siglip
 from jaxmm.nn.pixels import INCEPTION
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 BATCH = 32_768
 
@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
     """The recipe."""
     model = siglip("B/16", vocab_size=None, stack={"dtype": "bfloat16", "remat": "mlp"})
     return TrainConfig(
-        task=Contrastive(model=model, pixels=INCEPTION, kind="sigmoid"),
+        task=ContrastiveLearning(model=model, pixels=INCEPTION, kind="sigmoid"),
         steps=4_000_000_000 // BATCH,
         data=DataConfig(
             train="tfds:pairs:train", val="tfds:pairs:validation", batch_size=BATCH, workers=32,

@@ -9,9 +9,9 @@ Plan on v5e:8x8 (64 chips): fits in 11.30 GiB of 15.75 GiB a chip, 38,166 pictur
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
-from jaxmm.evals import Classification
+from jaxmm.evals import TopKAccuracy
 from jaxmm.models.vit import vit
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.image_classification import Classification
 
 EPOCHS, BATCH, PICTURES = 300, 4096, 1_268_355  # train[:99%] of 1,281,167
 
@@ -21,7 +21,7 @@ def get_config() -> TrainConfig:
     model = vit("B/16", position_class=False, positions_std=None, pre_logits=768,
                 stack={"activation": "gelu_tanh", "dtype": "bfloat16"})
     return TrainConfig(
-        task=Classify(model=model, mixup=0.5),
+        task=Classification(model=model, mixup=0.5),
         steps=EPOCHS * PICTURES // BATCH,
         data=DataConfig(
             train="tfds:imagenet2012:train[:99%]", val="tfds:imagenet2012:validation", batch_size=BATCH, workers=16,
@@ -29,5 +29,5 @@ def get_config() -> TrainConfig:
                               eval_resize=256 / 224)),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, decay="/kernel$", warmup=10_000,
                                   moment_dtype="bfloat16"),
-        evals=(Classification(batch_size=1024),),
+        evals=(TopKAccuracy(batch_size=1024),),
         eval_every=2_500, log_every=50)

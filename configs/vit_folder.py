@@ -8,10 +8,10 @@ Made for small pictures and few of them: on 5,000 CIFAR-10 pictures, 500 a class
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
-from jaxmm.evals import Classification
+from jaxmm.evals import TopKAccuracy
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.image_classification import Classification
 
 
 def get_config() -> TrainConfig:
@@ -21,10 +21,10 @@ def get_config() -> TrainConfig:
         image_size=32, patch=4, pool="gap", class_token=False, positions="sincos",
         patch_dropout=0.5)  # half the patches of a picture: twice the pictures a second, and hard to learn by heart
     return TrainConfig(
-        task=Classify(model=model, label_smoothing=0.1, mixup=0.2),
+        task=Classification(model=model, label_smoothing=0.1, mixup=0.2),
         steps=4800,
         data=DataConfig(train="folder:data/train", val="folder:data/test", batch_size=64,
                         image=ImageConfig(size=32, train_crop="pad")),
         optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.5, warmup=0.1, average=0.995),
-        evals=(Classification(weights="average"),),
+        evals=(TopKAccuracy(weights="average"),),
         eval_every=1200, log_every=50)

@@ -11,13 +11,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from jaxmm import hosts
 from jaxmm.capfilt import commands
 from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import ConfigError
 from jaxmm.data.bad_records import BadRecord
 from jaxmm.data.base import find_pictures
 from jaxmm.data.tools.commands import check_data, import_data, show_data
-from jaxmm.hosts import startup as hosts
 from jaxmm.inference.answering import ANSWERS
 from jaxmm.inference.captioning import CAPTIONS
 from jaxmm.inference.generate import Decoding
@@ -361,10 +361,10 @@ def main(args: list[str] | None = None) -> int:
             prog="jaxmm", args=args, description=__doc__, config=(tyro.conf.OmitSubcommandPrefixes,))
     except (ConfigError, FileError, SearchError, BadRecord, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return hosts.status(2 if isinstance(error, ConfigError) else 1)
+        return hosts.exit_status(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return hosts.status(130)
+        return hosts.exit_status(130)
     return 0
 
 

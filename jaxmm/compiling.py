@@ -16,7 +16,7 @@ SMALL = 2**18
 """Numbers in a small matrix, at most."""
 
 
-def compiler_options(platform: str, largest: int | None = None) -> dict[str, str] | None:
+def jit_options(platform: str, largest: int | None = None) -> dict[str, str] | None:
     """What `jax.jit` is told on `platform`, for a model whose largest matrix has `largest` numbers (None: many).
 
     On CPU, XLA's newer library of kernels multiplies large matrices a fifth slower than the one before it, and small
@@ -42,7 +42,7 @@ def compile_prediction(predict: Callable, mesh: Mesh | None, *, whole: bool = Tr
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return jax.jit(predict, out_shardings=replicated(mesh) if whole and mesh is not None else None,
-                   compiler_options=None if few else compiler_options(platform))
+                   compiler_options=None if few else jit_options(platform))
 
 
 def cache_folder() -> Path:

@@ -301,11 +301,11 @@ RENAMED = {
     "jaxmm.generate.Decoding": "jaxmm.inference.generate.Decoding",
     "jaxmm.tasks.blip.BLIPPretraining": "jaxmm.tasks.blip_pretraining.BLIPPretraining",
     "jaxmm.tasks.caption.Captioning": "jaxmm.tasks.image_captioning.Captioning",
-    "jaxmm.tasks.classify.Classify": "jaxmm.tasks.image_classification.Classify",
-    "jaxmm.tasks.contrastive.Contrastive": "jaxmm.tasks.contrastive_learning.Contrastive",
-    "jaxmm.tasks.nlvr.NLVR": "jaxmm.tasks.pair_classification.NLVR",
-    "jaxmm.tasks.vqa.VQA": "jaxmm.tasks.question_answering.VQA",
-    "jaxmm.evals.classification.Classification": "jaxmm.evals.accuracy.Classification",
+    "jaxmm.tasks.classify.Classify": "jaxmm.tasks.image_classification.Classification",
+    "jaxmm.tasks.contrastive.Contrastive": "jaxmm.tasks.contrastive_learning.ContrastiveLearning",
+    "jaxmm.tasks.nlvr.NLVR": "jaxmm.tasks.pair_classification.PairClassification",
+    "jaxmm.tasks.vqa.VQA": "jaxmm.tasks.question_answering.QuestionAnswering",
+    "jaxmm.evals.classification.Classification": "jaxmm.evals.accuracy.TopKAccuracy",
     "jaxmm.evals.vqa.VQAAccuracy": "jaxmm.evals.vqa_accuracy.VQAAccuracy",
 }
 """Types that older versions wrote under another name."""

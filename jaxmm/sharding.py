@@ -80,7 +80,7 @@ def _wanted(name: str, shape: Sequence[int]) -> list[str | None]:
 def spec(name: str, shape: Sequence[int], axes: dict[str, int]) -> PartitionSpec:
     """The `PartitionSpec` of an array called `name`, on mesh axes of the sizes `axes`.
 
-    A dimension that its axis does not divide is replicated (see `undivided`).
+    A dimension that its axis does not divide is replicated (see `unsharded_dims`).
     """
     entries = [None if axis is None or axes[axis] == 1 or size % axes[axis] else axis
                for axis, size in zip(_wanted(name, shape), shape, strict=True)]
@@ -89,7 +89,7 @@ def spec(name: str, shape: Sequence[int], axes: dict[str, int]) -> PartitionSpec
     return PartitionSpec(*entries)
 
 
-def undivided(tree: Any, mesh: Mesh) -> list[str]:
+def unsharded_dims(tree: Any, mesh: Mesh) -> list[str]:
     """What is replicated in `tree` although a rule would cut it, a line for each dimension."""
     return [f"{name}: dimension {i} of {tuple(leaf.shape)} is not divisible by {axis} = {mesh.shape[axis]} and is "
             "replicated"
@@ -104,7 +104,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def laid_out(tree: Any, mesh: Mesh) -> Any:
+def with_shardings(tree: Any, mesh: Mesh) -> Any:
     """The shapes of `tree` with the shardings that the rules give them."""
     return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree,
                         shardings(tree, mesh))
@@ -148,7 +148,7 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
     return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
 
 
-def place_whole(value: np.ndarray, where: NamedSharding) -> jax.Array:
+def put_global(value: np.ndarray, where: NamedSharding) -> jax.Array:
     """An array that every host holds, laid out over the devices of all; nothing is sent between hosts."""
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 

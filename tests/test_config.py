@@ -25,10 +25,10 @@ from jaxmm.config import (
     to_dict,
 )
 from jaxmm.models.vit import vit
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.image_classification import Classification
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"), key=lambda path: path.stem)
-TASK = Classify(model=vit("mu/4", image_size=8))
+TASK = Classification(model=vit("mu/4", image_size=8))
 
 
 def recipe(path):

@@ -24,19 +24,19 @@ from jaxmm.sharding import (
     platform,
     shardings,
     spec,
-    undivided,
+    unsharded_dims,
 )
-from jaxmm.tasks.contrastive_learning import Contrastive
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.optimizer import make_optimizer
 from tests.tasks.common import SOFTMAX
 
 GOLDEN = Path(__file__).parent / "golden"
 AXES = {"data": 2, "fsdp": 2, "tensor": 2}
 PUBLISHED = {
-    "vit_b16": Classify(model=vit("B/16", classes=1000, pre_logits=768, registers=4)),
-    "clip_b32": Contrastive(model=clip("ViT-B-32")),
-    "siglip_b16": Contrastive(model=siglip("B/16"), kind="sigmoid"),
+    "vit_b16": Classification(model=vit("B/16", classes=1000, pre_logits=768, registers=4)),
+    "clip_b32": ContrastiveLearning(model=clip("ViT-B-32")),
+    "siglip_b16": ContrastiveLearning(model=siglip("B/16"), kind="sigmoid"),
 }
 
 
@@ -85,10 +85,10 @@ def test_dimensions_that_do_not_divide_are_replicated_and_told():
     assert spec("mlp/up/kernel", (7, 10), AXES) == P(None, "tensor")
     assert spec("mlp/up/kernel", (7, 9), AXES) == P()
     mesh = make_mesh(MeshConfig(**AXES))
-    assert undivided({"mlp": {"up": {"kernel": jnp.zeros((8, 9))}}}, mesh) == [
+    assert unsharded_dims({"mlp": {"up": {"kernel": jnp.zeros((8, 9))}}}, mesh) == [
         "mlp/up/kernel: dimension 1 of (8, 9) is not divisible by tensor = 2 and is replicated"]
-    assert len(undivided({"mlp": {"up": {"kernel": jnp.zeros((7, 9))}}}, mesh)) == 2
-    assert undivided({"mlp": {"up": {"kernel": jnp.zeros((8, 10)), "bias": jnp.zeros(10)}}}, mesh) == []
+    assert len(unsharded_dims({"mlp": {"up": {"kernel": jnp.zeros((7, 9))}}}, mesh)) == 2
+    assert unsharded_dims({"mlp": {"up": {"kernel": jnp.zeros((8, 10)), "bias": jnp.zeros(10)}}}, mesh) == []
 
 
 def test_axes_of_one_device_are_left_out():

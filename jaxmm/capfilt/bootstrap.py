@@ -24,7 +24,7 @@ from jaxmm.capfilt.stages import SIZE, begin, select, write_captions, write_scor
 from jaxmm.capfilt.synthetic_captions import NUCLEUS
 from jaxmm.checkpoints import whole_steps
 from jaxmm.config import InitConfig, TrainConfig, to_dict
-from jaxmm.hosts.startup import meet
+from jaxmm.hosts.startup import barrier
 from jaxmm.inference.generate import Decoding
 from jaxmm.training.loop import train
 from jaxmm.training.optimizer import learning_rate
@@ -100,7 +100,7 @@ def bootstrap(config: CapFiltConfig, out: Path, *, say: Callable[[str], Any] = p
         merged = merge(folder)
         if jax.process_index() == 0:
             say(f"report: {write_report(folder)}")
-        meet("report")
+        barrier("report")
         if not state.run(f"{here}/model", on(config.pretrain, merged_source(merged, config.human_weight)), say):
             return {}
         last = out / here / "model"

@@ -16,7 +16,7 @@ from jaxmm.capfilt.merge import merged_source
 from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.synthetic_captions import NUCLEUS
 from jaxmm.config import require
-from jaxmm.hosts.startup import HostsConfig, joined
+from jaxmm.hosts.startup import HostsConfig, distributed
 from jaxmm.inference.generate import Decoding
 from jaxmm.recipes import parse_recipe
 from jaxmm.terminal import print_json, print_table
@@ -50,7 +50,7 @@ def run(
         data_dir: Where prepared TFDS data sets lie.
         hosts: Which processes work together; `out` is then a folder that all share.
     """
-    with joined(hosts, out, name="out"):
+    with distributed(hosts, out, name="out"):
         caption(captioner, web, out, human, captions, decoding, prompt, seed, shard_records, data_dir, hosts)
         score(filter, out, data_dir, hosts)
         select(out, rule, data_dir, hosts)
@@ -78,7 +78,7 @@ def caption(
         hosts: Which processes work together.
     """
     require(len(captioner) > 0 or captions == 0, "captioner", captioner, "one or more")
-    with joined(hosts, out, name="out"):
+    with distributed(hosts, out, name="out"):
         folder = stages.begin(out, web, human, size=shard_records, data_dir=data_dir)
         told(out / stages.CAPTIONS, stages.write_captions(folder, captioner, decoding=decoding, captions=captions,
                                                           seed=seed, prompt=prompt))
@@ -93,7 +93,7 @@ def score(filter: str, out: Path, data_dir: str | None = None, hosts: HostsConfi
         data_dir: Where prepared TFDS data sets lie.
         hosts: Which processes work together.
     """
-    with joined(hosts, out, name="out"):
+    with distributed(hosts, out, name="out"):
         told(out / stages.SCORES, stages.write_scores(stages.Folder(out, data_dir), filter))
 
 
@@ -106,7 +106,7 @@ def select(out: Path, rule: Flat = KEPT, data_dir: str | None = None, hosts: Hos
         data_dir: Where prepared TFDS data sets lie.
         hosts: Which processes work together.
     """
-    with joined(hosts, out, name="out"):
+    with distributed(hosts, out, name="out"):
         told(out / stages.SELECTED, stages.select(stages.Folder(out, data_dir), rule))
 
 
@@ -120,7 +120,7 @@ def merge(out: Path, human_weight: int = 1, data_dir: str | None = None, hosts: 
         hosts: Which processes work together.
     """
     require(human_weight > 0, "human_weight", human_weight, "a positive number")
-    with joined(hosts, out, name="out"):
+    with distributed(hosts, out, name="out"):
         folder = stages.Folder(out, data_dir)
         merged = merge_kept(folder)
         if jax.process_index() == 0:
@@ -170,7 +170,7 @@ def run_bootstrap(args: Sequence[str]) -> None:
     command = parse_recipe(Bootstrap, args, recipe=bootstraps.CapFiltConfig, name="recipe",
                            prog="jaxmm capfilt bootstrap", description=Bootstrap.__doc__)
     require(command.out is not None, "out", None, "--out FOLDER")
-    with joined(command.hosts, command.out, name="out"):
+    with distributed(command.hosts, command.out, name="out"):
         metrics = bootstraps.bootstrap(command.recipe, command.out)
         if metrics and jax.process_index() == 0:
             bootstraps.print_metrics(metrics)

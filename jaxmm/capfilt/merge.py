@@ -21,7 +21,7 @@ from jaxmm.data import images
 from jaxmm.data.bad_records import read_record
 from jaxmm.data.tools.importing import png
 from jaxmm.data.tools.writing import WORK, Written, finish, picture_features, shard_path, take_back, write_shard
-from jaxmm.hosts.startup import beat, meet
+from jaxmm.hosts.startup import barrier, heartbeat
 
 MERGED, NOTES = "merged", "merged.json"
 
@@ -35,27 +35,27 @@ def merge(folder: Folder) -> Path:
     dest = folder.path / MERGED
     made = {shard.name: _made_from(folder, shard) for shard in folder.shards}
     if _read(dest / NOTES) == made:
-        meet("merged")
+        barrier("merged")
         return dest
     part = dest.with_name(MERGED + ".part")
     if jax.process_index() == 0:
         (part / WORK).mkdir(parents=True, exist_ok=True)
         take_back(part)
-    meet("merge")
+    barrier("merge")
     features = picture_features(origins=tfds.features.Sequence(tfds.features.Text()))
     mine = folder.shards[jax.process_index()::jax.process_count()]
     todo = [shard for shard in mine if _read(_note(part, shard)).get("made_from") != made[shard.name]]
     with tqdm(total=sum(len(shard.source) for shard in todo), desc=MERGED, unit=" pictures", mininterval=1.0,
               dynamic_ncols=True, disable=None if todo and jax.process_index() == 0 else True) as bar:
         for shard in todo:
-            beat("merging")
+            heartbeat("merging")
             _note(part, shard).unlink(missing_ok=True)
             texts = read_texts(folder.table(SELECTED, shard))
             written = write_shard(_examples(shard, texts), _path(part, shard), features)
             write_atomically(_note(part, shard), json.dumps(
                 {"made_from": made[shard.name], "records": written.records, "bytes": written.bytes}))
             bar.update(len(shard.source))
-    meet("merge written")
+    barrier("merge written")
     if jax.process_index() == 0:
         splits: dict[str, list[Written]] = {}
         for shard in folder.shards:
@@ -64,7 +64,7 @@ def merge(folder: Folder) -> Path:
         write_atomically(part / NOTES, json.dumps(made, indent=1))
         shutil.rmtree(dest, ignore_errors=True)  # of an earlier selection
         finish(part, dest, features, splits)
-    meet("merged")
+    barrier("merged")
     return dest
 
 

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
+from jaxmm import hosts
 from jaxmm.capfilt import scoring as score
 from jaxmm.capfilt import synthetic_captions as caption
 from jaxmm.capfilt.manifest import NAME, agree, model_digest, read_manifest
@@ -27,8 +28,7 @@ from jaxmm.config import ConfigError, require, to_dict
 from jaxmm.data.base import Source
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import shards
-from jaxmm.hosts import startup as hosts
-from jaxmm.hosts.startup import meet
+from jaxmm.hosts.startup import barrier
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import load
 
@@ -93,8 +93,8 @@ def begin(path: Path, web: str, human: str | None, *, size: int = SIZE, data_dir
     """A new folder, or one of the same data. Raises `ConfigError`, `DataError`."""
     require(size > 0, "shard_records", size, "a positive number")
     agree(path, version=VERSION, web=web, human=human, shard_records=size)
-    meet("begin")
-    hosts.see("out", path / NAME)
+    barrier("begin")
+    hosts.wait_for_path("out", path / NAME)
     return Folder(path, data_dir)
 
 
@@ -174,19 +174,19 @@ def _run(folder: Folder, stage: str, made: Callable[[Shard, Any], str], known: A
     mine = folder.shards[jax.process_index()::jax.process_count()]
     todo = [shard for shard in mine
             if known is None or made_from(folder.table(stage, shard)) != made(shard, known)]
-    hosts.beat(stage)
+    hosts.heartbeat(stage)
     if todo:
         known = prepare()
         todo = [shard for shard in todo if made_from(folder.table(stage, shard)) != made(shard, known)]
     with tqdm(total=sum(len(shard.source) for shard in todo), desc=stage, unit=" pictures", mininterval=1.0,
               dynamic_ncols=True, disable=None if todo and jax.process_index() == 0 else True) as bar:
         def done(count: int) -> None:
-            hosts.beat(stage)
+            hosts.heartbeat(stage)
             bar.update(count)
 
         for shard in todo:
             write_texts(folder.table(stage, shard), work(shard, done), made(shard, known))
-    meet(stage)
+    barrier(stage)
     return len(todo)
 
 

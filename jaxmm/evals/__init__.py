@@ -1,6 +1,6 @@
 """Evaluators: one metric a file, each a frozen dataclass whose `run` yields `(name, value)`."""
 
-from jaxmm.evals.accuracy import Classification
+from jaxmm.evals.accuracy import TopKAccuracy
 from jaxmm.evals.captions import Captions
 from jaxmm.evals.context import CaptionExample, EvalContext, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.evals.knn import KNN
@@ -10,5 +10,18 @@ from jaxmm.evals.retrieval import Retrieval
 from jaxmm.evals.vqa_accuracy import VQAAccuracy
 from jaxmm.evals.zero_shot import ZeroShot
 
-__all__ = ["KNN", "CaptionExample", "Captions", "Classification", "EvalContext", "LinearProbe", "PredictionExample",
-           "Reranking", "Retrieval", "RetrievalExample", "Retrieved", "VQAAccuracy", "ZeroShot"]
+__all__ = [
+           "KNN",
+           "CaptionExample",
+           "Captions",
+           "EvalContext",
+           "LinearProbe",
+           "PredictionExample",
+           "Reranking",
+           "Retrieval",
+           "RetrievalExample",
+           "Retrieved",
+           "TopKAccuracy",
+           "VQAAccuracy",
+           "ZeroShot",
+]

@@ -18,11 +18,11 @@ from jaxmm.evals.context import (
     spread,
     thumbnail,
 )
-from jaxmm.inference.batching import outputs, predict_fn, whole_batch
+from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Evaluator):
+class TopKAccuracy(Evaluator):
     """Yields `top1`, `loss` (mean cross-entropy, nats) and, with more than five classes, `top5`."""
 
     examples: int = 12
@@ -45,7 +45,7 @@ class Classification(Evaluator):
         """Yields metric names and values."""
         source, params = self.check(context), chosen_weights(self, context)
         tokenizer = context.tokenizer if "text" in context.task.reads else None
-        batches = picture_batches(source, context, whole_batch(self.batch_size, context.mesh), tokenizer)
+        batches = picture_batches(source, context, padded_batch_size(self.batch_size, context.mesh), tokenizer)
         fn = predict_fn(context.task, ("logits",), context.mesh)
         logits = ((result["logits"], batch) for result, batch in outputs(fn, params, batches, context.mesh))
         for name, value in score(logits, source, source.classes, context, self.examples):

@@ -19,7 +19,7 @@ from jaxmm.evals.context import (
     picture_batches,
     spread,
 )
-from jaxmm.inference.batching import outputs, whole_batch
+from jaxmm.inference.batching import outputs, padded_batch_size
 from jaxmm.inference.captioning import CAPTIONS, looker, prompt_tokens, words_looked, writer
 from jaxmm.inference.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
@@ -65,7 +65,7 @@ class Captions(Evaluator):
         source, tokenizer, task = self.check(context), context.tokenizer, context.task
         prompt = getattr(task, "prompt", "") if self.prompt is None else self.prompt
         given = prompt_tokens(tokenizer, prompt, task.model.text.decode_id)
-        size = whole_batch(self.batch_size, context.mesh)
+        size = padded_batch_size(self.batch_size, context.mesh)
         batches = (batch | {"prompt": np.repeat(given, size, axis=0), "row": batch["index"].astype(np.int32)}
                    for batch in picture_batches(source, context, size))
         fn = writer(task, self.decoding, 0, context.mesh)
@@ -98,7 +98,7 @@ class Captions(Evaluator):
         chosen = [sorted(written)[i] for i in spread(len(written), self.examples)] if self.examples else []
         if not chosen:
             return
-        size = whole_batch(len(chosen), context.mesh)
+        size = padded_batch_size(len(chosen), context.mesh)
         rows = [chosen[min(row, len(chosen) - 1)] for row in range(size)]
         batch = {"image": np.stack([eval_image(decode(source[i]["image"]), context.data.image) for i in rows]),
                  "tokens": np.stack([written[i] for i in rows]), "mask": np.arange(size) < len(chosen)}

@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
+from jaxmm import hosts
 from jaxmm.config import ConfigError, DataConfig, Evaluator, Task, require
 from jaxmm.data.base import Source
 from jaxmm.data.images import decode
 from jaxmm.data.pipeline import counted, eval_rows
 from jaxmm.data.sources.registry import open_source
-from jaxmm.hosts import startup as hosts
-from jaxmm.inference.batching import outputs, predict_fn, whole_batch
+from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
 from jaxmm.sharding import host_share, place_batch, replicated
 
 
@@ -128,11 +128,11 @@ def picture_batches(source: Source, context: EvalContext, batch_size: int, token
 
 
 def _told_to_all(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    hosts.beat("evaluating", waits=True)
+    hosts.heartbeat("evaluating", waits=True)
     placed = place_batch(batch, mesh)
     image = placed.pop("image")
     found = {name: np.asarray(value) for name, value in _whole(mesh)(placed).items()}
-    hosts.beat("evaluating")
+    hosts.heartbeat("evaluating")
     return found | {"image": image}
 
 
@@ -173,7 +173,7 @@ def check_features(evaluator: Evaluator, train: str | None, context: EvalContext
 def frozen_features(evaluator: Evaluator, source: Source, context: EvalContext
                     ) -> tuple[np.ndarray, np.ndarray]:
     """Features [n, d] and labels [n] of `source`, its pictures seen as in evaluation."""
-    batches = picture_batches(source, context, whole_batch(evaluator.batch_size, context.mesh))
+    batches = picture_batches(source, context, padded_batch_size(evaluator.batch_size, context.mesh))
     fn = predict_fn(context.task, ("features",), context.mesh)
     result, batch = embed(fn, chosen_weights(evaluator, context), batches, context.mesh)
     return result["features"], batch["label"]

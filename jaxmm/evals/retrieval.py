@@ -24,7 +24,7 @@ from jaxmm.evals.context import (
     spread,
     thumbnail,
 )
-from jaxmm.inference.batching import outputs, predict_fn, whole_batch
+from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
 
 TIE = np.float32(1e-6)
 """Cosines closer than this are equal: what a float32 dot product of unit vectors can tell apart."""
@@ -152,7 +152,7 @@ def embed_pairs(
     [b e] among the predictions; None: as the task predicts them.
     """
     mesh, params, first = context.mesh, chosen_weights(evaluator, context), evaluator.captions == "first"
-    size = whole_batch(evaluator.batch_size, mesh)
+    size = padded_batch_size(evaluator.batch_size, mesh)
     if see is None:
         see = partial(outputs, predict_fn(context.task, ("image", "text") if first else ("image",), mesh), mesh=mesh)
     result, batch = joined(see(params, batches=picture_batches(

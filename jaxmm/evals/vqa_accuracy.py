@@ -21,7 +21,7 @@ from jaxmm.evals.context import (
     thumbnail,
 )
 from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, ranker
-from jaxmm.inference.batching import outputs, whole_batch
+from jaxmm.inference.batching import outputs, padded_batch_size
 from jaxmm.inference.captioning import prompt_tokens, writer
 from jaxmm.inference.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
@@ -121,7 +121,7 @@ class VQAAccuracy(Evaluator):
     def _answer(self, source: Source, context: EvalContext) -> Iterator[tuple[int, list[tuple[str, float]]]]:
         """The number of each question, and its best answers with their scores."""
         task, tokenizer, choices = context.task, context.tokenizer, self.choices(context)
-        size = whole_batch(self.batch_size, context.mesh)
+        size = padded_batch_size(self.batch_size, context.mesh)
         batches = picture_batches(source, context, size, tokenizer)
         if choices is None:
             prompt = np.repeat(prompt_tokens(tokenizer, "", task.model.answer.decode_id), size, axis=0)

@@ -10,7 +10,7 @@ from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source
 from jaxmm.evals.accuracy import score, score_names
 from jaxmm.evals.context import EvalContext, check, check_labels, chosen_weights, embed, picture_batches
-from jaxmm.inference.batching import outputs, predict_fn, whole_batch
+from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
 
 TEMPLATES = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
              "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
@@ -55,7 +55,7 @@ class ZeroShot(Evaluator):
         source, params = self.check(context), chosen_weights(self, context)
         classes = self.classes or tuple(name.replace("_", " ") for name in source.classes)
         weights = class_embeddings(classes, self.templates, params, context, self.batch_size)
-        batches = picture_batches(source, context, whole_batch(self.batch_size, context.mesh))
+        batches = picture_batches(source, context, padded_batch_size(self.batch_size, context.mesh))
         fn = predict_fn(context.task, ("image",), context.mesh)
         logits = ((self.scale * unit(result["image"]) @ weights.T, batch)
                   for result, batch in outputs(fn, params, batches, context.mesh))
@@ -72,7 +72,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 def class_embeddings(classes: tuple[str, ...], templates: tuple[str, ...], params, context: EvalContext,
                      batch_size: int) -> Float[np.ndarray, "classes e"]:
     """For each class the normalised mean of its prompts' normalised embeddings."""
-    size = whole_batch(batch_size, context.mesh)
+    size = padded_batch_size(batch_size, context.mesh)
     tokens = np.asarray(context.tokenizer([t.replace("{}", c) for c in classes for t in templates]))
     pad = -len(tokens) % size
     mask = np.arange(len(tokens) + pad) < len(tokens)

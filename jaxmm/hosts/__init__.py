@@ -1,1 +1,16 @@
 """Start several processes as one run, synchronise them, and notice when one fails."""
+
+from jaxmm.hosts.startup import (
+    HostsConfig,
+    assert_same_on_all_hosts,
+    barrier,
+    detect_process_count,
+    distributed,
+    exit_status,
+    heartbeat,
+    join,
+    wait_for_path,
+)
+
+__all__ = ["HostsConfig", "assert_same_on_all_hosts", "barrier", "detect_process_count", "distributed", "exit_status",
+           "heartbeat", "join", "wait_for_path"]

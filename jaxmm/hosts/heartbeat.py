@@ -34,7 +34,7 @@ ELSEWHERE = re.compile(r"gloo|nccl|unavailable|deadline_exceeded|cancelled|barri
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """What a host tells of itself."""
 
     name: str
@@ -51,23 +51,23 @@ class Pulse:
 
 
 @dataclass(frozen=True)
-class Seen:
+class HostStatus:
     """What is known of a host, and when that was new, in seconds."""
 
-    pulse: Pulse
+    pulse: Heartbeat
     alive: float
     moved: float
     failed: float | None = None
 
-    def told(self, pulse: Pulse, now: float) -> "Seen":
+    def told(self, pulse: Heartbeat, now: float) -> "HostStatus":
         """With what it tells `now`."""
-        return Seen(pulse, now if pulse.beats != self.pulse.beats else self.alive,
+        return HostStatus(pulse, now if pulse.beats != self.pulse.beats else self.alive,
                     now if pulse.moves != self.pulse.moves else self.moved,
                     None if pulse.failed is None else now if self.failed is None else self.failed)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Failure:
     """Why the run ends."""
 
     host: int
@@ -79,7 +79,9 @@ class Verdict:
     """Another try may do."""
 
 
-def judge(hosts: Sequence[Seen], now: float, *, timeout: float, heartbeat: float, interval: float) -> Verdict | None:
+def detect_failure(
+    hosts: Sequence[HostStatus], now: float, *, timeout: float, heartbeat: float, interval: float
+) -> Failure | None:
     """Which host ends the run, if one does: a dead one, else one that failed, else one that the others wait for.
 
     Where collectives failed somebody is most likely gone: then five beats that are missed are enough.
@@ -94,7 +96,7 @@ def judge(hosts: Sequence[Seen], now: float, *, timeout: float, heartbeat: float
         host = min((i for i, each in enumerate(hosts) if each.failed is not None), key=lambda i: hosts[i].failed)
         return _verdict(hosts, host, now, f"failed: {hosts[host].pulse.failed}")
 
-    def late(each: Seen) -> bool:
+    def late(each: HostStatus) -> bool:
         return now - each.moved > timeout * (1 if each.pulse.doing in SHORT else LONG)
 
     stuck = [i for i, each in enumerate(hosts) if late(each) and not each.pulse.waits]
@@ -105,9 +107,9 @@ def judge(hosts: Sequence[Seen], now: float, *, timeout: float, heartbeat: float
     return replace(_verdict(hosts, host, now, f"is stuck{whole}"), stuck=True)
 
 
-def _verdict(hosts: Sequence[Seen], host: int, now: float, what: str) -> Verdict:
+def _verdict(hosts: Sequence[HostStatus], host: int, now: float, what: str) -> Failure:
     seen = hosts[host]
-    return Verdict(host, seen.pulse.name, f"{what}; last seen {seen.pulse.doing} at step {seen.pulse.step}, "
+    return Failure(host, seen.pulse.name, f"{what}; last seen {seen.pulse.doing} at step {seen.pulse.step}, "
                    f"{now - seen.moved:.0f} s ago")
 
 
@@ -127,10 +129,10 @@ class Watchdog:
     def __init__(self, client: Any, index: int, count: int, coordinator: str, *, timeout: float, heartbeat: float):
         self.client, self.index, self.count, self.coordinator = client, index, count, coordinator
         self.timeout, self.heartbeat, self.interval = timeout, heartbeat, min(2.0, heartbeat / 10)
-        self._pulse, self._lock = Pulse(socket.gethostname()), threading.RLock()
+        self._pulse, self._lock = Heartbeat(socket.gethostname()), threading.RLock()
         self._over, self._settled, self._ending = threading.Event(), threading.Event(), threading.Lock()
         self._own, self._reached = False, time.monotonic()
-        self._hosts = [Seen(Pulse("?"), self._reached, self._reached) for _ in range(count)]
+        self._hosts = [HostStatus(Heartbeat("?"), self._reached, self._reached) for _ in range(count)]
         self._threads = [threading.Thread(target=each, name="hosts", daemon=True) for each in (self._talk, self._look)]
         self._abort = _Abort(self)
 
@@ -147,7 +149,7 @@ class Watchdog:
             each.join()
         self._abort.remove()
 
-    def beat(self, doing: str, step: int | None, waits: bool) -> None:
+    def heartbeat(self, doing: str, step: int | None, waits: bool) -> None:
         """Notes progress."""
         with self._lock:
             self._pulse = replace(self._pulse, moves=self._pulse.moves + 1, doing=doing, waits=waits,
@@ -162,13 +164,13 @@ class Watchdog:
             self._own = not caused_elsewhere(error)
             self._pulse = replace(pulse, moves=pulse.moves + 1, failed=None if self._own else reason)
         if self._own or not self._settled.wait(self.heartbeat + 20 * self.interval):
-            self._write(Verdict(self.index, pulse.name, f"failed {pulse.doing} at step {pulse.step}: {reason}",
+            self._write(Failure(self.index, pulse.name, f"failed {pulse.doing} at step {pulse.step}: {reason}",
                                 again=False))
         self._settled.wait(10 * self.interval)
         self._hear()
         self._wait_until_heard()
 
-    def end(self, verdict: Verdict, *, heard: bool = True) -> None:
+    def end(self, verdict: Failure, *, heard: bool = True) -> None:
         """Prints `verdict` and ends the process; tells the first host that it was `heard`."""
         self._ending.acquire()  # for good: whoever comes second waits for the end
         self._say(f"error: host {verdict.host} ({verdict.name}) {verdict.what}. "
@@ -193,7 +195,7 @@ class Watchdog:
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
 
-    def _write(self, verdict: Verdict) -> None:
+    def _write(self, verdict: Failure) -> None:
         with contextlib.suppress(Exception):  # the first one counts; without a store, `_look` ends the process
             self.client.key_value_set(f"{VERDICT}0", json.dumps(asdict(verdict)))
 
@@ -230,21 +232,22 @@ class Watchdog:
         now = time.monotonic()
         for key, text in self.client.key_value_dir_get(BEATS if self.index == 0 else f"{BEATS}0/"):
             host = int(key.split("/")[2])
-            self._hosts[host] = self._hosts[host].told(Pulse(**json.loads(text)), now)
+            self._hosts[host] = self._hosts[host].told(Heartbeat(**json.loads(text)), now)
         told = self._told()
         if told is None and self.index == 0:
-            verdict = judge(self._hosts, now, timeout=self.timeout, heartbeat=self.heartbeat, interval=self.interval)
+            verdict = detect_failure(
+                self._hosts, now, timeout=self.timeout, heartbeat=self.heartbeat, interval=self.interval)
             if verdict is not None:
                 self._write(verdict)
                 told = self._told()
         if told is not None:
             self._settle(told)
 
-    def _told(self) -> Verdict | None:
-        found = self.client.key_value_dir_get(VERDICT)
-        return Verdict(**json.loads(found[0][1])) if found else None
+    def _told(self) -> Failure | None:
+        detect_process_count = self.client.key_value_dir_get(VERDICT)
+        return Failure(**json.loads(detect_process_count[0][1])) if detect_process_count else None
 
-    def _settle(self, verdict: Verdict) -> None:
+    def _settle(self, verdict: Failure) -> None:
         if self._own or (verdict.host == self.index and not verdict.stuck):
             self._settled.set()  # the main thread says what it was
         else:
@@ -257,7 +260,7 @@ class Watchdog:
             if silence > self.heartbeat:
                 self.end(self.gone(f"no answer for {silence:.0f} s"), heard=False)
 
-    def gone(self, how: str) -> Verdict:
+    def gone(self, how: str) -> Failure:
         """The verdict on the first host, which cannot write one itself."""
         return _verdict(self._hosts, 0, time.monotonic(), f"is dead or cut off: {how}")
 

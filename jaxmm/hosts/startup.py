@@ -1,7 +1,7 @@
 """The processes of a run, one or several on each machine: how they find each other, wait, and end together.
 
 TPU pods, SLURM, Open MPI and Kubernetes are recognised by JAX; elsewhere `HostsConfig` says who is who. What a host
-tells of itself with `beat` is watched by `jaxmm.hosts.heartbeat`.
+tells of itself with `heartbeat` is watched by `jaxmm.hosts.heartbeat`.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ class HostsConfig:
                     f"the number of this process, 0 to {self.count - 1}, with hosts.address")
 
 
-def found() -> int:
+def detect_process_count() -> int:
     """Processes of the cluster that this one is part of, as JAX recognises it; 1: none, or nobody else.
 
     No device is touched. Raises `ConfigError` where there is a cluster that does not say how large it is.
@@ -110,7 +110,7 @@ def join(config: HostsConfig, shared: Any = None, *, name: str = "workdir") -> W
     `shared` is the folder (called `name`) that all of them write to. To be called before JAX is asked for anything.
     Raises `ConfigError` where the others cannot be found.
     """
-    count = 1 if config.alone else config.count if config.address else found()
+    count = 1 if config.alone else config.count if config.address else detect_process_count()
     if config.count is not None:
         require(count == config.count, "hosts.count", config.count,
                 f"{count}, which JAX found here; or hosts.address and hosts.index, where there is no cluster that it "
@@ -136,11 +136,11 @@ _names = itertools.count()
 
 
 @contextlib.contextmanager
-def joined(config: HostsConfig, shared: Any = None, *, name: str = "workdir") -> Iterator[None]:
+def distributed(config: HostsConfig, shared: Any = None, *, name: str = "workdir") -> Iterator[None]:
     """As `join`, for what is done inside; the hosts leave together. Inside another one it does nothing.
 
     An error that leaves it ends the other hosts, who say what it was; one that another host caused ends this process.
-    What follows has to end the process with `status`.
+    What follows has to end the process with `exit_status`.
     """
     global _watching
     if _watching is not None:
@@ -153,7 +153,7 @@ def joined(config: HostsConfig, shared: Any = None, *, name: str = "workdir") ->
     watchdog.start()
     try:
         yield
-        meet("end")
+        barrier("end")
     except BaseException as error:
         watchdog.fail(error)
         _end_at_once()
@@ -169,12 +169,12 @@ def _end_at_once() -> None:
 
     def hook(*args):
         plain(*args)
-        status(1)
+        exit_status(1)
 
     sys.excepthook = hook
 
 
-def status(code: int) -> int:
+def exit_status(code: int) -> int:
     """The exit status `code`; where other hosts were told of an error, the process ends here and now."""
     if _watching is not None:
         for stream in (sys.stdout, sys.stderr):
@@ -184,22 +184,22 @@ def status(code: int) -> int:
     return code
 
 
-def beat(doing: str, step: int | None = None, *, waits: bool = False) -> None:
+def heartbeat(doing: str, step: int | None = None, *, waits: bool = False) -> None:
     """Notes that this host gets on: what it does now, in which step, and whether it `waits` for devices or other hosts.
     """
     if _watching is not None:
-        _watching.beat(doing, step, waits)
+        _watching.heartbeat(doing, step, waits)
 
 
-def meet(what: str) -> None:
+def barrier(what: str) -> None:
     """Waits for all hosts; no device is used."""
     if jax.distributed.is_initialized() and global_state.num_processes > 1:
-        beat(what, waits=True)
+        heartbeat(what, waits=True)
         global_state.client.wait_at_barrier(f"jaxmm/meet/{next(_names)} {what}", WEEK)
-        beat(what)
+        heartbeat(what)
 
 
-def see(name: str, path: Path) -> None:
+def wait_for_path(name: str, path: Path) -> None:
     """Returns once this host sees `path`, which the first host wrote. Raises `ConfigError` where it does not: then the
     folder, a field called `name`, is not the one that the first host writes to."""
     deadline = time.monotonic() + SEEN
@@ -209,7 +209,7 @@ def see(name: str, path: Path) -> None:
         time.sleep(0.1)
 
 
-def check_same(**facts: Any) -> None:
+def assert_same_on_all_hosts(**facts: Any) -> None:
     """Raises `ConfigError` on a host for which one of `facts` (JSON values) is another than on the first host."""
     if not jax.distributed.is_initialized() or global_state.num_processes == 1:
         return
@@ -217,7 +217,7 @@ def check_same(**facts: Any) -> None:
     if global_state.process_id == 0:
         client.key_value_set(key, json.dumps(facts))
         return
-    beat("compare", waits=True)
+    heartbeat("compare", waits=True)
     first = json.loads(client.blocking_key_value_get(key, WEEK))
     changes = differences(first, json.loads(json.dumps(facts)))
     if changes:

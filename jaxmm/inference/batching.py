@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmm import hosts
 from jaxmm.compiling import compile_prediction
 from jaxmm.config import Task
-from jaxmm.hosts import startup as hosts
-from jaxmm.sharding import place_whole
+from jaxmm.sharding import put_global
 
 INPUTS = ("image", "tokens", "prompt", "row", "seen")
 """Keys of a batch that the functions of `Task.predict` may read; the rest stays on the host."""
@@ -22,7 +22,7 @@ def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
     return tuple(a for a in ("data", "fsdp") if a in mesh.axis_names)
 
 
-def whole_batch(batch_size: int, mesh: Mesh | None) -> int:
+def padded_batch_size(batch_size: int, mesh: Mesh | None) -> int:
     """`batch_size` rounded up to a multiple of the devices that share a batch."""
     parts = math.prod(mesh.shape[a] for a in _batch_axes(mesh)) if mesh is not None else 1
     return -(-batch_size // parts) * parts
@@ -53,18 +53,18 @@ def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | 
     several = mesh is not None and not sharding.is_fully_addressable
 
     def real(result, batch):
-        hosts.beat("evaluating", waits=True)
+        hosts.heartbeat("evaluating", waits=True)
         return tuple({k: np.asarray(v)[batch["mask"]] for k, v in arrays.items() if _is_here(v)}
                      for arrays in (result, batch))
 
     def placed(value):
         if several:
-            return place_whole(np.asarray(value), sharding) if _is_here(value) else value
+            return put_global(np.asarray(value), sharding) if _is_here(value) else value
         return jax.device_put(value, sharding)
 
     pending = None
     for batch in batches:
-        hosts.beat("evaluating")
+        hosts.heartbeat("evaluating")
         current = fn(params, {k: placed(batch[k]) for k in INPUTS if k in batch}), batch
         if pending is not None:
             yield real(*pending)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from jaxmm.compiling import compile_prediction
-from jaxmm.inference.batching import outputs, whole_batch
+from jaxmm.inference.batching import outputs, padded_batch_size
 from jaxmm.models.blip import BLIP
 from jaxmm.task import Task
 
@@ -97,7 +97,7 @@ def match_pairs(
     `seen` are the tokens of pictures that `jaxmm.inference.matching.seer` makes.
     """
     found = np.zeros((len(picture), 2), np.float32)
-    size = whole_batch(min(PICTURES, power_of_two(len(np.unique(picture)))), mesh)
+    size = padded_batch_size(min(PICTURES, power_of_two(len(np.unique(picture)))), mesh)
     batches = pair_batches(seen, tokens, picture, text, pad_id=task.model.text.pad_id, size=size)
     for result, batch in outputs(matcher(task, mesh), params, batches, mesh):
         there = batch["pair"] >= 0

@@ -28,7 +28,7 @@ from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.zero_shot import TEMPLATES, unit
 from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, ranker
-from jaxmm.inference.batching import outputs, predict_fn, whole_batch
+from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
 from jaxmm.inference.captioning import CAPTIONS, prompt_tokens, writer
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.matching import match_pairs, power_of_two, seer
@@ -41,7 +41,7 @@ from jaxmm.pretrained.io.files import FileError, write_safetensors
 from jaxmm.pretrained.registry import open_checkpoint
 from jaxmm.pretrained.table import Row, write_tensors
 from jaxmm.pretrained.tokenizer import is_openai, tokenizer_files
-from jaxmm.sharding import laid_out
+from jaxmm.sharding import with_shardings
 from jaxmm.task import Task
 
 log = logging.getLogger(__name__)
@@ -373,7 +373,7 @@ class Model:
 
     def _filled(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(next(iter(batch.values())))
-        size = whole_batch(power_of_two(count), self.mesh)
+        size = padded_batch_size(power_of_two(count), self.mesh)
         filled = {name: np.concatenate([rows, np.repeat(rows[-1:], size - count, axis=0)])
                   for name, rows in batch.items()}
         return filled | {"mask": np.arange(size) < count}
@@ -397,7 +397,7 @@ def load(
     like = jax.eval_shape(task.init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), like)
     if mesh is not None:
-        like = laid_out(like, mesh)
+        like = with_shardings(like, mesh)
     return Model(task=task, params=opened.read(like), image=opened.image, tokenizer=opened.tokenizer,
                  labels=opened.labels, notes=opened.notes, mesh=mesh)
 

@@ -21,7 +21,7 @@ from jaxmm.sharding import BATCH, batch_devices
 
 Keys = Int[Array, "_ k 2"]
 """What pairs are recognised by: a row and a column with one key in common, at the same place, belong together."""
-NO_PLACE = -1
+NOT_IN_BATCH = -1
 """That of a column which is no example of the batch."""
 
 

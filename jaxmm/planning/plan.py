@@ -21,7 +21,7 @@ from jaxmm.planning.chips import Topology
 from jaxmm.planning.flops import Flops, count_jaxpr
 from jaxmm.planning.hlo import Collective, Program
 from jaxmm.planning.shapes import batch_shapes, bind
-from jaxmm.sharding import laid_out, make_mesh, named_leaves, replicated, undivided
+from jaxmm.sharding import make_mesh, named_leaves, replicated, unsharded_dims, with_shardings
 from jaxmm.task import Task
 from jaxmm.training.accumulate import check_parts
 from jaxmm.training.optimizer import make_optimizer
@@ -119,7 +119,7 @@ def trace(config: TrainConfig, topology: Topology) -> Traced:
     bound = bind(config)
     params = jax.eval_shape(bound.task.init, jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, params, config.steps, bound.task.bounds)
-    state = laid_out(abstract_state(bound.task, optimizer), mesh)
+    state = with_shardings(abstract_state(bound.task, optimizer), mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return Traced(config, topology, bound.task, mesh, optimizer, state, batch_shapes(bound.task, config.data, mesh),
                   jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)), bound.assumed)
@@ -141,7 +141,7 @@ def make_plan(config: TrainConfig, topology: Topology, cache: Path | None = None
         "batch_size": config.data.batch_size, "microbatches": config.microbatches,
         "parameters": sum(leaf.size for _, leaf in named_leaves(traced.state.params)), "flops": flops.all,
         "model_flops": flops.model, "hbm_bytes": topology.chip.hbm_bytes, "assumed": traced.assumed,
-        "replicated": tuple(undivided(traced.state, traced.mesh)), "approximate": topology.approximate}
+        "replicated": tuple(unsharded_dims(traced.state, traced.mesh)), "approximate": topology.approximate}
     told = _remembered(file) or _compile(lowered, topology, dict(traced.mesh.shape), file)
     collectives = tuple(Collective(**each | {"axes": tuple(each["axes"])}) for each in told.pop("collectives"))
     cycles = told.pop("cycles")

@@ -17,11 +17,11 @@ from jaxmm.pretrained.table import Row
 from jaxmm.pretrained.tokenizer import Words
 from jaxmm.task import Task
 from jaxmm.tasks.blip_pretraining import BLIPPretraining
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from jaxmm.tasks.image_captioning import Captioning
-from jaxmm.tasks.image_classification import Classify
-from jaxmm.tasks.pair_classification import NLVR
-from jaxmm.tasks.question_answering import VQA
+from jaxmm.tasks.image_classification import Classification
+from jaxmm.tasks.pair_classification import PairClassification
+from jaxmm.tasks.question_answering import QuestionAnswering
 
 BLIP_LENGTH = 40
 """Tokens of a text in BLIP's fine-tuning for captions and matching, at most."""
@@ -53,12 +53,12 @@ class Checkpoint:
         """The objective that such a model is trained with, and whose `predict` it offers."""
         if isinstance(self.config, CLIPConfig):
             kind = "softmax" if self.config.logit_bias is None else "sigmoid"
-            return Contrastive(model=self.config, pixels=self.pixels, kind=kind)
+            return ContrastiveLearning(model=self.config, pixels=self.pixels, kind=kind)
         if isinstance(self.config, BLIPConfig):
-            task = (NLVR if self.config.pair else VQA if self.config.answer else
+            task = (PairClassification if self.config.pair else QuestionAnswering if self.config.answer else
                     BLIPPretraining if self.config.text.encoder else Captioning)
             return task(model=self.config, pixels=self.pixels)
-        return Classify(model=self.config, pixels=self.pixels)
+        return Classification(model=self.config, pixels=self.pixels)
 
     @property
     def context_length(self) -> int:

@@ -19,7 +19,7 @@ from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.checkpoint import Opened
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.registry import open_checkpoint
-from jaxmm.sharding import laid_out, named_leaves, place_whole, replicated
+from jaxmm.sharding import named_leaves, put_global, replicated, with_shardings
 from jaxmm.task import Task
 
 HOW_TRAINED = ("dropout", "attention_dropout", "drop_path", "dtype", "remat", "scan", "init")
@@ -69,7 +69,7 @@ def start_weights(init: InitConfig, task: Task, mesh: Mesh) -> tuple[Mapping[str
     """
     opened = open_start(init)
     like = jax.eval_shape(opened.task.init, jax.random.key(0))
-    like = laid_out(like, mesh)
+    like = with_shardings(like, mesh)
     try:
         found = dict(named_leaves(opened.read(like)))
     except FileError as error:
@@ -98,7 +98,7 @@ def _resized(table: jax.Array, model: ViTConfig | CLIPConfig | BLIPConfig, opene
     prefix = int(vision.class_token and vision.position_class) + vision.distillation_token
     whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(table)
     new = resize_positions(whole, vision.grid, opened.resize, prefix=prefix)
-    return place_whole(np.asarray(new), replicated(mesh))
+    return put_global(np.asarray(new), replicated(mesh))
 
 
 def _their_path(path: str, ours: Any, theirs: Any) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.config import check_types, require
-from jaxmm.losses.blockwise import NO_PLACE, Columns, Distilled, Rows, compare, pair_keys
+from jaxmm.losses.blockwise import NOT_IN_BATCH, Columns, Distilled, Rows, compare, pair_keys
 from jaxmm.losses.contrastive import distilled_targets, equal_ids, positives, soft_contrastive
 from jaxmm.losses.image_text_matching import hard_negatives, matching_loss
 from jaxmm.losses.language import language_loss
@@ -24,9 +24,9 @@ from jaxmm.sharding import batch_devices, constrain_batch, constrain_replicated
 from jaxmm.task import Task, check_pairs
 from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, with_vocabulary
 
-NOBODY = -(2**31)
+EMPTY_ID = -(2**31)
 """The id of a place in the queue that no example has taken."""
-TAUGHT = ("vision", "text", "vision_projection", "text_projection")
+MOMENTUM_PARTS = ("vision", "text", "vision_projection", "text_projection")
 """Parts of which the teacher is a moving average."""
 
 
@@ -102,8 +102,8 @@ class BLIPPretraining(Task):
             x = jax.random.normal(key, shape)
             return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
-        nobody = jnp.full((self.queue, 2), NOBODY, jnp.int32)
-        return {"teacher": jax.tree.map(jnp.copy, {name: params[name] for name in TAUGHT}),
+        nobody = jnp.full((self.queue, 2), EMPTY_ID, jnp.int32)
+        return {"teacher": jax.tree.map(jnp.copy, {name: params[name] for name in MOMENTUM_PARTS}),
                 "image_queue": directions(first), "text_queue": directions(second),
                 "image_ids": nobody, "text_ids": nobody,
                 "place": jnp.zeros((), jnp.int32), "step": jnp.zeros((), jnp.int32)}
@@ -123,7 +123,7 @@ class BLIPPretraining(Task):
 
         teacher = jax.lax.stop_gradient(jax.tree.map(
             lambda old, new: self.momentum * old + (1 - self.momentum) * new, extra["teacher"],
-            {name: params[name] for name in TAUGHT}))
+            {name: params[name] for name in MOMENTUM_PARTS}))
         taught_image, taught_text = self._teach(teacher, params, pixels, tokens, teaching)
         alpha = self.alpha * (jnp.minimum(1.0, extra["step"] / self.ramp) if self.ramp else 1.0)
         contrastive = self._contrast(image, text, taught_image, taught_text, extra, batch, params["temperature"],
@@ -175,7 +175,7 @@ class BLIPPretraining(Task):
                 f"a multiple of the {batch_devices()} devices that share it, with task.tile")
         names = [name for name in ("image_id", "text_id") if name in batch]
         keys = pair_keys(tuple(batch[name] for name in names), jnp.arange(len(image)))
-        queued = pair_keys(tuple(extra[f"{name}s"] for name in names), jnp.full(self.queue, NO_PLACE))
+        queued = pair_keys(tuple(extra[f"{name}s"] for name in names), jnp.full(self.queue, NOT_IN_BATCH))
         losses = [compare(Distilled, Rows((student, teacher), keys), Columns((new, extra[queue]), (keys, queued)),
                           1 / temperature, jnp.zeros(()), alpha, tile=self.tile)[0]
                   for student, teacher, new, queue in ((image, taught_image, taught_text, "text_queue"),
@@ -251,7 +251,7 @@ def _similar(rows: Float[Array, "b e"], columns: Float[Array, "n e"], temperatur
 
 def _ids(batch: Mapping[str, Array], name: str, size: int) -> Int[Array, "b 2"]:
     """The batch's ids; without any, different ones for every example."""
-    return batch[name] if name in batch else jnp.full((size, 2), NOBODY, jnp.int32)
+    return batch[name] if name in batch else jnp.full((size, 2), EMPTY_ID, jnp.int32)
 
 
 def _belong(batch: Mapping[str, Array], extra: Mapping[str, Any], size: int, queue: int) -> Bool[Array, "b n"]:

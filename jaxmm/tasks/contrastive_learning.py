@@ -18,7 +18,7 @@ from jaxmm.task import Task, check_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrastive(Task):
+class ContrastiveLearning(Task):
     """Two towers drawn together where picture and text belong together, and apart elsewhere."""
 
     model: CLIPConfig

@@ -15,7 +15,7 @@ from jaxmm.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classify(Task):
+class Classification(Task):
     """A vision transformer with a classification head."""
 
     model: ViTConfig

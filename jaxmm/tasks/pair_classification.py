@@ -16,7 +16,7 @@ from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, wi
 
 
 @dataclass(frozen=True, kw_only=True)
-class NLVR(Task):
+class PairClassification(Task):
     """A picture encoder, and an encoder of texts that sees two pictures; class 0 is false, 1 is true."""
 
     model: BLIPConfig

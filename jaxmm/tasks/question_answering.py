@@ -18,7 +18,7 @@ from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, wi
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQA(Task):
+class QuestionAnswering(Task):
     """The picture is encoded once for its questions, and a question read once for its answers, each of which has a
     weight."""
 

@@ -10,6 +10,7 @@ import filelock
 import jax
 import numpy as np
 
+from jaxmm import hosts
 from jaxmm.checkpoints import Checkpoints
 from jaxmm.config import ConfigError, Evaluator, TrainConfig, from_dict, require, to_dict
 from jaxmm.data.base import Source, record_texts
@@ -17,9 +18,8 @@ from jaxmm.data.pipeline import FaultCounter, TrainIterator, train_batches
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.evals.context import EvalContext
-from jaxmm.hosts import startup as hosts
 from jaxmm.pretrained.warm_start import adopt, open_start, start_weights
-from jaxmm.sharding import host_share, laid_out, make_mesh, place_batch, undivided
+from jaxmm.sharding import host_share, make_mesh, place_batch, unsharded_dims, with_shardings
 from jaxmm.task import Task
 from jaxmm.training.accumulate import check_parts
 from jaxmm.training.logs import MetricLog, Watch, duration
@@ -76,11 +76,11 @@ def train(
     except OSError as error:
         raise ConfigError(f"workdir is {str(workdir)!r}, which cannot be written: {error}") from None
     with lock:
-        hosts.beat("starting", 0)
+        hosts.heartbeat("starting", 0)
         setup = prepare(config, workdir)
         with jax.set_mesh(setup.mesh), Termination() as termination:
             metrics = _run(setup, termination, observe)
-        hosts.meet("end of the run")  # what the first host has written is there
+        hosts.barrier("end of the run")  # what the first host has written is there
         return metrics
 
 
@@ -121,16 +121,16 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     params = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, params, config.steps, task.bounds)
     evals = tuple(evaluator for evaluator in config.evals if val is not None or evaluator.source is not None)
-    like = laid_out(abstract_state(task, optimizer), mesh)
+    like = with_shardings(abstract_state(task, optimizer), mesh)
     setup = Setup(config, workdir, task, optimizer, source, val, tokenizer, mesh, evals, like)
     _check_evals(setup)
-    hosts.check_same(config=to_dict(config), records=source.fingerprint,
+    hosts.assert_same_on_all_hosts(config=to_dict(config), records=source.fingerprint,
                      words=None if tokenizer is None else tokenizer.fingerprint)
-    hosts.meet("begin")  # nobody reads any more what was there before
+    hosts.barrier("begin")  # nobody reads any more what was there before
     if jax.process_index() == 0:
         begin(config, task, workdir, source, tokenizer)
-    hosts.meet("begun")
-    hosts.see("workdir", workdir / "config.json")
+    hosts.barrier("begun")
+    hosts.wait_for_path("workdir", workdir / "config.json")
     return setup
 
 
@@ -204,7 +204,7 @@ def _run(setup: Setup, termination: "Termination", observe) -> dict[str, float]:
         if config.init.source is not None and not start:
             watch.say(f"parameters are those of {config.init.source}"
                       + (f"; anew: {', '.join(anew[:8])}{' ...' if len(anew) > 8 else ''}" if anew else ""))
-        if odd := undivided(state.params, setup.mesh):
+        if odd := unsharded_dims(state.params, setup.mesh):
             watch.say(f"{len(odd)} dimensions are not cut; {odd[0]}")
         state, stopped = _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termination, observe)
         if stopped:
@@ -226,7 +226,7 @@ def _restore(
 ) -> tuple[State, list[str]]:
     """The newest whole checkpoint on this run's mesh, or the state before the first step and the paths of the
     parameters that no trained model gave."""
-    hosts.beat("restoring")
+    hosts.heartbeat("restoring")
     found = checkpoints.restore(setup.like)
     if found is None:
         init, anew, given = setup.config.init, [], {}
@@ -248,16 +248,16 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
     start, best = int(state.step), config.checkpoint.best
 
     def fetch():
-        hosts.beat("reading data")
+        hosts.heartbeat("reading data")
         batch = next(batches)
         faults.update(batch)
-        hosts.beat("training")
+        hosts.heartbeat("training")
         return batch, place_batch({name: batch[name] for name in INPUTS if name in batch}, setup.mesh)
 
     def check(step, metrics):
-        hosts.beat("training", waits=True)
+        hosts.heartbeat("training", waits=True)
         finite = bool(metrics["finite"])
-        hosts.beat("training")
+        hosts.heartbeat("training")
         if finite:
             return
         checkpoints.wait()
@@ -280,9 +280,9 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
         (host_batch, batch), position = upcoming, {"iterator": batches.get_state(),
                                                    "faults": faults.counter.get_state()}
         bad_records = faults.counter.bad
-        hosts.beat("compiling" if step == start + 1 else "training", step, waits=step > start + 1)
+        hosts.heartbeat("compiling" if step == start + 1 else "training", step, waits=step > start + 1)
         state, metrics = step_fn(state, batch, rng)
-        hosts.beat("training")
+        hosts.heartbeat("training")
         if observe is not None:
             observe(step, host_batch)
         upcoming = fetch() if step < config.steps else None
@@ -304,14 +304,14 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
             if metric_log is not None:
                 metric_log.write(step, values)
         if saving:
-            hosts.beat("saving")
+            hosts.heartbeat("saving")
             checkpoints.save(state, position)
         if stopping:
             checkpoints.wait()
             break
         if evaluating:
             _evaluate(setup, state, metric_log, watch, checkpoints)
-    hosts.beat("saving")
+    hosts.heartbeat("saving")
     checkpoints.wait()
     return state, stopping
 
@@ -319,7 +319,7 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
 def _evaluate(setup, state, metric_log, watch, checkpoints) -> tuple[dict[str, float], list]:
     """Runs the evaluators and writes down what they yield. Returns that, and examples for the report."""
     begun, step, context = time.monotonic(), int(state.step), _context(setup, state)
-    hosts.beat("evaluating", step)
+    hosts.heartbeat("evaluating", step)
     metrics = {name: value for evaluator in setup.evals for name, value in evaluator.run(context)}
     if metric_log is not None and metrics:
         metric_log.write(step, metrics)

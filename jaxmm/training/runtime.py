@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxmm.hosts import startup as hosts
+from jaxmm import hosts
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,9 @@ class Termination:
             return self.asked
         if not together:
             return False
-        hosts.beat("training", waits=True)
+        hosts.heartbeat("training", waits=True)
         asked = bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
-        hosts.beat("training")
+        hosts.heartbeat("training")
         return asked
 
     def _ask(self, number, frame):

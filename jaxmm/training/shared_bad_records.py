@@ -3,8 +3,8 @@
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxmm import hosts
 from jaxmm.data.bad_records import Batch, FaultCounter
-from jaxmm.hosts import startup as hosts
 
 
 class SharedFaults:
@@ -26,9 +26,9 @@ class SharedFaults:
         """Counts what all hosts added, each as many batches; to be called on all. Raises `DataError` on all."""
         if not self._own:
             return
-        hosts.beat("training", waits=True)
+        hosts.heartbeat("training", waits=True)
         found = multihost_utils.process_allgather(np.asarray(self._own, np.int32))  # [hosts, batches, 2, rows]
-        hosts.beat("training")
+        hosts.heartbeat("training")
         self._own.clear()
         for batch in np.moveaxis(found, 0, 2).reshape(found.shape[1], 2, -1):
             self.counter.update(dict(zip(("fault", "drawn"), batch, strict=True)))

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from jaxmm.compiling import compiler_options, largest_matrix
+from jaxmm.compiling import jit_options, largest_matrix
 from jaxmm.sharding import batch_sharding, replicated, shardings
 from jaxmm.task import Batch, Metrics, Task
 from jaxmm.training.accumulate import value_and_grad
@@ -55,4 +55,4 @@ def compile_step(task: Task, optimizer: Optimizer, mesh: Mesh, state: State, **o
         lambda state, batch, rng: train_step(task, optimizer, state, batch, rng, **options),
         in_shardings=(where, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(where, replicated(mesh)), donate_argnums=0,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform, largest_matrix(state.params)))
+        compiler_options=jit_options(mesh.devices.flat[0].platform, largest_matrix(state.params)))

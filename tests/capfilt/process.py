@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from jaxmm.hosts.startup import HostsConfig, joined
+from jaxmm.hosts.startup import HostsConfig, distributed
 from tests.capfilt.conftest import run
 
 if __name__ == "__main__":
@@ -23,5 +23,5 @@ if __name__ == "__main__":
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
         os.fsync = counted
-    with joined(hosts, sys.argv[1]):
+    with distributed(hosts, sys.argv[1]):
         run(*map(Path, sys.argv[1:4]))

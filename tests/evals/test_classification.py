@@ -1,6 +1,6 @@
 import numpy as np
 
-from jaxmm.evals import Classification, PredictionExample
+from jaxmm.evals import PredictionExample, TopKAccuracy
 from tests.evals.conftest import CLASSES, MemorySource, numpy_outputs
 
 
@@ -9,7 +9,7 @@ def test_against_numpy_on_any_mesh_with_a_broken_picture(mesh, context, params, 
     images[4] = b"not a picture"
     source = MemorySource(tuple(images), labels=labels, classes=tuple("abcdefg"))
     ctx = context(source, mesh)
-    got = dict(Classification(batch_size=8, examples=5).run(ctx))
+    got = dict(TopKAccuracy(batch_size=8, examples=5).run(ctx))
 
     _, logits, _ = numpy_outputs(params, source)
     logits, y = logits.astype(np.float64), np.delete(labels, 4)
@@ -31,12 +31,12 @@ def test_against_numpy_on_any_mesh_with_a_broken_picture(mesh, context, params, 
 def test_five_classes_or_fewer_have_no_top5(context, params, pictures):
     source = MemorySource(pictures(3), labels=(0, 1, 0), classes=("a", "b", "c"))
     narrow = params | {"head": params["head"][:, :3]}
-    assert dict(Classification(prefix="test").run(context(source, params=narrow))).keys() == {"test/top1", "test/loss"}
+    assert dict(TopKAccuracy(prefix="test").run(context(source, params=narrow))).keys() == {"test/top1", "test/loss"}
 
 
 def test_a_constant_or_diverged_model_scores_nothing(context, params, pictures):
     source = MemorySource(pictures(9), labels=(0,) * 9, classes=tuple("abcdefg"))
-    constant = dict(Classification().run(context(source, params=params | {"head": 0 * params["head"]})))
+    constant = dict(TopKAccuracy().run(context(source, params=params | {"head": 0 * params["head"]})))
     assert constant["val/top1"] == 0 and abs(constant["val/loss"] - np.log(CLASSES)) < 1e-6
-    diverged = dict(Classification().run(context(source, params=params | {"head": np.nan * params["head"]})))
+    diverged = dict(TopKAccuracy().run(context(source, params=params | {"head": np.nan * params["head"]})))
     assert diverged["val/top5"] == 0 and np.isnan(diverged["val/loss"])

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
-from jaxmm.evals import KNN, Classification, LinearProbe, Retrieval, ZeroShot
+from jaxmm.evals import KNN, LinearProbe, Retrieval, TopKAccuracy, ZeroShot
 from jaxmm.evals.context import accuracy, embed, spread
-from jaxmm.inference.batching import outputs, predict_fn, whole_batch
+from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
 from tests.evals.conftest import SIDE, LinearTask, MemorySource
 
 
@@ -25,7 +25,7 @@ def test_ragged_batches_are_exact_and_compile_once(mesh, params, pictures):
     task = LinearTask()
     task.traced.clear()
     predict_fn.cache_clear()
-    size = whole_batch(6, mesh)
+    size = padded_batch_size(6, mesh)
     assert size % (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]) == 0
     for _ in range(2):                                         # a second evaluation finds the compiled function
         fn = predict_fn(LinearTask(), ("features",), mesh)
@@ -55,13 +55,13 @@ def test_the_names_that_are_announced_are_those_that_come(classes, context, para
     labels = tuple(np.arange(9) % len(classes))
     source = MemorySource(pictures(9), labels=labels, classes=tuple(classes), captions=[("a", "b c")] * 9)
     ctx = context(source, train=source, params=params | {"head": params["head"][:, :len(classes)]})
-    for evaluator in (Classification(), KNN(k=1), LinearProbe(), Retrieval(ks=(1, 3)), ZeroShot()):
+    for evaluator in (TopKAccuracy(), KNN(k=1), LinearProbe(), Retrieval(ks=(1, 3)), ZeroShot()):
         names = evaluator.metrics(ctx)
         assert names == tuple(name for name, _ in evaluator.run(ctx)) and len(names) > 0
 
 
 def test_batch_size_is_rounded_up_to_the_devices(mesh):
-    assert whole_batch(10, mesh) == {None: 10, (8, 1, 1): 16, (2, 2, 2): 12}[mesh and tuple(mesh.shape.values())]
+    assert padded_batch_size(10, mesh) == {None: 10, (8, 1, 1): 16, (2, 2, 2): 12}[mesh and tuple(mesh.shape.values())]
 
 
 def test_ties_and_nan_count_against_the_label():
@@ -79,16 +79,16 @@ def test_spread_covers_both_ends_without_repeats():
 def test_weights_chooses_the_average(context, params, pictures):
     source = MemorySource(pictures(6), labels=(0, 1, 2, 3, 4, 5), classes=tuple("abcdefg"))
     flipped = params | {"head": -params["head"]}
-    mine, other = (dict(Classification(weights=w).run(context(source, average=flipped))) for w in ("params", "average"))
-    swapped = dict(Classification().run(context(source, params=flipped)))
+    mine, other = (dict(TopKAccuracy(weights=w).run(context(source, average=flipped))) for w in ("params", "average"))
+    swapped = dict(TopKAccuracy().run(context(source, params=flipped)))
     assert other == swapped and other != mine
 
 
 @pytest.mark.parametrize("evaluator, fields, words", [
-    (Classification(weights="average"), {}, "optimizer.average"),
-    (Classification(), {"val": None}, "data.val"),
-    (Classification(), {"val": MemorySource((np.zeros((2, 2, 3), np.uint8),))}, "needs labels"),
-    (Classification(), {"train": MemorySource((), classes=("cat", "dog"))}, "classes of data.train"),
+    (TopKAccuracy(weights="average"), {}, "optimizer.average"),
+    (TopKAccuracy(), {"val": None}, "data.val"),
+    (TopKAccuracy(), {"val": MemorySource((np.zeros((2, 2, 3), np.uint8),))}, "needs labels"),
+    (TopKAccuracy(), {"train": MemorySource((), classes=("cat", "dog"))}, "classes of data.train"),
     (ZeroShot(), {"tokenizer": None}, "tokenizer"),
     (ZeroShot(classes=("one",)), {}, "7 names"),
     (Retrieval(), {}, "have texts"),
@@ -105,12 +105,12 @@ def test_a_task_without_the_prediction_is_named(context, pictures):
     class Other(LinearTask):
         predict: ClassVar = {"features": None}
     with pytest.raises(ConfigError, match="'logits'; Other predicts features"):
-        Classification().check(context(MemorySource(pictures(3)), task=Other()))
+        TopKAccuracy().check(context(MemorySource(pictures(3)), task=Other()))
 
 
 @pytest.mark.parametrize("make", [
     lambda: Retrieval(pool=1), lambda: Retrieval(ks=()), lambda: KNN(k=0), lambda: ZeroShot(templates=("a photo",)),
-    lambda: Classification(batch_size=0)])
+    lambda: TopKAccuracy(batch_size=0)])
 def test_fields_out_of_range_are_refused(make):
     with pytest.raises(ConfigError, match="wanted"):
         make()

@@ -7,7 +7,7 @@ import pytest
 
 from jaxmm.config import MeshConfig
 from jaxmm.losses.blockwise import (
-    NO_PLACE,
+    NOT_IN_BATCH,
     Columns,
     Distilled,
     Rows,
@@ -93,7 +93,7 @@ def test_the_distilled_loss_in_blocks_is_the_plain_one():
         return soft_contrastive(scale * student @ columns.T, targets), {}
 
     def blocks(student, teacher, scale, alpha):
-        keys = pair_keys((IDS[0],), jnp.arange(B)), pair_keys((queued,), jnp.full(Q, NO_PLACE))
+        keys = pair_keys((IDS[0],), jnp.arange(B)), pair_keys((queued,), jnp.full(Q, NOT_IN_BATCH))
         return compare(Distilled, Rows((student, teacher), keys[0]), Columns((new, queue), keys), scale,
                        jnp.zeros(()), alpha, tile=4)
 
@@ -111,7 +111,7 @@ def test_the_distilled_loss_in_blocks_is_the_plain_one():
 
 
 def test_no_place_is_nobody():
-    keys = pair_keys((ids(3, 0),), jnp.arange(3)), pair_keys((ids(3, 1) + 1000,), jnp.full(3, NO_PLACE))
+    keys = pair_keys((ids(3, 0),), jnp.arange(3)), pair_keys((ids(3, 1) + 1000,), jnp.full(3, NOT_IN_BATCH))
     assert keys[0].shape == (3, 2, 2)
     assert not (keys[0][:, None] == keys[1][None]).all(-1).any()
     np.testing.assert_array_equal(positives(ids(3, 0), None, 3), equal_ids(ids(3, 0)) | np.eye(3, dtype=bool))

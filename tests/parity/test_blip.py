@@ -23,7 +23,7 @@ from jaxmm.pretrained.families.transformers_blip import transformers_rows
 from jaxmm.pretrained.io.files import open_tensors
 from jaxmm.pretrained.parity import compare, golden_inputs
 from jaxmm.pretrained.table import read_params
-from jaxmm.tasks.question_answering import VQA
+from jaxmm.tasks.question_answering import QuestionAnswering
 from tests.parity.test_loading import shaken
 from tests.parity.test_published import close
 from tests.training.common import assert_same_bits
@@ -140,7 +140,7 @@ def test_answering(tmp_path, record_property):
         np.int32)
     given[1, 3:] = [87, 0, 0, 0]
     image = RNG.integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
-    task = VQA(model=ANSWERING)
+    task = QuestionAnswering(model=ANSWERING)
     outputs = task.encode(params["params"], {
         "image": jnp.asarray(image), "tokens": jnp.asarray(full), "answers": jnp.asarray(given[:, None]),
         "answer_weight": jnp.ones((2, 1))}, jax.random.key(0))

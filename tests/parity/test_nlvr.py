@@ -9,7 +9,7 @@ from torch.nn.functional import gelu, layer_norm
 
 from jaxmm.inference.model import load
 from jaxmm.pretrained.io.files import FileError
-from jaxmm.tasks.pair_classification import NLVR
+from jaxmm.tasks.pair_classification import PairClassification
 from tests.parity.test_published import close
 
 pytestmark = pytest.mark.parity
@@ -122,7 +122,7 @@ def test_the_authors_file(tmp_path, record_property):
     w = weights()
     torch.save({"model": w | {"text_encoder.embeddings.position_ids": torch.arange(12)[None]}}, tmp_path / "nlvr.pth")
     ours = load(tmp_path / "nlvr.pth")
-    assert (type(ours.task), ours.config.text.merge_from, ours.image.size) == (NLVR, 6, SIDE)
+    assert (type(ours.task), ours.config.text.merge_from, ours.image.size) == (PairClassification, 6, SIDE)
     assert ours.labels == ("False", "True") and ours.params["text"]["merge"]["kernel"].shape == (2, 256, 128)
     got = jax.jit(lambda params: ours.module.apply({"params": params}, jnp.asarray(IMAGE), jnp.asarray(WORDS),
                                                    train=False)["compare"])(ours.params)

@@ -16,7 +16,7 @@ from jaxmm.planning import plan as plans
 from jaxmm.planning.chips import CHIPS, Topology, open_topology
 from jaxmm.planning.plan import bytes_asked_for, make_plan, sharding_lines, trace
 from jaxmm.planning.shapes import bind
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from tests.training.common import LINEAR, clip_run, model_task
 
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
@@ -170,7 +170,7 @@ def test_candidates(eight):
     assert {search.remat_of(each) for each in found} == {"none", "full"}
     with pytest.raises(ConfigError, match="nothing to try"):
         search.candidates(config, eight, batch_sizes=(7,))
-    assert isinstance(search.with_remat(config, "dots").task, Contrastive)
+    assert isinstance(search.with_remat(config, "dots").task, ContrastiveLearning)
 
 
 CONFIG = """

@@ -13,7 +13,7 @@ from jaxmm.pretrained.families import npz, open_clip, timm, transformers
 from jaxmm.pretrained.families import transformers_blip as blip
 from jaxmm.pretrained.io.files import Tensor
 from jaxmm.sharding import named_leaves
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from tests.pretrained import test_npz, tiny
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,7 +60,7 @@ def test_paths_are_what_they_were(name):
 
 
 def test_the_listing_covers_every_parameter_of_siglip():
-    task = Contrastive(kind="sigmoid", model=siglip("B/16", image_size=32, vocab_size=50))
+    task = ContrastiveLearning(kind="sigmoid", model=siglip("B/16", image_size=32, vocab_size=50))
     paths = {path for path, _ in named_leaves(jax.eval_shape(task.init, jax.random.key(0)))}
     assert paths == {row.ours for row in transformers.siglip_rows()}
 

@@ -15,11 +15,11 @@ from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.blip_pretraining import BLIPPretraining
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from jaxmm.tasks.image_captioning import Captioning
-from jaxmm.tasks.image_classification import Classify
-from jaxmm.tasks.pair_classification import NLVR
-from jaxmm.tasks.question_answering import VQA
+from jaxmm.tasks.image_classification import Classification
+from jaxmm.tasks.pair_classification import PairClassification
+from jaxmm.tasks.question_answering import QuestionAnswering
 from tests.tasks.common import params
 
 SIDE, LENGTH = 12, 9
@@ -29,8 +29,8 @@ VISION = ViTConfig(transformer=STACK, image_size=SIDE, patch=4, pre_norm=True, p
 TOKENIZER = make_tokenizer(TokenizerConfig(vocab_size=90, context_length=LENGTH), CORPUS)
 TEXT = TextConfig(transformer=replace(STACK, width=16, heads=2), vocab_size=TOKENIZER.vocab_size, context_length=LENGTH,
                   pool="eos", eos_id=TOKENIZER.eos_id)
-CLIP = Contrastive(model=CLIPConfig(vision=VISION, text=TEXT, embed_dim=20))
-VIT = Classify(model=ViTConfig(transformer=replace(STACK, eps=1e-6), image_size=SIDE, patch=4, classes=5))
+CLIP = ContrastiveLearning(model=CLIPConfig(vision=VISION, text=TEXT, embed_dim=20))
+VIT = Classification(model=ViTConfig(transformer=replace(STACK, eps=1e-6), image_size=SIDE, patch=4, classes=5))
 IMAGE = ImageConfig(size=SIDE, eval_resize=1.5)
 LABELS = ("ant", "bee", "cat", "dog", "elk")
 
@@ -51,11 +51,11 @@ CAPTIONER = Captioning(prompt="a", model=BLIPConfig(vision=TOWER, text=replace(M
                                                     matching=False, temperature=None))
 MATCHER = BLIPPretraining(model=BLIPConfig(vision=TOWER, text=replace(MED, decoder=False), embed_dim=12,
                                            temperature=None))
-PAIR = NLVR(model=BLIPConfig(vision=TOWER, text=replace(MED, decoder=False, merge_from=2), embed_dim=None,
+PAIR = PairClassification(model=BLIPConfig(vision=TOWER, text=replace(MED, decoder=False, merge_from=2), embed_dim=None,
                              matching=False, temperature=None))
 
 
-ANSWERER = VQA(model=BLIPConfig(
+ANSWERER = QuestionAnswering(model=BLIPConfig(
     vision=replace(TOWER, transformer=replace(TOWER.transformer, width=16, heads=2)),
     text=replace(MED, decoder=False, context_width=16), answer=replace(MED, encoder=False, context_width=16),
     embed_dim=None, matching=False, temperature=None))

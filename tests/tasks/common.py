@@ -11,17 +11,17 @@ import numpy as np
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.contrastive_learning import Contrastive
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+from jaxmm.tasks.image_classification import Classification
 from tests.reference import random_like
 
 B, CLASSES = 8, 5
 STACK = TransformerConfig(width=12, depth=1, heads=3, mlp_dim=20, eps=1e-4)
 VISION = ViTConfig(transformer=STACK, image_size=6, patch=3)
 TEXT = TextConfig(transformer=replace(STACK, width=8, heads=2), vocab_size=11, context_length=7)
-CLASSIFY = Classify(model=replace(VISION, classes=CLASSES))
-SOFTMAX = Contrastive(model=CLIPConfig(vision=VISION, text=TEXT, embed_dim=10))
-SIGMOID = Contrastive(kind="sigmoid", model=CLIPConfig(
+CLASSIFY = Classification(model=replace(VISION, classes=CLASSES))
+SOFTMAX = ContrastiveLearning(model=CLIPConfig(vision=VISION, text=TEXT, embed_dim=10))
+SIGMOID = ContrastiveLearning(kind="sigmoid", model=CLIPConfig(
     vision=replace(VISION, pool="map", class_token=False), text=replace(TEXT, causal=False, pool="last"), embed_dim=12,
     vision_projection=False, text_projection_bias=True, logit_scale=math.log(10), logit_bias=-2.0))
 
@@ -30,7 +30,7 @@ def bf16(task):
     """The same task with bf16 activations in every tower."""
     def half(tower):
         return replace(tower, transformer=replace(tower.transformer, dtype="bfloat16"))
-    if isinstance(task, Classify):
+    if isinstance(task, Classification):
         return replace(task, model=half(task.model))
     return replace(task, model=replace(task.model, vision=half(task.model.vision), text=half(task.model.text)))
 

@@ -12,9 +12,9 @@ import pytest
 from jaxmm.config import ConfigError, MeshConfig
 from jaxmm.losses.image_text_matching import hard_negatives
 from jaxmm.models.blip import BLIP
-from jaxmm.sharding import batch_sharding, laid_out, make_mesh, place_batch, shardings
+from jaxmm.sharding import batch_sharding, make_mesh, place_batch, shardings, with_shardings
 from jaxmm.tasks import blip_pretraining as tasks
-from jaxmm.tasks.blip_pretraining import NOBODY, TAUGHT, BLIPPretraining
+from jaxmm.tasks.blip_pretraining import EMPTY_ID, MOMENTUM_PARTS, BLIPPretraining
 from tests import reference
 from tests.models.test_blip import MODEL, parameters
 from tests.reference import fp64, log_softmax
@@ -52,7 +52,7 @@ class Oracle:
 
     def __init__(self, params, extra, among=B):
         self.p, self.among = fp64(params), among
-        self.teacher = {name: self.p[name] for name in TAUGHT}
+        self.teacher = {name: self.p[name] for name in MOMENTUM_PARTS}
         self.queue = [(np.asarray(image, np.float64), np.asarray(text, np.float64), None, None)
                       for image, text in zip(extra["image_queue"], extra["text_queue"], strict=True)]
         self.steps = 0
@@ -71,7 +71,7 @@ class Oracle:
         ids = [[tuple(row) for row in np.asarray(data[name]).tolist()] for name in ("image_id", "text_id")]
         seen, image, text = self.embed(p, pixels, tokens)
         self.teacher = jax.tree.map(lambda old, new: TASK.momentum * old + (1 - TASK.momentum) * new, self.teacher,
-                                    {name: p[name] for name in TAUGHT})
+                                    {name: p[name] for name in MOMENTUM_PARTS})
         _, taught_image, taught_text = self.embed(p | self.teacher, pixels, tokens)
         alpha = TASK.alpha * min(1.0, self.steps / TASK.ramp)
 
@@ -132,7 +132,7 @@ def test_the_three_losses_over_steps(negatives):
         oracle.p = fp64(params)
     assert int(extra["place"]) == 5 * B % QUEUE and int(extra["step"]) == 5
     np.testing.assert_allclose(extra["image_queue"], np.stack([each[0] for each in oracle.queue]), atol=1e-5)
-    assert (extra["text_ids"] != NOBODY).all()
+    assert (extra["text_ids"] != EMPTY_ID).all()
 
 
 def test_contrast_in_blocks_gives_the_same_losses(trained):
@@ -145,7 +145,7 @@ def test_contrast_in_blocks_gives_the_same_losses(trained):
             (got, (extra, found)), slopes = blocks(params, extra, data, rng)
         np.testing.assert_allclose(got, want, rtol=1e-6)
         chex.assert_trees_all_close((slopes, found, extra), (gradients, metrics, later), rtol=1e-4, atol=1e-5)
-    assert found["alpha"] > 0 and (extra["text_ids"] != NOBODY).any()
+    assert found["alpha"] > 0 and (extra["text_ids"] != EMPTY_ID).any()
 
 
 @pytest.mark.parametrize("negatives, gathers", [(None, True), (2, False)])
@@ -153,7 +153,7 @@ def test_pictures_stay_where_they_are_if_their_negatives_do(negatives, gathers):
     task, params, extra = writes_not(*start())
     task = replace(task, negatives=negatives)
     with jax.set_mesh(mesh := make_mesh(MeshConfig(data=2), jax.devices()[:2])):
-        placed = laid_out((params, extra), mesh)
+        placed = with_shardings((params, extra), mesh)
         data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)), batch(0))
         made = jax.jit(jax.grad(task.loss, has_aux=True)).lower(*placed, data, jax.random.key(0)).compile()
     all_tokens = rf"f32\[(1,)?{B},5,10\]\S* (all-gather|all-reduce)"   # one token more than 2 x 2 patches

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.image_classification import Classification
 from tests import reference
 from tests.reference import fp64
 from tests.tasks.common import CLASSES, CLASSIFY, VISION, B, bf16, labelled, params
@@ -88,7 +88,7 @@ def test_bf16():
 
 
 def test_bind():
-    task = Classify(model=VISION)
+    task = Classification(model=VISION)
     assert task.bind(image_size=6, classes=3, tokenizer=None).model.classes == 3
     assert CLASSIFY.bind(image_size=6, classes=CLASSES, tokenizer=None) == CLASSIFY
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
-from jaxmm.tasks.contrastive_learning import Contrastive
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from tests import reference
 from tests.losses.test_contrastive import brute_sigmoid, brute_softmax
 from tests.reference import fp64
@@ -150,7 +150,7 @@ def test_bind_refuses_another_padding():
 
 def test_sigmoid_needs_a_bias():
     with pytest.raises(ConfigError, match=r"task\.model\.logit_bias is None; wanted a number"):
-        Contrastive(model=SOFTMAX.model, kind="sigmoid")
+        ContrastiveLearning(model=SOFTMAX.model, kind="sigmoid")
 
 
 class Variants(chex.TestCase):

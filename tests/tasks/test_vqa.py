@@ -9,7 +9,7 @@ import pytest
 
 from jaxmm.config import ConfigError
 from jaxmm.task import Task
-from jaxmm.tasks.question_answering import VQA
+from jaxmm.tasks.question_answering import QuestionAnswering
 from tests import reference
 from tests.models.test_blip import MED, MODEL
 from tests.pretrained.tiny import TOKENIZER
@@ -17,7 +17,7 @@ from tests.reference import fp64, log_softmax, random_like
 
 ANSWERS = replace(MODEL, text=replace(MED, decoder=False), embed_dim=None, matching=False, temperature=None,
                   answer=replace(MED, encoder=False, context_width=12, positions=7))
-TASK = VQA(model=ANSWERS, smoothing=0.1)
+TASK = QuestionAnswering(model=ANSWERS, smoothing=0.1)
 RNG = np.random.default_rng(0)
 BATCH = {"image": jnp.asarray(RNG.integers(0, 256, (4, 6, 6, 3)), jnp.uint8),
          "tokens": jnp.asarray([[2, 7, 8, 3, 0, 0], [2, 4, 3, 0, 0, 0], [2, 11, 12, 13, 14, 3], [2, 5, 3, 0, 0, 0]],
@@ -54,7 +54,7 @@ def test_loss(params):
     loss, metrics = TASK.objective(params, outputs, BATCH)
     np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["accuracy"], np.mean(right), rtol=1e-6)
-    assert TASK.decomposes and VQA.loss is Task.loss
+    assert TASK.decomposes and QuestionAnswering.loss is Task.loss
 
 
 def test_several_questions_of_a_picture(params):
@@ -84,6 +84,6 @@ def test_bind():
     with pytest.raises(ConfigError, match=r"answer_length is 8; wanted at most task\.model\.answer\.positions = 7"):
         jax.eval_shape(TASK.loss, jax.eval_shape(TASK.init, jax.random.key(0)), {}, long, jax.random.key(0))
     with pytest.raises(ConfigError, match=r"task\.model\.answer is None"):
-        VQA(model=replace(ANSWERS, answer=None))
+        QuestionAnswering(model=replace(ANSWERS, answer=None))
     with pytest.raises(ConfigError, match=r"task\.model\.text\.decoder is True"):
-        VQA(model=replace(ANSWERS, text=MED))
+        QuestionAnswering(model=replace(ANSWERS, text=MED))

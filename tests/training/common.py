@@ -27,8 +27,8 @@ from jaxmm.data.sources.registry import open_source
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.contrastive_learning import Contrastive
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.optimizer import Optimizer, make_optimizer
 
 SIDE, CLASSES, VOCABULARY, LENGTH = 12, 10, 64, 7
@@ -43,15 +43,16 @@ def vision(**stack) -> ViTConfig:
 def model_task(kind: str, **stack) -> Task:
     """A ViT classifier, CLIP or SigLIP in their published form; `stack` goes to every `TransformerConfig`."""
     if kind == "vit":
-        return Classify(model=replace(vision(**stack), classes=CLASSES, pre_logits=48), mixup=0.4, label_smoothing=0.1)
+        return Classification(model=replace(vision(**stack), classes=CLASSES, pre_logits=48), mixup=0.4,
+                              label_smoothing=0.1)
     text = TransformerConfig(**{"width": 24, "depth": 3, "heads": 4, "mlp_dim": 72} | stack)
     if kind == "clip":
         text = TextConfig(transformer=text, vocab_size=VOCABULARY, context_length=LENGTH)
-        return Contrastive(model=CLIPConfig(vision=replace(vision(**stack), pre_norm=True, patch_bias=False),
+        return ContrastiveLearning(model=CLIPConfig(vision=replace(vision(**stack), pre_norm=True, patch_bias=False),
                                             text=text, embed_dim=32))
     text = TextConfig(transformer=text, vocab_size=VOCABULARY, context_length=LENGTH, causal=False, pool="last")
     picture = replace(vision(**stack), pool="map", class_token=False)
-    return Contrastive(kind="sigmoid", model=CLIPConfig(
+    return ContrastiveLearning(kind="sigmoid", model=CLIPConfig(
         vision=picture, text=text, embed_dim=40, vision_projection=False, text_projection_bias=True,
         logit_scale=math.log(10), logit_bias=-10.0))
 
@@ -129,7 +130,7 @@ def clip_run(data_dir: str | Path, **fields: Any) -> TrainConfig:
     data = DataConfig(train="scenes:tiny/train", val=None, batch_size=12, data_dir=str(data_dir),
                       image=ImageConfig(size=16, scale=(0.5, 1.0)),
                       tokenizer=TokenizerConfig(vocab_size=150, context_length=12))
-    return replace(LINEAR, task=Contrastive(model=model), data=data, **fields)
+    return replace(LINEAR, task=ContrastiveLearning(model=model), data=data, **fields)
 
 
 def poison(config: TrainConfig, *steps: int) -> TrainConfig:

@@ -17,17 +17,17 @@ from pathlib import Path
 import jax
 from jax._src import xla_bridge
 
+from jaxmm import hosts
 from jaxmm.config import CheckpointConfig, DataConfig, ImageConfig, MeshConfig, TrainConfig
 from jaxmm.data.base import DataError
-from jaxmm.evals import Captions, Classification, Retrieval, caption_metrics
-from jaxmm.hosts import startup as hosts
+from jaxmm.evals import Captions, Retrieval, TopKAccuracy, caption_metrics
 from jaxmm.inference.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.blip_pretraining import BLIPPretraining
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.loop import train
 from tests.training.common import clip_run
 from tests.xla import flags
@@ -38,7 +38,7 @@ VISION = ViTConfig(transformer=TransformerConfig(width=24, mlp_dim=40, **STACK),
 TEXT = MedConfig(transformer=TransformerConfig(width=16, mlp_dim=56, eps=1e-12, **STACK), context_width=24,
                  positions=16, vocab_size=None)
 BLIP = BLIPPretraining(model=BLIPConfig(vision=VISION, text=TEXT, embed_dim=20), queue=31, momentum=0.9, ramp=4)
-VIT = Classify(model=replace(VISION, transformer=replace(VISION.transformer, dropout=0.0), patch=8), mixup=0.4)
+VIT = Classification(model=replace(VISION, transformer=replace(VISION.transformer, dropout=0.0), patch=8), mixup=0.4)
 
 
 def config(name: str, folder: Path) -> TrainConfig:
@@ -57,7 +57,7 @@ def config(name: str, folder: Path) -> TrainConfig:
         return replace(run, task=BLIP, evals=(*run.evals, written))
     data = DataConfig(train=f"folder:{folder}/few/train", val=f"folder:{folder}/few/val", batch_size=8, max_bad=1.0,
                       image=ImageConfig(size=16, train_crop="center", flip=False))
-    return replace(run, task=VIT, data=data, evals=(Classification(batch_size=4),))
+    return replace(run, task=VIT, data=data, evals=(TopKAccuracy(batch_size=4),))
 
 
 def main(args: list[str]) -> int:
@@ -85,7 +85,7 @@ def main(args: list[str]) -> int:
             threading.Event().wait()
 
     try:
-        with hosts.joined(joining, out):
+        with hosts.distributed(joining, out):
             assert address or not xla_bridge.backends_are_initialized()
             assert jax.process_count() == count
             for name in options.runs.split(","):
@@ -93,7 +93,7 @@ def main(args: list[str]) -> int:
                 train(replace(run, seed=99) if options.odd == index else run, out / name, observe=observe)
     except (ValueError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return hosts.status(2)
+        return hosts.exit_status(2)
     return 0
 
 

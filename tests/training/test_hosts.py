@@ -23,8 +23,8 @@ from jaxmm.checkpoints import whole_steps
 from jaxmm.config import ConfigError
 from jaxmm.data.pipeline import step_records
 from jaxmm.data.sources.registry import open_source
-from jaxmm.hosts.heartbeat import LONG, STATUS, Pulse, Seen, caused_elsewhere, judge
-from jaxmm.hosts.startup import HostsConfig, found, join
+from jaxmm.hosts.heartbeat import LONG, STATUS, Heartbeat, HostStatus, caused_elsewhere, detect_failure
+from jaxmm.hosts.startup import HostsConfig, join
 from jaxmm.sharding import named_leaves
 from tests.training.common import assert_same_bits, lines
 from tests.training.hosts import EVERY, STEPS, config
@@ -262,12 +262,12 @@ def test_half_of_what_has_to_be_said_is_refused(fields, message):
 
 
 def test_clusters_are_recognised_and_one_machine_is_alone(monkeypatch, tmp_path):
-    assert found() == 1 and join(HostsConfig()) is None and join(HostsConfig(count=1)) is None
+    assert detect_process_count() == 1 and join(HostsConfig()) is None and join(HostsConfig(count=1)) is None
     with pytest.raises(ConfigError, match=r"hosts\.count is 3; wanted 1, which JAX found here"):
         join(HostsConfig(count=3), tmp_path)
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert found() == 3 and join(HostsConfig(alone=True)) is None
+    assert detect_process_count() == 3 and join(HostsConfig(alone=True)) is None
     with pytest.raises(ConfigError, match=r"hosts\.count is 4; wanted 3"):
         join(HostsConfig(count=4), tmp_path)
     with pytest.raises(ConfigError, match=r"out is None; wanted one folder for all 3 hosts"):
@@ -276,10 +276,10 @@ def test_clusters_are_recognised_and_one_machine_is_alone(monkeypatch, tmp_path)
         jax.devices()
         join(HostsConfig(), tmp_path)
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert found() == 1 and join(HostsConfig()) is None
+    assert detect_process_count() == 1 and join(HostsConfig()) is None
     monkeypatch.setenv("SLURM_NTASKS", "many")
     with pytest.raises(ConfigError, match=r"SlurmCluster\), but it cannot be asked: .*'many'.* --hosts.alone"):
-        found()
+        detect_process_count()
 
 
 def test_a_pod_that_is_not_of_an_indexed_job_is_alone(monkeypatch):
@@ -288,9 +288,9 @@ def test_a_pod_that_is_not_of_an_indexed_job_is_alone(monkeypatch):
     monkeypatch.setattr(K8sCluster, "is_env_present", classmethod(lambda cls: True))
     monkeypatch.setattr(K8sCluster, "get_process_count", classmethod(lambda cls: 5))
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
-    assert found() == 1
+    assert detect_process_count() == 1
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
-    assert found() == 5
+    assert detect_process_count() == 5
 
 
 def test_the_only_worker_of_a_slice_is_alone(monkeypatch):
@@ -303,18 +303,18 @@ def test_the_only_worker_of_a_slice_is_alone(monkeypatch):
     monkeypatch.setattr(tpu, "get_metadata", nobody)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    assert found() == 1
+    assert detect_process_count() == 1
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "3")
-    assert found() == 6
+    assert detect_process_count() == 6
     monkeypatch.delenv("MEGASCALE_NUM_SLICES")
     with pytest.raises(ConfigError, match=r"GkeTpuCluster.*no metadata server"):
-        found()
+        detect_process_count()
 
 
 def seen(alive=0.0, moved=0.0, failed=None, **pulse):
     """Of a host that last lived, moved and failed so many seconds ago, at second 1000."""
-    return Seen(Pulse("worker", failed=None if failed is None else "JaxRuntimeError: x", **pulse), 1000 - alive,
+    return HostStatus(Heartbeat("worker", failed=None if failed is None else "JaxRuntimeError: x", **pulse), 1000 - alive,
                 1000 - moved, None if failed is None else 1000 - failed)
 
 
@@ -337,7 +337,7 @@ def seen(alive=0.0, moved=0.0, failed=None, **pulse):
     ([{"moved": 301, "doing": "training", "waits": True}, {"moved": 301, "doing": "evaluating", "waits": True}], None),
 ], ids=str)
 def test_who_ends_a_run(hosts, named):
-    verdict = judge([seen(**each) for each in hosts], 1000.0, timeout=300.0, heartbeat=60.0, interval=2.0)
+    verdict = detect_failure([seen(**each) for each in hosts], 1000.0, timeout=300.0, heartbeat=60.0, interval=2.0)
     if named is None:
         assert verdict is None
     else:
@@ -349,9 +349,9 @@ def test_what_is_told_twice_is_no_sign_of_life():
     first = seen(alive=5, moved=7, beats=3, moves=2)
     same = first.told(first.pulse, 1000.0)
     assert (same.alive, same.moved) == (995, 993)
-    later = first.told(Pulse("worker", beats=4, moves=2, failed="x"), 1000.0)
+    later = first.told(Heartbeat("worker", beats=4, moves=2, failed="x"), 1000.0)
     assert (later.alive, later.moved, later.failed) == (1000, 993, 1000)
-    assert later.told(Pulse("worker", beats=5, moves=3, failed="x"), 1001.0).failed == 1000
+    assert later.told(Heartbeat("worker", beats=5, moves=3, failed="x"), 1001.0).failed == 1000
 
 
 def test_errors_that_a_dead_host_causes_are_known():

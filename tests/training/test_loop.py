@@ -23,7 +23,7 @@ from jaxmm.config import (
     to_dict,
 )
 from jaxmm.data.base import DataError
-from jaxmm.evals import Classification
+from jaxmm.evals import TopKAccuracy
 from jaxmm.training import loop
 from jaxmm.training.loop import TrainError, train
 from tests.training.common import LINEAR, Linear, Plain, assert_same_bits, clip_run, lines, poison, restored
@@ -119,7 +119,7 @@ def test_of_losses_the_lowest_is_the_best(tmp_path):
 
 def test_an_evaluator_with_a_source_needs_no_held_out_one(tmp_path):
     Scripted.seen.clear()
-    config = replace(LINEAR, steps=1, evals=(Scripted(grades=(0.25,), source="digits:test"), Classification()))
+    config = replace(LINEAR, steps=1, evals=(Scripted(grades=(0.25,), source="digits:test"), TopKAccuracy()))
     assert train(config, tmp_path) == {"val/grade": 0.25}
 
 

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
-from jaxmm.evals import Classification
+from jaxmm.evals import TopKAccuracy
 from jaxmm.inference.model import load
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.tasks.pair_classification import NLVR
+from jaxmm.tasks.pair_classification import PairClassification
 from jaxmm.training.loop import train
 from tests.training.common import lines
 
@@ -47,8 +47,9 @@ def run(tmp_path_factory):
                       image=ImageConfig(size=8, scale=(0.5, 1.0), eval_crop="squash"),
                       tokenizer=TokenizerConfig(vocab_size=40, context_length=8))
     config = TrainConfig(
-        task=NLVR(model=MODEL), steps=150, log_every=10, data=data, mesh=MeshConfig(data=1), microbatches=2,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=10, weight_decay=0.0), evals=(Classification(examples=3),))
+        task=PairClassification(model=MODEL), steps=150, log_every=10, data=data,
+        mesh=MeshConfig(data=1), microbatches=2,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup=10, weight_decay=0.0), evals=(TopKAccuracy(examples=3),))
     return folder / "run", train(config, folder / "run")
 
 

@@ -13,7 +13,7 @@ from jaxmm.config import DataConfig, Evaluator, TrainConfig, save_config
 from jaxmm.evals import CaptionExample, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.models.vit import vit
 from jaxmm.pages import lit, number, picture
-from jaxmm.tasks.image_classification import Classify
+from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.report import curves, final_values, panels, read_metrics, summary, write_report
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (7, 9, 3)).astype(np.uint8)
@@ -128,7 +128,7 @@ def test_reports_of_runs_that_hardly_were(lines, words, tmp_path):
 
 def test_a_whole_report_is_self_contained_and_escapes_what_people_wrote(tmp_path):
     write_lines(tmp_path, [*training([20, 40]), {"step": 40, "val/top1": 0.91236}])
-    task = Classify(model=vit("Ti/16"))
+    task = Classification(model=vit("Ti/16"))
     save_config(TrainConfig(task=task, steps=40, data=DataConfig(train=f"folder:{ATTACK}"), evals=(Evaluator(),)),
                 tmp_path / "config.json", versions={"jax": "9.8.7"}, devices=["cpu", "cpu"])
     found = (Retrieved(item=ATTACK, score=0.5, right=True), Retrieved(item="a dog " * 100, score=-0.25, right=False))

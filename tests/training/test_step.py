@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError, MeshConfig, OptimizerConfig
-from jaxmm.sharding import laid_out, make_mesh, place_batch, replicated, shardings
+from jaxmm.sharding import make_mesh, place_batch, replicated, shardings, with_shardings
 from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state, init_state, sharded_state
 from jaxmm.training.step import compile_step, train_step
@@ -131,7 +131,7 @@ def test_the_state_is_updated_in_place():
     task, optimizer = linear(0.5)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        state = sharded_state(task, optimizer, 0, laid_out(abstract_state(task, optimizer), mesh))
+        state = sharded_state(task, optimizer, 0, with_shardings(abstract_state(task, optimizer), mesh))
         step = compile_step(task, optimizer, mesh, state)
         inputs = state, place_batch(jax.tree.map(np.asarray, digits(0)), mesh), jax.random.key(1)
         held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
@@ -147,7 +147,7 @@ def test_a_state_is_the_same_on_every_mesh():
     assert_same_bits(one.params, one.average)
     for axes in MESHES.values():
         mesh = make_mesh(MeshConfig(data=axes[0], fsdp=axes[1], tensor=axes[2]))
-        many = sharded_state(task, optimizer, 5, laid_out(abstract_state(task, optimizer), mesh))
+        many = sharded_state(task, optimizer, 5, with_shardings(abstract_state(task, optimizer), mesh))
         shares = {x.addressable_shards[0].data.size / x.size for x in (
             many.params["head"]["kernel"], many.average["head"]["kernel"], many.opt[1].mu["head"]["kernel"])}
         assert shares == {{(8, 1, 1): 1, (1, 8, 1): 1 / 8, (2, 1, 4): 1, (2, 2, 2): 1 / 4}[axes]}   # 4 cuts no 10
