@@ -24,7 +24,7 @@ from jaxmm.config import ConfigError
 from jaxmm.data.pipeline import step_records
 from jaxmm.data.sources.registry import open_source
 from jaxmm.hosts.heartbeat import LONG, STATUS, Heartbeat, HostStatus, caused_elsewhere, detect_failure
-from jaxmm.hosts.startup import HostsConfig, join
+from jaxmm.hosts.startup import HostsConfig, detect_process_count, join
 from jaxmm.sharding import named_leaves
 from tests.training.common import assert_same_bits, lines
 from tests.training.hosts import EVERY, STEPS, config
@@ -314,7 +314,8 @@ def test_the_only_worker_of_a_slice_is_alone(monkeypatch):
 
 def seen(alive=0.0, moved=0.0, failed=None, **pulse):
     """Of a host that last lived, moved and failed so many seconds ago, at second 1000."""
-    return HostStatus(Heartbeat("worker", failed=None if failed is None else "JaxRuntimeError: x", **pulse), 1000 - alive,
+    return HostStatus(Heartbeat("worker", failed=None if failed is None else "JaxRuntimeError: x", **pulse),
+                      1000 - alive,
                 1000 - moved, None if failed is None else 1000 - failed)
 
 
