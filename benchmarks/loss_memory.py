@@ -20,16 +20,16 @@ from jaxmm.atomic import write_atomically
 from jaxmm.config import MeshConfig
 from jaxmm.losses.blockwise import (
     NOT_IN_BATCH,
-    Columns,
+    Anchors,
+    Candidates,
     Distilled,
-    Rows,
     Sigmoid,
     Softmax,
-    compare,
-    contrastive_in_blocks,
+    blockwise_contrastive,
+    blockwise_loss,
     pair_keys,
 )
-from jaxmm.losses.contrastive import contrastive_logits, positives, sigmoid_contrastive, softmax_contrastive
+from jaxmm.losses.contrastive import contrastive_logits, positive_mask, sigmoid_contrastive, softmax_contrastive
 from jaxmm.planning.chips import open_topology
 from jaxmm.planning.plan import bytes_asked_for
 from jaxmm.sharding import batch_sharding, constrain_batch, make_mesh, replicated
@@ -46,14 +46,14 @@ def whole(kind):
     """Logits of all pairs, rows where their pictures are."""
     def loss(image, text, ids, scale, bias):
         return WHOLE[kind](contrastive_logits(image, text, scale, bias),
-                           constrain_batch(positives(ids, None, len(image))))
+                           constrain_batch(positive_mask(ids, None, len(image))))
     return loss
 
 
 def blocks(kind):
     """The same in blocks."""
     def loss(image, text, ids, scale, bias):
-        return contrastive_in_blocks(BLOCKS[kind], image, text, (ids,), scale, bias, tile=TILE)[0]
+        return blockwise_contrastive(BLOCKS[kind], image, text, (ids,), scale, bias, tile=TILE)[0]
     return loss
 
 
@@ -62,7 +62,7 @@ def distilled(image, text, ids, scale, bias):
     teacher, queue = jax.lax.stop_gradient(image), jnp.zeros((QUEUE, WIDTH))
     keys = pair_keys((ids,), jnp.arange(len(image))), pair_keys((jnp.zeros((QUEUE, 2), jnp.int32),),
                                                                 jnp.full(QUEUE, NOT_IN_BATCH))
-    return compare(Distilled, Rows((image, teacher), keys[0]), Columns((text, queue), keys), scale, bias,
+    return blockwise_loss(Distilled, Anchors((image, teacher), keys[0]), Candidates((text, queue), keys), scale, bias,
                    jnp.float32(0.4), tile=TILE)[0]
 
 

@@ -190,7 +190,7 @@ def platform() -> Literal["cpu", "gpu", "tpu"]:
     return "tpu" if device.device_kind.startswith("TPU") else "cpu" if device.device_kind == "cpu" else "gpu"
 
 
-def gathered(x: jax.Array, name: str) -> jax.Array:
+def all_gather_params(x: jax.Array, name: str) -> jax.Array:
     """A parameter called `name`, put together from the shares of `fsdp` before it is used; so is its gradient, before
     it is cut. Where a mesh has no axis `data`, XLA would multiply by each share as it comes around instead."""
     axes = axis_sizes()
@@ -198,7 +198,7 @@ def gathered(x: jax.Array, name: str) -> jax.Array:
     return _constrain(x, spec(name, x.shape, axes | {"fsdp": 1})) if alone else x
 
 
-def divides(batch: int, heads: int) -> bool:
+def divides_mesh(batch: int, heads: int) -> bool:
     """Whether so many pictures and heads give every device of the current mesh as much."""
     return batch % batch_devices() == 0 and heads % axis_sizes()["tensor"] == 0
 

@@ -13,10 +13,10 @@ from jaxmm.config import ConfigError, MeshConfig, OptimizerConfig
 from jaxmm.models.clip import clip, siglip
 from jaxmm.models.vit import vit
 from jaxmm.sharding import (
+    all_gather_params,
     batch_shards,
     constrain_batch,
     constrain_replicated,
-    gathered,
     make_mesh,
     named_leaves,
     path_name,
@@ -190,7 +190,7 @@ def test_a_parameter_is_gathered_where_nothing_else_divides_the_batch(mesh, expe
     mesh = make_mesh(mesh, jax.devices()[:8])
     cut = jax.device_put(x, NamedSharding(mesh, P("fsdp", "tensor")))
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda x: gathered(x, name))(cut)
+        found = jax.jit(lambda x: all_gather_params(x, name))(cut)
         assert platform() == "cpu"
     assert found.sharding.is_equivalent_to(NamedSharding(mesh, expected), 2)
     np.testing.assert_array_equal(found, x)

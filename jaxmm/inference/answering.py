@@ -14,7 +14,7 @@ from jaxmm.compiling import compile_prediction
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.inference.captioning import ground, prompt_tokens
 from jaxmm.inference.generate import Decoding
-from jaxmm.losses.language import token_losses
+from jaxmm.losses.language_modeling import token_losses
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import Med
 from jaxmm.task import Task

@@ -31,11 +31,11 @@ def pair_keys(ids: tuple[Ids | None, ...], places: Int[Array, "n"]) -> Keys:
     return jnp.stack([place, *(each for each in ids if each is not None)], axis=1)
 
 
-def _belong(rows: Keys, columns: Keys) -> Bool[Array, "r c"]:
+def _positive_mask(rows: Keys, columns: Keys) -> Bool[Array, "r c"]:
     return (rows[:, None] == columns[None]).all(axis=-1).any(axis=-1)
 
 
-class Kind(Protocol):
+class BlockLoss(Protocol):
     """A loss, told tile by tile. `logits` are a tuple of tiles [r c], one for each kind of row embedding.
 
     States and residuals are trees of vectors, a number for each row or column.
@@ -44,14 +44,14 @@ class Kind(Protocol):
     def start(self, rows: int, columns: int) -> tuple[Any, Any]:
         """The states of rows and of columns before the first tile."""
 
-    def visit(self, row: Any, column: Any, logits: tuple[Array, ...], positive: Array) -> tuple[Any, Any]:
+    def update(self, row: Any, column: Any, logits: tuple[Array, ...], positive: Array) -> tuple[Any, Any]:
         """The states of a tile's rows and columns with the tile in them."""
 
-    def finish(self, row: Any, column: Any) -> tuple[Array, dict[str, Array], Any, Any]:
+    def finalize(self, row: Any, column: Any) -> tuple[Array, dict[str, Array], Any, Any]:
         """Of all rows and columns of a device: loss, to be added up and divided by all rows; numbers a row that are
         to be averaged, by name; and what the backward pass needs of rows and columns."""
 
-    def slope(self, row: Any, column: Any, logits: tuple[Array, ...], positive: Array) -> Array:
+    def grad(self, row: Any, column: Any, logits: tuple[Array, ...], positive: Array) -> Array:
         """The derivative of the sum of losses by the first of `logits`."""
 
 
@@ -97,20 +97,20 @@ class Softmax:
         """Empty sums."""
         return (Sums.empty(rows), jnp.full(rows, -jnp.inf)), Sums.empty(columns)
 
-    def visit(self, row, column, logits, positive):
+    def update(self, row, column, logits, positive):
         """Sums both ways."""
         [s] = logits
         sums, nearest = row
         return (sums.add(s, positive, 1), _nearest(nearest, s, positive)), column.add(s, positive, 0)
 
-    def finish(self, row, column):
+    def finalize(self, row, column):
         """Log-sums less the mean of the positives' logits."""
         sums, nearest = row
         loss = sum((each.log_total - each.positive / each.count).sum() for each in (sums, column)) / 2
         right = {"accuracy": (nearest >= sums.highest).astype(jnp.float32)}
         return loss, right, *((each.log_total, each.count) for each in (sums, column))
 
-    def slope(self, row, column, logits, positive):
+    def grad(self, row, column, logits, positive):
         """Probabilities less targets, both ways."""
         [s] = logits
         ways = (row[0][:, None], row[1][:, None]), (column[0][None], column[1][None])
@@ -124,19 +124,19 @@ class Sigmoid:
         """Of rows the loss, the largest logit, and the largest of a positive."""
         return (jnp.zeros(rows), *[jnp.full(rows, -jnp.inf)] * 2), ()
 
-    def visit(self, row, column, logits, positive):
+    def update(self, row, column, logits, positive):
         """Adds the tile's losses."""
         [s] = logits
         loss, highest, nearest = row
         loss = loss - jax.nn.log_sigmoid(jnp.where(positive, s, -s)).sum(axis=1)
         return (loss, jnp.maximum(highest, s.max(axis=1)), _nearest(nearest, s, positive)), column
 
-    def finish(self, row, column):
+    def finalize(self, row, column):
         """Nothing is needed later."""
         loss, highest, nearest = row
         return loss.sum(), {"accuracy": (nearest >= highest).astype(jnp.float32)}, (), ()
 
-    def slope(self, row, column, logits, positive):
+    def grad(self, row, column, logits, positive):
         """Minus the sign times the chance that the pair is taken for what it is not."""
         [s] = logits
         return jnp.where(positive, -jax.nn.sigmoid(-s), jax.nn.sigmoid(s))
@@ -155,7 +155,7 @@ class Distilled:
         """Sums of the student, and of the teacher with the student's logits weighted by them."""
         return (Sums.empty(rows), jnp.full(rows, -jnp.inf), *jnp.zeros((2, rows))), ()
 
-    def visit(self, row, column, logits, positive):
+    def update(self, row, column, logits, positive):
         """Adds the tile."""
         s, told = logits
         sums, before, total, weighted = row
@@ -164,13 +164,13 @@ class Distilled:
         return (sums.add(s, positive, 1), highest, total * shrunk + weights.sum(axis=1),
                 weighted * shrunk + (weights * s).sum(axis=1)), column
 
-    def finish(self, row, column):
+    def finalize(self, row, column):
         """Log-sums less the mean of the logits under the targets."""
         sums, highest, total, weighted = row
         wanted = self.alpha * weighted / total + (1 - self.alpha) * sums.positive / sums.count
         return (sums.log_total - wanted).sum(), {}, (sums.log_total, sums.count, highest + jnp.log(total)), ()
 
-    def slope(self, row, column, logits, positive):
+    def grad(self, row, column, logits, positive):
         """Probabilities less targets."""
         s, told = logits
         log_total, count, told_total = (each[:, None] for each in row)
@@ -178,7 +178,7 @@ class Distilled:
         return jnp.exp(s - log_total) - target
 
 
-class Rows(NamedTuple):
+class Anchors(NamedTuple):
     """What stays: one or two embeddings for each row, and keys."""
 
     embeddings: tuple[Float[Array, "r e"], ...]
@@ -186,7 +186,7 @@ class Rows(NamedTuple):
     keys: Keys
 
 
-class Columns(NamedTuple):
+class Candidates(NamedTuple):
     """What goes round: pieces that every device has its share of, one after the other."""
 
     embeddings: tuple[Float[Array, "_ e"], ...]
@@ -198,8 +198,8 @@ def _tile(size: int, largest: int) -> int:
     return next(tile for tile in range(min(size, largest), 0, -1) if size % tile == 0)
 
 
-def _each_tile(visit: Callable, tile: int, rows: Any, columns: Any, row_state: Any, column_state: Any):
-    """`visit(rows, columns, row_state, column_state)` of all tiles, whose states are put in the places of the old."""
+def _each_tile(update: Callable, tile: int, rows: Any, columns: Any, row_state: Any, column_state: Any):
+    """`update(rows, columns, row_state, column_state)` of all tiles, whose states are put in the places of the old."""
     sizes = [len(jax.tree.leaves(tree)[0]) for tree in (rows, columns)]
     heights = [_tile(size, tile) for size in sizes]
     across = sizes[1] // heights[1]
@@ -215,50 +215,50 @@ def _each_tile(visit: Callable, tile: int, rows: Any, columns: Any, row_state: A
             return jax.tree.map(
                 lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, starts[which], 0), tree, part)
 
-        new = visit(cut(rows, 0), cut(columns, 1), cut(states[0], 0), cut(states[1], 1))
+        new = update(cut(rows, 0), cut(columns, 1), cut(states[0], 0), cut(states[1], 1))
         return put(states[0], new[0], 0), put(states[1], new[1], 1)
 
     count = sizes[0] // heights[0] * across
     if count == 1:
-        return visit(rows, columns, row_state, column_state)
+        return update(rows, columns, row_state, column_state)
     return jax.lax.fori_loop(0, count, body, (row_state, column_state))
 
 
-def _around(visit: Callable, devices: int, columns: Any, row_state: Any, column_state: Any):
-    """`visit(columns, row_state, column_state)` with each device's block of columns in turn; all come home."""
+def _ring(update: Callable, devices: int, columns: Any, row_state: Any, column_state: Any):
+    """`update(columns, row_state, column_state)` with each device's block of columns in turn; all come home."""
     onward = [(i, (i + 1) % devices) for i in range(devices)]
 
     def step(_, carry):
         columns, row_state, column_state = carry
         coming = jax.lax.ppermute(columns, BATCH, onward)   # while these are visited
-        row_state, column_state = visit(columns, row_state, column_state)
+        row_state, column_state = update(columns, row_state, column_state)
         return coming, row_state, jax.lax.ppermute(column_state, BATCH, onward)
 
     if devices == 1:
-        return visit(columns, row_state, column_state)
+        return update(columns, row_state, column_state)
     return jax.lax.fori_loop(0, devices, step, (columns, row_state, column_state))[1:]
 
 
-def _logits(rows: Rows, columns: Columns, scale: Array, bias: Array) -> tuple[Array, ...]:
+def _logits(rows: Anchors, columns: Candidates, scale: Array, bias: Array) -> tuple[Array, ...]:
     return tuple(scale * x @ columns.embeddings[0].T + bias for x in rows.embeddings)
 
 
-def _joined(columns: Columns) -> Columns:
+def _joined(columns: Candidates) -> Candidates:
     """A device's own pieces as one block."""
-    return Columns((jnp.concatenate(columns.embeddings),), (jnp.concatenate(columns.keys),))
+    return Candidates((jnp.concatenate(columns.embeddings),), (jnp.concatenate(columns.keys),))
 
 
 def _forward_here(make, tile, devices, rows, columns, scale, bias, options):
     """A device's share of the loss."""
     kind, block = make(*options), _joined(columns)
 
-    def visit(block, row_state, column_state):
-        return _each_tile(lambda r, c, *states: kind.visit(*states, _logits(r, c, scale, bias),
-                                                           _belong(r.keys, c.keys[0])),
+    def update(block, row_state, column_state):
+        return _each_tile(lambda r, c, *states: kind.update(*states, _logits(r, c, scale, bias),
+                                                           _positive_mask(r.keys, c.keys[0])),
                           tile, rows, block, row_state, column_state)
 
-    row, column = _around(visit, devices, block, *kind.start(len(rows.keys), len(block.keys[0])))
-    loss, means, row, column = kind.finish(row, column)
+    row, column = _ring(update, devices, block, *kind.start(len(rows.keys), len(block.keys[0])))
+    loss, means, row, column = kind.finalize(row, column)
     count = len(rows.keys) * devices
     summed = jax.tree.map(lambda x: jax.lax.psum(x, BATCH) if devices > 1 else x, (loss, {
         name: each.sum() for name, each in means.items()}))
@@ -270,19 +270,19 @@ def _backward_here(make, tile, devices, rows, columns, scale, bias, options, row
     kind, block = make(*options), _joined(columns)
     factor = gradient / (len(rows.keys) * devices)
 
-    def visit(known, row_state, column_state):
+    def update(known, row_state, column_state):
         def tile_of(r, c, row_state, column_state):
             (r, row), (c, column) = r, c
             with jax.named_scope("recomputed"):
                 logits = _logits(r, c, scale, bias)
-            slope = factor * kind.slope(row, column, logits, _belong(r.keys, c.keys[0]))
+            grad = factor * kind.grad(row, column, logits, _positive_mask(r.keys, c.keys[0]))
             d_row, d_bias = row_state
-            d_row = d_row + scale * slope @ c.embeddings[0]
-            return (d_row, d_bias + slope.sum(axis=1)), column_state + scale * slope.T @ r.embeddings[0]
+            d_row = d_row + scale * grad @ c.embeddings[0]
+            return (d_row, d_bias + grad.sum(axis=1)), column_state + scale * grad.T @ r.embeddings[0]
         return _each_tile(tile_of, tile, (rows, row), known, row_state, column_state)
 
     x, whole = rows.embeddings[0], block.embeddings[0]
-    (d_rows, d_bias), d_columns = _around(visit, devices, (block, column),
+    (d_rows, d_bias), d_columns = _ring(update, devices, (block, column),
                                           (jnp.zeros_like(x), jnp.zeros(len(x))), jnp.zeros_like(whole))
     d_scale = (d_rows * x).sum() / scale
     d_scale, d_bias = (jax.lax.psum(each, BATCH) if devices > 1 else each for each in (d_scale, d_bias.sum()))
@@ -322,15 +322,15 @@ def _compared_backward(make, tile, kept, gradient):
     run = _spread(partial(_backward_here, make, tile), (*_INPUTS, True, True, False), (True, True, False, False))
     d_rows, d_columns, d_scale, d_bias = run(*kept, gradient[0])
     rest = tuple(jnp.zeros_like(x) for x in kept[0].embeddings[1:])
-    return (Rows((d_rows, *rest), None), Columns(d_columns, (None,) * len(d_columns)), d_scale, d_bias,
+    return (Anchors((d_rows, *rest), None), Candidates(d_columns, (None,) * len(d_columns)), d_scale, d_bias,
             jax.tree.map(jnp.zeros_like, kept[4]))
 
 
 _compared.defvjp(_compared_forward, _compared_backward)
 
 
-def compare(
-    make: Callable[..., Kind], rows: Rows, columns: Columns, scale: Float[Array, ""], bias: Float[Array, ""],
+def blockwise_loss(
+    make: Callable[..., BlockLoss], rows: Anchors, columns: Candidates, scale: Float[Array, ""], bias: Float[Array, ""],
     *options: Float[Array, ""], tile: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The loss of kind `make(*options)` of scale * row @ column' + bias, a mean over rows, and means of what is told.
@@ -346,10 +346,10 @@ def compare(
     return _compared(make, tile, rows, columns, scale, bias, options)
 
 
-def contrastive_in_blocks(
+def blockwise_contrastive(
     kind: type[Softmax] | type[Sigmoid], image: Float[Array, "b e"], text: Float[Array, "b e"],
     ids: tuple[Ids | None, ...], scale: Float[Array, ""], bias: Float[Array, ""], *, tile: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`softmax_contrastive` or `sigmoid_contrastive` with the positives of `ids`, and the accuracy of the nearest."""
     keys = pair_keys(ids, jnp.arange(len(image)))
-    return compare(kind, Rows((image,), keys), Columns((text,), (keys,)), scale, bias, tile=tile)
+    return blockwise_loss(kind, Anchors((image,), keys), Candidates((text,), (keys,)), scale, bias, tile=tile)

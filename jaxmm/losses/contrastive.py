@@ -15,7 +15,7 @@ def equal_ids(ids: Ids) -> Bool[Array, "*groups b b"]:
     return (ids[..., :, None, :] == ids[..., None, :, :]).all(axis=-1)
 
 
-def positives(image_ids: Ids | None, text_ids: Ids | None, size: int) -> Bool[Array, "*groups b b"]:
+def positive_mask(image_ids: Ids | None, text_ids: Ids | None, size: int) -> Bool[Array, "*groups b b"]:
     """Which (picture, text) pairs of the batch, or of each group, belong together; without ids, of one alone.
 
     The diagonal, and all pairs whose pictures or whose texts are the same: a caption of the very same picture is no

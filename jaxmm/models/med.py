@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmm.nn.attention import Attention, KeysValuesByHead, Mask, by_head, causal_mask
+from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, causal_mask, to_bhtd
 from jaxmm.nn.embeddings import TokenEmbedding
 from jaxmm.nn.precision import wide
 from jaxmm.nn.transformer import (
@@ -32,7 +32,7 @@ from jaxmm.validation import check_types, require
 
 Seen = tuple[Float[Array, "r h n k"], Float[Array, "r h n k"]]
 """The keys and values of a context, laid out by head."""
-Cache = list[KeysValuesByHead]
+Cache = list[CachedKeysValues]
 """Every layer's keys and values of the tokens decoded so far, in room for all to come."""
 ContextMask = Bool[Array, "#r 1 1 #n"]
 Context = Float[Array, "r n c"] | tuple[Float[Array, "r n c"], Float[Array, "r n c"]]
@@ -161,7 +161,7 @@ class MedLayer(nn.Module):
         """What cross-attention finds in a picture; of two, each by its own, what they find is merged, or its mean."""
         if self.config.merge_from is None:
             seen = self.cross_attention.keys_values(context)
-            y, shares = self.cross_attention.attend_to(side_by_side(x, len(seen[0])), seen, context_mask, train=train,
+            y, shares = self.cross_attention.attend(group_by_context(x, len(seen[0])), seen, context_mask, train=train,
                                                        weights=weights)
             return y.reshape(x.shape), shares
         first, second = (getattr(self, name)(x, picture, context_mask, train=train)[0]
@@ -181,20 +181,20 @@ class MedLayer(nn.Module):
 
     def look(self, context: Float[Array, "r n c"]) -> Seen:
         """What `step` and `follow` see of the context."""
-        return tuple(map(by_head, getattr(self, self._causal("cross_attention")).keys_values(context)))
+        return tuple(map(to_bhtd, getattr(self, self._causal("cross_attention")).keys_values(context)))
 
     def step(
-        self, x: Float[Array, "b 1 d"], past: KeysValuesByHead, at: Int[Array, ""], mask: Mask, seen: Seen,
+        self, x: Float[Array, "b 1 d"], past: CachedKeysValues, at: Int[Array, ""], mask: Mask, seen: Seen,
         context_mask: ContextMask | None,
-    ) -> tuple[Float[Array, "b 1 d"], KeysValuesByHead]:
+    ) -> tuple[Float[Array, "b 1 d"], CachedKeysValues]:
         """`decode` of the token at place `at`, with the keys and values of those before; and `past` with its own.
 
         `seen` may have fewer rows than `x`: then each of them is looked at by as many rows of `x` in turn.
         """
         own = self._causal("attention")
-        past = tuple(jax.lax.dynamic_update_slice_in_dim(old, by_head(new).astype(old.dtype), at, axis=2)
+        past = tuple(jax.lax.dynamic_update_slice_in_dim(old, to_bhtd(new).astype(old.dtype), at, axis=2)
                      for old, new in zip(past, getattr(self, own).keys_values(x), strict=True))
-        x = self._add(own, x, getattr(self, own).look_at(x, past, mask), False)
+        x = self._add(own, x, getattr(self, own).attend_cached(x, past, mask), False)
         return self._grounded(x, seen, context_mask), past
 
     def follow(
@@ -207,7 +207,7 @@ class MedLayer(nn.Module):
 
     def _grounded(self, x, seen, context_mask):
         cross, mlp = self._causal("cross_attention"), self._causal("mlp")
-        y = getattr(self, cross).look_at(side_by_side(x, len(seen[0])), seen, context_mask).reshape(x.shape)
+        y = getattr(self, cross).attend_cached(group_by_context(x, len(seen[0])), seen, context_mask).reshape(x.shape)
         x = self._add(cross, x, y, False)
         return self._add(mlp, x, getattr(self, mlp)(x, train=False), False)
 
@@ -400,7 +400,7 @@ class Med(nn.Module):
         return run(x, MedLayer(self.config, True, parent=None), layers, stack.depth - first)
 
 
-def side_by_side(x: Float[Array, "b t d"], rows: int) -> Float[Array, "r s d"]:
+def group_by_context(x: Float[Array, "b t d"], rows: int) -> Float[Array, "r s d"]:
     """The texts that look at one of `rows` contexts, one behind the other, as if they were the tokens of one text."""
     return x.reshape(rows, -1, x.shape[-1])
 

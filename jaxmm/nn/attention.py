@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from jaxmm.nn import gpu_attention, tpu_attention
 from jaxmm.nn.precision import wide, widened
-from jaxmm.sharding import gathered, platform
+from jaxmm.sharding import all_gather_params, platform
 
 Initializer = Callable[..., Array]
 Mask = Bool[Array, "#b #h #t #s"]
@@ -59,8 +59,8 @@ def fused_attend(
     mask: Mask | None = None,
 ) -> Float[Array, "b t h k"]:
     """The attended values of `attend`, for which no weights are kept."""
-    if gpu_attention.suits(query, mask):
-        return kept(gpu_attention.attended(query, key, value), "attention")
+    if gpu_attention.is_supported(query, mask):
+        return name_for_remat(gpu_attention.attention(query, key, value), "attention")
     return _fused_attend(query, key, value, mask)
 
 
@@ -74,19 +74,19 @@ def _fused_attend(
     return _fused_residuals(query, key, value, mask)[0]
 
 
-def kept(x: Float[Array, "b t h k"], name: str) -> Float[Array, "b t h k"]:
+def name_for_remat(x: Float[Array, "b t h k"], name: str) -> Float[Array, "b t h k"]:
     """`x`, which remat policies know by `name`, kept in a shape whose last axis TPUs need not fill up."""
     return checkpoint_name(x.reshape(*x.shape[:2], -1), name).reshape(x.shape)
 
 
-def by_head(x: Float[Array, "b t h k"]) -> Float[Array, "b h t k"]:
+def to_bhtd(x: Float[Array, "b t h k"]) -> Float[Array, "b h t k"]:
     """`x` as products with it read it."""
     return x.swapaxes(1, 2)
 
 
-def _attended(query, k, v, mask):
+def _attention(query, k, v, mask):
     """What is attended, and what the backward pass needs; keys and values are laid out by head."""
-    query = by_head(query * query.shape[-1] ** -0.5)
+    query = to_bhtd(query * query.shape[-1] ** -0.5)
     kind = {"preferred_element_type": wide(v.dtype)}
     scores = jnp.einsum("bhtk,bhsk->bhts", query, k, **kind)
     if mask is not None:
@@ -95,32 +95,32 @@ def _attended(query, k, v, mask):
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True)
     out = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, **kind) / total
-    return by_head(out).astype(v.dtype), (highest + jnp.log(total))[..., 0]
+    return to_bhtd(out).astype(v.dtype), (highest + jnp.log(total))[..., 0]
 
 
 def _fused(query, key, value, mask):
-    return _attended(query, by_head(key), by_head(value), mask)
+    return _attention(query, to_bhtd(key), to_bhtd(value), mask)
 
 
 def _fused_on_tpu(query, key, value, mask):
     """The kernel's; its backward pass has no use for the logarithms."""
     b, t, h, _ = query.shape
-    return tpu_attention.attended(query, key, value, mask), jnp.zeros((b, h, t), wide(value.dtype))
+    return tpu_attention.attention(query, key, value, mask), jnp.zeros((b, h, t), wide(value.dtype))
 
 
 def _fused_residuals(query, key, value, mask):
     inputs = query, key, value, mask
-    if tpu_attention.suits(query, key, mask):
+    if tpu_attention.is_supported(query, key, mask):
         out, log_total = jax.lax.platform_dependent(*inputs, tpu=_fused_on_tpu, default=_fused)
     else:
         out, log_total = _fused(*inputs)
-    out, log_total = kept(out, "attention"), checkpoint_name(log_total, "attention")
+    out, log_total = name_for_remat(out, "attention"), checkpoint_name(log_total, "attention")
     return out, (query, key, value, out, log_total, mask)
 
 
 def _fused_backward(residuals, gradient):
     query, key, *_, mask = residuals
-    if not tpu_attention.suits(query, key, mask):
+    if not tpu_attention.is_supported(query, key, mask):
         return *_fused_gradients(*residuals, gradient), None
 
     def kernel(query, key, value, out, log_total, mask, gradient):
@@ -134,7 +134,7 @@ def _fused_gradients(query, key, value, out, log_total, mask, gradient):
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     kind = {"preferred_element_type": wide(dtype)}
     delta = (widened(gradient) * out).sum(axis=-1).swapaxes(1, 2)  # [b h t]
-    q, k, v, g = by_head(query * scale), by_head(key), by_head(value), by_head(gradient)
+    q, k, v, g = to_bhtd(query * scale), to_bhtd(key), to_bhtd(value), to_bhtd(gradient)
     with jax.named_scope("recomputed"):
         scores = jnp.einsum("bhsk,bhtk->bhst", k, q, **kind)
     weights = jnp.exp(scores - log_total[:, :, None])
@@ -145,7 +145,7 @@ def _fused_gradients(query, key, value, out, log_total, mask, gradient):
     d_scores = d_scores.astype(dtype)
     d_key = jnp.einsum("bhst,bhtk->bhsk", d_scores, q)
     d_query = jnp.einsum("bhst,bhsk->bhtk", d_scores, k) * scale
-    return tuple(by_head(x).astype(dtype) for x in (d_query, d_key, d_value))
+    return tuple(to_bhtd(x).astype(dtype) for x in (d_query, d_key, d_value))
 
 
 _fused_attend.defvjp(_fused_residuals, _fused_backward)
@@ -177,7 +177,7 @@ class Linear(nn.Module):
             return self.kernel_init(rng, shape).reshape(*inside, *self.features)
 
         kernel = self.param("kernel", init).astype(self.dtype)
-        kernel = gathered(kernel, "/".join((*self.path, "kernel"))).reshape(shape)
+        kernel = all_gather_params(kernel, "/".join((*self.path, "kernel"))).reshape(shape)
         bias = self.param("bias", self.bias_init, self.features).reshape(-1)
         on = platform()
         x = x.astype(self.dtype).reshape(*(batch if on == "tpu" else (-1,)), shape[0])
@@ -187,7 +187,7 @@ class Linear(nn.Module):
 
 KeysValues = tuple[Float[Array, "b s h k"], Float[Array, "b s h k"]]
 """What queries look at: the projected keys and values of a context."""
-KeysValuesByHead = tuple[Float[Array, "b h s k"], Float[Array, "b h s k"]]
+CachedKeysValues = tuple[Float[Array, "b h s k"], Float[Array, "b h s k"]]
 """The same, for who looks at them many times: nothing needs to be moved then."""
 
 
@@ -209,15 +209,15 @@ class Attention(nn.Module):
         self.out = Linear((self.width,), inputs=2, dtype=self.dtype, kernel_init=self.init_out)
 
     def keys_values(self, context: Float[Array, "b s c"]) -> KeysValues:
-        """The keys and values of a context, for `attend_to`."""
-        return kept(self.key(context), "projections"), kept(self.value(context), "projections")
+        """The keys and values of a context, for `attend`."""
+        return name_for_remat(self.key(context), "projections"), name_for_remat(self.value(context), "projections")
 
-    def attend_to(
+    def attend(
         self, x: Float[Array, "b t d"], seen: KeysValues, mask: Mask | None = None, *, train: bool,
         weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t s"] | None]:
         """The attended `x`, and with `weights` the attention weights."""
-        query, (key, value) = kept(self.query(x), "projections"), seen
+        query, (key, value) = name_for_remat(self.query(x), "projections"), seen
         dropping = train and self.dropout > 0
         if weights or dropping:
             rng = self.make_rng("dropout") if dropping else None
@@ -226,15 +226,15 @@ class Attention(nn.Module):
             y, shares = fused_attend(query, key, value, mask), None
         return self.out(y), shares if weights else None
 
-    def look_at(
-        self, x: Float[Array, "b t d"], seen: KeysValuesByHead, mask: Mask | None = None
+    def attend_cached(
+        self, x: Float[Array, "b t d"], seen: CachedKeysValues, mask: Mask | None = None
     ) -> Float[Array, "b t d"]:
         """The attended `x`, without dropout."""
-        return self.out(_attended(self.query(x), *seen, mask)[0])
+        return self.out(_attention(self.query(x), *seen, mask)[0])
 
     def __call__(
         self, x: Float[Array, "b t d"], context: Float[Array, "b s c"], mask: Mask | None = None, *, train: bool,
         weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t s"] | None]:
         """The attended `x`, and with `weights` the attention weights."""
-        return self.attend_to(x, self.keys_values(context), mask, train=train, weights=weights)
+        return self.attend(x, self.keys_values(context), mask, train=train, weights=weights)

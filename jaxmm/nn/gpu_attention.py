@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmm.sharding import TOKENS, divides, on_each_device, platform
+from jaxmm.sharding import TOKENS, divides_mesh, on_each_device, platform
 
 WIDEST, MULTIPLE = 128, 8
 """What a head may measure."""
 
 
-def suits(query: Float[Array, "b t h k"], mask: Array | None) -> bool:
+def is_supported(query: Float[Array, "b t h k"], mask: Array | None) -> bool:
     """Whether cuDNN can do it on the GPUs at hand: two bytes a number, an Ampere or newer, no mask, which texts have
     and are short, and shares for all devices of the current mesh."""
     b, _, heads, width = query.shape
     fits = query.dtype.itemsize == 2 and mask is None and width <= WIDEST and width % MULTIPLE == 0
-    return fits and divides(b, heads) and platform() == "gpu" and _ampere()
+    return fits and divides_mesh(b, heads) and platform() == "gpu" and _ampere()
 
 
 def _ampere() -> bool:
@@ -29,7 +29,7 @@ def _ampere() -> bool:
     return capability.isdigit() and int(capability) >= 80
 
 
-def attended(
+def attention(
     query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], value: Float[Array, "b s h k"], *,
     implementation: str = "cudnn",
 ) -> Float[Array, "b t h k"]:

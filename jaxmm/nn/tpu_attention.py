@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from jaxmm.sharding import BATCH, TOKENS, axis_sizes, divides, on_each_device
+from jaxmm.sharding import BATCH, TOKENS, axis_sizes, divides_mesh, on_each_device
 
 ROOM = 12 * 2**20
 """Bytes of the chip's own memory that a step of a kernel may take; XLA grants 16 MiB."""
@@ -44,8 +44,8 @@ def _forward(*refs, heads, scale):
         v = value[:, at]
         scores = _scores(query[:, at], key[:, at], *mask or (None,), scale)
         weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-        attended = _dot(weights.astype(v.dtype), v, BOTH) / weights.sum(axis=-1, keepdims=True)
-        out[:, at] = attended.astype(out.dtype)
+        attention = _dot(weights.astype(v.dtype), v, BOTH) / weights.sum(axis=-1, keepdims=True)
+        out[:, at] = attention.astype(out.dtype)
 
 
 def _backward(*refs, heads, scale):
@@ -116,17 +116,17 @@ def _spread(kernel, name, results, arrays, mask, interpret):
     return [x.reshape(arrays[i].shape) for x, i in zip(found, results, strict=True)]
 
 
-def suits(query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], mask: Array | None) -> bool:
+def is_supported(query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], mask: Array | None) -> bool:
     """Whether the kernels can do it: short enough rows, no mask of its own for each head, and shares for all devices
     of the current mesh."""
     b, t, heads, width = query.shape
     tensor = axis_sizes()["tensor"]
-    if not divides(b, heads) or (mask is not None and mask.shape[1] > 1):
+    if not divides_mesh(b, heads) or (mask is not None and mask.shape[1] > 1):
         return False
     return heads_at_once(t, key.shape[1], heads // tensor, width, query.dtype.itemsize) > 0
 
 
-def attended(
+def attention(
     query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], value: Float[Array, "b s h k"],
     mask: _Mask | None = None, *, interpret: bool = False,
 ) -> Float[Array, "b t h k"]:

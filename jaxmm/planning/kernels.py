@@ -81,7 +81,7 @@ def _compile(kind: str, name: str, inputs: list) -> None:
     if len(inputs) > arrays:
         _, (b, t, s) = inputs[arrays]
         shapes.append(jax.ShapeDtypeStruct((min(b, 4), 1, t, s), jnp.bool_, sharding=where))
-    jax.jit(tpu_attention.gradients if backward else tpu_attention.attended).lower(*shapes).compile()
+    jax.jit(tpu_attention.gradients if backward else tpu_attention.attention).lower(*shapes).compile()
 
 
 if __name__ == "__main__":

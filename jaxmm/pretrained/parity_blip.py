@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmm.inference.captioning import write_texts
 from jaxmm.inference.generate import Decoding
-from jaxmm.losses.language import language_loss
+from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med import Med, MedConfig, MedLayer
 from jaxmm.models.vit import ViT

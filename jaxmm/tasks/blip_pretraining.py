@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.config import check_types, require
-from jaxmm.losses.blockwise import NOT_IN_BATCH, Columns, Distilled, Rows, compare, pair_keys
-from jaxmm.losses.contrastive import distilled_targets, equal_ids, positives, soft_contrastive
+from jaxmm.losses.blockwise import NOT_IN_BATCH, Anchors, Candidates, Distilled, blockwise_loss, pair_keys
+from jaxmm.losses.contrastive import distilled_targets, equal_ids, positive_mask, soft_contrastive
 from jaxmm.losses.image_text_matching import hard_negatives, matching_loss
-from jaxmm.losses.language import language_loss
+from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
@@ -132,7 +132,7 @@ class BLIPPretraining(Task):
         similar = [self._grouped(x) @ self._grouped(y).mT / params["temperature"]
                    for x, y in ((text, taught_image), (image, taught_text))]
         ids = (self._grouped(batch[name]) if name in batch else None for name in ("image_id", "text_id"))
-        positive = jnp.broadcast_to(positives(*ids, size=similar[0].shape[-1]), similar[0].shape)
+        positive = jnp.broadcast_to(positive_mask(*ids, size=similar[0].shape[-1]), similar[0].shape)
         matching, accuracy = self._match(variables, seen, tokens, similar, positive, drawing, rngs[2])
         metrics = {"contrastive": contrastive, "matching": matching, "match_accuracy": accuracy,
                    "temperature": params["temperature"], "alpha": jnp.asarray(alpha)}
@@ -176,8 +176,9 @@ class BLIPPretraining(Task):
         names = [name for name in ("image_id", "text_id") if name in batch]
         keys = pair_keys(tuple(batch[name] for name in names), jnp.arange(len(image)))
         queued = pair_keys(tuple(extra[f"{name}s"] for name in names), jnp.full(self.queue, NOT_IN_BATCH))
-        losses = [compare(Distilled, Rows((student, teacher), keys), Columns((new, extra[queue]), (keys, queued)),
-                          1 / temperature, jnp.zeros(()), alpha, tile=self.tile)[0]
+        losses = [blockwise_loss(Distilled, Anchors((student, teacher), keys),
+                                 Candidates((new, extra[queue]), (keys, queued)),
+                                 1 / temperature, jnp.zeros(()), alpha, tile=self.tile)[0]
                   for student, teacher, new, queue in ((image, taught_image, taught_text, "text_queue"),
                                                        (text, taught_text, taught_image, "image_queue"))]
         return sum(losses) / 2

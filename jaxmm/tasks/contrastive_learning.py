@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxmm.config import check_types, require
 from jaxmm.losses import contrastive as losses
-from jaxmm.losses.blockwise import Sigmoid, Softmax, contrastive_in_blocks
+from jaxmm.losses.blockwise import Sigmoid, Softmax, blockwise_contrastive
 from jaxmm.models.clip import CLIP, CLIPConfig, normalise
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
@@ -81,10 +81,10 @@ class ContrastiveLearning(Task):
         metrics = {"logit_scale": scale, "logit_bias": bias}
         if self.tile is not None:
             kind = {"softmax": Softmax, "sigmoid": Sigmoid}[self.kind]
-            loss, told = contrastive_in_blocks(kind, outputs["image"], outputs["text"], ids, scale, bias,
+            loss, told = blockwise_contrastive(kind, outputs["image"], outputs["text"], ids, scale, bias,
                                                tile=self.tile)
             return loss, metrics | told
-        positive = constrain_batch(losses.positives(*ids, size=len(outputs["image"])))
+        positive = constrain_batch(losses.positive_mask(*ids, size=len(outputs["image"])))
         logits = losses.contrastive_logits(outputs["image"], outputs["text"], scale, bias)
         loss = {"softmax": losses.softmax_contrastive, "sigmoid": losses.sigmoid_contrastive}[self.kind]
         nearest = jnp.take_along_axis(positive, logits.argmax(axis=1)[:, None], axis=1)

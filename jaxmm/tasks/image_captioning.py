@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmm.config import check_types, require
-from jaxmm.losses.language import language_loss
+from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels

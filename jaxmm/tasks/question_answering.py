@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmm.config import check_types, require
-from jaxmm.losses.language import token_losses
+from jaxmm.losses.language_modeling import token_losses
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels

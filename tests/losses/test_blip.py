@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxmm.losses.contrastive import distilled_targets, soft_contrastive
 from jaxmm.losses.image_text_matching import hard_negatives, matching_loss
-from jaxmm.losses.language import language_loss, token_losses
+from jaxmm.losses.language_modeling import language_loss, token_losses
 from tests.reference import log_softmax
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 from jaxmm.losses.contrastive import (
     contrastive_logits,
     equal_ids,
-    positives,
+    positive_mask,
     sigmoid_contrastive,
     softmax_contrastive,
 )
@@ -48,7 +48,7 @@ def embeddings(seed=0):
 
 def whole(image, text, loss, image_ids=IMAGE_IDS, text_ids=TEXT_IDS):
     logits = contrastive_logits(image, text, jnp.float32(2.5), jnp.float32(-0.5))
-    return loss(logits, positives(image_ids, text_ids, B))
+    return loss(logits, positive_mask(image_ids, text_ids, B))
 
 
 def test_equal_ids_needs_both_halves():
@@ -57,10 +57,10 @@ def test_equal_ids_needs_both_halves():
 
 
 def test_positives():
-    np.testing.assert_array_equal(positives(IMAGE_IDS, TEXT_IDS, B), POSITIVE)
-    np.testing.assert_array_equal(positives(None, None, B), np.eye(B, dtype=bool))
-    np.testing.assert_array_equal(positives(IMAGE_IDS, None, B), equal_ids(IMAGE_IDS))
-    np.testing.assert_array_equal(positives(None, TEXT_IDS, B), equal_ids(TEXT_IDS))
+    np.testing.assert_array_equal(positive_mask(IMAGE_IDS, TEXT_IDS, B), POSITIVE)
+    np.testing.assert_array_equal(positive_mask(None, None, B), np.eye(B, dtype=bool))
+    np.testing.assert_array_equal(positive_mask(IMAGE_IDS, None, B), equal_ids(IMAGE_IDS))
+    np.testing.assert_array_equal(positive_mask(None, TEXT_IDS, B), equal_ids(TEXT_IDS))
 
 
 def test_logits():
@@ -111,14 +111,14 @@ def test_duplicates_are_not_pushed_apart(kind):
     """Two pairs of the same picture and words: their cross logits pull like the diagonal, not away from it."""
     ids = jnp.asarray([[1, 1], [1, 1], [2, 2], [3, 3], [4, 4]])
     logits, = arrays((B, B))
-    grad = jax.jit(jax.grad(LOSSES[kind][0]))(logits, positives(ids, None, B))
-    plain = jax.jit(jax.grad(LOSSES[kind][0]))(logits, positives(None, None, B))
+    grad = jax.jit(jax.grad(LOSSES[kind][0]))(logits, positive_mask(ids, None, B))
+    plain = jax.jit(jax.grad(LOSSES[kind][0]))(logits, positive_mask(None, None, B))
     assert plain[0, 1] > 0 and grad[0, 1] < plain[0, 1]
     np.testing.assert_allclose(grad[2:, 2:], plain[2:, 2:], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_large_logits_are_finite(kind):
-    grad, = jax.jit(jax.grad(lambda x: LOSSES[kind][0](x, positives(IMAGE_IDS, TEXT_IDS, B)), (0,)))(
+    grad, = jax.jit(jax.grad(lambda x: LOSSES[kind][0](x, positive_mask(IMAGE_IDS, TEXT_IDS, B)), (0,)))(
         embeddings()[0] @ embeddings()[1].T * 1e4)
     assert np.isfinite(grad).all()

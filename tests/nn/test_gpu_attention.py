@@ -8,7 +8,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from jaxmm.config import MeshConfig
 from jaxmm.nn.attention import attend, causal_mask
-from jaxmm.nn.gpu_attention import attended, suits
+from jaxmm.nn.gpu_attention import attention, is_supported
 from jaxmm.sharding import make_mesh
 
 
@@ -22,7 +22,7 @@ def test_it_is_attend(t, s):
     def both(f):
         return jax.value_and_grad(lambda *x: (f(*x) ** 2).sum(), (0, 1, 2))(*inputs(t, s))
 
-    got, expected = both(lambda *x: attended(*x, implementation="xla")), both(lambda *x: attend(*x)[0])
+    got, expected = both(lambda *x: attention(*x, implementation="xla")), both(lambda *x: attend(*x)[0])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
@@ -30,14 +30,14 @@ def test_it_is_attend(t, s):
 def test_what_suits(monkeypatch):
     monkeypatch.setattr("jaxmm.nn.gpu_attention.platform", lambda: "gpu")
     half = inputs(dtype=jnp.bfloat16)[0]
-    assert not suits(half, None)             # no GPU is here
+    assert not is_supported(half, None)             # no GPU is here
     monkeypatch.setattr("jaxmm.nn.gpu_attention._ampere", lambda: True)
-    assert suits(half, None)
-    assert not suits(half, causal_mask(7))
-    assert not suits(half.astype(jnp.float32), None)
-    assert not suits(half[..., :6], None)
+    assert is_supported(half, None)
+    assert not is_supported(half, causal_mask(7))
+    assert not is_supported(half.astype(jnp.float32), None)
+    assert not is_supported(half[..., :6], None)
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:8])):
-        assert not suits(half, None)         # 4 pictures, 8 devices
+        assert not is_supported(half, None)         # 4 pictures, 8 devices
 
 
 def test_each_gpu_attends_to_its_pictures(monkeypatch):
@@ -46,7 +46,7 @@ def test_each_gpu_attends_to_its_pictures(monkeypatch):
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
     with jax.set_mesh(make_mesh(MeshConfig(tensor=2), jax.devices()[:4])):
-        gradient = jax.jit(jax.grad(lambda *x: attended(*x).astype(jnp.float32).sum(), (0, 1, 2)))
+        gradient = jax.jit(jax.grad(lambda *x: attention(*x).astype(jnp.float32).sum(), (0, 1, 2)))
         text = gradient.trace(*inputs(dtype=jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @__cudnn$fmha" in line]
     assert len(calls) == 2

@@ -7,7 +7,7 @@ import pytest
 
 from jaxmm.config import MeshConfig
 from jaxmm.nn.attention import attend, causal_mask, fused_attend
-from jaxmm.nn.tpu_attention import attended, gradients, heads_at_once, suits
+from jaxmm.nn.tpu_attention import attention, gradients, heads_at_once, is_supported
 from jaxmm.sharding import make_mesh
 from tests.reference import arrays
 
@@ -26,7 +26,7 @@ def plain(query, key, value, gradient, mask):
 
 
 def kernels(query, key, value, gradient, mask):
-    return (attended(query, key, value, mask, interpret=True),
+    return (attention(query, key, value, mask, interpret=True),
             *gradients(query, key, value, gradient, mask, interpret=True))
 
 
@@ -73,14 +73,14 @@ def test_a_picture_in_parts():
 
 def test_what_does_not_suit():
     query, key, *_ = inputs()
-    assert suits(query, key, None) and suits(query, key, jnp.asarray(SEEN))
-    assert not suits(query, key, jnp.ones((1, H, 1, S), bool))
+    assert is_supported(query, key, None) and is_supported(query, key, jnp.asarray(SEEN))
+    assert not is_supported(query, key, jnp.ones((1, H, 1, S), bool))
     long = jnp.zeros((1, 4096, 1, 64))
-    assert not suits(long, long, None)
+    assert not is_supported(long, long, None)
     with jax.set_mesh(make_mesh(MeshConfig(data=8))):
-        assert not suits(query, key, None)
+        assert not is_supported(query, key, None)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=4))):
-        assert not suits(query, key, None)
+        assert not is_supported(query, key, None)
 
 
 def test_other_platforms_do_without():

@@ -14,7 +14,7 @@ from jaxmm.inference.answering import ANSWERS
 from jaxmm.inference.captioning import write_texts
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import load
-from jaxmm.losses.language import language_loss
+from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig

@@ -8,20 +8,20 @@ import pytest
 from jaxmm.config import MeshConfig
 from jaxmm.losses.blockwise import (
     NOT_IN_BATCH,
-    Columns,
+    Anchors,
+    Candidates,
     Distilled,
-    Rows,
     Sigmoid,
     Softmax,
-    compare,
-    contrastive_in_blocks,
+    blockwise_contrastive,
+    blockwise_loss,
     pair_keys,
 )
 from jaxmm.losses.contrastive import (
     contrastive_logits,
     distilled_targets,
     equal_ids,
-    positives,
+    positive_mask,
     sigmoid_contrastive,
     soft_contrastive,
     softmax_contrastive,
@@ -54,7 +54,7 @@ IDS = ids(B, 0), ids(B, 1)
 
 
 def plain(kind, image, text, scale, bias):
-    logits, positive = contrastive_logits(image, text, scale, bias), positives(*IDS, size=B)
+    logits, positive = contrastive_logits(image, text, scale, bias), positive_mask(*IDS, size=B)
     nearest = jnp.take_along_axis(positive, logits.argmax(axis=1)[:, None], axis=1)
     return LOSSES[kind][1](logits, positive), {"accuracy": nearest.mean()}
 
@@ -67,11 +67,11 @@ def differentiated(function, arguments, *inputs):
 def test_blocks_are_the_plain_loss(kind, record_property):
     inputs = *embeddings(B, B), jnp.float32(SCALE), jnp.float32(BIAS)
     expected = differentiated(lambda *x: plain(kind, *x), (0, 1, 2, 3), *inputs)
-    brute = LOSSES[kind][2](SCALE * fp64(inputs[0]) @ fp64(inputs[1]).T + BIAS, np.asarray(positives(*IDS, size=B)))
+    brute = LOSSES[kind][2](SCALE * fp64(inputs[0]) @ fp64(inputs[1]).T + BIAS, np.asarray(positive_mask(*IDS, size=B)))
     largest = 0.0
     for shape, tile in [*((shape, 4) for shape in MESHES), ((8, 1, 1), 1000), ((1, 1, 1), 7)]:
         with jax.set_mesh(mesh(shape)):
-            found = differentiated(lambda *x, tile=tile: contrastive_in_blocks(
+            found = differentiated(lambda *x, tile=tile: blockwise_contrastive(
                 LOSSES[kind][0], *x[:2], IDS, *x[2:], tile=tile), (0, 1, 2, 3), *inputs)
         np.testing.assert_allclose(found[0][0], brute, rtol=1e-6)
         assert found[0][1]["accuracy"] == expected[0][1]["accuracy"] > 0
@@ -84,7 +84,7 @@ def test_blocks_are_the_plain_loss(kind, record_property):
 def test_the_distilled_loss_in_blocks_is_the_plain_one():
     student, teacher, new, queue = embeddings(B, B, B, Q)
     queued = jnp.concatenate([IDS[0][:5], jnp.full((Q - 5, 2), -9, jnp.int32)])      # five pictures are in the queue
-    positive = jnp.concatenate([positives(IDS[0], None, B), (IDS[0][:, None] == queued[None]).all(-1)], axis=1)
+    positive = jnp.concatenate([positive_mask(IDS[0], None, B), (IDS[0][:, None] == queued[None]).all(-1)], axis=1)
     assert bool(positive[:, B:].any())
 
     def whole(student, teacher, scale, alpha):
@@ -94,7 +94,7 @@ def test_the_distilled_loss_in_blocks_is_the_plain_one():
 
     def blocks(student, teacher, scale, alpha):
         keys = pair_keys((IDS[0],), jnp.arange(B)), pair_keys((queued,), jnp.full(Q, NOT_IN_BATCH))
-        return compare(Distilled, Rows((student, teacher), keys[0]), Columns((new, queue), keys), scale,
+        return blockwise_loss(Distilled, Anchors((student, teacher), keys[0]), Candidates((new, queue), keys), scale,
                        jnp.zeros(()), alpha, tile=4)
 
     inputs = student, teacher, jnp.float32(SCALE), jnp.float32(0.3)
@@ -114,7 +114,7 @@ def test_no_place_is_nobody():
     keys = pair_keys((ids(3, 0),), jnp.arange(3)), pair_keys((ids(3, 1) + 1000,), jnp.full(3, NOT_IN_BATCH))
     assert keys[0].shape == (3, 2, 2)
     assert not (keys[0][:, None] == keys[1][None]).all(-1).any()
-    np.testing.assert_array_equal(positives(ids(3, 0), None, 3), equal_ids(ids(3, 0)) | np.eye(3, dtype=bool))
+    np.testing.assert_array_equal(positive_mask(ids(3, 0), None, 3), equal_ids(ids(3, 0)) | np.eye(3, dtype=bool))
 
 
 def memory(loss, batch, devices):
@@ -128,12 +128,12 @@ def memory(loss, batch, devices):
 
 def test_memory_grows_with_a_device_share_alone(record_property):
     def blocks(image, text):
-        return contrastive_in_blocks(Softmax, image, text, (None, None), jnp.float32(SCALE),
+        return blockwise_contrastive(Softmax, image, text, (None, None), jnp.float32(SCALE),
                                      jnp.float32(BIAS), tile=64)[0]
 
     def whole(image, text):
         return softmax_contrastive(contrastive_logits(image, text, jnp.float32(SCALE), jnp.float32(BIAS)),
-                                   positives(None, None, len(image)))
+                                   positive_mask(None, None, len(image)))
 
     one, twice, wider = (memory(blocks, *size) for size in ((8192, 4), (16384, 4), (16384, 8)))
     assert 1.6 < twice / one < 2.2 and 0.9 < wider / one < 1.1
@@ -145,4 +145,4 @@ def test_what_does_not_divide():
     image, text = embeddings(12, 12)
     with (jax.set_mesh(mesh((8, 1, 1))),
           pytest.raises(ValueError, match="12 rows cannot be divided among 8 devices")):
-        contrastive_in_blocks(Softmax, image, text, (None,), jnp.float32(SCALE), jnp.float32(BIAS), tile=8)
+        blockwise_contrastive(Softmax, image, text, (None,), jnp.float32(SCALE), jnp.float32(BIAS), tile=8)
