@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import importlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -253,6 +254,13 @@ class Evaluator:
         """The names that `run` yields in `context` (see `jaxmm.evals.context.EvalContext`)."""
         raise NotImplementedError
 
+    def check(self, context: Any) -> Any:
+        """Raise `ConfigError` if this cannot run in `context`."""
+
+    def run(self, context: Any) -> Iterator[tuple[str, float]]:
+        """Yield the names and values of the metrics; add examples for the report to `context.examples`."""
+        raise NotImplementedError
+
     def __post_init__(self):
         """Checks ranges."""
         check_types(self, "evals")
@@ -309,6 +317,8 @@ RENAMED = {
     "jaxmm.evals.vqa.VQAAccuracy": "jaxmm.evals.vqa_accuracy.VQAAccuracy",
 }
 """Types that older versions wrote under another name."""
+RECIPE = "recipe_"
+"""Begin of the names under which recipe files are imported; the file's name follows."""
 
 
 def to_dict(value: Any) -> Any:
@@ -321,25 +331,40 @@ def to_dict(value: Any) -> Any:
     return value
 
 
-def from_dict(value: Any) -> Any:
-    """The inverse of `to_dict`. Only dataclasses of jaxmm are built; unknown types and fields raise `ConfigError`."""
+def from_dict(value: Any, file: Path | str | None = None) -> Any:
+    """Return the configuration that `to_dict` wrote; `file`, where it was read, is named in messages.
+
+    Only frozen dataclasses are built: jaxmm's own, and those of modules that are imported already. Nothing else is
+    imported because a file says so. Raises `ConfigError` for other types and for unknown fields.
+    """
     if isinstance(value, list):
-        return tuple(from_dict(v) for v in value)
+        return tuple(from_dict(item, file) for item in value)
     if not isinstance(value, dict):
         return value
-    kind = str(value.get("type"))
-    module, _, name = RENAMED.get(kind, kind).rpartition(".")
-    cls = None
-    if module.split(".")[0] == "jaxmm":
-        with contextlib.suppress(ModuleNotFoundError):
-            cls = getattr(importlib.import_module(module), name, None)
-    require(isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__ == module, "type",
-            value.get("type"), "a dataclass of jaxmm")
-    fields = {k: from_dict(v) for k, v in value.items() if k != "type"}
+    cls = _find_type(value.get("type"), "" if file is None else f"{file}: ")
+    fields = {name: from_dict(item, file) for name, item in value.items() if name != "type"}
     unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
-        raise ConfigError(f"{value['type']} has no field {sorted(unknown)}")
+        raise ConfigError(f"{'' if file is None else f'{file}: '}{value['type']} has no field {sorted(unknown)}")
     return cls(**fields)
+
+
+def _find_type(name: Any, where: str) -> type:
+    """Return the frozen dataclass called `name`, such as "jaxmm.config.MeshConfig"."""
+    module, _, attribute = RENAMED.get(str(name), str(name)).rpartition(".")
+    if module.startswith("jaxmm."):
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
+    elif module and module not in sys.modules:
+        how = (f"load that recipe first: jaxmm.recipes.load_recipe(Path(\".../{module.removeprefix(RECIPE)}.py\"))"
+               if module.startswith(RECIPE) else f"import {module} first")
+        raise ConfigError(f"{where}type is {name!r}, and the module {module} is not imported; {how}")
+    cls = getattr(sys.modules.get(module), attribute, None) if module else None
+    usable = isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+    require(usable and cls.__module__ == module, f"{where}type", name,
+            "a frozen dataclass at the top level of its module" + (
+                "; run what defines it first" if module == "__main__" else ""))
+    return cls
 
 
 def save_config(config: TrainConfig, path: Path, **notes: Any) -> None:
@@ -349,7 +374,7 @@ def save_config(config: TrainConfig, path: Path, **notes: Any) -> None:
 
 def load_config(path: Path) -> TrainConfig:
     """Reads what `save_config` wrote."""
-    return from_dict(json.loads(path.read_text())["config"])
+    return from_dict(json.loads(path.read_text())["config"], path)
 
 
 def with_current_names(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from jaxmm.config import ConfigError, TrainConfig, require
+from jaxmm.config import RECIPE, ConfigError, TrainConfig, require
 
 Command = TypeVar("Command")
 
@@ -20,7 +20,7 @@ def load_recipe(path: Path, folder: Path | None = None) -> Any:
         known = ", ".join(sorted(p.name for p in folder.glob("*.py"))) if folder else ""
         raise ConfigError(f"config is {str(path)!r}, which is no file" + (f"; {folder.name}/ holds {known}" if known
                                                                            else ""))
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{RECIPE}{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses that it defines are looked up
     spec.loader.exec_module(module)

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,6 @@ def test_plain_values():
 
 @pytest.mark.parametrize("value", [
     {"type": "subprocess.Popen", "args": ["true"]},
-    {"type": "jaxmmx.config.MeshConfig"},
     {"type": "jaxmm.config.importlib"},
     {"type": "jaxmm.config.require"},
     {"type": "jaxmm.config.ConfigError"},
@@ -80,8 +80,15 @@ def test_plain_values():
     {"data": 1},
 ])
 def test_refuses_other_types(value):
-    with pytest.raises(ConfigError, match="wanted a dataclass of jaxmm"):
+    with pytest.raises(ConfigError, match=r"type is .*; wanted a frozen dataclass at the top level"):
         from_dict({"type": "jaxmm.config.TrainConfig", "task": value})
+
+
+@pytest.mark.parametrize("module", ["jaxmmx.config", "no.such_module", "MeshConfig.<locals>"])
+def test_imports_nothing_because_a_file_says_so(module):
+    with pytest.raises(ConfigError, match=rf"^run/config\.json: type is .* is not imported; import {module} first"):
+        from_dict({"type": f"{module}.MeshConfig"}, "run/config.json")
+    assert module not in sys.modules
 
 
 def test_refuses_unknown_fields():

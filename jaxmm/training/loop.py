@@ -114,7 +114,7 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     if "text" in task.reads:
         tokenizer = (trained and trained.tokenizer) or _tokenizer(config, task, source, workdir)
     if config.init.source is not None and began is not None:  # the trained model may be gone by now
-        task = from_dict(began["task"])
+        task = from_dict(began["task"], workdir / "config.json")
     else:
         task = task.bind(image_size=config.data.image.size, tokenizer=tokenizer,
                          classes=None if source.classes is None else len(source.classes))

@@ -30,8 +30,10 @@ def open_model(files: Files) -> Opened:
     """A folder that `Model.save(format="jaxmm")` wrote."""
     described = files.json(MODEL)
     try:
-        task, image, labels = (from_dict(described[name]) for name in ("task", "image", "labels"))
-    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        task, image, labels = (from_dict(described[name], files.folder / MODEL) for name in ("task", "image", "labels"))
+    except ConfigError as error:
+        raise FileError(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{files.folder / MODEL} is not what jaxmm writes: {error}") from None
     if not isinstance(task, Task) or not isinstance(image, ImageConfig):
         raise FileError(f"{files.folder / MODEL} describes no task with pictures")
@@ -45,8 +47,10 @@ def open_run(folder: Path, step: str | None) -> Opened:
     """A run's work folder: the newest whole checkpoint, or that of `step`; the moving average where it keeps one."""
     try:
         notes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config, task = from_dict(notes["config"]), from_dict(notes["task"])
+        config, task = (from_dict(notes[name], folder / "config.json") for name in ("config", "task"))
         labels = None if notes["classes"] is None else tuple(notes["classes"])
+    except ConfigError as error:
+        raise FileError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{folder / 'config.json'} is not what a run writes: {type(error).__name__}: {error}") from None
     if step is not None and not step.isdecimal():
