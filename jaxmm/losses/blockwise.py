@@ -1,10 +1,11 @@
-"""Contrastive losses in blocks that rotate around the mesh: no device holds all logits, nor all embeddings.
+"""Blockwise contrastive losses over a ring of devices: no device holds all logits, nor all embeddings.
 
-Each device keeps its rows. The columns go round: a device compares its rows with the block that it has, tile by tile,
-and passes the block on, with what it found out about those columns, until every block has come home. The gradient
-goes round a second time and computes the logits again, so that nothing of the first round is kept but a few numbers a
-row (the tiles of Inf-CL, Cheng et al. 2024, and the exchange of SigLIP, Zhai et al. 2023, section 3.3). Values and
-gradients are those of `jaxmm.losses.contrastive`; memory is that of a few copies of a device's own embeddings.
+Each device keeps its anchors (rows of the logits). Blocks of candidates (columns) move around the ring: a device
+compares its anchors with the current block, tile by tile, and passes the block on together with that block's running
+statistics, until every block is back. The backward pass goes around the ring again and recomputes the logits, so the
+forward pass stores only a few numbers per row (tiles as in Inf-CL, Cheng et al. 2024; the ring as in SigLIP, Zhai et
+al. 2023, section 3.3). Values and gradients equal those of `jaxmm.losses.contrastive`; memory is a few copies of a
+device's own embeddings.
 """
 
 from collections.abc import Callable
@@ -20,15 +21,15 @@ from jaxmm.losses.contrastive import Ids
 from jaxmm.sharding import BATCH, batch_devices
 
 Keys = Int[Array, "_ k 2"]
-"""What pairs are recognised by: a row and a column with one key in common, at the same place, belong together."""
+"""Keys of examples: a row and a column are positives if they have the same key at the same index k."""
 NOT_IN_BATCH = -1
-"""That of a column which is no example of the batch."""
+"""Position of a candidate that is not an example of the batch (a queue entry)."""
 
 
-def pair_keys(ids: tuple[Ids | None, ...], places: Int[Array, "n"]) -> Keys:
-    """Keys of examples: their places in the batch, and those of `ids` that there are."""
-    place = jnp.stack([places, jnp.zeros_like(places)], axis=1)
-    return jnp.stack([place, *(each for each in ids if each is not None)], axis=1)
+def pair_keys(ids: tuple[Ids | None, ...], positions: Int[Array, "n"]) -> Keys:
+    """Return the keys of examples: their positions in the batch, and every entry of `ids` that is not None."""
+    position = jnp.stack([positions, jnp.zeros_like(positions)], axis=1)
+    return jnp.stack([position, *(key for key in ids if key is not None)], axis=1)
 
 
 def _positive_mask(rows: Keys, columns: Keys) -> Bool[Array, "r c"]:
@@ -36,203 +37,202 @@ def _positive_mask(rows: Keys, columns: Keys) -> Bool[Array, "r c"]:
 
 
 class BlockLoss(Protocol):
-    """A loss, told tile by tile. `logits` are a tuple of tiles [r c], one for each kind of row embedding.
+    """Interface of a blockwise loss. `logits` holds one tile [r c] per row embedding: student, teacher if distilled.
 
-    States and residuals are trees of vectors, a number for each row or column.
+    States and residuals are pytrees of vectors with one number per row or column.
     """
 
-    def start(self, rows: int, columns: int) -> tuple[Any, Any]:
-        """The states of rows and of columns before the first tile."""
+    def init(self, rows: int, columns: int) -> tuple[Any, Any]:
+        """Return the states of rows and columns before the first tile."""
 
     def update(self, row: Any, column: Any, logits: tuple[Array, ...], positive: Array) -> tuple[Any, Any]:
-        """The states of a tile's rows and columns with the tile in them."""
+        """Return the states of a tile's rows and columns with the tile added."""
 
     def finalize(self, row: Any, column: Any) -> tuple[Array, dict[str, Array], Any, Any]:
-        """Of all rows and columns of a device: loss, to be added up and divided by all rows; numbers a row that are
-        to be averaged, by name; and what the backward pass needs of rows and columns."""
+        """Return, for a device's rows and columns, the sum of losses (the caller divides by the number of all rows),
+        per-row metrics to average by name, and the residuals of rows and columns."""
 
     def grad(self, row: Any, column: Any, logits: tuple[Array, ...], positive: Array) -> Array:
-        """The derivative of the sum of losses by the first of `logits`."""
+        """Return the derivative of the sum of losses with respect to `logits[0]`."""
 
 
-class Sums(NamedTuple):
-    """Of the logits of each row (or column): what a cross-entropy needs of them."""
+class LogitSums(NamedTuple):
+    """Running statistics of the logits of each row (or column), from which the cross-entropy follows."""
 
     highest: Float[Array, "n"]
     total: Float[Array, "n"]
-    """Of the exponentials, less the highest."""
+    """Sum of exp(logit - highest)."""
     positive: Float[Array, "n"]
-    """Of the logits of positives."""
+    """Sum of the logits of positives."""
     count: Float[Array, "n"]
-    """Of positives."""
+    """Number of positives."""
 
     @classmethod
-    def empty(cls, n: int) -> "Sums":
-        """Of no logits."""
+    def empty(cls, n: int) -> "LogitSums":
+        """Return the statistics of zero logits."""
         return cls(jnp.full(n, -jnp.inf), *jnp.zeros((3, n)))
 
-    def add(self, logits: Float[Array, "r c"], positive: Bool[Array, "r c"], axis: int) -> "Sums":
-        """With a tile; `axis` is the one that is summed over."""
+    def add(self, logits: Float[Array, "r c"], positive: Bool[Array, "r c"], axis: int) -> "LogitSums":
+        """Add a tile, summed over `axis`."""
         highest = jnp.maximum(self.highest, logits.max(axis=axis))
         total = jnp.exp(logits - jnp.expand_dims(highest, axis)).sum(axis=axis)
-        return Sums(highest, self.total * jnp.exp(self.highest - highest) + total,
-                    self.positive + jnp.where(positive, logits, 0.0).sum(axis=axis),
-                    self.count + positive.sum(axis=axis))
+        return LogitSums(highest, self.total * jnp.exp(self.highest - highest) + total,
+                         self.positive + jnp.where(positive, logits, 0.0).sum(axis=axis),
+                         self.count + positive.sum(axis=axis))
 
     @property
     def log_total(self) -> Float[Array, "n"]:
-        """Logarithm of the sum of the exponentials."""
+        """Log-sum-exp of the logits."""
         return self.highest + jnp.log(self.total)
 
 
-def _nearest(row: Array, logits: Array, positive: Array) -> Array:
-    """The largest logit of a positive, so far."""
+def _best_positive(row: Array, logits: Array, positive: Array) -> Array:
+    """Update the largest logit of a positive per row."""
     return jnp.maximum(row, jnp.where(positive, logits, -jnp.inf).max(axis=1))
 
 
 class Softmax:
-    """`softmax_contrastive`: both directions' cross-entropies."""
+    """Blockwise `softmax_contrastive`: the cross-entropies of both directions."""
 
-    def start(self, rows, columns):
-        """Empty sums."""
-        return (Sums.empty(rows), jnp.full(rows, -jnp.inf)), Sums.empty(columns)
+    def init(self, rows, columns):
+        """Return empty statistics."""
+        return (LogitSums.empty(rows), jnp.full(rows, -jnp.inf)), LogitSums.empty(columns)
 
     def update(self, row, column, logits, positive):
-        """Sums both ways."""
+        """Add the tile in both directions."""
         [s] = logits
-        sums, nearest = row
-        return (sums.add(s, positive, 1), _nearest(nearest, s, positive)), column.add(s, positive, 0)
+        sums, best = row
+        return (sums.add(s, positive, 1), _best_positive(best, s, positive)), column.add(s, positive, 0)
 
     def finalize(self, row, column):
-        """Log-sums less the mean of the positives' logits."""
-        sums, nearest = row
-        loss = sum((each.log_total - each.positive / each.count).sum() for each in (sums, column)) / 2
-        right = {"accuracy": (nearest >= sums.highest).astype(jnp.float32)}
-        return loss, right, *((each.log_total, each.count) for each in (sums, column))
+        """Return log-sum-exp minus the mean logit of the positives."""
+        sums, best = row
+        loss = sum((side.log_total - side.positive / side.count).sum() for side in (sums, column)) / 2
+        metrics = {"accuracy": (best >= sums.highest).astype(jnp.float32)}
+        return loss, metrics, *((side.log_total, side.count) for side in (sums, column))
 
     def grad(self, row, column, logits, positive):
-        """Probabilities less targets, both ways."""
+        """Return probabilities minus targets, averaged over both directions."""
         [s] = logits
-        ways = (row[0][:, None], row[1][:, None]), (column[0][None], column[1][None])
-        return sum(jnp.exp(s - log_total) - positive / count for log_total, count in ways) / 2
+        directions = (row[0][:, None], row[1][:, None]), (column[0][None], column[1][None])
+        return sum(jnp.exp(s - log_total) - positive / count for log_total, count in directions) / 2
 
 
 class Sigmoid:
-    """`sigmoid_contrastive`: every pair by itself."""
+    """Blockwise `sigmoid_contrastive`: every pair separately."""
 
-    def start(self, rows, columns):
-        """Of rows the loss, the largest logit, and the largest of a positive."""
+    def init(self, rows, columns):
+        """Return, per row, the loss, the largest logit and the largest logit of a positive."""
         return (jnp.zeros(rows), *[jnp.full(rows, -jnp.inf)] * 2), ()
 
     def update(self, row, column, logits, positive):
-        """Adds the tile's losses."""
+        """Add the tile's losses."""
         [s] = logits
-        loss, highest, nearest = row
+        loss, highest, best = row
         loss = loss - jax.nn.log_sigmoid(jnp.where(positive, s, -s)).sum(axis=1)
-        return (loss, jnp.maximum(highest, s.max(axis=1)), _nearest(nearest, s, positive)), column
+        return (loss, jnp.maximum(highest, s.max(axis=1)), _best_positive(best, s, positive)), column
 
     def finalize(self, row, column):
-        """Nothing is needed later."""
-        loss, highest, nearest = row
-        return loss.sum(), {"accuracy": (nearest >= highest).astype(jnp.float32)}, (), ()
+        """Return the loss; the backward pass needs no residuals."""
+        loss, highest, best = row
+        return loss.sum(), {"accuracy": (best >= highest).astype(jnp.float32)}, (), ()
 
     def grad(self, row, column, logits, positive):
-        """Minus the sign times the chance that the pair is taken for what it is not."""
+        """Return -sign * sigmoid(-sign * logit), with sign 1 for positives and -1 for negatives."""
         [s] = logits
         return jnp.where(positive, -jax.nn.sigmoid(-s), jax.nn.sigmoid(s))
 
 
 class Distilled:
-    """`soft_contrastive` with `distilled_targets`: rows only, a second logit for the teacher's opinion.
+    """Blockwise `soft_contrastive` with `distilled_targets`: rows only, `logits` = (student's, teacher's).
 
-    What rows hold is student and teacher; columns learn nothing.
+    Columns have no state.
     """
 
     def __init__(self, alpha: Float[Array, ""]):
         self.alpha = alpha
 
-    def start(self, rows, columns):
-        """Sums of the student, and of the teacher with the student's logits weighted by them."""
-        return (Sums.empty(rows), jnp.full(rows, -jnp.inf), *jnp.zeros((2, rows))), ()
+    def init(self, rows, columns):
+        """Return the student's statistics, the teacher's sum, and the student's logits weighted by the teacher."""
+        return (LogitSums.empty(rows), jnp.full(rows, -jnp.inf), *jnp.zeros((2, rows))), ()
 
     def update(self, row, column, logits, positive):
-        """Adds the tile."""
-        s, told = logits
+        """Add the tile."""
+        s, teacher = logits
         sums, before, total, weighted = row
-        highest = jnp.maximum(before, told.max(axis=1))
-        shrunk, weights = jnp.exp(before - highest), jnp.exp(told - highest[:, None])
-        return (sums.add(s, positive, 1), highest, total * shrunk + weights.sum(axis=1),
-                weighted * shrunk + (weights * s).sum(axis=1)), column
+        highest = jnp.maximum(before, teacher.max(axis=1))
+        rescale, weights = jnp.exp(before - highest), jnp.exp(teacher - highest[:, None])
+        return (sums.add(s, positive, 1), highest, total * rescale + weights.sum(axis=1),
+                weighted * rescale + (weights * s).sum(axis=1)), column
 
     def finalize(self, row, column):
-        """Log-sums less the mean of the logits under the targets."""
+        """Return log-sum-exp minus the mean logit under the targets."""
         sums, highest, total, weighted = row
-        wanted = self.alpha * weighted / total + (1 - self.alpha) * sums.positive / sums.count
-        return (sums.log_total - wanted).sum(), {}, (sums.log_total, sums.count, highest + jnp.log(total)), ()
+        mean = self.alpha * weighted / total + (1 - self.alpha) * sums.positive / sums.count
+        return (sums.log_total - mean).sum(), {}, (sums.log_total, sums.count, highest + jnp.log(total)), ()
 
     def grad(self, row, column, logits, positive):
-        """Probabilities less targets."""
-        s, told = logits
-        log_total, count, told_total = (each[:, None] for each in row)
-        target = self.alpha * jnp.exp(told - told_total) + (1 - self.alpha) * positive / count
+        """Return probabilities minus targets."""
+        s, teacher = logits
+        log_total, count, teacher_log_total = (x[:, None] for x in row)
+        target = self.alpha * jnp.exp(teacher - teacher_log_total) + (1 - self.alpha) * positive / count
         return jnp.exp(s - log_total) - target
 
 
 class Anchors(NamedTuple):
-    """What stays: one or two embeddings for each row, and keys."""
+    """Rows of the logits, which stay on their device: one or two embeddings per row, and keys."""
 
     embeddings: tuple[Float[Array, "r e"], ...]
-    """The first learns."""
+    """The student's, which gets gradients, and the teacher's if there is one."""
     keys: Keys
 
 
 class Candidates(NamedTuple):
-    """What goes round: pieces that every device has its share of, one after the other."""
+    """Columns of the logits, which move around the ring: parts (batch, queue) that are all sharded over the devices."""
 
     embeddings: tuple[Float[Array, "_ e"], ...]
     keys: tuple[Keys, ...]
 
 
-def _tile(size: int, largest: int) -> int:
-    """The largest divisor of `size` that is not above `largest`."""
+def _tile_size(size: int, largest: int) -> int:
+    """Return the largest divisor of `size` that is at most `largest`."""
     return next(tile for tile in range(min(size, largest), 0, -1) if size % tile == 0)
 
 
-def _each_tile(update: Callable, tile: int, rows: Any, columns: Any, row_state: Any, column_state: Any):
-    """`update(rows, columns, row_state, column_state)` of all tiles, whose states are put in the places of the old."""
+def _over_tiles(update: Callable, tile: int, rows: Any, columns: Any, row_state: Any, column_state: Any):
+    """Call `update(rows, columns, row_state, column_state)` for every tile and return the updated states."""
     sizes = [len(jax.tree.leaves(tree)[0]) for tree in (rows, columns)]
-    heights = [_tile(size, tile) for size in sizes]
-    across = sizes[1] // heights[1]
+    tiles = [_tile_size(size, tile) for size in sizes]
+    across = sizes[1] // tiles[1]
 
     def body(i, states):
-        starts = i // across * heights[0], i % across * heights[1]
+        starts = i // across * tiles[0], i % across * tiles[1]
 
-        def cut(tree, which):
+        def read(tree, side):
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, starts[side], tiles[side]), tree)
+
+        def write(tree, part, side):
             return jax.tree.map(
-                lambda x: jax.lax.dynamic_slice_in_dim(x, starts[which], heights[which]), tree)
+                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, starts[side], 0), tree, part)
 
-        def put(tree, part, which):
-            return jax.tree.map(
-                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, starts[which], 0), tree, part)
+        new = update(read(rows, 0), read(columns, 1), read(states[0], 0), read(states[1], 1))
+        return write(states[0], new[0], 0), write(states[1], new[1], 1)
 
-        new = update(cut(rows, 0), cut(columns, 1), cut(states[0], 0), cut(states[1], 1))
-        return put(states[0], new[0], 0), put(states[1], new[1], 1)
-
-    count = sizes[0] // heights[0] * across
+    count = sizes[0] // tiles[0] * across
     if count == 1:
         return update(rows, columns, row_state, column_state)
     return jax.lax.fori_loop(0, count, body, (row_state, column_state))
 
 
 def _ring(update: Callable, devices: int, columns: Any, row_state: Any, column_state: Any):
-    """`update(columns, row_state, column_state)` with each device's block of columns in turn; all come home."""
-    onward = [(i, (i + 1) % devices) for i in range(devices)]
+    """Call `update(columns, row_state, column_state)` with each device's block of columns in turn."""
+    next_device = [(i, (i + 1) % devices) for i in range(devices)]
 
     def step(_, carry):
         columns, row_state, column_state = carry
-        coming = jax.lax.ppermute(columns, BATCH, onward)   # while these are visited
+        following = jax.lax.ppermute(columns, BATCH, next_device)   # overlaps with the update
         row_state, column_state = update(columns, row_state, column_state)
-        return coming, row_state, jax.lax.ppermute(column_state, BATCH, onward)
+        return following, row_state, jax.lax.ppermute(column_state, BATCH, next_device)
 
     if devices == 1:
         return update(columns, row_state, column_state)
@@ -243,113 +243,114 @@ def _logits(rows: Anchors, columns: Candidates, scale: Array, bias: Array) -> tu
     return tuple(scale * x @ columns.embeddings[0].T + bias for x in rows.embeddings)
 
 
-def _joined(columns: Candidates) -> Candidates:
-    """A device's own pieces as one block."""
+def _concatenate(columns: Candidates) -> Candidates:
+    """Concatenate a device's shares of all parts into one block."""
     return Candidates((jnp.concatenate(columns.embeddings),), (jnp.concatenate(columns.keys),))
 
 
-def _forward_here(make, tile, devices, rows, columns, scale, bias, options):
-    """A device's share of the loss."""
-    kind, block = make(*options), _joined(columns)
+def _forward_on_device(make, tile, devices, rows, columns, scale, bias, options):
+    """Compute the loss and metrics, which all devices share, and this device's residuals."""
+    loss_fn, block = make(*options), _concatenate(columns)
 
     def update(block, row_state, column_state):
-        return _each_tile(lambda r, c, *states: kind.update(*states, _logits(r, c, scale, bias),
-                                                           _positive_mask(r.keys, c.keys[0])),
-                          tile, rows, block, row_state, column_state)
+        return _over_tiles(lambda r, c, *states: loss_fn.update(*states, _logits(r, c, scale, bias),
+                                                               _positive_mask(r.keys, c.keys[0])),
+                           tile, rows, block, row_state, column_state)
 
-    row, column = _ring(update, devices, block, *kind.start(len(rows.keys), len(block.keys[0])))
-    loss, means, row, column = kind.finalize(row, column)
+    row, column = _ring(update, devices, block, *loss_fn.init(len(rows.keys), len(block.keys[0])))
+    loss, metrics, row, column = loss_fn.finalize(row, column)
     count = len(rows.keys) * devices
     summed = jax.tree.map(lambda x: jax.lax.psum(x, BATCH) if devices > 1 else x, (loss, {
-        name: each.sum() for name, each in means.items()}))
+        name: values.sum() for name, values in metrics.items()}))
     return *jax.tree.map(lambda x: x / count, summed), row, column
 
 
-def _backward_here(make, tile, devices, rows, columns, scale, bias, options, row, column, gradient):
-    """A device's share of the gradients: of its rows, of its own columns, and of scale and bias."""
-    kind, block = make(*options), _joined(columns)
+def _backward_on_device(make, tile, devices, rows, columns, scale, bias, options, row, column, gradient):
+    """Compute the gradients of this device's rows and columns, and those of scale and bias."""
+    loss_fn, block = make(*options), _concatenate(columns)
     factor = gradient / (len(rows.keys) * devices)
 
-    def update(known, row_state, column_state):
-        def tile_of(r, c, row_state, column_state):
+    def update(block_and_residuals, row_state, column_state):
+        def add_tile(r, c, row_state, column_state):
             (r, row), (c, column) = r, c
             with jax.named_scope("recomputed"):
                 logits = _logits(r, c, scale, bias)
-            grad = factor * kind.grad(row, column, logits, _positive_mask(r.keys, c.keys[0]))
+            grad = factor * loss_fn.grad(row, column, logits, _positive_mask(r.keys, c.keys[0]))
             d_row, d_bias = row_state
             d_row = d_row + scale * grad @ c.embeddings[0]
             return (d_row, d_bias + grad.sum(axis=1)), column_state + scale * grad.T @ r.embeddings[0]
-        return _each_tile(tile_of, tile, (rows, row), known, row_state, column_state)
+        return _over_tiles(add_tile, tile, (rows, row), block_and_residuals, row_state, column_state)
 
-    x, whole = rows.embeddings[0], block.embeddings[0]
+    x, y = rows.embeddings[0], block.embeddings[0]
     (d_rows, d_bias), d_columns = _ring(update, devices, (block, column),
-                                          (jnp.zeros_like(x), jnp.zeros(len(x))), jnp.zeros_like(whole))
+                                        (jnp.zeros_like(x), jnp.zeros(len(x))), jnp.zeros_like(y))
     d_scale = (d_rows * x).sum() / scale
-    d_scale, d_bias = (jax.lax.psum(each, BATCH) if devices > 1 else each for each in (d_scale, d_bias.sum()))
-    ends = [sum(len(each) for each in columns.embeddings[:i + 1]) for i in range(len(columns.embeddings) - 1)]
+    d_scale, d_bias = (jax.lax.psum(g, BATCH) if devices > 1 else g for g in (d_scale, d_bias.sum()))
+    ends = [sum(len(part) for part in columns.embeddings[:i + 1]) for i in range(len(columns.embeddings) - 1)]
     return d_rows, tuple(jnp.split(d_columns, ends)), d_scale, d_bias
 
 
-def _spread(function: Callable, inputs: tuple[bool, ...], outputs: tuple[bool, ...]) -> Callable:
-    """`function(devices, ...)` on every device's share; True marks what is spread, False what all devices have.
+def _on_every_device(function: Callable, inputs: tuple[bool, ...], outputs: tuple[bool, ...]) -> Callable:
+    """Map `function(devices, ...)` over the devices; True marks sharded arguments and results, False replicated ones.
 
-    Outside a mesh, or where the batch lies whole on one device, all is that device's.
+    Outside a mesh, and if the batch is on one device, call it directly.
     """
     devices = batch_devices()
-    here = partial(function, devices)
+    on_device = partial(function, devices)
     if devices == 1:
-        return here
-    spread = {True: PartitionSpec(BATCH), False: PartitionSpec()}
-    return jax.shard_map(here, in_specs=tuple(spread[each] for each in inputs),
-                         out_specs=tuple(spread[each] for each in outputs), check_vma=False)
+        return on_device
+    specs = {True: PartitionSpec(BATCH), False: PartitionSpec()}
+    return jax.shard_map(on_device, in_specs=tuple(specs[sharded] for sharded in inputs),
+                         out_specs=tuple(specs[sharded] for sharded in outputs), check_vma=False)
 
 
 _INPUTS = (True, True, False, False, False)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _compared(make, tile, rows, columns, scale, bias, options):
-    return _compared_forward(make, tile, rows, columns, scale, bias, options)[0]
+def _blockwise(make, tile, rows, columns, scale, bias, options):
+    return _blockwise_forward(make, tile, rows, columns, scale, bias, options)[0]
 
 
-def _compared_forward(make, tile, rows, columns, scale, bias, options):
-    run = _spread(partial(_forward_here, make, tile), _INPUTS, (False, False, True, True))
-    loss, means, row, column = run(rows, columns, scale, bias, options)
-    return (loss, means), (rows, columns, scale, bias, options, row, column)
+def _blockwise_forward(make, tile, rows, columns, scale, bias, options):
+    run = _on_every_device(partial(_forward_on_device, make, tile), _INPUTS, (False, False, True, True))
+    loss, metrics, row, column = run(rows, columns, scale, bias, options)
+    return (loss, metrics), (rows, columns, scale, bias, options, row, column)
 
 
-def _compared_backward(make, tile, kept, gradient):
-    run = _spread(partial(_backward_here, make, tile), (*_INPUTS, True, True, False), (True, True, False, False))
-    d_rows, d_columns, d_scale, d_bias = run(*kept, gradient[0])
-    rest = tuple(jnp.zeros_like(x) for x in kept[0].embeddings[1:])
+def _blockwise_backward(make, tile, residuals, gradient):
+    run = _on_every_device(partial(_backward_on_device, make, tile), (*_INPUTS, True, True, False),
+                           (True, True, False, False))
+    d_rows, d_columns, d_scale, d_bias = run(*residuals, gradient[0])
+    rest = tuple(jnp.zeros_like(x) for x in residuals[0].embeddings[1:])
     return (Anchors((d_rows, *rest), None), Candidates(d_columns, (None,) * len(d_columns)), d_scale, d_bias,
-            jax.tree.map(jnp.zeros_like, kept[4]))
+            jax.tree.map(jnp.zeros_like, residuals[4]))
 
 
-_compared.defvjp(_compared_forward, _compared_backward)
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def blockwise_loss(
     make: Callable[..., BlockLoss], rows: Anchors, columns: Candidates, scale: Float[Array, ""], bias: Float[Array, ""],
     *options: Float[Array, ""], tile: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The loss of kind `make(*options)` of scale * row @ column' + bias, a mean over rows, and means of what is told.
+    """Return the loss `make(*options)` of logits scale * row @ column' + bias, a mean over rows, and its metrics.
 
-    Gradients reach the first embedding of the rows, all columns, scale and bias; not the teacher's, nor `options`.
-    A tile has at most `tile` x `tile` logits. Raises ValueError where a piece of rows or columns does not divide into
-    the devices.
+    Gradients reach the rows' first embedding, all columns, scale and bias; not the teacher's embedding, nor `options`.
+    A tile has at most `tile` x `tile` logits. Raises ValueError if rows or a part of the columns do not divide by the
+    number of devices.
     """
     devices = batch_devices()
-    for name, piece in (("rows", rows.embeddings[0]), *(("columns", each) for each in columns.embeddings)):
-        if len(piece) % devices:
-            raise ValueError(f"{len(piece)} {name} cannot be divided among {devices} devices")
-    return _compared(make, tile, rows, columns, scale, bias, options)
+    for name, part in (("rows", rows.embeddings[0]), *(("columns", part) for part in columns.embeddings)):
+        if len(part) % devices:
+            raise ValueError(f"{len(part)} {name} cannot be divided among {devices} devices")
+    return _blockwise(make, tile, rows, columns, scale, bias, options)
 
 
 def blockwise_contrastive(
-    kind: type[Softmax] | type[Sigmoid], image: Float[Array, "b e"], text: Float[Array, "b e"],
+    loss: type[Softmax] | type[Sigmoid], image: Float[Array, "b e"], text: Float[Array, "b e"],
     ids: tuple[Ids | None, ...], scale: Float[Array, ""], bias: Float[Array, ""], *, tile: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """`softmax_contrastive` or `sigmoid_contrastive` with the positives of `ids`, and the accuracy of the nearest."""
+    """Return `softmax_contrastive` or `sigmoid_contrastive` with the positives of `ids`, and the top-1 accuracy."""
     keys = pair_keys(ids, jnp.arange(len(image)))
-    return blockwise_loss(kind, Anchors((image,), keys), Candidates((text,), (keys,)), scale, bias, tile=tile)
+    return blockwise_loss(loss, Anchors((image,), keys), Candidates((text,), (keys,)), scale, bias, tile=tile)

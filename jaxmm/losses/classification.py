@@ -7,26 +7,26 @@ from jaxtyping import Array, Float, Int, Key, Num
 
 
 def soft_targets(labels: Int[Array, "b"], classes: int, smoothing: float = 0.0) -> Float[Array, "b c"]:
-    """One-hot labels with `smoothing` of their mass spread over all classes (Szegedy et al. 2016, section 7)."""
+    """Return one-hot labels with `smoothing` of their mass spread over all classes (Szegedy et al. 2016, section 7)."""
     return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
 
 
 def cross_entropy(logits: Float[Array, "b c"], targets: Float[Array, "b c"]) -> Float[Array, ""]:
-    """Mean softmax cross-entropy."""
+    """Return the mean softmax cross-entropy."""
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
 def sigmoid_cross_entropy(logits: Float[Array, "b c"], targets: Float[Array, "b c"]) -> Float[Array, ""]:
-    """Mean over the batch of the sum over classes of binary cross-entropies (ImageNet-21k's and AugReg's loss)."""
+    """Return the mean over the batch of the sum over classes of binary cross-entropies (ImageNet-21k, AugReg)."""
     return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1).mean()
 
 
 def mixup(
     image: Num[Array, "b h w 3"], targets: Float[Array, "b c"], alpha: float, rng: Key[Array, ""]
 ) -> tuple[Float[Array, "b h w 3"], Float[Array, "b c"]]:
-    """Blends each example with its neighbour in the batch, the same share for all (Zhang et al. 2018).
+    """Blend each example with its neighbour in the batch by one share for all (Zhang et al. 2018).
 
-    The share is drawn from Beta(alpha, alpha) and the larger part stays with the example itself.
+    The share is drawn from Beta(alpha, alpha); the example itself keeps the larger part.
     """
     share = jax.random.beta(rng, alpha, alpha)
     share = jnp.maximum(share, 1 - share)
@@ -40,9 +40,9 @@ def mixup(
 def cutmix(
     image: Num[Array, "b h w 3"], targets: Float[Array, "b c"], alpha: float, rng: Key[Array, ""]
 ) -> tuple[Float[Array, "b h w 3"], Float[Array, "b c"]]:
-    """Pastes a rectangle of each example's neighbour into it (Yun et al. 2019, eq. 1-2), the same for all.
+    """Paste a rectangle of each example's neighbour into it, the same for all (Yun et al. 2019, eq. 1-2).
 
-    Targets are mixed by the area that was really replaced, after the rectangle is cut off at the borders.
+    Targets are mixed by the replaced area, after the rectangle is clipped at the borders.
     """
     height, width = image.shape[1:3]
     share_rng, row_rng, column_rng = jax.random.split(rng, 3)

@@ -19,14 +19,14 @@ Mask = Bool[Array, "#b #h #t #s"]
 
 
 def causal_mask(length: int) -> Bool[Array, "1 1 t t"]:
-    """True where a token may look: at itself and at what comes before it."""
+    """Return the mask that lets each token attend to itself and to earlier tokens."""
     return jnp.tril(jnp.ones((1, 1, length, length), bool))
 
 
 def attention_weights(
     query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], mask: Mask | None = None
 ) -> Float[Array, "b h t s"]:
-    """softmax(q k' / sqrt(k)) in fp32; positions where `mask` is False get weight 0."""
+    """Return softmax(q k' / sqrt(k)) in fp32; positions where `mask` is False get weight 0."""
     query = query * (query.shape[-1] ** -0.5)
     scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=wide(query.dtype))
     if mask is not None:  # the scores are fp32 here, so that finfo.min fits
@@ -43,22 +43,22 @@ def attend(
     dropout: float = 0.0,
     rng: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "b t h k"], Float[Array, "b h t s"]]:
-    """The attended values, and the weights that made them (dropped by the compiler where nobody uses them).
+    """Return the attention output and its weights (the compiler drops the weights if they are not used).
 
-    `dropout` is the share of weights set to zero when `rng` is given.
+    `dropout` is the share of weights set to zero if `rng` is given.
     """
     weights = attention_weights(query, key, mask)
-    used = weights
+    dropped = weights
     if rng is not None and dropout > 0:
-        used = weights * jax.random.bernoulli(rng, 1 - dropout, weights.shape) / (1 - dropout)
-    return jnp.einsum("bhts,bshk->bthk", used.astype(value.dtype), value), weights
+        dropped = weights * jax.random.bernoulli(rng, 1 - dropout, weights.shape) / (1 - dropout)
+    return jnp.einsum("bhts,bshk->bthk", dropped.astype(value.dtype), value), weights
 
 
 def fused_attend(
     query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], value: Float[Array, "b s h k"],
     mask: Mask | None = None,
 ) -> Float[Array, "b t h k"]:
-    """The attended values of `attend`, for which no weights are kept."""
+    """Return the output of `attend` without storing the weights."""
     if gpu_attention.is_supported(query, mask):
         return name_for_remat(gpu_attention.attention(query, key, value), "attention")
     return _fused_attend(query, key, value, mask)
@@ -69,23 +69,23 @@ def _fused_attend(
     query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], value: Float[Array, "b s h k"],
     mask: Mask | None = None,
 ) -> Float[Array, "b t h k"]:
-    """The backward pass computes the weights again from the logarithm of their sums (FlashAttention, Dao et al. 2022,
-    section 3.1), and the forward pass divides by the sums after the product with the values, which is smaller."""
+    """Attend; the backward pass recomputes the weights from the log of their sums (FlashAttention, Dao et al. 2022,
+    section 3.1). The forward pass divides by the sums after the product with the values, which is smaller."""
     return _fused_residuals(query, key, value, mask)[0]
 
 
 def name_for_remat(x: Float[Array, "b t h k"], name: str) -> Float[Array, "b t h k"]:
-    """`x`, which remat policies know by `name`, kept in a shape whose last axis TPUs need not fill up."""
+    """Name `x` for remat policies, in a shape whose last axis needs no padding on TPU."""
     return checkpoint_name(x.reshape(*x.shape[:2], -1), name).reshape(x.shape)
 
 
 def to_bhtd(x: Float[Array, "b t h k"]) -> Float[Array, "b h t k"]:
-    """`x` as products with it read it."""
+    """Transpose to the layout that batched matrix products read."""
     return x.swapaxes(1, 2)
 
 
 def _attention(query, k, v, mask):
-    """What is attended, and what the backward pass needs; keys and values are laid out by head."""
+    """Return the attention output and the log-sum-exp of the scores [b h t]; `k` and `v` are [b h s k]."""
     query = to_bhtd(query * query.shape[-1] ** -0.5)
     kind = {"preferred_element_type": wide(v.dtype)}
     scores = jnp.einsum("bhtk,bhsk->bhts", query, k, **kind)
@@ -103,7 +103,7 @@ def _fused(query, key, value, mask):
 
 
 def _fused_on_tpu(query, key, value, mask):
-    """The kernel's; its backward pass has no use for the logarithms."""
+    """Run the TPU kernel, whose backward pass does not need the log-sum-exp."""
     b, t, h, _ = query.shape
     return tpu_attention.attention(query, key, value, mask), jnp.zeros((b, h, t), wide(value.dtype))
 
@@ -130,7 +130,7 @@ def _fused_backward(residuals, gradient):
 
 
 def _fused_gradients(query, key, value, out, log_total, mask, gradient):
-    """Scores are laid out [b h s t] here: what multiplies them then needs no transposed copy of them."""
+    """Compute the gradients with scores laid out as [b h s t], which saves a transposed copy of them."""
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     kind = {"preferred_element_type": wide(dtype)}
     delta = (widened(gradient) * out).sum(axis=-1).swapaxes(1, 2)  # [b h t]
@@ -155,10 +155,10 @@ class Linear(nn.Module):
     """x @ kernel + bias over the last `inputs` dimensions of x, which become `features`.
 
     One product of two matrices, whatever the shapes: the bias's gradient is then a sum over one axis, which XLA
-    does several times faster on CPU than over two. Not on TPU, where rows of tokens that are no multiple of a tile
-    would be laid out anew for it. The bias is added in its own precision, in which its gradient is summed; on GPU the
-    product is rounded first, for its kernels would write what they add up whole: ViT-L/16 took 277 ms a step in place
-    of 181 (H200).
+    does several times faster on CPU than over two. On TPU the batch dimensions stay, because flattening would copy
+    token rows that are not a multiple of a tile. The bias is added in its own precision, in which its gradient is
+    summed. On GPU the product is rounded first: its kernels would otherwise write fp32 results, and a ViT-L/16 step
+    took 277 ms instead of 181 (H200).
     """
 
     features: tuple[int, ...]
@@ -169,26 +169,26 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b"]) -> Float[Array, "*c"]:
-        """The mapped x. `kernel_init` sees the kernel as a matrix."""
-        batch, inside = x.shape[: -self.inputs], x.shape[-self.inputs:]
-        shape = math.prod(inside), math.prod(self.features)
+        """Map x. `kernel_init` is called with the kernel's shape as a matrix."""
+        batch, contracted = x.shape[: -self.inputs], x.shape[-self.inputs:]
+        shape = math.prod(contracted), math.prod(self.features)
 
         def init(rng):
-            return self.kernel_init(rng, shape).reshape(*inside, *self.features)
+            return self.kernel_init(rng, shape).reshape(*contracted, *self.features)
 
         kernel = self.param("kernel", init).astype(self.dtype)
         kernel = all_gather_params(kernel, "/".join((*self.path, "kernel"))).reshape(shape)
         bias = self.param("bias", self.bias_init, self.features).reshape(-1)
-        on = platform()
-        x = x.astype(self.dtype).reshape(*(batch if on == "tpu" else (-1,)), shape[0])
-        y = jnp.matmul(x, kernel, preferred_element_type=self.dtype if on == "gpu" else bias.dtype)
+        backend = platform()
+        x = x.astype(self.dtype).reshape(*(batch if backend == "tpu" else (-1,)), shape[0])
+        y = jnp.matmul(x, kernel, preferred_element_type=self.dtype if backend == "gpu" else bias.dtype)
         return (y + bias).astype(self.dtype).reshape(*batch, *self.features)
 
 
 KeysValues = tuple[Float[Array, "b s h k"], Float[Array, "b s h k"]]
-"""What queries look at: the projected keys and values of a context."""
+"""Projected keys and values of a context."""
 CachedKeysValues = tuple[Float[Array, "b h s k"], Float[Array, "b h s k"]]
-"""The same, for who looks at them many times: nothing needs to be moved then."""
+"""Keys and values laid out by head, for a cache that is read many times: no transpose is needed then."""
 
 
 class Attention(nn.Module):
@@ -202,39 +202,39 @@ class Attention(nn.Module):
     init_out: Initializer = nn.initializers.xavier_uniform()
 
     def setup(self):
-        """Declares the projections."""
+        """Declare the projections."""
         shape = (self.heads, self.width // self.heads)
         self.query, self.key, self.value = (
             Linear(shape, dtype=self.dtype, kernel_init=self.init_in) for _ in range(3))
         self.out = Linear((self.width,), inputs=2, dtype=self.dtype, kernel_init=self.init_out)
 
     def keys_values(self, context: Float[Array, "b s c"]) -> KeysValues:
-        """The keys and values of a context, for `attend`."""
+        """Project a context to keys and values, for `attend`."""
         return name_for_remat(self.key(context), "projections"), name_for_remat(self.value(context), "projections")
 
     def attend(
-        self, x: Float[Array, "b t d"], seen: KeysValues, mask: Mask | None = None, *, train: bool,
+        self, x: Float[Array, "b t d"], keys_values: KeysValues, mask: Mask | None = None, *, train: bool,
         weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t s"] | None]:
-        """The attended `x`, and with `weights` the attention weights."""
-        query, (key, value) = name_for_remat(self.query(x), "projections"), seen
+        """Return the attention output, and the attention weights if `weights`."""
+        query, (key, value) = name_for_remat(self.query(x), "projections"), keys_values
         dropping = train and self.dropout > 0
         if weights or dropping:
             rng = self.make_rng("dropout") if dropping else None
-            y, shares = attend(query, key, value, mask, dropout=self.dropout, rng=rng)
+            y, probabilities = attend(query, key, value, mask, dropout=self.dropout, rng=rng)
         else:
-            y, shares = fused_attend(query, key, value, mask), None
-        return self.out(y), shares if weights else None
+            y, probabilities = fused_attend(query, key, value, mask), None
+        return self.out(y), probabilities if weights else None
 
     def attend_cached(
-        self, x: Float[Array, "b t d"], seen: CachedKeysValues, mask: Mask | None = None
+        self, x: Float[Array, "b t d"], cache: CachedKeysValues, mask: Mask | None = None
     ) -> Float[Array, "b t d"]:
-        """The attended `x`, without dropout."""
-        return self.out(_attention(self.query(x), *seen, mask)[0])
+        """Return the attention output over a cache, without dropout."""
+        return self.out(_attention(self.query(x), *cache, mask)[0])
 
     def __call__(
         self, x: Float[Array, "b t d"], context: Float[Array, "b s c"], mask: Mask | None = None, *, train: bool,
         weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t s"] | None]:
-        """The attended `x`, and with `weights` the attention weights."""
+        """Return the attention output, and the attention weights if `weights`."""
         return self.attend(x, self.keys_values(context), mask, train=train, weights=weights)

@@ -1,4 +1,4 @@
-"""Patches, position tables and their resizing, tokens."""
+"""Patch embedding, position tables and how they are resized, token embedding."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from jaxmm.sharding import constrain_batch, constrain_replicated
 
 
 def patchify(image: Float[Array, "b H W c"], patch: int) -> Float[Array, "b n q"]:
-    """Cuts pictures into `patch` x `patch` squares, row by row, each flattened as (row, column, channel)."""
+    """Cut images into `patch` x `patch` squares, row by row, and flatten each as (row, column, channel)."""
     b, height, width, c = image.shape
     rows, columns = height // patch, width // patch
     x = image.reshape(b, rows, patch, columns, patch * c).swapaxes(2, 3)
@@ -33,7 +33,7 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "b H W c"]) -> Float[Array, "b n d"]:
-        """Embedded patches, row by row."""
+        """Embed the patches, row by row."""
         shape = (self.patch, self.patch, image.shape[-1], self.width)
         kernel = self.param("kernel", self.kernel_init, shape).reshape(-1, self.width)
         x = patchify(image.astype(self.dtype), self.patch) @ kernel.astype(self.dtype)
@@ -43,7 +43,7 @@ class PatchEmbedding(nn.Module):
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> Float[Array, "n d"]:
-    """Fixed 2-D sine-cosine positions (Beyer et al. 2022, MoCo v3): sin x, cos x, sin y, cos y, a quarter each.
+    """Return fixed 2-D sine-cosine positions (Beyer et al. 2022, MoCo v3): sin x, cos x, sin y, cos y, a quarter each.
 
     Raises ValueError unless 4 divides `width`.
     """
@@ -59,7 +59,7 @@ Resize = Literal["linear", "bicubic", "bicubic-antialias"]
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-    """The cubic convolution kernel (Keys 1981) with parameter `a`."""
+    """Evaluate the cubic convolution kernel (Keys 1981) with parameter `a`."""
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
@@ -67,11 +67,11 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 
 def interpolation_matrix(old: int, new: int, method: Resize) -> np.ndarray:
-    """[new, old] weights that resample a line of `old` points to `new` (fp64).
+    """Return fp64 weights [new, old] that resample a line of `old` points to `new` points.
 
-    linear: corners onto corners, as scipy's zoom (vision_transformer, big_vision). bicubic: pixel centres, a =
-    -0.75, edges repeated, as torch's `interpolate` (transformers, BLIP). bicubic-antialias: pixel centres, a =
-    -0.5, kernel widened when shrinking, as torch's with `antialias=True` (timm, open_clip).
+    linear: corners onto corners, like scipy's zoom (vision_transformer, big_vision). bicubic: pixel centres, a =
+    -0.75, edges repeated, like torch's `interpolate` (transformers, BLIP). bicubic-antialias: pixel centres, a =
+    -0.5, kernel widened when shrinking, like torch's with `antialias=True` (timm, open_clip).
     """
     if method == "linear":
         at = np.linspace(0, old - 1, new) if new > 1 else np.zeros(1)
@@ -93,9 +93,9 @@ def interpolation_matrix(old: int, new: int, method: Resize) -> np.ndarray:
 def resize_positions(
     table: Float[Array, "n d"], grid: tuple[int, int], method: Resize, *, prefix: int = 0
 ) -> Float[Array, "m d"]:
-    """A learned position table for another `grid` (rows, columns), from a square one.
+    """Resize a learned, square position table to another `grid` (rows, columns).
 
-    The first `prefix` slots (class token) are kept as they are. Raises ValueError when the rest is not a square.
+    The first `prefix` slots (class token) stay as they are. Raises ValueError if the rest is not a square.
     """
     table = np.asarray(table, np.float64)
     head, body = table[:prefix], table[prefix:]
@@ -108,16 +108,16 @@ def resize_positions(
 
 
 class TokenEmbedding(nn.Module):
-    """A table [v d] of token vectors, N(0, `std`)."""
+    """Table [v d] of token embeddings, initialised from N(0, `std`)."""
 
     vocab_size: int
     width: int
     std: float = 0.02
 
     def setup(self):
-        """Declares the table."""
+        """Declare the table."""
         self.table = self.param("embedding", nn.initializers.normal(self.std), (self.vocab_size, self.width))
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """The vectors of `tokens`."""
+        """Look up the embeddings of `tokens`."""
         return constrain_batch(jnp.take(constrain_replicated(self.table), tokens, axis=0))

@@ -1,7 +1,8 @@
-"""Attention on NVIDIA GPUs by cuDNN's kernels, which write no scores (FlashAttention, Dao et al. 2022).
+"""Attention on NVIDIA GPUs by cuDNN's kernels, which do not write the scores to memory (FlashAttention, Dao et al.
+2022).
 
-cuDNN asks for even numbers of tokens in training; a class token makes them odd. One token more, that nobody looks at,
-costs less than the scores do.
+In training cuDNN needs an even number of tokens; a class token makes it odd. Padding by one masked token costs less
+than writing the scores.
 """
 
 from functools import partial
@@ -12,15 +13,15 @@ from jaxtyping import Array, Float
 
 from jaxmm.sharding import TOKENS, divides_mesh, on_each_device, platform
 
-WIDEST, MULTIPLE = 128, 8
-"""What a head may measure."""
+MAX_HEAD_DIM, HEAD_DIM_MULTIPLE = 128, 8
+"""Largest head dimension that cuDNN takes, and its divisor."""
 
 
 def is_supported(query: Float[Array, "b t h k"], mask: Array | None) -> bool:
-    """Whether cuDNN can do it on the GPUs at hand: two bytes a number, an Ampere or newer, no mask, which texts have
-    and are short, and shares for all devices of the current mesh."""
+    """Return whether cuDNN can compute this attention on the present GPUs: 16-bit inputs, Ampere or newer, no mask
+    (only text has one, and text is short), and batch and heads divisible by the current mesh."""
     b, _, heads, width = query.shape
-    fits = query.dtype.itemsize == 2 and mask is None and width <= WIDEST and width % MULTIPLE == 0
+    fits = query.dtype.itemsize == 2 and mask is None and width <= MAX_HEAD_DIM and width % HEAD_DIM_MULTIPLE == 0
     return fits and divides_mesh(b, heads) and platform() == "gpu" and _ampere()
 
 
@@ -33,15 +34,15 @@ def attention(
     query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], value: Float[Array, "b s h k"], *,
     implementation: str = "cudnn",
 ) -> Float[Array, "b t h k"]:
-    """What `attend` gives. `implementation` "xla" computes it anywhere."""
-    return on_each_device(partial(_even, implementation), TOKENS, TOKENS)(query, key, value)
+    """Return the output of `attend`. `implementation="xla"` runs on every platform."""
+    return on_each_device(partial(_pad_to_even, implementation), TOKENS, TOKENS)(query, key, value)
 
 
-def _even(implementation, query, key, value):
-    """Of tokens filled up to an even number."""
+def _pad_to_even(implementation, query, key, value):
+    """Attend with queries, keys and values padded to an even number of tokens."""
     b, t, s = *query.shape[:2], key.shape[1]
     if s % 2 == t % 2 == 0:
         return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
-    filled = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
-    return jax.nn.dot_product_attention(*filled, query_seq_lengths=jnp.full(b, t), key_value_seq_lengths=jnp.full(b, s),
+    padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    return jax.nn.dot_product_attention(*padded, query_seq_lengths=jnp.full(b, t), key_value_seq_lengths=jnp.full(b, s),
                                         implementation=implementation)[:, :t]

@@ -1,4 +1,4 @@
-"""From bytes to the numbers a model was trained on."""
+"""Mean and std normalisation of images: from bytes to the numbers a model was trained on."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class Pixels:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __call__(self, image: Num[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
-        """(x / 255 - mean) / std of pictures in 0 to 255, on the device, in fp32."""
+        """Return (x / 255 - mean) / std of images in 0 to 255, on the device, in fp32."""
         scale = 1 / (255 * jnp.asarray(self.std, jnp.float32))
         shift = jnp.asarray(self.mean, jnp.float32) / jnp.asarray(self.std, jnp.float32)
         return image.astype(jnp.float32) * scale - shift

@@ -1,4 +1,4 @@
-"""From many tokens to one vector."""
+"""Attention pooling: from many tokens to one vector."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,7 +17,7 @@ class MapHead(nn.Module):
     def __call__(
         self, tokens: Float[Array, "b n d"], mask: Mask | None = None, *, train: bool
     ) -> Float[Array, "b d"]:
-        """The probe's answer, blind to tokens where `mask` is False."""
+        """Return the pooled vector; tokens where `mask` is False are ignored."""
         config = self.config
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, config.width))
         probe = jnp.broadcast_to(probe, (len(tokens), 1, config.width)).astype(tokens.dtype)

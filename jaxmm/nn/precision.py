@@ -1,4 +1,4 @@
-"""Where half precision stops."""
+"""The precision of scores, sums, logits and losses: fp32 or wider."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -6,10 +6,10 @@ from jaxtyping import Array, Num
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:
-    """The type in which scores, sums, logits and losses of `dtype` are computed: fp32, or `dtype` where it is wider."""
+    """Return the type for scores, sums, logits and losses of `dtype`: fp32, or `dtype` if that is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def widened(x: Num[Array, "*b"]) -> Num[Array, "*b"]:
-    """`x` in fp32, or as it is where that is wider."""
+    """Cast `x` to fp32 unless it is wider already."""
     return x.astype(wide(x.dtype))

@@ -20,9 +20,9 @@ from jaxmm.sharding import constrain_batch
 
 
 def exact_gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """x times the normal distribution's function, by erf as torch computes it (Hendrycks and Gimpel 2016).
+    """Return x times the normal CDF, by erf as torch computes it (Hendrycks and Gimpel 2016).
 
-    `jax.nn.gelu` goes through erfc, which made a whole train step on CPU 1.6 times slower.
+    `jax.nn.gelu` uses erfc, which made a train step on CPU 1.6 times slower.
     """
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
@@ -46,55 +46,56 @@ class TransformerConfig:
     """A stack of identical pre-norm layers."""
 
     width: int
-    """d, the size of a token."""
+    """Token dimension d."""
     depth: int
-    """Layers."""
+    """Number of layers."""
     heads: int
     mlp_dim: int
-    """Hidden units of a layer's MLP."""
+    """Hidden units of the MLP."""
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
-    """gelu: exact, by erf (torch's default); gelu_tanh: approximate (Flax's default, SigLIP); quick_gelu: OpenAI."""
+    """gelu: exact, by erf (torch's default); gelu_tanh: approximate (Flax's default, SigLIP); quick_gelu: OpenAI's."""
     eps: float = 1e-6
-    """Of every layer norm."""
+    """Epsilon of every layer norm."""
     init: Literal["xavier", "clip", "torch", "normal"] = "xavier"
-    """xavier: vision_transformer's; clip: of CLIP's text tower, scaled by width and depth; torch: that library's
-    defaults, at which OpenAI left CLIP's picture tower; normal: std 0.02 (timm)."""
+    """Initial weights. xavier: vision_transformer's; clip: CLIP's text tower, scaled by width and depth; torch: that
+    library's defaults, which OpenAI kept for CLIP's image tower; normal: std 0.02 (timm)."""
     dropout: float = 0.0
-    """After attention, inside and after the MLP."""
+    """Dropout rate after attention, inside and after the MLP."""
     attention_dropout: float = 0.0
-    """On the attention weights."""
+    """Dropout rate of the attention weights."""
     drop_path: float = 0.0
-    """Stochastic depth: chance that the last layer's branches are skipped, falling linearly to 0 at the first."""
+    """Stochastic depth: probability that the last layer's branches are skipped, decreasing linearly to 0 at the
+    first."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of the activations; parameters, norms' statistics and softmax stay fp32. float64, for checks of gradients, needs
-    `jax.enable_x64`, and then everything is."""
+    """Type of the activations; parameters, norm statistics and softmax stay fp32. float64, for gradient checks, needs
+    `jax.enable_x64` and then holds for everything."""
     remat: Literal["none", "cheap", "mlp", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing; norms and activations; these and the MLP's hidden units, which
-    are four of nine parts of what is kept otherwise; all but matrix products of parameters; everything inside a
-    layer."""
+    """What the backward pass recomputes. none: nothing; cheap: norms and activations; mlp: these and the MLP's hidden
+    units, which are four ninths of what is stored otherwise; dots: all but matrix products with parameters; full:
+    everything inside a layer."""
     scan: bool = True
-    """Compile one layer and loop over it, or all layers one after the other: this takes longer to compile, and with
-    remat none a GPU trains a quarter faster with it (ViT-L/16, H200)."""
+    """True: compile one layer and loop over it. False: unroll the layers, which takes longer to compile, and without
+    remat trains a quarter faster on a GPU (ViT-L/16, H200)."""
 
     def __post_init__(self):
-        """Checks that heads divide the width, and ranges."""
+        """Check ranges, and that the heads divide the width."""
         check_types(self, "transformer")
         for name in ("width", "depth", "heads", "mlp_dim"):
             require(getattr(self, name) > 0, f"transformer.{name}", getattr(self, name), "a positive number")
         require(self.width % self.heads == 0, "transformer.heads", self.heads, f"a divisor of width = {self.width}")
         require(self.dtype != "float64" or jax.config.jax_enable_x64, "transformer.dtype", self.dtype,
-                "float32 or bfloat16, where jax_enable_x64 is off")
+                "float32 or bfloat16 while jax_enable_x64 is off")
         for name in ("dropout", "attention_dropout", "drop_path"):
             require(0 <= getattr(self, name) < 1, f"transformer.{name}", getattr(self, name), "0 or more, below 1")
 
     @property
     def stochastic(self) -> bool:
-        """Whether training draws random numbers."""
+        """True if training draws random numbers."""
         return max(self.dropout, self.attention_dropout, self.drop_path) > 0
 
 
 class Initializers(NamedTuple):
-    """Of a layer's kernels, of its MLP's biases, and of the patches [p p c d] before the stack."""
+    """Initializers of a layer's kernels, its MLP's biases, and the patch embedding [p p c d]."""
 
     attention_in: nn.initializers.Initializer
     attention_out: nn.initializers.Initializer
@@ -106,11 +107,11 @@ class Initializers(NamedTuple):
 
 
 def initializers(config: TransformerConfig) -> Initializers:
-    """The published initial distributions that `config.init` names."""
+    """Return the published initial distributions that `config.init` names."""
     normal, zeros = nn.initializers.normal, nn.initializers.zeros
     narrow, deep = config.width**-0.5, (2 * config.depth * config.width) ** -0.5
 
-    def within(scale, **axes):
+    def uniform(scale, **axes):
         return nn.initializers.variance_scaling(scale, "fan_in", "uniform", **axes)
 
     def bias(fan_in):
@@ -124,8 +125,8 @@ def initializers(config: TransformerConfig) -> Initializers:
         case "clip":
             return Initializers(normal(narrow), normal(deep), normal(narrow * 0.5**0.5), normal(deep), zeros, zeros)
         case "torch":  # query, key and value are one matrix [d 3d] there, drawn by Xavier's rule
-            return Initializers(within(1 / 2), *[within(1 / 3)] * 3, bias(config.width), bias(config.mlp_dim),
-                                within(1 / 3, in_axis=(0, 1, 2), out_axis=3))
+            return Initializers(uniform(1 / 2), *[uniform(1 / 3)] * 3, bias(config.width), bias(config.mlp_dim),
+                                uniform(1 / 3, in_axis=(0, 1, 2), out_axis=3))
 
 
 class Mlp(nn.Module):
@@ -135,7 +136,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"], *, train: bool) -> Float[Array, "*b d"]:
-        """Applied to every token alike."""
+        """Apply the MLP to every token."""
         config, init = self.config, initializers(self.config)
         linear = partial(Linear, dtype=jnp.dtype(config.dtype))
         up = linear((config.mlp_dim,), kernel_init=init.up, bias_init=init.up_bias, name="up")
@@ -147,7 +148,7 @@ class Mlp(nn.Module):
 
 
 def layer_norm(config: TransformerConfig, name: str | None) -> nn.LayerNorm:
-    """A layer norm with the stack's epsilon and dtype; its statistics are fp32."""
+    """Return a layer norm with the stack's epsilon and dtype; its statistics are fp32."""
     return nn.LayerNorm(epsilon=config.eps, dtype=jnp.dtype(config.dtype), name=name)
 
 
@@ -161,9 +162,9 @@ class Block(nn.Module):
         self, x: Float[Array, "b t d"], mask: Mask | None = None, drop_path: float | Array = 0.0, *,
         train: bool, weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t t"] | None]:
-        """The layer's tokens, and with `weights` its attention weights.
+        """Return the layer's tokens, and its attention weights if `weights`.
 
-        `drop_path` is this layer's chance of skipping a branch.
+        `drop_path` is this layer's probability of skipping a branch.
         """
         config, init = self.config, initializers(self.config)
 
@@ -177,20 +178,20 @@ class Block(nn.Module):
         y = layer_norm(config, "attention_norm")(x)
         attention = Attention(config.width, config.heads, jnp.dtype(config.dtype), config.attention_dropout,
                               init.attention_in, init.attention_out, name="attention")
-        y, seen = attention(y, y, mask, train=train, weights=weights)
+        y, probabilities = attention(y, y, mask, train=train, weights=weights)
         x = checkpoint_name(x + branch(y), "middle")
         y = Mlp(config, name="mlp")(layer_norm(config, "mlp_norm")(x), train=train)
-        return x + branch(y), seen
+        return x + branch(y), probabilities
 
 
 class StackOutput(NamedTuple):
-    """What a stack returns; `hidden` and `attention` only where they were asked for."""
+    """Output of a stack; `hidden` and `attention` are None unless requested."""
 
     tokens: Float[Array, "b t d"]
     hidden: Float[Array, "l b t d"] | None
-    """The tokens after each layer."""
+    """Tokens after each layer."""
     attention: Float[Array, "l b h t t"] | None
-    """Each layer's attention weights."""
+    """Attention weights of each layer."""
 
 
 class Stack(nn.Module):
@@ -208,7 +209,7 @@ class Stack(nn.Module):
         hidden: bool = False,
         attention: bool = False,
     ) -> StackOutput:
-        """Runs the layers one after the other; `hidden` and `attention` ask for every layer's."""
+        """Apply the layers in order; `hidden` and `attention` request the outputs of every layer."""
         config = self.config
         block = Block(config, parent=None)
 
@@ -248,10 +249,10 @@ class Stack(nn.Module):
 
 
 def unstack(tree, length: int) -> list:
-    """A list of `length` trees from one whose leaves have a leading axis of that length.
+    """Split a tree whose leaves have a leading axis of `length` into a list of `length` trees.
 
-    One split a leaf, whose transpose is one concatenation: indexing layer by layer would add `length` padded
-    gradients instead.
+    Each leaf is split once, so that the gradient is one concatenation: indexing layer by layer would add `length`
+    padded gradients instead.
     """
     leaves, structure = jax.tree.flatten(tree)
     parts = [[part[0] for part in jax.lax.split(leaf, (1,) * length, axis=0)] for leaf in leaves]
