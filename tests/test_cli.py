@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -29,9 +28,7 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def jaxmm(tmp_path, capsys, monkeypatch):
-    before = jax.config.jax_compilation_cache_dir
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+def jaxmm(user_cache, capsys, monkeypatch):
     monkeypatch.setattr(cli, "keep_memory", lambda: None)      # this process is the tests'
 
     def run(*args):
@@ -42,8 +39,7 @@ def jaxmm(tmp_path, capsys, monkeypatch):
         told = capsys.readouterr()
         return status, told.out, told.err
 
-    yield run
-    jax.config.update("jax_compilation_cache_dir", before)
+    return run
 
 
 def rows(text):
@@ -173,8 +169,6 @@ def test_what_is_typed_wrong_ends_in_one_line(jaxmm, models, tmp_path):
             (("classify", tmp_path, "--model", models / "vit"), "where there are none"),
             (("search", "query", tmp_path, "words"), "is no index"),
             (("parity", models / "vit"), "")):
-        if args[0] == "classify" and args[1] == tmp_path:
-            (tmp_path / "user-cache").mkdir(exist_ok=True)
         status, out, err = jaxmm(*args)
         if args[0] == "parity":
             assert status == 0 and "not compared" in out and "vision layer 3" in out

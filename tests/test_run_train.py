@@ -18,11 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def command(tmp_path, capsys, monkeypatch):
+def command(user_cache, tmp_path, capsys, monkeypatch):
     """Runs the command line in an empty folder; its status and what it wrote to stderr."""
-    before = jax.config.jax_compilation_cache_dir
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
 
     def command(*args, config="vit_digits.py"):
         try:
@@ -34,8 +32,7 @@ def command(tmp_path, capsys, monkeypatch):
             status = stop.code
         return status, capsys.readouterr().err
 
-    yield command
-    jax.config.update("jax_compilation_cache_dir", before)
+    return command
 
 
 @pytest.fixture

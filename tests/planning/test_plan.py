@@ -181,10 +181,9 @@ def get_config():
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
+def command(user_cache, tmp_path):
     """`jaxmm plan` on the small recipe: its status, what it prints, what it complains of."""
     (tmp_path / "small.py").write_text(CONFIG)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*args):
         out, err = io.StringIO(), io.StringIO()

@@ -1,5 +1,6 @@
 """Several processes train as one does, and end together when one of them dies, fails or is stuck."""
 
+import itertools
 import json
 import os
 import re
@@ -154,8 +155,8 @@ def difference(one: Path, other: Path) -> float:
 
 
 @pytest.mark.parametrize("name, count", [
-    ("few", 2), ("few", 4), ("clip", 2), *(pytest.param(*each, marks=pytest.mark.long) for each in (
-        ("clip", 4), ("siglip", 2), ("siglip", 4), ("blip", 2), ("blip", 4)))])
+    ("few", 2), *(pytest.param(*each, marks=pytest.mark.long) for each in (
+        ("few", 4), *itertools.product(("clip", "siglip", "blip"), (2, 4))))])
 def test_several_processes_train_and_evaluate_as_one(runs, nursery, name, count, record_property):
     one, several = (nursery.folder / runs(name, each).out / name for each in (1, count))
     assert [row["step"] for row in lines(several) if "train/loss" in row] == list(range(1, STEPS + 1))
@@ -168,9 +169,11 @@ def test_several_processes_train_and_evaluate_as_one(runs, nursery, name, count,
         assert "training records" not in runs(name, count).text(host)      # progress comes from the first alone
 
 
-@pytest.mark.parametrize("name, count, length, broken", [("few", 4, 3, 2), ("clip", 2, 160, None)])
+@pytest.mark.parametrize("name, count, length, broken", [
+    ("few", 2, 3, 2), *(pytest.param(*each, marks=pytest.mark.long) for each in (
+        ("few", 4, 3, 2), ("clip", 2, 160, None)))])
 def test_every_host_reads_its_share_and_as_many_steps(runs, nursery, name, count, length, broken):
-    """Also of three records, one of which is broken, for four hosts."""
+    """Also of three records, one of which is broken, for four hosts (`long`)."""
     run, found = config(name, nursery.folder), [runs(name, count).steps(host)[:STEPS] for host in range(count)]
     assert all([step for step, _ in each] == list(range(1, STEPS + 1)) for each in found)
     for step in range(STEPS):
@@ -180,27 +183,32 @@ def test_every_host_reads_its_share_and_as_many_steps(runs, nursery, name, count
         assert len(used) == len(drawn) and broken not in used              # another one is in its place
 
 
-def test_every_bad_record_is_counted_once(runs, nursery):
-    bad = lines(nursery.folder / runs("few", 4).out / "few", "data/bad_records")
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_every_bad_record_is_counted_once(runs, nursery, count):
+    bad = lines(nursery.folder / runs("few", count).out / "few", "data/bad_records")
     assert bad == lines(nursery.folder / runs("few", 1).out / "few", "data/bad_records") and bad[-1][1] > STEPS
-    assert "2 of 5 records were bad" in runs("few", 4).text(3)
+    assert "2 of 5 records were bad" in runs("few", count).text(count - 1)
 
 
-@pytest.mark.parametrize("count, devices", [(1, 4), (2, 2)])
-def test_what_four_wrote_others_go_on_with(runs, nursery, count, devices):
-    out = f"from-four-{count}"
-    shutil.copytree(nursery.folder / runs("few", 4).out / "few", nursery.folder / out / "few")
+@pytest.mark.parametrize("wrote, count, devices", [
+    (2, 1, 4), *(pytest.param(*each, marks=pytest.mark.long) for each in ((4, 1, 4), (4, 2, 2)))])
+def test_what_several_wrote_others_go_on_with(runs, nursery, wrote, count, devices):
+    out = f"from-{wrote}-{count}"
+    shutil.copytree(nursery.folder / runs("few", wrote).out / "few", nursery.folder / out / "few")
     shutil.rmtree(nursery.folder / out / "few" / "checkpoints" / str(STEPS))
     went_on = nursery.start(out, "few", count, devices).ends()
     assert f"going on after step {STEPS - EVERY}" in went_on.text(0)
     assert difference(nursery.folder / runs("few", 1).out / "few", nursery.folder / out / "few") < 1e-5
 
 
-def test_a_run_whose_hosts_hang_and_die_ends_each_time_and_goes_on_exactly(runs, nursery, record_property):
+@pytest.mark.parametrize("dies", [(0,), pytest.param((1, 0), marks=pytest.mark.long)], ids=str)
+def test_a_run_whose_hosts_hang_and_die_ends_each_time_and_goes_on_exactly(runs, nursery, dies, record_property):
+    """The first host runs the service that the others watch; of the death of another one the first tells (`long`)."""
+    out = f"again-{len(dies)}"
     limits = ("--heartbeat", HEARTBEAT, "--timeout", TIMEOUT)
     name = re.escape(socket.gethostname())
 
-    stuck = nursery.start("again", "few", 2, 2, *limits, "--block", 1, 3)
+    stuck = nursery.start(out, "few", 2, 2, *limits, "--block", 1, 3)
     stuck.reaches(1, 3)
     since = time.monotonic()
     assert [stuck.status(host) for host in (0, 1)] == [STATUS, STATUS]
@@ -212,8 +220,9 @@ def test_a_run_whose_hosts_hang_and_die_ends_each_time_and_goes_on_exactly(runs,
                          stuck.text(host), re.M), stuck.text(host)
     assert "in observe" in stuck.text(1) and "in observe" not in stuck.text(0)  # where it hangs
 
-    for killed, other in ((1, 0), (0, 1)):
-        run = nursery.start("again", "few", 2, 2, *limits, "--block", killed, STEPS)
+    for killed in dies:
+        other = 1 - killed
+        run = nursery.start(out, "few", 2, 2, *limits, "--block", killed, STEPS)
         run.reaches(killed, STEPS)
         run.kill(killed)
         since = time.monotonic()
@@ -225,11 +234,11 @@ def test_a_run_whose_hosts_hang_and_die_ends_each_time_and_goes_on_exactly(runs,
         (line,) = [line for line in run.text(other).splitlines() if line.startswith("error: ")]
         assert re.match(rf"error: host {killed} \({name}\) is dead or cut off: .*; last seen [a-z ]+ at step \d, "
                         rf"\d+ s ago\. Host {other} ends with it; the same command", line)
-        assert whole_steps(nursery.folder / "again" / "few" / "checkpoints") == [EVERY]
+        assert whole_steps(nursery.folder / out / "few" / "checkpoints") == [EVERY]
 
-    last = nursery.start("again", "few", 2, 2).ends()
+    last = nursery.start(out, "few", 2, 2).ends()
     assert f"going on after step {EVERY}" in last.text(0)
-    again, whole = (nursery.folder / out / "few" for out in ("again", runs("few", 2).out))
+    again, whole = (nursery.folder / each / "few" for each in (out, runs("few", 2).out))
     assert lines(again, "train/loss") == lines(whole, "train/loss")
     assert_same_bits(arrays(again, STEPS), arrays(whole, STEPS))
 

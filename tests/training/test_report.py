@@ -16,6 +16,7 @@ from jaxmm.pages import lit, number, picture
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.report import curves, final_values, panels, read_metrics, summary, write_report
 
+pytestmark = pytest.mark.usefixtures("drawings")
 PICTURE = np.random.default_rng(0).integers(0, 256, (7, 9, 3)).astype(np.uint8)
 ATTACK = '<script>alert("x")</script> & <b onclick=1>'
 
