@@ -31,7 +31,7 @@ from jaxmm.losses.blockwise import (
 )
 from jaxmm.losses.contrastive import contrastive_logits, positive_mask, sigmoid_contrastive, softmax_contrastive
 from jaxmm.planning.chips import open_topology
-from jaxmm.planning.plan import bytes_asked_for
+from jaxmm.planning.plan import requested_bytes
 from jaxmm.sharding import batch_sharding, constrain_batch, make_mesh, replicated
 
 WIDTH, QUEUE, TILE = 768, 57_600, 1024
@@ -78,7 +78,7 @@ def taken(loss, batch: int, devices) -> int | str:
         try:
             memory = step.lower(*inputs).compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
-            asked = bytes_asked_for(str(error))
+            asked = requested_bytes(str(error))
             if asked is None:
                 raise
             return f"does not fit ({asked / 1e9:,.0f})"

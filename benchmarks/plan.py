@@ -31,7 +31,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x8")
 SHARES = {"clip_b16": 128, "clip_l14": 128, "siglip_so400m": 128, "blip_b16_pretrain": 45, "blip_l16_pretrain": 25}
 """Pairs a chip."""
-NATURAL = {
+TARGETS = {
     "blip_b16_pretrain": "v5e:4x8", "blip_l16_pretrain": "v5e:4x8", "blip_captions": "v5e:4x4",
     "blip_coco_caption": "v5e:4x4", "blip_coco_retrieval": "v5e:4x8", "blip_flickr_retrieval": "v5e:4x8",
     "blip_nlvr2": "v5e:4x8", "blip_vqav2": "v5e:4x8", "clip_b16": "v5e:16x16", "clip_b32": "v5e:16x16",
@@ -124,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     only = set(filter(None, args.only.split(",")))
     if args.headers:
-        for name, topology in tqdm(NATURAL.items(), unit=" recipes"):
+        for name, topology in tqdm(TARGETS.items(), unit=" recipes"):
             if not only or name in only:
                 write_header(name, topology)
         return

@@ -1,1 +1,1 @@
-"""What a recipe will ask of chips that are not there: memory, FLOPs, exchanges, and the compiler's estimate of time."""
+"""Ahead-of-time plans of a recipe on a target topology: memory, FLOPs, collectives and estimated time."""

@@ -1,7 +1,7 @@
-"""What a compiled program says of itself: XLA's cycle estimates and its collectives, loops counted.
+"""Read a compiled program's HLO text: XLA's cycle estimates and the collectives, including every iteration of loops.
 
-XLA's text names a loop's body once, however often it runs; `cost_analysis` counts it once too. Here every computation
-is counted as often as it is reached, trip counts taken from the loops' conditions.
+The text contains a loop's body once, however often it runs; `cost_analysis` counts it once too. Here every computation
+counts as often as it runs, with trip counts from the loops' conditions.
 """
 
 import math
@@ -23,52 +23,45 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_c
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?)\))? \{([^}]*)\}")
-_OPERATION = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of the text."""
+    """One line of the text."""
 
     name: str
     opcode: str
     result: str
-    """Type and shape, as the text has it."""
+    """Type and shape, as in the text."""
     rest: str
     """Operands and attributes."""
 
     @property
     def cycles(self) -> int:
-        """XLA's estimate, of a fusion for all in it; 0 where it has none."""
-        found = _CYCLES.search(self.rest)
-        return int(found[1]) if found else 0
-
-    @property
-    def operation(self) -> str:
-        """Where in the traced program it comes from."""
-        found = _OPERATION.search(self.rest)
-        return found[1] if found else ""
+        """XLA's estimate, for a fusion that of everything in it; 0 if there is none."""
+        match = _CYCLES.search(self.rest)
+        return int(match[1]) if match else 0
 
     def called(self, key: str) -> str | None:
-        """The computation that attribute `key` names."""
-        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
-        return found[1] if found else None
+        """Return the name of the computation in attribute `key`."""
+        match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
+        return match[1] if match else None
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange between devices, all of a step together, as one device sees it."""
+    """All collectives of one kind and along the same axes in a step, per device."""
 
     kind: str
     axes: tuple[str, ...]
-    """Of the mesh, along which the devices lie that take part."""
+    """Mesh axes of the participating devices."""
     count: int
-    """How often in a step."""
+    """Number of collectives per step."""
     bytes: int
-    """Of the whole of what is exchanged: what is gathered, reduced, or sent."""
+    """Size of the full arrays that are gathered, reduced or sent."""
 
     def sent_bytes(self, mesh: Mapping[str, int]) -> float:
-        """That a device sends, the usual way around a ring of those that take part."""
+        """Return the bytes that each device sends in a ring of the participating devices."""
         n = math.prod(mesh[axis] for axis in self.axes)
         share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
         return self.bytes * share
@@ -76,7 +69,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A program of its own inside the program."""
+    """A custom kernel in the program."""
 
     name: str
     inputs: tuple[tuple[str, tuple[int, ...]], ...]
@@ -85,106 +78,99 @@ class Kernel:
 
 @dataclass
 class Program:
-    """The text of a compiled program, by computations."""
+    """The text of a compiled program, by computation."""
 
     text: str
+
     @cached_property
     def computations(self) -> dict[str, list[Instruction]]:
-        """Their instructions, by name; the entry's also under ENTRY."""
-        found: dict[str, list[Instruction]] = {}
-        here: list[Instruction] = []
+        """Instructions of each computation by name; the entry's also under ENTRY."""
+        computations: dict[str, list[Instruction]] = {}
+        current: list[Instruction] = []
         for line in self.text.splitlines():
             if head := _COMPUTATION.match(line):
-                here = found[head[2]] = []
+                current = computations[head[2]] = []
                 if head[1]:
-                    found["ENTRY"] = here
+                    computations["ENTRY"] = current
             elif named := _INSTRUCTION.match(line):
-                here.append(_instruction(named[1], line[named.end():]))
-        return found
+                current.append(_parse_instruction(named[1], line[named.end():]))
+        return computations
 
-    def trips(self, loop: Instruction) -> int | None:
-        """How often a `while` runs: the constant that its condition compares with; None where there is none."""
+    def trip_count(self, loop: Instruction) -> int | None:
+        """Return the iterations of a `while`: the constant in its condition; None if there is no constant."""
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if known:
             return int(known[1])
         names, constants = [loop.called("condition")], []
         while names:
-            for each in self.computations.get(names.pop(), ()):
-                names += _CALLED.findall(each.rest)
-                if each.opcode == "constant" and each.result.startswith("s32[]"):
-                    constants.append(int(re.match(r"-?\d+", each.rest)[0]))
+            for instruction in self.computations.get(names.pop(), ()):
+                names += _CALLED.findall(instruction.rest)
+                if instruction.opcode == "constant" and instruction.result.startswith("s32[]"):
+                    constants.append(int(re.match(r"-?\d+", instruction.rest)[0]))
         return max(constants, default=None)
 
     def walk(
         self, name: str = "ENTRY", times: int = 1, fused: bool = False
     ) -> Iterator[tuple[Instruction, int, bool]]:
-        """Each instruction that is reached, how often in all, and whether it is inside a fusion.
+        """Yield each instruction that runs, how often it runs in all, and whether it is inside a fusion.
 
-        Of a conditional's branches all count: XLA cannot know either.
+        All branches of a conditional count, because XLA does not know which one runs.
         """
-        for each in self.computations.get(name, ()):
-            yield each, times, fused
-            if each.opcode == "while":
-                yield from self.walk(each.called("body"), times * (self.trips(each) or 1), fused)
-            elif each.opcode in ("fusion", "call", "async-start"):
-                inside = each.called("calls") or each.called("to_apply")
-                yield from self.walk(inside, times, fused or each.opcode == "fusion")
-            elif each.opcode == "conditional":
-                branches = _BRANCHES.search(each.rest)
-                names = re.findall(r"[\w.\-]+", branches[1]) if branches else _CALLED.findall(each.rest)
+        for instruction in self.computations.get(name, ()):
+            yield instruction, times, fused
+            if instruction.opcode == "while":
+                yield from self.walk(instruction.called("body"), times * (self.trip_count(instruction) or 1), fused)
+            elif instruction.opcode in ("fusion", "call", "async-start"):
+                callee = instruction.called("calls") or instruction.called("to_apply")
+                yield from self.walk(callee, times, fused or instruction.opcode == "fusion")
+            elif instruction.opcode == "conditional":
+                branches = _BRANCHES.search(instruction.rest)
+                names = re.findall(r"[\w.\-]+", branches[1]) if branches else _CALLED.findall(instruction.rest)
                 for branch in names:
                     yield from self.walk(branch, times, fused)
 
     @cached_property
     def kernels(self) -> dict[Kernel, int]:
-        """Kernels that XLA did not write and has no estimate of, and how often they run."""
-        found: dict[Kernel, int] = {}
-        for each, times, _ in self.walk():
-            if each.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in each.rest:
-                shapes = re.search(r"operand_layout_constraints=\{(.*?)\}, (?:frontend|metadata|backend)", each.rest)
+        """Custom TPU kernels, of which XLA has no estimate, and how often each runs."""
+        counts: dict[Kernel, int] = {}
+        for instruction, times, _ in self.walk():
+            rest = instruction.rest
+            if instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in rest:
+                shapes = re.search(r"operand_layout_constraints=\{(.*?)\}, (?:frontend|metadata|backend)", rest)
                 inputs = tuple((kind, tuple(int(size) for size in sizes.split(",")))
                                for kind, sizes in _SHAPE.findall(shapes[1]))
-                kernel = Kernel(each.name.split(".")[0], inputs)
-                found[kernel] = found.get(kernel, 0) + times
-        return found
+                kernel = Kernel(instruction.name.split(".")[0], inputs)
+                counts[kernel] = counts.get(kernel, 0) + times
+        return counts
 
     @cached_property
     def cycles(self) -> int:
-        """XLA's estimate of a run, of all that is neither an exchange between devices nor a kernel."""
-        return sum(each.cycles * times for each, times, fused in self.walk() if not fused)
-
-    def costliest(self, depth: int = 6) -> dict[str, int]:
-        """Cycles by where in the traced program they come from, the first `depth` parts of its name, largest first."""
-        found: dict[str, int] = {}
-        for each, times, fused in self.walk():
-            if not fused and each.cycles:
-                name = "/".join(each.operation.split("/")[:depth])
-                found[name] = found.get(name, 0) + each.cycles * times
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        """XLA's estimate of one run, without collectives and custom kernels."""
+        return sum(instruction.cycles * times for instruction, times, fused in self.walk() if not fused)
 
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
-        """What devices exchange in a run, by kind and by axes of `mesh` (sizes by name, in order), largest first."""
-        found: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-        for each, times, _ in self.walk():
-            kind = each.opcode.removesuffix("-start")
+        """List the collectives of one run by kind and by axes of `mesh` (sizes by name, in order), largest first."""
+        totals: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+        for instruction, times, _ in self.walk():
+            kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            sizes = [_size(*shape) for shape in _SHAPE.findall(each.result)]
-            whole = sizes[-1] if each.opcode.endswith("-start") and kind != "all-reduce" else sum(sizes)
-            axes = _axes(each.rest, mesh)
+            sizes = [_size(*shape) for shape in _SHAPE.findall(instruction.result)]
+            size = sizes[-1] if instruction.opcode.endswith("-start") and kind != "all-reduce" else sum(sizes)
+            axes = _axes(instruction.rest, mesh)
             if kind == "reduce-scatter":
-                whole *= math.prod(mesh[axis] for axis in axes)
-            total = found.setdefault((kind, axes), [0, 0])
+                size *= math.prod(mesh[axis] for axis in axes)
+            total = totals.setdefault((kind, axes), [0, 0])
             total[0] += times
-            total[1] += round(whole) * times
-        rows = [Collective(kind, axes, count, size) for (kind, axes), (count, size) in found.items()]
+            total[1] += round(size) * times
+        rows = [Collective(kind, axes, count, size) for (kind, axes), (count, size) in totals.items()]
         return sorted(rows, key=lambda row: -row.bytes)
 
 
-def _instruction(name: str, text: str) -> Instruction:
-    """The parts of `text`, what follows an instruction's name."""
+def _parse_instruction(name: str, text: str) -> Instruction:
+    """Parse `text`, the part of a line after the instruction's name."""
     close = 0
-    if text.startswith("("):      # a tuple's type holds parentheses of layouts
+    if text.startswith("("):      # a tuple's type contains the parentheses of layouts
         depth = 0
         for close, sign in enumerate(text):  # noqa: B007
             depth += (sign == "(") - (sign == ")")
@@ -196,12 +182,12 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _size(kind: str, dimensions: str) -> float:
-    """Bytes of an array."""
+    """Return the bytes of an array."""
     return BYTES.get(kind, 0) * math.prod(int(size) for size in dimensions.split(",") if size)
 
 
 def _axes(text: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes of `mesh` along which devices differ that exchange something."""
+    """Return the axes of `mesh` along which the participating devices differ."""
     sizes, different = tuple(mesh.values()), np.zeros(len(mesh), bool)
     for group in _groups(text, math.prod(sizes)):
         places = np.stack(np.unravel_index(np.asarray(group), sizes))
@@ -210,14 +196,14 @@ def _axes(text: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _groups(text: str, devices: int) -> list[list[int]]:
-    """Devices that exchange something: all pairs, or the first of equal groups, in any of XLA's ways of writing."""
+    """Parse the participating devices in any of XLA's notations: all pairs, or the first of equal groups."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", text):
         return [[int(device) for device in pair] for pair in re.findall(r"(\d+),(\d+)", pairs[1])]
     if named := _NAMED.search(text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
         order = _iota(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
-        grid, taking = order.reshape(tuple(sizes.values())), re.findall(r"'(\w+)'", named[3])
-        return [grid[tuple(slice(None) if name in taking else 0 for name in sizes)].ravel().tolist()]
+        grid, axes = order.reshape(tuple(sizes.values())), re.findall(r"'(\w+)'", named[3])
+        return [grid[tuple(slice(None) if name in axes else 0 for name in sizes)].ravel().tolist()]
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [[int(device) for device in listed[1].split(",")]]
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
@@ -226,7 +212,7 @@ def _groups(text: str, devices: int) -> list[list[int]]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """The numbers that `[16,16]T(1,0)` stands for: counted in that shape, then transposed."""
-    shape, turned = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    """Expand `[16,16]T(1,0)`: consecutive numbers in that shape, then transposed."""
+    shape, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     numbers = np.arange(math.prod(map(int, shape.split(",")))).reshape(tuple(map(int, shape.split(","))))
-    return (numbers.transpose(tuple(map(int, turned.split(",")))) if turned else numbers).ravel()
+    return (numbers.transpose(tuple(map(int, order.split(",")))) if order else numbers).ravel()

@@ -1,4 +1,4 @@
-"""One recipe compiled for one topology: what it needs and whether that is there."""
+"""Compile one recipe for one target topology: what it needs and whether it fits."""
 
 import contextlib
 import dataclasses
@@ -28,14 +28,14 @@ from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state
 from jaxmm.training.step import compile_step
 
-READING = "2"
-"""Changes when what is read from a compiled program does."""
+CACHE_VERSION = "2"
+"""Version of the cached reports: increase it if something else is read from a compiled program."""
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a step of a recipe takes on a topology. Bytes and cycles are of one chip, FLOPs of all."""
+    """Resources of a recipe's train step on a topology. Bytes and cycles are per chip, FLOPs over all chips."""
 
     topology: str
     chips: int
@@ -45,54 +45,54 @@ class Plan:
     fits: bool
     parameters: int
     flops: float
-    """Of a step, what is computed again included."""
+    """FLOPs of a step, including recomputation."""
     model_flops: float
-    """The same without that."""
+    """FLOPs of a step without recomputation."""
     hbm_bytes: int
-    """That a program has on a chip."""
+    """Usable HBM per chip."""
     peak_bytes: int
-    """That the program has at once, at most: arguments, what it computes and results, less what is updated in place;
-    where it does not fit, what the compiler asks for."""
+    """Peak bytes per chip: arguments, temporaries, program and results, minus what is updated in place; if it does not
+    fit, what the compiler requests."""
     argument_bytes: int | None
-    """State and batch; these and the next three are None where it did not compile."""
+    """Bytes of state and batch; this and the next four are None if it does not compile."""
     temporary_bytes: int | None
     output_bytes: int | None
     aliased_bytes: int | None
-    """Of the results, what is written where arguments were."""
+    """Bytes of results that replace arguments."""
     code_bytes: int | None
     collectives: tuple[Collective, ...] = ()
     estimated_cycles: int | None = None
-    """XLA's estimate of everything but exchanges, loops counted, and the instructions that it scheduled for kernels;
-    None where it does not tell."""
+    """XLA's estimate of everything except collectives, including every iteration of loops and the instructions
+    scheduled for kernels; None if unknown."""
     kernel_cycles: int = 0
-    """Of them, those of kernels."""
+    """Cycles of custom kernels among `estimated_cycles`."""
     estimated_step_seconds: float | None = None
-    """`estimated_cycles` at the chip's clock, nothing waiting for an exchange."""
+    """`estimated_cycles` at the chip's clock, without waiting for collectives."""
     estimated_utilization: float | None = None
-    """`model_flops` over what the chips could do in that time."""
+    """`model_flops` over the chips' peak FLOPs in that time."""
     exchange_seconds: float | None = None
-    """What all exchanges would take one after the other at the speed of two links, if nothing hid them."""
+    """Time of all collectives one after the other at the speed of two links, if nothing hides them."""
     replicated: tuple[str, ...] = ()
-    """What did not divide, in words."""
+    """Messages about dimensions that do not divide."""
     assumed: tuple[str, ...] = ()
-    """What only the data would know, in words."""
+    """Messages about assumptions, for what only the data can say."""
     approximate: bool = False
-    """Whether XLA's CPU compiler answered in the place of the chip's."""
+    """True if XLA's CPU compiler replaced the chip's own."""
     compile_seconds: float = 0.0
 
     @property
     def missing_bytes(self) -> int:
-        """On each chip, 0 where it fits."""
+        """Missing bytes per chip; 0 if it fits."""
         return max(0, self.peak_bytes - self.hbm_bytes)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the fields as plain values."""
         return dataclasses.asdict(self) | {"missing_bytes": self.missing_bytes}
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A recipe's train step and its arguments' shapes, laid out on a topology."""
+class TracedStep:
+    """A recipe's train step and the sharded shapes of its arguments on a topology."""
 
     config: TrainConfig
     topology: Topology
@@ -105,15 +105,15 @@ class Traced:
     assumed: tuple[str, ...]
 
     def step(self) -> Any:
-        """The step as a run would compile it, traced by JAX."""
+        """Trace the step exactly as a run compiles it."""
         step = compile_step(self.task, self.optimizer, self.mesh, self.state, microbatches=self.config.microbatches,
                             skip_nonfinite=self.config.nonfinite == "skip")
         with jax.set_mesh(self.mesh):
             return step.trace(self.state, self.batch, self.key)
 
 
-def trace(config: TrainConfig, topology: Topology) -> Traced:
-    """`config` on `topology`, nothing compiled yet. Raises `ConfigError` where a run would."""
+def trace(config: TrainConfig, topology: Topology) -> TracedStep:
+    """Trace `config` on `topology` without compiling. Raises `ConfigError` if a run would."""
     mesh = make_mesh(config.mesh, topology.devices)
     check_parts(config, mesh)
     bound = bind(config)
@@ -121,99 +121,103 @@ def trace(config: TrainConfig, topology: Topology) -> Traced:
     optimizer = make_optimizer(config.optimizer, params, config.steps, bound.task.bounds)
     state = with_shardings(abstract_state(bound.task, optimizer), mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return Traced(config, topology, bound.task, mesh, optimizer, state, batch_shapes(bound.task, config.data, mesh),
-                  jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)), bound.assumed)
+    batch = batch_shapes(bound.task, config.data, mesh)
+    return TracedStep(config, topology, bound.task, mesh, optimizer, state, batch,
+                      jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)), bound.assumed)
 
 
 def make_plan(config: TrainConfig, topology: Topology, cache: Path | None = None) -> Plan:
-    """Compiles the train step of `config` for `topology` and reads what the compiler says. Minutes for large models.
+    """Compile the train step of `config` for `topology` and read the compiler's report. Takes minutes for large models.
 
-    What the compiler said of a program is kept in the folder `cache` and not asked again. Raises `ConfigError` where
-    the recipe cannot run there at all, whatever the memory.
+    Reports are stored in the folder `cache` and reused. Raises `ConfigError` if the recipe cannot run there at all,
+    however much memory there is.
     """
     traced = trace(config, topology)
     step = traced.step()
     with jax.set_mesh(traced.mesh):
         lowered, flops = step.lower(), count_jaxpr(step.jaxpr)
-    file = None if cache is None else cache / _file(lowered, topology)
+    file = None if cache is None else cache / _cache_name(lowered, topology)
     common: dict[str, Any] = {
         "topology": topology.name, "chips": len(topology.devices), "mesh": dict(traced.mesh.shape),
         "batch_size": config.data.batch_size, "microbatches": config.microbatches,
         "parameters": sum(leaf.size for _, leaf in named_leaves(traced.state.params)), "flops": flops.all,
         "model_flops": flops.model, "hbm_bytes": topology.chip.hbm_bytes, "assumed": traced.assumed,
         "replicated": tuple(unsharded_dims(traced.state, traced.mesh)), "approximate": topology.approximate}
-    told = _remembered(file) or _compile(lowered, topology, dict(traced.mesh.shape), file)
-    collectives = tuple(Collective(**each | {"axes": tuple(each["axes"])}) for each in told.pop("collectives"))
-    cycles = told.pop("cycles")
+    report = _read_cached(file) or compiler_report(lowered, topology, dict(traced.mesh.shape), file)
+    collectives = tuple(Collective(**row | {"axes": tuple(row["axes"])}) for row in report.pop("collectives"))
+    cycles = report.pop("cycles")
     if cycles is not None:
-        common |= times(topology, cycles + told["kernel_cycles"], flops, collectives, traced.mesh.shape)
-    return Plan(**common, **told,
-                fits=told["peak_bytes"] <= topology.chip.hbm_bytes, collectives=collectives)
+        common |= time_estimates(topology, cycles + report["kernel_cycles"], flops, collectives, traced.mesh.shape)
+    return Plan(**common, **report,
+                fits=report["peak_bytes"] <= topology.chip.hbm_bytes, collectives=collectives)
 
 
-def _compile(lowered: Any, topology: Topology, mesh: dict[str, int], file: Path | None) -> dict[str, Any]:
-    """What the compiler says, as plain values; kept in `file`."""
+def compiler_report(lowered: Any, topology: Topology, mesh: dict[str, int], file: Path | None) -> dict[str, Any]:
+    """Compile and return the compiler's figures as plain values; store them in `file`."""
     cache = None if file is None else file.parent
-    begun, kept = time.monotonic(), jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)      # without the chips it could not be read again
+    start, enabled = time.monotonic(), jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)      # without the chips JAX could not read it back
     try:
-        compiled, needed = lowered.compile(), None
+        compiled, requested = lowered.compile(), None
     except jax.errors.JaxRuntimeError as error:
-        needed = bytes_asked_for(str(error))
-        if needed is None:
+        requested = requested_bytes(str(error))
+        if requested is None:
             raise ConfigError(f"{topology.name} does not compile this recipe: {str(error)[:2000]}") from error
-        told = {"peak_bytes": needed, "collectives": [], "kernel_cycles": 0} | dict.fromkeys(
+        report = {"peak_bytes": requested, "collectives": [], "kernel_cycles": 0} | dict.fromkeys(
             ("cycles", "argument_bytes", "temporary_bytes", "output_bytes", "aliased_bytes", "code_bytes"))
     finally:
-        jax.config.update("jax_enable_compilation_cache", kept)
-    if needed is None:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+    if requested is None:
         memory, program = compiled.memory_analysis(), Program(compiled.as_text())
-        told = {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
-                "output_bytes": memory.output_size_in_bytes, "aliased_bytes": memory.alias_size_in_bytes,
-                "code_bytes": memory.generated_code_size_in_bytes}
-        scheduled = [(times, kernels.cycles(each, topology.kind, cache)) for each, times in program.kernels.items()]
-        known = all(each is not None for _, each in scheduled)
-        told |= {"peak_bytes": sum(told.values()) - 2 * told["aliased_bytes"],
-                 "cycles": program.cycles if known else None,
-                 "kernel_cycles": sum(times * each for times, each in scheduled) if known else 0,
-                 "collectives": [dataclasses.asdict(each) for each in program.collectives(mesh)]}
-    told["compile_seconds"] = time.monotonic() - begun
+        report = {"argument_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
+                  "output_bytes": memory.output_size_in_bytes, "aliased_bytes": memory.alias_size_in_bytes,
+                  "code_bytes": memory.generated_code_size_in_bytes}
+        scheduled = [(times, kernels.cycles(kernel, topology.kind, cache)) for kernel, times in program.kernels.items()]
+        known = all(cycles is not None for _, cycles in scheduled)
+        report |= {"peak_bytes": sum(report.values()) - 2 * report["aliased_bytes"],
+                   "cycles": program.cycles if known else None,
+                   "kernel_cycles": sum(times * cycles for times, cycles in scheduled) if known else 0,
+                   "collectives": [dataclasses.asdict(row) for row in program.collectives(mesh)]}
+    report["compile_seconds"] = time.monotonic() - start
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(told))
-    return told
+        write_atomically(file, json.dumps(report))
+    return report
 
 
-def _remembered(file: Path | None) -> dict[str, Any] | None:
-    """What was written there about this very program."""
+def _read_cached(file: Path | None) -> dict[str, Any] | None:
+    """Read a stored report; None if there is none."""
     with contextlib.suppress(OSError, ValueError):
         return None if file is None else json.loads(file.read_text())
 
 
-def _file(lowered: Any, topology: Topology) -> str:
-    """Named after the program, who it is for, and what compiles it. A kernel's code holds paths of this machine: its
-    source stands for it."""
+def _cache_name(lowered: Any, topology: Topology) -> str:
+    """Return a file name that identifies the program, the topology and the compiler.
+
+    A kernel's compiled code contains paths of this machine, so the kernel's source is hashed instead.
+    """
     compiler = "libtpu" if not topology.approximate else "jaxlib"
     program = re.sub(r'backend_config = "[^"]*"', "", lowered.as_text())
     source = Path(tpu_attention.__file__).read_text()
-    parts = program, source, topology.name, importlib.metadata.version(compiler), READING
+    parts = program, source, topology.name, importlib.metadata.version(compiler), CACHE_VERSION
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] + ".json"
 
 
-def times(topology: Topology, cycles: int, flops: Flops, collectives: tuple[Collective, ...], mesh: Any
-          ) -> dict[str, Any]:
-    """What XLA's cycles mean in seconds and in use of the chips; nothing where it counts none."""
+def time_estimates(
+    topology: Topology, cycles: int, flops: Flops, collectives: tuple[Collective, ...], mesh: Any
+) -> dict[str, Any]:
+    """Convert XLA's cycles to seconds and utilization; {} if there are no cycles for this chip."""
     chip = topology.chip
     if chip.clock_hz is None or chip.link_bytes is None or not cycles:
         return {}
     seconds = cycles / chip.clock_hz
-    exchanged = sum(each.sent_bytes(mesh) for each in collectives) / (2 * chip.link_bytes)
+    exchanged = sum(row.sent_bytes(mesh) for row in collectives) / (2 * chip.link_bytes)
     return {"estimated_cycles": cycles, "estimated_step_seconds": seconds, "exchange_seconds": exchanged,
             "estimated_utilization": flops.model / (seconds * chip.peak_flops * len(topology.devices))}
 
 
-def bytes_asked_for(message: str) -> int | None:
-    """What a compiler that ran out of memory wanted, from its message; None where that is not what happened."""
+def requested_bytes(message: str) -> int | None:
+    """Parse how much memory a compiler requested from its out-of-memory message; None for other messages."""
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
     for form in (r"Used ([\d.]+)([KMGT]?) of", r"temporaries \(([\d.]+)([KMGT]?)\)", r"allocat\w+ ([\d.]+)([KMGT]?)"):
@@ -222,8 +226,8 @@ def bytes_asked_for(message: str) -> int | None:
     return None
 
 
-def sharding_lines(traced: Traced) -> list[tuple[str, str, str, str]]:
-    """(path, shape, spec, shape on a chip) of every array of the state and the batch."""
+def sharding_lines(traced: TracedStep) -> list[tuple[str, str, str, str]]:
+    """List (path, shape, spec, shape per chip) of every array of the state and the batch."""
     return [(f"{part}/{name}", str(tuple(leaf.shape)), str(tuple(leaf.sharding.spec)),
              str(tuple(leaf.sharding.shard_shape(leaf.shape))))
             for part, tree in (("state", traced.state), ("batch", traced.batch)) for name, leaf in named_leaves(tree)

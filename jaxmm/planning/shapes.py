@@ -1,4 +1,4 @@
-"""A recipe without its data: the task with a vocabulary of the size to be expected, and the shapes of a batch."""
+"""A recipe without its data: the task with a vocabulary of the expected size, and the shapes of a batch."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,23 +14,23 @@ from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.sharding import batch_sharding
 from jaxmm.task import Task
 
-PUBLISHED = {"clip": 49_408, "bert": 30_522, "file": 32_000}
-"""Sizes of vocabularies whose files are not there: OpenAI's, BERT's, and SigLIP's for any other."""
+VOCAB_SIZES = {"clip": 49_408, "bert": 30_522, "file": 32_000}
+"""Vocabulary sizes if the file is missing: OpenAI's, BERT's, and SigLIP's for any other."""
 CLASSES, ANSWERS = 1000, 10
-"""Of a source that is not there: ImageNet's, VQAv2's."""
+"""Assumed classes (ImageNet's) and answers per question (VQAv2's)."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A task as a run would have it."""
+    """A task as a run has it."""
 
     task: Task
     assumed: tuple[str, ...]
-    """What only the data would know, in words."""
+    """Messages about the assumptions."""
 
 
 def bind(config: TrainConfig) -> Bound:
-    """`config.task` with what only the data knows; that is assumed, and said. Raises `ConfigError`."""
+    """Bind `config.task` to assumed properties of the data (classes, vocabulary). Raises `ConfigError`."""
     task, assumed, tokenizer, classes = config.task, [], None, None
     if "text" in task.reads:
         tokenizer, note = _tokenizer(config.data)
@@ -48,18 +48,18 @@ def bind(config: TrainConfig) -> Bound:
 
 
 def _tokenizer(data: DataConfig) -> tuple[Tokenizer, list[str]]:
-    """The one that `data` names where its file is there; else one with as many words, none of which are known."""
+    """Return the data's tokenizer if its file exists, else a placeholder with a vocabulary of the same size."""
     config = data.tokenizer
     if config.file is not None and Path(config.file).exists():
         return make_tokenizer(config), []
-    size = PUBLISHED.get(config.kind, config.vocab_size)
+    size = VOCAB_SIZES.get(config.kind, config.vocab_size)
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
     return (Tokenizer(backend, config.context_length, pad_id=0, bos_id=1, eos_id=size - 1),
             [f"a vocabulary of {size:,}"])
 
 
 def batch_shapes(task: Task, data: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of a training batch on `mesh`, as `place_batch` lays it out."""
+    """Return the shapes of a training batch, sharded on `mesh` as `place_batch` does."""
     b, side, pictures = data.batch_size, data.image.size, (task.pictures,) if task.pictures > 1 else ()
     questions = (data.questions,) if data.questions > 1 else ()
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
@@ -72,11 +72,11 @@ def batch_shapes(task: Task, data: DataConfig, mesh: Mesh) -> dict[str, jax.Shap
     if "answers" in task.reads:
         shapes["answers"] = (b, *questions, ANSWERS, data.tokenizer.answer_length), jnp.int32
         shapes["answer_weight"] = (b, *questions, ANSWERS), jnp.float32
-    where = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=where) for name, (shape, dtype) in shapes.items()}
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
 
 
-def resized(config: TrainConfig, batch_size: int) -> TrainConfig:
-    """`config` with another batch, and as many microbatches as divide it."""
+def with_batch_size(config: TrainConfig, batch_size: int) -> TrainConfig:
+    """Return `config` with another batch size, and the most microbatches up to its own that divide it."""
     parts = next(n for n in range(config.microbatches, 0, -1) if batch_size % n == 0)
     return replace(config, microbatches=parts, data=replace(config.data, batch_size=batch_size))

@@ -1,4 +1,4 @@
-"""Plans of small recipes, made by libtpu for chips that are not there, and by the CPU's compiler in GPUs' place."""
+"""Plans of small recipes: by libtpu for TPU topologies, and by XLA's CPU compiler for GPUs."""
 
 import contextlib
 import importlib.util
@@ -14,7 +14,7 @@ from jaxmm.config import ConfigError, MeshConfig, TrainConfig
 from jaxmm.planning import pareto as search
 from jaxmm.planning import plan as plans
 from jaxmm.planning.chips import CHIPS, Topology, open_topology
-from jaxmm.planning.plan import bytes_asked_for, make_plan, sharding_lines, trace
+from jaxmm.planning.plan import make_plan, requested_bytes, sharding_lines, trace
 from jaxmm.planning.shapes import bind
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from tests.training.common import LINEAR, clip_run, model_task
@@ -24,7 +24,7 @@ TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
 
 
 def recipe(batch_size=16, **fields):
-    """CLIP on 16 pixels, its vocabulary open."""
+    """Return CLIP on 16 pixels with a vocabulary that the data decides."""
     config = clip_run("nowhere")
     data = replace(config.data, batch_size=batch_size)
     return replace(config, data=data, **{"mesh": MeshConfig(fsdp=2), "steps": 5} | fields)
@@ -32,18 +32,18 @@ def recipe(batch_size=16, **fields):
 
 @pytest.fixture
 def eight():
-    """As `h100:8`, of the devices that the tests have."""
+    """The topology `h100:8` with the tests' eight CPU devices."""
     return Topology("h100:8", "h100", CHIPS["h100"], tuple(jax.devices()))
 
 
 @pytest.mark.parametrize("name", ["v5e", "v5e:4", "v9:2x2", "v5e:0x4", "v5p:4x4", "v5e:32x32", "h100:0", "tpu:2x2"])
-def test_topologies_that_are_none(name):
+def test_invalid_topologies(name):
     with pytest.raises(ConfigError, match="topology"):
         open_topology(name)
 
 
 @TPU
-def test_what_libtpu_does_not_know():
+def test_a_topology_that_libtpu_does_not_know():
     with pytest.raises(ConfigError, match=r"libtpu does not know: .*divisible"):
         open_topology("v5e:3x5")
 
@@ -51,8 +51,8 @@ def test_what_libtpu_does_not_know():
 @TPU
 @pytest.mark.parametrize(("name", "count"), [("v4:2x2x2", 8), ("v5e:4x4", 16), ("v5p:2x2x1", 4), ("v6e:2x4", 8)])
 def test_topologies(name, count):
-    found = open_topology(name)
-    assert len(found.devices) == count and found.devices[0].platform == "tpu" and not found.approximate
+    topology = open_topology(name)
+    assert len(topology.devices) == count and topology.devices[0].platform == "tpu" and not topology.approximate
 
 
 @TPU
@@ -65,12 +65,12 @@ def test_a_plan_for_tpus(tmp_path, monkeypatch):
     assert made.aliased_bytes > 0.9 * made.output_bytes      # the state is updated in place
     assert made.estimated_step_seconds == made.estimated_cycles / 1.5e9 > 0 and made.kernel_cycles > 0
     assert made.estimated_utilization == made.model_flops / (made.estimated_step_seconds * 197e12 * 4)
-    assert {each.kind for each in made.collectives} >= {"all-reduce"}
+    assert {row.kind for row in made.collectives} >= {"all-reduce"}
     assert made.assumed == ("a vocabulary of 150",)
 
     def refuse(*_):
-        raise AssertionError("the compiler was asked again")
-    monkeypatch.setattr(plans, "_compile", refuse)
+        raise AssertionError("compiled again")
+    monkeypatch.setattr(plans, "compiler_report", refuse)
     assert make_plan(recipe(), topology, tmp_path) == made
     with pytest.raises(AssertionError):
         make_plan(recipe(32), topology, tmp_path)
@@ -78,36 +78,39 @@ def test_a_plan_for_tpus(tmp_path, monkeypatch):
 
 @TPU
 @pytest.mark.long
-def test_what_does_not_fit_and_what_would(tmp_path):
-    """On chips with nine tenths of the memory that it needs: how much is missing is told, and a change found. Of
-    a small batch all that is kept for the backward pass would fit beside the cores, and no remedy would help."""
+def test_a_recipe_that_does_not_fit_and_a_change_that_does(tmp_path):
+    """On chips with nine tenths of the needed memory, the missing bytes are reported, and a change is suggested.
+
+    The batch is large because the activations of a small one fit into on-chip memory, and no change would help.
+    """
     large, config = open_topology("v5e:2x2"), recipe(2_048, mesh=MeshConfig(fsdp=4))
     chip = replace(large.chip, hbm_bytes=make_plan(config, large, tmp_path).peak_bytes * 9 // 10)
     topology, tried = replace(large, chip=chip), []
     made = make_plan(config, topology, tmp_path)
     assert not made.fits and made.missing_bytes == made.peak_bytes - chip.hbm_bytes > 0
-    found = search.repair(config, topology, lambda *each: make_plan(*each, tmp_path), wanted=1, on_plan=tried.append)
-    assert found[0].plan.fits and found[0] is tried[-1] and not any(each.plan.fits for each in tried[:-1])
-    assert found[0].flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat")
+    [fitting] = search.repair(config, topology, lambda *recipe: make_plan(*recipe, tmp_path), wanted=1,
+                              on_plan=tried.append)
+    assert fitting.plan.fits and fitting is tried[-1] and not any(trial.plan.fits for trial in tried[:-1])
+    assert fitting.flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat")
 
 
-def test_a_repair_ends_with_the_first_that_fits(eight):
+def test_suggestions_end_with_the_first_that_fits(eight):
     def plan(config, _):
         return planned(1.0, 60, fits=search.remat_of(config) == "full")
 
     tried = []
-    found = search.repair(recipe(64), eight, plan, wanted=1, on_plan=tried.append)
-    assert found == [tried[-1]] and found[0].plan.fits and not any(each.plan.fits for each in tried[:-1])
-    assert "remat full" in found[0].flags and len(tried) > 1
+    fitting = search.repair(recipe(64), eight, plan, wanted=1, on_plan=tried.append)
+    assert fitting == [tried[-1]] and fitting[0].plan.fits and not any(trial.plan.fits for trial in tried[:-1])
+    assert "remat full" in fitting[0].flags and len(tried) > 1
 
 
-def test_in_gpus_place(eight):
+def test_a_plan_for_gpus(eight):
     made = make_plan(recipe(), eight)
     assert made.fits and made.approximate and made.estimated_step_seconds is None
     assert made.peak_bytes > made.argument_bytes > 0 and made.flops > made.model_flops > 0
 
 
-def test_what_a_run_would_refuse(eight):
+def test_a_recipe_that_a_run_refuses(eight):
     with pytest.raises(ConfigError, match=r"data\.batch_size is 12; wanted a multiple"):
         trace(recipe(12), eight)
     with pytest.raises(ConfigError, match=r"mesh\.fsdp x mesh\.tensor is 3"):
@@ -117,13 +120,12 @@ def test_what_a_run_would_refuse(eight):
 
 
 def test_shardings_of_every_array(eight):
-    lines = {path: (shape, spec, here) for path, shape, spec, here in sharding_lines(trace(recipe(), eight))}
+    lines = {path: (shape, spec, local) for path, shape, spec, local in sharding_lines(trace(recipe(), eight))}
     assert lines["batch/image"] == ("(16, 16, 16, 3)", "(('data', 'fsdp'),)", "(2, 16, 16, 3)")
-    shape, spec, here = lines["state/params/vision/encoder/blocks/mlp/up/kernel"]
-    assert (shape, spec, here) == ("(2, 24, 40)", "(None, 'fsdp')", "(2, 12, 40)")
+    assert lines["state/params/vision/encoder/blocks/mlp/up/kernel"] == ("(2, 24, 40)", "(None, 'fsdp')", "(2, 12, 40)")
 
 
-def test_what_was_assumed():
+def test_assumptions():
     assert bind(recipe()).assumed == ("a vocabulary of 150",)
     bound = bind(TrainConfig(task=model_task("vit"), steps=1, data=replace(
         recipe().data, image=replace(recipe().data.image, size=12))))
@@ -138,7 +140,7 @@ def test_what_was_assumed():
     ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123456 bytes.", 123456),
     ("INTERNAL: something else", None)])
 def test_messages_of_compilers(message, expected):
-    assert bytes_asked_for(message) == expected
+    assert requested_bytes(message) == expected
 
 
 def planned(seconds, peak, fits=True, batch=100):
@@ -147,27 +149,33 @@ def planned(seconds, peak, fits=True, batch=100):
                       output_bytes=1, aliased_bytes=1, code_bytes=1, estimated_step_seconds=seconds)
 
 
-def test_the_front_is_what_nothing_beats():
-    found = [search.Found(recipe(), planned(*each), name) for name, each in {
+def test_the_pareto_front():
+    trials = [search.Found(recipe(), planned(*figures), name) for name, figures in {
         "fast": (1.0, 40), "as fast, larger": (1.0, 45), "slow and large": (2.0, 44), "slow and small": (3.0, 10),
         "does not fit": (0.5, 60, False)}.items()]
-    assert [each.flags for each in search.pareto(found)] == ["fast", "slow and small"]
+    assert [trial.flags for trial in search.pareto(trials)] == ["fast", "slow and small"]
 
 
-def test_remedies_begin_with_what_costs_least_and_end_with_another_batch(eight):
+def test_suggestions_begin_with_the_cheapest_and_end_with_another_batch(eight):
     config = recipe(64)
-    told = [search.flags(config, each) for each in search.remedies(config, eight)]
-    assert told[0] == "--mesh.fsdp 4" and "--task.tile 1024" in told and "--microbatches 2" in told
-    assert "--task.model.vision.transformer.remat full --task.model.text.transformer.remat full" in told
-    assert "--data.batch_size" in told[-1] and "--data.batch_size" not in told[0]
-    assert len(set(told)) == len(told)
+    flags = [search.flags(config, change) for change in search.remedies(config, eight)]
+    assert flags[0] == "--mesh.fsdp 4" and "--task.tile 1024" in flags and "--microbatches 2" in flags
+    assert "--task.model.vision.transformer.remat full --task.model.text.transformer.remat full" in flags
+    assert "--data.batch_size" in flags[-1] and "--data.batch_size" not in flags[0]
+    assert len(set(flags)) == len(flags)
+
+
+def test_suggestions_for_a_task_without_a_stack_of_layers(eight):
+    assert search.remat_of(LINEAR) is None
+    changes = [search.flags(LINEAR, change) for change in search.remedies(LINEAR, eight)]
+    assert changes and not any("remat" in flags for flags in changes)
 
 
 def test_candidates(eight):
     config = recipe(64)
-    found = search.candidates(config, eight, fsdp=(1, 8), remats=("none", "full"), microbatches=(1, 2))
-    assert len(found) == 8 and {each.mesh.fsdp for each in found} == {1, 8}
-    assert {search.remat_of(each) for each in found} == {"none", "full"}
+    configs = search.candidates(config, eight, fsdp=(1, 8), remats=("none", "full"), microbatches=(1, 2))
+    assert len(configs) == 8 and {candidate.mesh.fsdp for candidate in configs} == {1, 8}
+    assert {search.remat_of(candidate) for candidate in configs} == {"none", "full"}
     with pytest.raises(ConfigError, match="nothing to try"):
         search.candidates(config, eight, batch_sizes=(7,))
     assert isinstance(search.with_remat(config, "dots").task, ContrastiveLearning)
@@ -198,8 +206,8 @@ def test_the_command(command):
     status, text, _ = command("--topology", "v5e:2x2")
     assert status == 0 and "fits" in text and "all-reduce" in text and "a vocabulary of 150" in text
     status, text, _ = command("--topology", "v5e:2x2", "--json")
-    told = json.loads(text)
-    assert status == 0 and told["fits"] and set(told) >= {
+    report = json.loads(text)
+    assert status == 0 and report["fits"] and set(report) >= {
         "hbm_bytes", "peak_bytes", "flops", "estimated_step_seconds", "estimated_utilization", "collectives"}
     status, text, _ = command("--topology", "v5e:2x2", "--search", "--fsdp", 1, "--remats", "none", "--parts", 1)
     assert status == 0 and "the fastest: python run_train.py --config" in text

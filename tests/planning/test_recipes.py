@@ -1,6 +1,6 @@
-"""Every recipe of published size: where its arrays lie on three meshes, and that it compiles for its topology.
+"""Every recipe of published size: the sharding of its arrays on three meshes, and that it fits its topology.
 
-`python -m tests.planning.test_recipes` writes the golden listings anew.
+`python -m tests.planning.test_recipes` rewrites the golden listings.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks.plan import CONFIGS, NATURAL
+from benchmarks.plan import CONFIGS, TARGETS
 from jaxmm.planning.chips import open_topology
 from jaxmm.planning.plan import make_plan
 from jaxmm.planning.shapes import bind
@@ -35,34 +35,34 @@ def state(name):
 
 
 def meshes(name):
-    """The recipe's own, parameters in 16 shares, and in 4 with heads over 4."""
+    """Return the recipe's own mesh, one with 16 FSDP shards, and one with 4 and tensor parallelism over 4."""
     config, _ = state(name)
-    chips = math.prod(int(size) for size in NATURAL[name].partition(":")[2].split("x"))
+    chips = math.prod(int(size) for size in TARGETS[name].partition(":")[2].split("x"))
     inner = config.mesh.fsdp * config.mesh.tensor
     return ({"data": chips // inner, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor},
             {"data": 1, "fsdp": 16, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor": 4})
 
 
 def listing(name):
-    """A line for each array that is not a copy of a parameter: path, shape, and what each mesh cuts."""
+    """Write one line per array that is not a copy of a parameter: path, shape, and its spec on each mesh."""
     parts = state(name)[1]
     leaves = {**dict(named_leaves(parts.params)),
               **{f"extra/{path}": leaf for path, leaf in named_leaves(parts.extra) if not path.startswith("teacher/")}}
     lines = [" | ".join("x".join(f"{axis}={size}" for axis, size in mesh.items()) for mesh in meshes(name)) + "\n"]
     for path, leaf in sorted(leaves.items()):
-        told = (", ".join(map(str, spec(path, leaf.shape, mesh))) or "-" for mesh in meshes(name))
-        lines.append(f"{path}  {list(leaf.shape)}  {' | '.join(told)}\n")
+        specs = (", ".join(map(str, spec(path, leaf.shape, mesh))) or "-" for mesh in meshes(name))
+        lines.append(f"{path}  {list(leaf.shape)}  {' | '.join(specs)}\n")
     return "".join(lines)
 
 
-@pytest.mark.parametrize("name", NATURAL)
+@pytest.mark.parametrize("name", TARGETS)
 def test_golden_shardings(name):
-    """After a wanted change, run `python -m tests.planning.test_recipes`."""
+    """Compare with the golden file; after an intended change run `python -m tests.planning.test_recipes`."""
     assert listing(name) == (GOLDEN / f"{name}.txt").read_text()
 
 
-@pytest.mark.parametrize("name", NATURAL)
-def test_moments_and_teachers_lie_where_their_parameters_do(name):
+@pytest.mark.parametrize("name", TARGETS)
+def test_moments_and_momentum_copies_are_sharded_like_their_parameters(name):
     parts = state(name)[1]
     params, copies = dict(named_leaves(parts.params)), 0
     for path, leaf in [*named_leaves(parts.opt), *named_leaves(parts.extra)]:
@@ -75,37 +75,37 @@ def test_moments_and_teachers_lie_where_their_parameters_do(name):
 
 
 def test_every_large_recipe_is_here():
-    """A recipe without a topology is one that runs on two cores."""
-    small = {path.stem for path in CONFIGS.glob("*.py")} - set(NATURAL)
+    """Check that every recipe without a target topology is one that runs on two cores."""
+    small = {path.stem for path in CONFIGS.glob("*.py")} - set(TARGETS)
     assert small == {"blip_scenes", "blip_vqa", "capfilt_scenes", "clip_captions", "clip_scenes", "finetune_captions",
                      "finetune_folder", "vit_digits", "vit_folder"}
 
 
-def heads():
-    """The headers of recipes that carry a plan."""
-    texts = {name: " ".join((CONFIGS / f"{name}.py").read_text().split('"""')[1].split()) for name in NATURAL}
+def headers():
+    """Return the headers of recipes with a plan."""
+    texts = {name: " ".join((CONFIGS / f"{name}.py").read_text().split('"""')[1].split()) for name in TARGETS}
     return {name: text for name, text in texts.items() if "Plan on" in text}
 
 
 def test_headers_have_plans_that_fit():
-    assert set(heads()) == set(NATURAL)
-    for name, text in heads().items():
-        assert re.search(rf"Plan on {NATURAL[name]} \(\d+ chips\): fits in [\d.]+ GiB", text), name
+    assert set(headers()) == set(TARGETS)
+    for name, text in headers().items():
+        assert re.search(rf"Plan on {TARGETS[name]} \(\d+ chips\): fits in [\d.]+ GiB", text), name
 
 
 @pytest.mark.skipif(NO_LIBTPU, reason="libtpu is not installed: pip install 'jaxmm[tpu]'")
 @pytest.mark.parametrize("name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long)
-                                  for name in NATURAL])
+                                  for name in TARGETS])
 def test_it_fits_its_topology(name):
-    """Compiled for the real chips: seconds for the smallest, ten minutes on two cores for BLIP's pre-training."""
-    plan = make_plan(load_recipe(CONFIGS / f"{name}.py"), open_topology(NATURAL[name]))
+    """Compile for the target topology: seconds for the smallest, ten minutes on two cores for BLIP's pre-training."""
+    plan = make_plan(load_recipe(CONFIGS / f"{name}.py"), open_topology(TARGETS[name]))
     assert plan.fits and plan.estimated_utilization > 0.05
     assert plan.peak_bytes >= plan.argument_bytes > 4 * plan.parameters / plan.chips
-    if name in heads():
-        assert f"{plan.peak_bytes / 2**30:,.2f} GiB of" in heads()[name]
+    if name in headers():
+        assert f"{plan.peak_bytes / 2**30:,.2f} GiB of" in headers()[name]
 
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    for recipe in NATURAL:
+    for recipe in TARGETS:
         (GOLDEN / f"{recipe}.txt").write_text(listing(recipe))
