@@ -21,10 +21,8 @@ from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import ConfigError, TrainConfig
 from jaxmm.data.base import DataError
 from jaxmm.hosts.startup import HostsConfig
-from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.clip import CLIPConfig
 from jaxmm.recipes import parse_recipe
-from jaxmm.task import Task
+from jaxmm.task import Task, capabilities
 from jaxmm.training.loop import TrainError, train
 from jaxmm.training.runtime import keep_memory
 
@@ -65,18 +63,17 @@ def new_workdir(recipe: Path) -> Path:
 
 def next_commands(task: Task, workdir: Path) -> list[tuple[str, str]]:
     """(what, command): what can be done with the model that was trained in `workdir`."""
-    model, found = getattr(task, "model", None), []
-    if isinstance(model, BLIPConfig):
-        if model.answer is not None:
-            found += [("answer questions", f'jaxmm answer PICTURE "what is this?" --model {workdir}')]
-        elif model.text.decoder:
-            found += [("caption pictures", f"jaxmm caption PICTURES --model {workdir}")]
-        if model.matching:
-            found += [("see whether words fit", f'jaxmm match PICTURE "a red circle" --model {workdir}')]
-    elif isinstance(model, CLIPConfig):
+    can, found = capabilities(task), []
+    if "answers questions" in can:
+        found += [("answer questions", f'jaxmm answer PICTURE "what is this?" --model {workdir}')]
+    if "writes captions" in can:
+        found += [("caption pictures", f"jaxmm caption PICTURES --model {workdir}")]
+    if "matches images and texts" in can:
+        found += [("see whether words fit", f'jaxmm match PICTURE "a red circle" --model {workdir}')]
+    elif "embeds texts" in can:
         found += [("search a folder", f"jaxmm search index FOLDER INDEX --model {workdir}"),
                   ("classify", f'jaxmm classify PICTURES --labels "a cat,a dog" --model {workdir}')]
-    elif getattr(model, "classes", None):
+    if "classifies images" in can:
         found += [("classify", f"jaxmm classify PICTURES --model {workdir}")]
     return [*found, ("in Python", f'import jaxmm; model = jaxmm.load("{workdir}")'),
             ("train on your own", "README.md, Train on your own data")]

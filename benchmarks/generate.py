@@ -46,9 +46,9 @@ def ours(folder: Path):
     """(a batch's tokens [b t] of mode, new tokens and seed; picture tokens of a seed; how much was compiled so far)."""
     import jax
 
-    from jaxmm.inference.captioning import writer
+    from jaxmm.inference.captioning import make_caption_fn
     from jaxmm.inference.generate import Decoding
-    from jaxmm.inference.matching import seer
+    from jaxmm.inference.matching import make_image_encoder
     from jaxmm.inference.model import load
     from jaxmm.training.runtime import keep_memory
     keep_memory()  # as the command does
@@ -56,16 +56,16 @@ def ours(folder: Path):
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None)
     model = load(folder)
-    start = {"prompt": np.full((BATCH, 1), model.config.text.decode_id, np.int32),
+    start = {"prompt": np.full((BATCH, 1), model.task.decoder.start_id, np.int32),
              "row": np.arange(BATCH, dtype=np.int32)}
 
     def write(mode, count, seed):
         decoding = Decoding(beams=BEAMS[mode], min_length=1 + count, max_length=1 + count)
-        fn = writer(model.task, decoding, 0, None)
+        fn = make_caption_fn(model.task, decoding, 0, None)
         return np.asarray(fn(model.params, start | {"image": pictures(seed)})["tokens"])[:, 0]
 
     def see(seed):
-        return np.asarray(seer(model.task, None)(model.params, {"image": pictures(seed)})["seen"])
+        return np.asarray(make_image_encoder(model.task, None)(model.params, {"image": pictures(seed)})["image_tokens"])
 
     return write, see, lambda: len(compiled)
 

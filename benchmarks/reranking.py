@@ -48,7 +48,7 @@ def work(queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def ours(folder: Path, queries: int, count: int):
     """{what: a run that returns the pairs' logits}."""
     from jaxmm.inference.batching import outputs
-    from jaxmm.inference.matching import match_pairs, seer
+    from jaxmm.inference.matching import make_image_encoder, match_pairs
     from jaxmm.inference.model import load
     from jaxmm.training.runtime import keep_memory
     keep_memory()  # as the command does
@@ -58,9 +58,10 @@ def ours(folder: Path, queries: int, count: int):
     def run():
         batches = ({"image": image[start:start + BATCH], "mask": np.ones(BATCH, bool)}
                    for start in range(0, queries, BATCH))
-        seen = np.concatenate([found["seen"] for found, _ in outputs(seer(model.task, None), model.params, batches,
-                                                                     None)])
-        return match_pairs(model.task, model.params, seen, tokens, np.arange(queries).repeat(CANDIDATES),
+        encode = make_image_encoder(model.task, None)
+        image_tokens = np.concatenate([encoded["image_tokens"] for encoded, _ in outputs(encode, model.params, batches,
+                                                                                         None)])
+        return match_pairs(model.task, model.params, image_tokens, tokens, np.arange(queries).repeat(CANDIDATES),
                            chosen.ravel(), None)
 
     return {"jaxmm": run}

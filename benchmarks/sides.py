@@ -172,7 +172,7 @@ def ours(case: Case, weights: Path, gpu: bool):
             state = state.replace(params=params)
             step = compile_step(task, optimizer, mesh, state).lower(state, batch, jax.random.key(0)).compile()
         else:
-            predict = jax.jit(task.predict["logits"], compiler_options=jit_options(platform))
+            predict = jax.jit(task.classifier.logits, compiler_options=jit_options(platform))
 
     def run():
         nonlocal state

@@ -298,7 +298,7 @@ def read_labels(labels: str) -> list[str]:
 def two_towers(source: str) -> Model:
     """The model of a search. Raises `ConfigError` for one that knows no words."""
     model = load(source)
-    if "text" not in model.task.predict:
+    if model.task.embedder is None or model.task.embedder.text is None:
         raise ConfigError(f"model is {source!r}, a {type(model.config).__name__}; wanted CLIP or SigLIP")
     return model
 

@@ -1,10 +1,13 @@
-"""What the train step knows of an objective."""
+"""What the rest of jaxmm knows of an objective: its loss, and what a model trained with it can do."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
-from jaxtyping import Array, Float, Key
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmm.validation import ConfigError, require
 
@@ -13,14 +16,91 @@ Params = Any
 Batch = dict[str, jax.Array]
 """A global batch: arrays with a leading example axis."""
 Outputs = Any
-"""A pytree of arrays with a leading example axis: what the loss needs to know of each example."""
+"""A pytree of arrays with a leading example axis: what the loss needs from each example."""
 Metrics = dict[str, Float[Array, ""]]
 
 
-def check_pairs(image_size: int, vision: Any, tokenizer: Any | None) -> None:
-    """Raises `ConfigError` where pictures and texts of the data do not fit a task that reads both.
+@dataclass(frozen=True, kw_only=True)
+class Embedder:
+    """Vectors of images, and of texts in the same space. logits = scale * cosine + bias."""
 
-    `vision` is the configuration of the model's picture tower.
+    image: Callable[[Params, Batch], Float[Array, "b e"]]
+    """Embeddings of `batch["image"]`, of length 1 if texts are embedded too; a classifier's features otherwise."""
+    text: Callable[[Params, Batch], Float[Array, "b e"]] | None = None
+    """Embeddings of `batch["tokens"]`, of length 1; None: texts are not embedded."""
+    features: Callable[[Params, Batch], Float[Array, "b d"]]
+    """Features of `batch["image"]` in the backbone, for linear probes and nearest neighbours."""
+    scale: Callable[[Params], Float[Array, ""]] = lambda params: jnp.ones(())
+    bias: Callable[[Params], Float[Array, ""]] = lambda params: jnp.zeros(())
+    text_length: Callable[[Int[Any, "b t"]], Int[Any, "b"]] | None = None
+    """Number of leading tokens that each text's embedding depends on, so that texts may be cut behind them; None: all
+    of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """Logits of the classes that a head tells apart."""
+
+    logits: Callable[[Params, Batch], Float[Array, "b c"]]
+    reads_text: bool = False
+    """True if the batch needs `tokens` beside `image`, as in NLVR2 (`image` is [b 2 h w 3] then)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A model that writes token by token: a text, or an image.
+
+    Rows of tokens may be a multiple of the rows of context, for several texts or beams per image: row r of the tokens
+    reads context r // (rows // contexts).
+    """
+
+    context: Callable[[Params, Batch], tuple[Array, Bool[Array, "b n"] | None]] | None
+    """What cross-attention reads, from `batch["image"]` (and `batch["tokens"]`, if `reads_text`), and the mask of its
+    valid positions (None: all are valid). None: the decoder has no context."""
+    prepare: Callable[[Params, Any], Any] = lambda params, context: context
+    """What all steps share, computed once: the cross-attention cache of each layer. `context` is None without one."""
+    cache: Callable[[int, int], Any]
+    """(rows, length) to an empty self-attention cache: a pytree of arrays with the leading axis `rows`."""
+    decode_step: Callable[..., tuple[Float[Array, "r v"], Any]]
+    """(params, tokens [r], position, cache, prepared, cache mask [r length], context mask) to the logits of the next
+    token, and the cache with this one."""
+    logits: Callable[..., Float[Array, "r t v"]]
+    """(params, tokens [r t], prepared, context mask) to the logits after each token, all at once."""
+    attention: Callable[[Params, Batch, Int[Array, "b t"]], Float[Array, "b t g g"]] | None = None
+    """(params, batch, tokens) to the cross-attention of each token over the image's g x g patches, the mean over
+    layers and heads; zeros for the first token, which is given."""
+    start_id: int
+    """Token at position 0."""
+    end_id: int | None
+    """Token that ends a text; None: every sequence has the full length."""
+    pad_id: int | None
+    """Token behind the end; None: there is none."""
+    longest: int
+    """Most tokens that a sequence can have, the first one included."""
+    vocab_size: int
+    prompt: str = ""
+    """Text that training put before each text."""
+    reads_text: bool = False
+    """True if the context depends on `batch["tokens"]`: a question."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matcher:
+    """A head that tells whether an image and a text belong together. Each image is encoded once for all its texts."""
+
+    encode: Callable[[Params, Batch], Float[Array, "b n c"]]
+    """Image tokens of `batch["image"]`."""
+    embed: Callable[[Params, Float[Array, "b n c"]], Float[Array, "b e"]] | None
+    """Image embeddings, as `Embedder.image` returns, from image tokens; None: images are not embedded."""
+    logits: Callable[[Params, Float[Array, "b n c"], Int[Array, "b g t"]], Float[Array, "b g 2"]]
+    """Logits of "do not belong together" and "belong together" of g texts per image."""
+    pad_id: int
+
+
+def check_pairs(image_size: int, vision: Any, tokenizer: Any | None) -> None:
+    """Raise `ConfigError` if images and texts of the data do not fit a task that reads both.
+
+    `vision` is the configuration of the model's image tower.
     """
     require(image_size == vision.image_size, "data.image.size", image_size,
             f"the model's task.model.vision.image_size = {vision.image_size}")
@@ -31,62 +111,105 @@ def check_pairs(image_size: int, vision: Any, tokenizer: Any | None) -> None:
 class Task:
     """Base of the objectives: subclasses are frozen dataclasses whose methods are pure functions.
 
-    Most objectives are `objective(params, encode(params, prepare(batch)))`, where `encode` treats every example by
-    itself and `objective` sees all of the batch; written so, the step can accumulate microbatches exactly. One that
-    is not overrides `loss`.
+    Most objectives are `objective(params, encode(params, prepare(batch)))`: `encode` treats every example by itself and
+    `objective` reads the global batch. The train step can then accumulate microbatches exactly. Other objectives
+    override `loss`. What a trained model can do is in the capability records, which a subclass overrides by properties.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("image",)
-    """What of a record it needs: `image`, and `text` or `label`."""
-    pictures: ClassVar[int] = 1
-    """How many a record has."""
+    """Parts of a record that the task needs: `image`, `text`, `label`, `answers`."""
+    images_per_record: ClassVar[int] = 1
     decomposes: ClassVar[bool] = False
-    """Whether the loss of a batch is the mean of the losses of its parts."""
+    """True if the loss of a batch is the mean of the losses of its parts."""
     bounds: ClassVar[tuple[tuple[str, float, float], ...]] = ()
-    """(path pattern, lowest, highest): parameters that the optimizer holds within limits."""
+    """(path pattern, lowest, highest): limits that the optimizer clamps parameters to."""
+
+    module: ClassVar[Any] = None
+    """The Flax module whose parameters `init` returns; None: there is no single one."""
+    image_size: ClassVar[int | None] = None
+    """Side in pixels of the images that the model reads; None: that of the data's configuration."""
+    classes: ClassVar[int | None] = None
+    """Number of classes; None: that of the data, or no head."""
+    text_config: ClassVar[Any] = None
+    """Configuration of the part that reads texts, or writes them; None: there is none."""
+    context_length: ClassVar[int | None] = None
+    """Tokens that every text is padded to; None: any number that the model has positions for."""
+    embedder: ClassVar[Embedder | None] = None
+    classifier: ClassVar[Classifier | None] = None
+    decoder: ClassVar[Decoder | None] = None
+    matcher: ClassVar[Matcher | None] = None
 
     @property
     def splits(self) -> bool:
-        """Whether its loss can be computed in microbatches."""
+        """True if the loss can be computed in microbatches."""
         return type(self).loss is Task.loss
 
+    @property
+    def writes_captions(self) -> bool:
+        """True if there is a decoder that needs an image and nothing else."""
+        return self.decoder is not None and self.decoder.context is not None and not self.decoder.reads_text
+
+    @property
+    def answers_questions(self) -> bool:
+        """True if there is a decoder that reads a text and then writes."""
+        return self.decoder is not None and self.decoder.reads_text
+
+    def with_dtype(self, dtype: str) -> "Task":
+        """Return this task computing in `dtype`: every field of that name in its configuration is replaced."""
+        return _with_fields(self, dtype=dtype)
+
     def bind(self, *, image_size: int, classes: int | None, tokenizer: Any | None) -> "Task":
-        """This task with what only the data knows filled in. Raises `ConfigError` where they do not fit."""
+        """Return this task with what only the data knows filled in. Raise `ConfigError` if they do not fit."""
         raise NotImplementedError
 
     def check_batch(self, size: int) -> None:
-        """Raises `ConfigError` where the loss takes no batch of this size."""
+        """Raise `ConfigError` if the loss takes no batch of this size."""
 
     def init(self, rng: Key[Array, ""]) -> Params:
-        """Fresh parameters."""
+        """Return new parameters."""
         raise NotImplementedError
 
     def init_extra(self, params: Params, rng: Key[Array, ""]) -> Any:
-        """State besides the parameters, derived from them: momentum copies, queues."""
+        """Return state besides the parameters that is derived from them: momentum copies, queues."""
         return {}
 
     def prepare(self, batch: Batch, rng: Key[Array, ""]) -> Batch:
-        """What mixes examples of the batch before they are encoded (mixup)."""
+        """Return the batch with its examples mixed, before they are encoded (mixup)."""
         return batch
 
     def encode(self, params: Params, batch: Batch, rng: Key[Array, ""]) -> Outputs:
-        """Each example by itself, as in training."""
+        """Return what the loss needs from each example, computed from that example alone, as in training."""
         raise NotImplementedError
 
     def objective(self, params: Params, outputs: Outputs, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        """The loss over the global batch of outputs, and what to log."""
+        """Return the loss over the global batch of outputs, and the metrics to log."""
         raise NotImplementedError
 
     def loss(
         self, params: Params, extra: Any, batch: Batch, rng: Key[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[Any, Metrics]]:
-        """The loss over the global batch, the new extra state, and what to log."""
+        """Return the loss over the global batch, the new extra state, and the metrics to log."""
         mixing, drawing = jax.random.split(rng)
         batch = self.prepare(batch, mixing)
         loss, metrics = self.objective(params, self.encode(params, batch, drawing), batch)
         return loss, (extra, metrics)
 
-    @property
-    def predict(self) -> Mapping[str, Callable[[Params, Batch], jax.Array]]:
-        """What evaluators may call, by name; each is a pure function of parameters and batch."""
-        raise NotImplementedError
+
+def capabilities(task: Task) -> tuple[str, ...]:
+    """Return what a model trained with `task` can do, in words for messages."""
+    embedder, classifier, decoder = task.embedder, task.classifier, task.decoder
+    offered = {"embeds images": embedder, "embeds texts": embedder and embedder.text,
+               "classifies images": classifier and not classifier.reads_text,
+               "judges a text about several images": classifier and classifier.reads_text,
+               "writes captions": task.writes_captions, "answers questions": task.answers_questions,
+               "generates without an image": decoder and decoder.context is None,
+               "matches images and texts": task.matcher}
+    return tuple(name for name, record in offered.items() if record)
+
+
+def _with_fields(config: Any, **values: Any) -> Any:
+    """Return the dataclass `config` with `values` for fields of these names, in nested dataclasses too."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    nested = {name: _with_fields(value, **values) for name, value in fields.items()
+              if dataclasses.is_dataclass(value) and not isinstance(value, type)}
+    return dataclasses.replace(config, **nested, **{name: value for name, value in values.items() if name in fields})

@@ -31,7 +31,7 @@ import numpy as np
 from jaxmm.config import Evaluator
 from jaxmm.data.base import fingerprint
 from jaxmm.data.sources import registry
-from jaxmm.task import Task
+from jaxmm.task import Classifier, Task
 from tests.training.common import LINEAR
 
 
@@ -55,8 +55,8 @@ class Brightness(Task):
         return jnp.square(outputs - batch["label"]).mean(), {}
 
     @property
-    def predict(self):
-        return {"brightness": lambda params, batch: self.encode(params, batch, None)}
+    def classifier(self):
+        return Classifier(logits=lambda params, batch: self.encode(params, batch, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class MeanBrightness(Evaluator):
 
     def run(self, context):
         images = np.stack([context.val[i]["image"] for i in range(len(context.val))])
-        found = context.task.predict["brightness"](context.params, {"image": images})
+        found = context.task.classifier.logits(context.params, {"image": images})
         yield self.metrics(context)[0], float(found.mean()) + self.offset
 
 

@@ -15,15 +15,14 @@ from jaxmm.capfilt.tables import Texts
 from jaxmm.config import require
 from jaxmm.data.base import DataError, Source
 from jaxmm.inference.batching import predict_fn
-from jaxmm.inference.matching import match_pairs, power_of_two, seer
+from jaxmm.inference.matching import make_image_encoder, match_pairs, power_of_two
 from jaxmm.inference.model import Model
-from jaxmm.models.blip import BLIPConfig
 
 
 def check_filter(model: Model, name: str) -> None:
     """Raises `ConfigError` for a model that does not match."""
-    require(isinstance(model.config, BLIPConfig) and model.config.matching, "filter", name,
-            "a BLIP that matches, such as Salesforce/blip-itm-base-coco")
+    require(model.task.matcher is not None, "filter", name,
+            "a model that matches images and texts, such as Salesforce/blip-itm-base-coco")
     model.tokenize([])  # says what is missing
 
 
@@ -58,9 +57,9 @@ def _scores(model: Model, group: Sequence[Picture], texts: Sequence[Sequence[str
     """Probabilities and cosines of all texts of the pictures, one after the other."""
     picture = np.repeat(np.arange(len(group)), [len(each) for each in texts])
     tokens = model.tokenize([text for each in texts for text in each])
-    found = {name: np.asarray(value) for name, value in
-             seer(model.task, mesh)(model.params, placed({"image": filled(group, 0, PICTURES)}, mesh)).items()}
-    logits = match_pairs(model.task, model.params, found["seen"], tokens, picture, np.arange(len(tokens)), mesh)
+    encode, batch = make_image_encoder(model.task, mesh), placed({"image": filled(group, 0, PICTURES)}, mesh)
+    found = {name: np.asarray(value) for name, value in encode(model.params, batch).items()}
+    logits = match_pairs(model.task, model.params, found["image_tokens"], tokens, picture, np.arange(len(tokens)), mesh)
     itm = expit(logits[:, 1] - logits[:, 0])
     if "image" not in found:
         return itm, np.full(len(itm), np.nan, np.float32)

@@ -17,10 +17,9 @@ from jaxmm.capfilt.image_batches import Picture, filled, grouped, placed, read_p
 from jaxmm.capfilt.tables import WRITTEN, Texts
 from jaxmm.config import require
 from jaxmm.data.base import Source
-from jaxmm.inference.captioning import prompt_tokens, writer
+from jaxmm.inference.captioning import make_caption_fn, prompt_tokens
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import Model
-from jaxmm.models.blip import BLIPConfig
 
 NUCLEUS = Decoding(sample=True, top_p=0.9, min_length=5, max_length=20)
 """As the paper's captioner writes (section 4.2)."""
@@ -35,22 +34,23 @@ Done = Callable[[int], Any]
 
 def check_captioner(model: Model, name: str, decoding: Decoding, captions: int, prompt: str | None) -> None:
     """Raises `ConfigError` for a model that does not write, or that cannot write so many captions."""
-    require(isinstance(model.config, BLIPConfig) and model.config.text.decoder, "captioner", name,
-            "a BLIP that writes, such as Salesforce/blip-image-captioning-base")
+    decoder = model.task.decoder
+    require(model.task.writes_captions, "captioner", name,
+            "a model that writes captions, such as Salesforce/blip-image-captioning-base")
     require(captions >= 0, "captions", captions, "0 or more")
     require(decoding.sample or captions <= decoding.beams, "captions", captions,
             f"at most decoding.beams = {decoding.beams} without decoding.sample")
     given = given_tokens(model, prompt)
-    require(given.shape[1] < decoding.max_length <= model.config.text.positions, "decoding.max_length",
+    require(given.shape[1] < decoding.max_length <= decoder.longest, "decoding.max_length",
             decoding.max_length, f"above the prompt's {given.shape[1]} tokens, at most the model's "
-            f"{model.config.text.positions} places")
+            f"{decoder.longest} positions")
 
 
 def given_tokens(model: Model, prompt: str | None) -> np.ndarray:
     """[1 p], what every caption begins with; `prompt` None: as in training."""
-    prompt = getattr(model.task, "prompt", "") if prompt is None else prompt
+    prompt = model.task.decoder.prompt if prompt is None else prompt
     model.tokenize([])  # says what is missing
-    return prompt_tokens(model.tokenizer, prompt, model.config.text.decode_id)
+    return prompt_tokens(model.tokenizer, prompt, model.task.decoder)
 
 
 def caption_shard(
@@ -100,7 +100,7 @@ def _write(model: Model, number: int, group: Sequence[Picture], decoding: Decodi
     """The captions of each picture with their scores."""
     each, best = (captions, 1) if decoding.sample else (1, captions)
     given = given_tokens(model, prompt)
-    fn = writer(model.task, decoding, seed, mesh)
+    fn = make_caption_fn(model.task, decoding, seed, mesh)
     rows = [draw_number(group[min(i, len(group) - 1)].key, number, j)
             for i, j in itertools.product(range(PICTURES), range(each))]
     found = fn(model.params, placed({"image": filled(group, number, PICTURES), "row": np.asarray(rows, np.int32),

@@ -20,16 +20,21 @@ from jaxmm.evals.context import (
     spread,
 )
 from jaxmm.inference.batching import outputs, padded_batch_size
-from jaxmm.inference.captioning import CAPTIONS, looker, prompt_tokens, words_looked, writer
+from jaxmm.inference.captioning import (
+    CAPTIONS,
+    make_attention_map_fn,
+    make_caption_fn,
+    prompt_tokens,
+    word_attention_maps,
+)
 from jaxmm.inference.generate import Decoding
-from jaxmm.models.blip import BLIPConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Captions(Evaluator):
     """Yields `caption_exact`, the share of pictures whose caption is, word for word, one of those that they have,
-    `caption_score`, the mean of the captions' scores (`inference.generate.Written`), and for scenes `caption_largest`,
-    the share whose caption names colour and shape of the largest object, and `caption_true`, the share that say what is
+    `caption_score`, the mean of the captions' scores (see `Generated.score`), and for scenes `caption_largest`, the
+    share whose caption names colour and shape of the largest object, and `caption_true`, the share that say what is
     so; then what COCO's captions are measured by, as fractions of 1 but CIDEr (see `jaxmm.evals.caption_metrics`):
     `bleu@1` to `bleu@4`, `rouge_l`, `cider`, and `meteor` and `spice` where there is a Java that runs them.
 
@@ -48,8 +53,7 @@ class Captions(Evaluator):
     def check(self, context: EvalContext) -> Source:
         """The source measured on; raises `ConfigError` where this cannot run."""
         source = check(self, context, tokenizer=True)
-        model = getattr(context.task, "model", None)
-        if not isinstance(model, BLIPConfig) or not model.text.decoder:
+        if not context.task.writes_captions:
             raise ConfigError(f"Captions asks for a model that writes; {type(context.task).__name__} does not")
         return source
 
@@ -63,12 +67,12 @@ class Captions(Evaluator):
     def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
         """Yields metric names and values."""
         source, tokenizer, task = self.check(context), context.tokenizer, context.task
-        prompt = getattr(task, "prompt", "") if self.prompt is None else self.prompt
-        given = prompt_tokens(tokenizer, prompt, task.model.text.decode_id)
+        prompt = task.decoder.prompt if self.prompt is None else self.prompt
+        given = prompt_tokens(tokenizer, prompt, task.decoder)
         size = padded_batch_size(self.batch_size, context.mesh)
         batches = (batch | {"prompt": np.repeat(given, size, axis=0), "row": batch["index"].astype(np.int32)}
                    for batch in picture_batches(source, context, size))
-        fn = writer(task, self.decoding, 0, context.mesh)
+        fn = make_caption_fn(task, self.decoding, 0, context.mesh)
         weights, found = chosen_weights(self, context), {}
         for result, batch in outputs(fn, weights, batches, context.mesh):
             found |= {index: (tokens[0], float(score[0])) for index, tokens, score in zip(
@@ -102,6 +106,9 @@ class Captions(Evaluator):
         rows = [chosen[min(row, len(chosen) - 1)] for row in range(size)]
         batch = {"image": np.stack([eval_image(decode(source[i]["image"]), context.data.image) for i in rows]),
                  "tokens": np.stack([written[i] for i in rows]), "mask": np.arange(size) < len(chosen)}
-        (result, batch), = outputs(looker(context.task, context.mesh), weights, [batch], context.mesh)
-        for i, image, tokens, look in zip(chosen, batch["image"], batch["tokens"], result["look"], strict=True):
-            yield i, image, tuple(words_looked(context.tokenizer, tokens[1:], look[1:]))
+        if context.task.decoder.attention is None:
+            yield from ((i, image, ()) for i, image in zip(chosen, batch["image"], strict=False))
+            return
+        (result, batch), = outputs(make_attention_map_fn(context.task, context.mesh), weights, [batch], context.mesh)
+        for i, image, tokens, look in zip(chosen, batch["image"], batch["tokens"], result["attention"], strict=True):
+            yield i, image, tuple(word_attention_maps(context.tokenizer, tokens[1:], look[1:]))

@@ -16,7 +16,7 @@ from jaxmm.data.base import Source
 from jaxmm.data.images import decode
 from jaxmm.data.pipeline import counted, eval_rows
 from jaxmm.data.sources.registry import open_source
-from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
+from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn, predictions
 from jaxmm.sharding import host_share, place_batch, replicated
 
 
@@ -100,10 +100,11 @@ def chosen_source(evaluator: Evaluator, context: EvalContext) -> Source:
 def check(evaluator: Evaluator, context: EvalContext, *predicts: str, tokenizer: bool = False) -> Source:
     """The source that `evaluator` measures on; raises `ConfigError` where it cannot run in `context`."""
     name = type(evaluator).__name__
-    missing = [p for p in predicts if p not in context.task.predict]
+    offered = {*predictions(context.task), *(["match"] if context.task.matcher is not None else [])}
+    missing = [p for p in predicts if p not in offered]
     if missing:
         raise ConfigError(f"{name} asks the task for {missing[0]!r}; {type(context.task).__name__} predicts "
-                          f"{', '.join(sorted(context.task.predict))}")
+                          f"{', '.join(sorted(offered))}")
     if tokenizer and context.tokenizer is None:
         raise ConfigError(f"{name} reads texts; wanted a task with a tokenizer")
     chosen_weights(evaluator, context)

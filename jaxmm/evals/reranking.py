@@ -12,7 +12,7 @@ from jaxmm.config import require
 from jaxmm.evals.context import EvalContext, chosen_weights
 from jaxmm.evals.retrieval import PairEvaluator, Pairs, best_rank_of, chunks, embed_pairs
 from jaxmm.inference.batching import outputs
-from jaxmm.inference.matching import match_pairs, seer
+from jaxmm.inference.matching import make_image_encoder, match_pairs
 
 TIE = np.float32(1e-5)
 """Scores closer than this are equal: what sums in float32, in another order, leave of logits."""
@@ -44,7 +44,7 @@ class Reranking(PairEvaluator):
         with tempfile.TemporaryFile() as file:
             kept = Kept(file)
             pairs = embed_pairs(self, source, context, lambda params, batches: kept.taken(
-                outputs(seer(task, mesh), params, batches, mesh)))
+                outputs(make_image_encoder(task, mesh), params, batches, mesh)))
             seen = kept.array()
             yield from self.recalls(self._ranks(pool, seen[i * len(pool.image):], context)
                                     for i, pool in enumerate(self.pools(pairs)))
@@ -79,7 +79,7 @@ class Kept:
     def taken(self, found: Iterator[tuple[dict[str, np.ndarray], Any]]) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
         """What is `found`, without `seen` [b s c], which is written down."""
         for result, batch in found:
-            seen = result.pop("seen")
+            seen = result.pop("image_tokens")
             self.file.write(seen.tobytes())
             self.dtype, self.shape = seen.dtype, (self.shape[0] + len(seen), *seen.shape[1:])
             yield result, batch

@@ -20,11 +20,10 @@ from jaxmm.evals.context import (
     spread,
     thumbnail,
 )
-from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, ranker
+from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, make_rank_fn
 from jaxmm.inference.batching import outputs, padded_batch_size
-from jaxmm.inference.captioning import prompt_tokens, writer
+from jaxmm.inference.captioning import make_caption_fn, prompt_tokens
 from jaxmm.inference.generate import Decoding
-from jaxmm.models.blip import BLIPConfig
 
 NUMBERS = dict(zip(("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
                    map(str, (0, *range(11))), strict=True))
@@ -74,8 +73,7 @@ class VQAAccuracy(Evaluator):
     def check(self, context: EvalContext) -> Source:
         """The source measured on; raises `ConfigError` where this cannot run."""
         source = check(self, context, tokenizer=True)
-        model = getattr(context.task, "model", None)
-        if not isinstance(model, BLIPConfig) or model.answer is None:
+        if not context.task.answers_questions:
             raise ConfigError(f"VQAAccuracy asks for a model that answers; {type(context.task).__name__} does not")
         require(getattr(source, "most_answers", 0), "VQAAccuracy.source", source.name, "questions with answers (vqa:)")
         self.choices(context)
@@ -124,12 +122,13 @@ class VQAAccuracy(Evaluator):
         size = padded_batch_size(self.batch_size, context.mesh)
         batches = picture_batches(source, context, size, tokenizer)
         if choices is None:
-            prompt = np.repeat(prompt_tokens(tokenizer, "", task.model.answer.decode_id), size, axis=0)
+            prompt = np.repeat(prompt_tokens(tokenizer, "", task.decoder), size, axis=0)
             batches = (batch | {"prompt": prompt, "row": batch["index"].astype(np.int32)} for batch in batches)
-            fn = writer(task, self.decoding, 0, context.mesh)
+            fn = make_caption_fn(task, self.decoding, 0, context.mesh)
         else:
-            candidates, given = candidate_tokens(tokenizer, choices, task.model)
-            fn = partial(ranker(task, given, 3, self.shortlist, self.smoothing, context.mesh), candidates=candidates)
+            candidates, given = candidate_tokens(tokenizer, choices, task.decoder)
+            ranked = make_rank_fn(task, given, 3, self.shortlist, self.smoothing, context.mesh)
+            fn = partial(ranked, candidates=candidates)
         for result, batch in outputs(fn, chosen_weights(self, context), batches, context.mesh):
             for row, index in enumerate(batch["index"].tolist()):
                 texts = ([choices[i] for i in result["index"][row]] if choices is not None

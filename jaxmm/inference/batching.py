@@ -11,11 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmm import hosts
 from jaxmm.compiling import compile_prediction
-from jaxmm.config import Task
 from jaxmm.sharding import put_global
+from jaxmm.task import Batch, Params, Task
 
-INPUTS = ("image", "tokens", "prompt", "row", "seen")
-"""Keys of a batch that the functions of `Task.predict` may read; the rest stays on the host."""
+INPUTS = ("image", "tokens", "prompt", "row", "image_tokens")
+"""Keys of a batch that compiled functions may read; the rest stays on the host."""
 
 
 def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
@@ -28,16 +28,27 @@ def padded_batch_size(batch_size: int, mesh: Mesh | None) -> int:
     return -(-batch_size // parts) * parts
 
 
+def predictions(task: Task) -> dict[str, Callable[[Params, Batch], jax.Array]]:
+    """Return what `task` computes for each example, by name: `image`, `text`, `features`, `logits`; pure functions."""
+    embedder, classifier = task.embedder, task.classifier
+    functions = {} if embedder is None else {"image": embedder.image, "text": embedder.text,
+                                             "features": embedder.features}
+    if classifier is not None:
+        functions["logits"] = classifier.logits
+    return {name: function for name, function in functions.items() if function is not None}
+
+
 @lru_cache(maxsize=32)
 def predict_fn(task: Task, names: tuple[str, ...], mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
-    """`task.predict[name]` for each of `names`, compiled together.
+    """Return `predictions(task)[name]` for each of `names`, compiled together.
 
-    Equal arguments give the same function, so that a later evaluation finds it compiled. Its results are
-    replicated: every host holds them whole.
+    Equal arguments return the same function, so that a later evaluation need not compile it again. Its outputs are
+    replicated on every host.
     """
+    functions = predictions(task)
 
     def predict(params, batch):
-        return {name: task.predict[name](params, batch) for name in names}
+        return {name: functions[name](params, batch) for name in names}
 
     return compile_prediction(predict, mesh)
 

@@ -1,8 +1,8 @@
-"""Texts out of a decoder, one token after the other: greedy, beams, sampling; one compiled loop over a cache.
+"""Generate sequences with a decoder, token by token: greedy, beam search, sampling; one compiled loop over a cache.
 
-What is written for one picture depends on it alone, whatever else is in the batch: prompts of different lengths stand
-side by side without padding before them (a row whose prompt goes on takes its next token from there), every row draws
-with its own key, and a row that has ended waits.
+The sequence of a row does not depend on the other rows of its batch: prompts of different lengths are not padded in
+front (a row that is still inside its prompt takes the next token from there), every row samples with its own key, and
+finished rows are padded until all are done.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jaxmm.task import Decoder
 from jaxmm.validation import check_types, require
 
 NEVER = -1e9
 """A score that loses to any other."""
+NO_TOKEN = -1
+"""An id that no token has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,27 +59,50 @@ class Decoding:
         require(self.sample or not drawn, "decoding.sample", self.sample, "True, for top_p, top_k or temperature")
 
 
-class Written(NamedTuple):
-    """What was written, the best first."""
+class Generated(NamedTuple):
+    """Sequences, the best first."""
 
     tokens: Int[Array, "b k L"]
-    """Prompt, text and end token, then padding."""
+    """Prompt, generated tokens and end token, then padding."""
     score: Float[Array, "b k"]
-    """Sum of the log-probabilities of what was written, over its length to `length_penalty`."""
+    """Sum of the log-probabilities of the generated tokens, over their number to the power `length_penalty`."""
 
 
 Step = Callable[[Int[Array, "r"], Int[Array, ""], Any, Bool[Array, "r L"]], tuple[Float[Array, "r v"], Any]]
-"""(tokens, their place, the cache, places that hold tokens) to logits of what comes next, and the cache with them."""
+"""(tokens, their position, the cache, the mask of filled positions) to logits of the next token, and the cache with
+these."""
 
 
-def write(
-    step: Step, cache: Any, prompt: Int[Array, "b p"], lengths: Int[Array, "b"], keys: Key[Array, "b"],
-    decoding: Decoding, *, end_id: int, pad_id: int,
-) -> Written:
-    """Goes on from the first `lengths` (at least 1) tokens of each `prompt`.
+def generate(
+    decoder: Decoder, params: Any, context: Any, prompt: Int[Array, "r p"], lengths: Int[Array, "r"],
+    keys: Key[Array, "r"], decoding: Decoding, context_mask: Bool[Array, "b n"] | None = None,
+) -> Generated:
+    """Continue each prompt's first `lengths` tokens with `decoder`, given what its `context` returned (or None).
 
-    `cache` has room for b x k rows and L places: leaves [r ...], row r being text r % k of picture r // k.
+    The first token of a prompt is replaced by `decoder.start_id`. There may be several prompts per context: those of
+    the first context, then those of the next. What the decoder prepares from a context is computed once for all of its
+    prompts and beams.
     """
+    prepared = decoder.prepare(params, context)
+
+    def step(tokens, position, cache, cache_mask):
+        return decoder.decode_step(params, tokens, position, cache, prepared, cache_mask, context_mask)
+
+    return search(step, decoder.cache(len(prompt) * decoding.beams, decoding.max_length),
+                  prompt.at[:, 0].set(decoder.start_id), lengths, keys, decoding, end_id=decoder.end_id,
+                  pad_id=decoder.pad_id)
+
+
+def search(
+    step: Step, cache: Any, prompt: Int[Array, "b p"], lengths: Int[Array, "b"], keys: Key[Array, "b"],
+    decoding: Decoding, *, end_id: int | None, pad_id: int | None,
+) -> Generated:
+    """Continue the first `lengths` (at least 1) tokens of each prompt, as `decoding` says.
+
+    `cache` has room for b x k rows and L positions: leaves [r ...], row r being sequence r % k of prompt r // k.
+    Without `end_id` every sequence has `decoding.max_length` tokens.
+    """
+    end_id, pad_id = NO_TOKEN if end_id is None else end_id, 0 if pad_id is None else pad_id
     b, p = prompt.shape
     k, total = decoding.beams, decoding.max_length
     prompt = jnp.pad(prompt, ((0, 0), (0, max(0, total - p))), constant_values=pad_id)[:, :total]
@@ -108,7 +134,7 @@ def write(
         return _beams(state, new, scores, in_prompt, forced, lengths, decoding, end_id)
 
     last = jax.lax.while_loop(going, advance, start)
-    return Written(last.done, last.done_score)
+    return Generated(last.done, last.done_score)
 
 
 class State(NamedTuple):
@@ -122,7 +148,7 @@ class State(NamedTuple):
     cache: Any
     done: Int[Array, "b k L"]
     done_score: Float[Array, "b k"]
-    """As `Written.score`."""
+    """Scores of `done`, as in `Generated`."""
     ended: Bool[Array, "b"]
     """Rows in which nothing that goes on would become better than what has ended."""
 

@@ -1,7 +1,7 @@
-"""Which pictures and texts belong together: the compiled functions that see and match, and pairs cut for them.
+"""Match images with texts: the compiled functions, and batches of pairs for them.
 
-A picture is encoded once for all of its texts, and the keys and values of its tokens are computed once for `TEXTS` of
-them. Texts of like length go together, cut behind their last token.
+An image is encoded once for all of its texts, and the keys and values of its tokens are computed once for `TEXTS` of
+them. Texts of similar length are batched together, cut behind their last token.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,92 +14,89 @@ from jaxtyping import Float, Int
 
 from jaxmm.compiling import compile_prediction
 from jaxmm.inference.batching import outputs, padded_batch_size
-from jaxmm.models.blip import BLIP
 from jaxmm.task import Task
 
 TEXTS = 8
-"""g, texts that look at a picture in one call, at most."""
-PICTURES = 8
-"""Pictures in one call, at most; over several devices, rounded up to a multiple of them."""
+"""g, most texts per image in one call."""
+IMAGES = 8
+"""Most images in one call; over several devices, rounded up to a multiple of them."""
 ROUNDED = 8
 """Tokens: texts are cut to multiples of it, so that there are few lengths and few compiled programs."""
 
 
 @lru_cache(maxsize=4)
-def seer(task: Task, mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
-    """(parameters, batch of `image`) to `seen` [b n c], the pictures' tokens, and `image` [b e], compiled; of a batch
-    with `tokens` also `text` [b e]."""
-    model = BLIP(task.model)
+def make_image_encoder(task: Task, mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
+    """Return a compiled function from (parameters, batch of `image`) to `image_tokens` [b n c] and, if the model embeds
+    images, `image` [b e]; if the batch has `tokens`, `text` [b e] too."""
+    matcher, embedder = task.matcher, task.embedder
 
-    def see(params, batch):
-        seen = model.apply({"params": params}, task.pixels(batch["image"]), train=False, method=BLIP.see)
-        found = {"seen": seen}
-        if task.model.embed_dim:
-            found["image"] = model.apply({"params": params}, seen, method=BLIP.embed_image)
-        return found | ({"text": task.predict["text"](params, batch)} if "tokens" in batch else {})
+    def encode(params, batch):
+        image_tokens = matcher.encode(params, batch)
+        found = {"image_tokens": image_tokens}
+        if matcher.embed is not None:
+            found["image"] = matcher.embed(params, image_tokens)
+        return found | ({"text": embedder.text(params, batch)} if "tokens" in batch else {})
 
-    return compile_prediction(see, mesh)
+    return compile_prediction(encode, mesh)
 
 
 @lru_cache(maxsize=4)
-def matcher(task: Task, mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
-    """(parameters, batch of `seen` [b n c] and `tokens` [b g t]) to `match` [b g 2], the logits of "do not belong
-    together" and "belong together", compiled."""
-    model = BLIP(task.model)
+def make_itm_fn(task: Task, mesh: Mesh | None) -> Callable[[Any, Mapping], dict]:
+    """Return a compiled function from (parameters, batch of `image_tokens` [b n c] and `tokens` [b g t]) to `match`
+    [b g 2], the logits of "do not belong together" and "belong together"."""
+    logits = task.matcher.logits
 
     def match(params, batch):
-        tokens = batch["tokens"]
-        logits = model.apply({"params": params}, tokens.reshape(-1, tokens.shape[2]), batch["seen"], train=False,
-                             method=BLIP.match)
-        return {"match": logits.reshape(*tokens.shape[:2], 2)}
+        return {"match": logits(params, batch["image_tokens"], batch["tokens"])}
 
     return compile_prediction(match, mesh)
 
 
 def pair_batches(
-    seen: Float[np.ndarray, "n s c"], tokens: Int[np.ndarray, "m t"], picture: Int[np.ndarray, "p"],
+    image_tokens: Float[np.ndarray, "n s c"], tokens: Int[np.ndarray, "m t"], image: Int[np.ndarray, "p"],
     text: Int[np.ndarray, "p"], *, pad_id: int, size: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches for `matcher` that hold every pair (`picture`, `text`) once; `size` pictures each.
+    """Yield batches of `size` images for `make_itm_fn`, which cover every pair (`image`, `text`) once.
 
-    `pair` [b g] is the pair's number, -1 where a row has fewer than g texts; `mask` bool [b] is False for the rows that
-    fill up a batch.
+    `pair` [b g] is the number of the pair, -1 if a row has fewer than g texts. `mask` bool [b] is False for rows that
+    pad the batch.
     """
     length = tokens.shape[1] - (tokens[:, ::-1] != pad_id).argmax(axis=1)
     width = np.minimum(-(-length // ROUNDED) * ROUNDED, tokens.shape[1])[text]
-    order = np.lexsort((width, picture))
-    place = np.arange(len(order)) - np.searchsorted(picture[order], picture[order])
+    order = np.lexsort((width, image))
+    place = np.arange(len(order)) - np.searchsorted(image[order], image[order])
     texts = min(TEXTS, power_of_two(int(place.max(initial=0)) + 1))
     first = place % texts == 0
     pair = np.full((first.sum(), texts), -1)
     pair[first.cumsum() - 1, place % texts] = order
     widest = width[pair].max(axis=1, where=pair >= 0, initial=0)
-    for each in np.unique(widest):
-        rows = pair[widest == each]
+    for length in np.unique(widest):
+        rows = pair[widest == length]
         for start in range(0, len(rows), size):
             batch = rows[np.minimum(np.arange(start, start + size), len(rows) - 1)]
             filled = np.where(batch < 0, batch[:, :1], batch)
-            yield {"seen": seen[picture[batch[:, 0]]], "tokens": tokens[text[filled], :each], "pair": batch,
+            yield {"image_tokens": image_tokens[image[batch[:, 0]]], "tokens": tokens[text[filled], :length],
+                   "pair": batch,
                    "mask": np.arange(start, start + size) < len(rows)}
 
 
 def power_of_two(count: int) -> int:
-    """The next one, from `count` on: batches of any length then meet a handful of compiled programs."""
+    """Return the next power of two, from `count` on. Batches padded to it need only a few compiled programs."""
     return 1 << (count - 1).bit_length()
 
 
 def match_pairs(
-    task: Task, params: Any, seen: Float[np.ndarray, "n s c"], tokens: Int[np.ndarray, "m t"],
-    picture: Int[np.ndarray, "p"], text: Int[np.ndarray, "p"], mesh: Mesh | None,
+    task: Task, params: Any, image_tokens: Float[np.ndarray, "n s c"], tokens: Int[np.ndarray, "m t"],
+    image: Int[np.ndarray, "p"], text: Int[np.ndarray, "p"], mesh: Mesh | None,
 ) -> Float[np.ndarray, "p 2"]:
-    """The logits of "do not belong together" and "belong together" of each pair (`picture`, `text`).
+    """Return the logits of "do not belong together" and "belong together" of each pair (`image`, `text`).
 
-    `seen` are the tokens of pictures that `jaxmm.inference.matching.seer` makes.
+    `image_tokens` come from `make_image_encoder`.
     """
-    found = np.zeros((len(picture), 2), np.float32)
-    size = padded_batch_size(min(PICTURES, power_of_two(len(np.unique(picture)))), mesh)
-    batches = pair_batches(seen, tokens, picture, text, pad_id=task.model.text.pad_id, size=size)
-    for result, batch in outputs(matcher(task, mesh), params, batches, mesh):
-        there = batch["pair"] >= 0
-        found[batch["pair"][there]] = result["match"][there]
-    return found
+    logits = np.zeros((len(image), 2), np.float32)
+    size = padded_batch_size(min(IMAGES, power_of_two(len(np.unique(image)))), mesh)
+    batches = pair_batches(image_tokens, tokens, image, text, pad_id=task.matcher.pad_id, size=size)
+    for result, batch in outputs(make_itm_fn(task, mesh), params, batches, mesh):
+        valid = batch["pair"] >= 0
+        logits[batch["pair"][valid]] = result["match"][valid]
+    return logits

@@ -8,7 +8,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +27,11 @@ from jaxmm.data.sources.vqa import clean_question
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.zero_shot import TEMPLATES, unit
-from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, ranker
-from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
-from jaxmm.inference.captioning import CAPTIONS, prompt_tokens, writer
+from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, make_rank_fn
+from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn, predictions
+from jaxmm.inference.captioning import CAPTIONS, make_caption_fn, prompt_tokens
 from jaxmm.inference.generate import Decoding
-from jaxmm.inference.matching import match_pairs, power_of_two, seer
-from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
-from jaxmm.models.vit import ViT, ViTConfig
+from jaxmm.inference.matching import make_image_encoder, match_pairs, power_of_two
 from jaxmm.pretrained.families import native, open_clip, timm, transformers
 from jaxmm.pretrained.families import transformers_blip as blip
 from jaxmm.pretrained.io.files import FileError, write_safetensors
@@ -42,7 +39,7 @@ from jaxmm.pretrained.registry import open_checkpoint
 from jaxmm.pretrained.table import Row, write_tensors
 from jaxmm.pretrained.tokenizer import is_openai, tokenizer_files
 from jaxmm.sharding import with_shardings
-from jaxmm.task import Task
+from jaxmm.task import Task, capabilities
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +56,7 @@ any length meet a handful of compiled programs."""
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Parameters, the pure functions that use them (`task.predict`), and how pictures and words become their input."""
+    """Parameters, the task whose records hold the pure functions that use them, the preprocessing and the tokenizer."""
 
     task: Task
     params: Any = field(repr=False)
@@ -77,13 +74,9 @@ class Model:
         return self.task.model
 
     @property
-    def module(self) -> ViT | CLIP | BLIP:
+    def module(self):
         """The Flax module, a pure function: `module.apply({"params": params}, image, ..., train=False)`."""
-        return {ViTConfig: ViT, CLIPConfig: CLIP, BLIPConfig: BLIP}[type(self.config)](self.config)
-
-    @property
-    def _vision(self) -> ViTConfig:
-        return getattr(self.config, "vision", self.config)
+        return self.task.module
 
     @property
     def parameters(self) -> int:
@@ -96,7 +89,7 @@ class Model:
         if isinstance(picture, (str, Path)):
             picture = Path(picture).read_bytes()
         image = picture.convert("RGB") if isinstance(picture, Image.Image) else decode(picture)
-        size = self._vision.image_size
+        size = self.task.image_size
         return eval_image(image, self.image)[:size, :size]  # what is left of a patch at the borders is not read
 
     def preprocess(self, pictures: Sequence[Picture]) -> UInt8[np.ndarray, "b size size 3"]:
@@ -117,17 +110,17 @@ class Model:
 
         A picture that cannot be read raises `BadImage` or OSError; with `on_error` it is handed there and left out.
         """
-        name = "image" if "image" in self.task.predict else "features"
-        return self._run(name, self._pictures(pictures, on_error))
+        if self.task.embedder is None:
+            raise ValueError(f"{self._cannot()}; wanted one that embeds images")
+        return self._run("image", self._pictures(pictures, on_error))
 
     def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "b e"]:
         """Texts in the shared space at length 1.
 
         Where nothing behind the end token is seen (CLIP), texts of like length go together and are cut behind it.
         """
-        if "text" not in self.task.predict:
-            raise ValueError(f"this model is a {type(self.task).__name__}, which puts no texts into a space; wanted "
-                             "CLIP, SigLIP, or BLIP that matches")
+        if self.task.embedder is None or self.task.embedder.text is None:
+            raise ValueError(f"{self._cannot()}; wanted one that embeds texts: CLIP, SigLIP, or BLIP that matches")
         tokens = self.tokenize(texts)
         needed = self._needed(tokens)
         order = np.argsort(needed, kind="stable")
@@ -137,17 +130,16 @@ class Model:
 
     def _needed(self, tokens: Int32[np.ndarray, "b t"]) -> np.ndarray:
         """How many tokens of each text its embedding depends on, rounded up so that there are few lengths."""
-        text, length = self.config.text, tokens.shape[1]
-        if not isinstance(text, TextConfig) or not text.causal or text.pool not in ("argmax", "eos"):
+        length = tokens.shape[1]
+        if self.task.embedder.text_length is None:
             return np.full(len(tokens), length)
-        last = tokens.argmax(axis=1) if text.pool == "argmax" else (tokens == text.eos_id).argmax(axis=1)
-        return np.minimum(length, -(-(last + 1) // ROUNDED) * ROUNDED)
+        return np.minimum(length, -(-self.task.embedder.text_length(tokens) // ROUNDED) * ROUNDED)
 
     def similarity(self, pictures: Iterable[Picture], texts: Sequence[str]) -> Float[np.ndarray, "b c"]:
         """The model's logits: scale x cosine, plus SigLIP's bias; of BLIP, the cosines."""
-        scale = np.exp(np.asarray(self.params.get("logit_scale", 0.0)))
-        bias = np.asarray(self.params.get("logit_bias", 0.0))
-        return scale * self.encode_image(pictures) @ self.encode_text(texts).T + bias
+        images, texts = self.encode_image(pictures), self.encode_text(texts)
+        scale, bias = (np.asarray(part(self.params)) for part in (self.task.embedder.scale, self.task.embedder.bias))
+        return scale * images @ texts.T + bias
 
     def classify(
         self, pictures: Iterable[Picture], labels: Sequence[str] | None = None, *,
@@ -158,18 +150,18 @@ class Model:
         With a head, among its own classes. CLIP and SigLIP choose among `labels`, each put into every one of
         `templates` (CLIP, section 3.1); probabilities are a softmax over them. `on_error` as in `encode_image`.
         """
-        if isinstance(self.config, CLIPConfig):
+        embedder, classifier = self.task.embedder, self.task.classifier
+        if classifier is None and embedder is not None and embedder.text is not None:
             if not labels:
                 raise ValueError("labels is empty; wanted names of classes, such as ['a cat', 'a dog']")
             prompts = [template.replace("{}", label) for label in labels for template in templates]
             text = unit(self.encode_text(prompts).reshape(len(labels), len(templates), -1).mean(axis=1))
-            logits = np.exp(np.asarray(self.params["logit_scale"])) * self.encode_image(
-                pictures, on_error=on_error) @ text.T
+            logits = np.asarray(embedder.scale(self.params)) * self.encode_image(pictures, on_error=on_error) @ text.T
         else:
             if labels is not None:
-                raise ValueError(f"labels is given, but this model has a head for {self.config.classes} of its own")
-            if getattr(self.config, "classes", None) is None:
-                raise ValueError("this model has no head; wanted one, or two towers and labels")
+                raise ValueError(f"labels is given, but this model has a head for {self.task.classes} of its own")
+            if classifier is None or classifier.reads_text:
+                raise ValueError(f"{self._cannot()}; wanted one that classifies images, or two towers and labels")
             logits = self._run("logits", self._pictures(pictures, on_error))
             labels = self.labels or [str(i) for i in range(logits.shape[1])]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -186,10 +178,10 @@ class Model:
         score is the mean log-probability of a token, where `decoding.length_penalty` is 1. What is drawn depends on
         `seed` and on a picture's number. Among `choices`, the score is the log-probability of the whole text.
         """
-        if not isinstance(self.config, BLIPConfig) or not self.config.text.decoder:
-            raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that writes, such as "
+        if not self.task.writes_captions:
+            raise ValueError(f"{self._cannot()}; wanted one that writes captions, such as "
                              "Salesforce/blip-image-captioning-base")
-        prompt = getattr(self.task, "prompt", "") if prompt is None else prompt
+        prompt = self.task.decoder.prompt if prompt is None else prompt
         batches = self._pictures(pictures, on_error)
         if choices is not None:
             return self._chosen(batches, choices, prompt, top, max(1, len(choices)))
@@ -204,9 +196,8 @@ class Model:
         Written freely, with scores as of captions; or chosen among `choices`, by the log-probability of the whole
         answer, of which those `shortlist` are compared whose first token is likeliest (`inference.answering.rank`).
         """
-        if not isinstance(self.config, BLIPConfig) or self.config.answer is None:
-            raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that answers questions, such as "
-                             "Salesforce/blip-vqa-base")
+        if not self.task.answers_questions:
+            raise ValueError(f"{self._cannot()}; wanted one that answers questions, such as Salesforce/blip-vqa-base")
         pictures = list(pictures)
         asked = [questions] * len(pictures) if isinstance(questions, str) else questions
         if len(asked) != len(pictures):
@@ -225,11 +216,11 @@ class Model:
                  ) -> list[list[tuple[str, float]]]:
         if not 0 < top <= decoding.beams:
             raise ValueError(f"top is {top}; wanted 1 to decoding.beams = {decoding.beams}")
-        given = prompt_tokens(self._words, prompt, (self.config.answer or self.config.text).decode_id)
+        given = prompt_tokens(self._words, prompt, self.task.decoder)
         if given.shape[1] >= decoding.max_length:
             raise ValueError(f"the prompt has {given.shape[1]} tokens; decoding.max_length = {decoding.max_length} "
                              "leaves no room behind it")
-        fn, rows, texts = writer(self.task, decoding, seed, self.mesh), itertools.count(), []
+        fn, rows, texts = make_caption_fn(self.task, decoding, seed, self.mesh), itertools.count(), []
         batches = ({"prompt": np.repeat(given, len(batch["image"]), axis=0),
                     "row": np.asarray(list(itertools.islice(rows, len(batch["image"]))), np.int32)} | batch
                    for batch in batches)
@@ -243,8 +234,8 @@ class Model:
                 shortlist: int) -> list[list[tuple[str, float]]]:
         if top < 1 or shortlist < 1:
             raise ValueError(f"top is {top} and shortlist {shortlist}; wanted positive numbers")
-        candidates, given = candidate_tokens(self._words, choices, self.config, prompt)
-        fn = partial(ranker(self.task, given, top, shortlist, 0.0, self.mesh), candidates=candidates)
+        candidates, given = candidate_tokens(self._words, choices, self.task.decoder, prompt)
+        fn = partial(make_rank_fn(self.task, given, top, shortlist, 0.0, self.mesh), candidates=candidates)
         return [[(choices[i], float(score)) for i, score in zip(*each, strict=True)]
                 for result, _ in outputs(fn, self.params, map(self._filled, batches), self.mesh)
                 for each in zip(result["index"], result["score"], strict=True)]
@@ -252,22 +243,22 @@ class Model:
     def match(self, pictures: Iterable[Picture], texts: Sequence[str], *, on_error: OnError | None = None
               ) -> Float[np.ndarray, "b c"]:
         """The probability that each picture and each text belong together. A picture is encoded once for all texts."""
-        if not isinstance(self.config, BLIPConfig) or not self.config.matching:
-            raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that matches, such as "
+        if self.task.matcher is None:
+            raise ValueError(f"{self._cannot()}; wanted one that matches images and texts, such as "
                              "Salesforce/blip-itm-base-coco")
         tokens, found = self.tokenize(texts), []
         batches = map(self._filled, self._pictures(pictures, on_error))
-        for result, _ in outputs(seer(self.task, self.mesh), self.params, batches, self.mesh):
-            shape = len(result["seen"]), len(texts)
-            logits = match_pairs(self.task, self.params, result["seen"], tokens,
+        for result, _ in outputs(make_image_encoder(self.task, self.mesh), self.params, batches, self.mesh):
+            shape = len(result["image_tokens"]), len(texts)
+            logits = match_pairs(self.task, self.params, result["image_tokens"], tokens,
                                  *(place.ravel() for place in np.indices(shape)), self.mesh)
             found.append(expit(logits[:, 1] - logits[:, 0]).reshape(shape))
         return np.concatenate(found) if found else np.zeros((0, len(texts)), np.float32)
 
     def compare(self, pairs: Sequence[tuple[Picture, Picture]], texts: Sequence[str]) -> Float[np.ndarray, "b"]:
         """The probability that each text is true of the two pictures in its place. They are read as in NLVR2."""
-        if not isinstance(self.config, BLIPConfig) or not self.config.pair:
-            raise ValueError(f"this model is a {type(self.task).__name__}; wanted one that reads two pictures, such as "
+        if self.task.classifier is None or not self.task.classifier.reads_text:
+            raise ValueError(f"{self._cannot()}; wanted one that judges a text about two images, such as "
                              "model_base_nlvr.pth")
         if len(pairs) != len(texts):
             raise ValueError(f"there are {len(pairs)} pairs and {len(texts)} texts; wanted a text for each")
@@ -279,6 +270,10 @@ class Model:
         logits = self._run("logits", ({"image": image.reshape(-1, 2, *image.shape[1:]), "tokens": tokens[part]}
                                       for image, part in zip(images, parts, strict=True)))
         return np.asarray(jax.nn.softmax(logits)[:, 1])
+
+    def _cannot(self) -> str:
+        """Return the start of a message: what this model does, where it was asked for something else."""
+        return f"this model is a {type(self.task).__name__}, which {' and '.join(capabilities(self.task)) or 'trains'}"
 
     @property
     def _words(self) -> Tokenizer:
@@ -315,15 +310,16 @@ class Model:
         if format == "jaxmm":
             described = native.describe(self.task, self.image, self.labels)
             return {native.MODEL: described}, weights, native.identity_rows(self.task)
+        kind = type(model).__name__
         if format == "transformers":
             config, preprocessor, rows = (
-                blip.write_transformers(model, self.image, pixels) if isinstance(model, BLIPConfig)
+                blip.write_transformers(model, self.image, pixels) if kind == "BLIPConfig"
                 else transformers.write(model, self.image, pixels, self.labels))
             return {"config.json": config, "preprocessor_config.json": preprocessor}, weights, rows
-        if format == "timm" and isinstance(model, ViTConfig):
+        if format == "timm" and kind == "ViTConfig":
             config, rows = timm.write(model, self.image, pixels, self.labels)
             return {"config.json": config}, weights, rows
-        if format == "open_clip" and isinstance(model, CLIPConfig):
+        if format == "open_clip" and kind == "CLIPConfig":
             config, rows = open_clip.write(model, self.image, pixels, vocabulary=not is_openai(self.tokenizer))
             return {"open_clip_config.json": config}, "open_clip_model.safetensors", rows
         raise FileError(f"format is {format!r}; wanted jaxmm, transformers, timm (for a ViT) or open_clip "
@@ -364,12 +360,12 @@ class Model:
         return np.concatenate(results) if results else np.zeros((0, *self._shape(name)), np.float32)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Of what `task.predict[name]` makes of one picture or text."""
-        side = self._vision.image_size
+        """Return the shape of one row of the output `name`."""
+        side = self.task.image_size or self.image.size
         batch = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
         if self.tokenizer is not None:
             batch["tokens"] = jax.ShapeDtypeStruct((1, self.tokenizer.context_length), np.int32)
-        return jax.eval_shape(self.task.predict[name], self.params, batch).shape[1:]
+        return jax.eval_shape(predictions(self.task)[name], self.params, batch).shape[1:]
 
     def _filled(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         count = len(next(iter(batch.values())))
@@ -393,19 +389,10 @@ def load(
     opened = open_checkpoint(source, revision=revision, tokenizer=tokenizer)
     for note in opened.notes:
         log.warning("%s: %s", opened.name, note)
-    task = opened.task if dtype is None else replace(opened.task, model=with_dtype(opened.task.model, dtype))
+    task = opened.task if dtype is None else opened.task.with_dtype(dtype)
     like = jax.eval_shape(task.init, jax.random.key(0))
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), like)
     if mesh is not None:
         like = with_shardings(like, mesh)
     return Model(task=task, params=opened.read(like), image=opened.image, tokenizer=opened.tokenizer,
                  labels=opened.labels, notes=opened.notes, mesh=mesh)
-
-
-def with_dtype(model: Any, dtype: str) -> Any:
-    """The configuration `model`, computing in `dtype`."""
-    if isinstance(model, (CLIPConfig, BLIPConfig)):
-        towers = {name: with_dtype(getattr(model, name), dtype) for name in ("vision", "text", "answer")
-                  if getattr(model, name, None) is not None}
-        return replace(model, **towers)
-    return replace(model, transformer=replace(model.transformer, dtype=dtype))

@@ -48,8 +48,23 @@ class BLIPConfig:
 
     @property
     def pair(self) -> bool:
-        """Whether texts are read with two pictures and a head tells whether they are true (section 4.5)."""
+        """True if texts are read with two images and a head tells whether they are true (section 4.5)."""
         return self.text.merge_from is not None
+
+    @property
+    def reads_questions(self) -> bool:
+        """True if a question is read before the decoder writes (section 4.4)."""
+        return self.answer is not None
+
+    @property
+    def decoder_name(self) -> str | None:
+        """Name of the part that writes: `answer` if questions are read, else `text`; None: nothing is written."""
+        return "answer" if self.reads_questions else "text" if self.text.decoder else None
+
+    @property
+    def decoder(self) -> MedConfig | None:
+        """Configuration of the part that writes; None: nothing is written."""
+        return self.decoder_name and getattr(self, self.decoder_name)
 
 
 class BLIP(nn.Module):
@@ -126,12 +141,8 @@ class BLIP(nn.Module):
         context_mask: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "b t v"]:
         """Logits of the token after each, fp32: the image-grounded decoder, or that of answers."""
-        return self.writer.decode(tokens, context, train=train, context_mask=context_mask)
-
-    @property
-    def writer(self) -> Med:
-        """The decoder that writes: of answers, where there is one."""
-        return self.text if self.config.answer is None else self.answer
+        decoder = getattr(self, self.config.decoder_name)
+        return decoder.decode(tokens, context, train=train, context_mask=context_mask)
 
     def __call__(self, image: Float[Array, "b *p H W 3"], tokens: Int[Array, "b t"], *, train: bool
                  ) -> dict[str, Array]:
@@ -144,9 +155,9 @@ class BLIP(nn.Module):
             found |= {"image": self.embed_image(seen), "text": self.embed_text(tokens, train=train)}
         if config.matching:
             found["match"] = self.match(tokens, seen, train=train)
-        if config.answer is not None:
+        if config.reads_questions:
             seen = self.read(tokens, seen, train=train)
-        if config.answer is not None or config.text.decoder:
+        if config.decoder is not None:
             found["logits"] = self.write(tokens, seen, train=train)
         return found
 

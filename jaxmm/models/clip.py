@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -42,6 +43,12 @@ class TextConfig:
         check_types(self, "text")
         require(self.vocab_size is None or self.vocab_size > 0, "text.vocab_size", self.vocab_size, "positive")
         require(self.context_length > 0, "text.context_length", self.context_length, "a positive number of tokens")
+
+    def needed_length(self, tokens: Int[np.ndarray, "b t"]) -> Int[np.ndarray, "b"]:
+        """Return how many leading tokens of each text its pooled vector depends on."""
+        if not self.causal or self.pool not in ("argmax", "eos"):
+            return np.full(len(tokens), tokens.shape[1])
+        return (tokens.argmax(axis=1) if self.pool == "argmax" else (tokens == self.eos_id).argmax(axis=1)) + 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def bind(config: TrainConfig) -> Bound:
         tokenizer, note = _tokenizer(config.data)
         assumed += note
     if "label" in task.reads:
-        classes = 2 if task.pictures == 2 else getattr(getattr(task, "model", None), "classes", None)
+        classes = task.classes
         if classes is None:
             classes = CLASSES
             assumed.append(f"{classes:,} classes")
@@ -60,7 +60,8 @@ def _tokenizer(data: DataConfig) -> tuple[Tokenizer, list[str]]:
 
 def batch_shapes(task: Task, data: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of a training batch, sharded on `mesh` as `place_batch` does."""
-    b, side, pictures = data.batch_size, data.image.size, (task.pictures,) if task.pictures > 1 else ()
+    b, side = data.batch_size, data.image.size
+    pictures = (task.images_per_record,) if task.images_per_record > 1 else ()
     questions = (data.questions,) if data.questions > 1 else ()
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((b, *pictures, side, side, 3), jnp.uint8), "image_id": ((b, 2), jnp.int32)}

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmm.inference.captioning import write_texts
-from jaxmm.inference.generate import Decoding
+from jaxmm.inference.generate import Decoding, generate
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med import Med, MedConfig, MedLayer
 from jaxmm.models.vit import ViT
 from jaxmm.nn.attention import causal_mask
+from jaxmm.nn.pixels import CLIP
+from jaxmm.tasks.blip_common import blip_decoder
 
 LENGTH, GIVEN, WRITTEN = 16, 4, 20
 """Tokens of a golden text, those of them that begin a caption that is written, and how many are written."""
@@ -115,7 +116,8 @@ def _written(config: BLIPConfig, params: Any, seen, tokens, beams: int) -> jax.A
     decoding = Decoding(beams=beams, max_length=_longest(given, config.text.positions))
     keys = jax.random.split(jax.random.key(0), count)
     lengths = jnp.full(count, given)
-    return jax.jit(lambda p: write_texts(config, p, seen, tokens[:, :given], lengths, keys, decoding).tokens)(
+    decoder = blip_decoder(config, CLIP)
+    return jax.jit(lambda p: generate(decoder, p, seen, tokens[:, :given], lengths, keys, decoding).tokens)(
         params)[:, 0]
 
 

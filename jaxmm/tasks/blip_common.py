@@ -1,6 +1,6 @@
-"""What BLIP's tasks share: fresh parameters, the words of a run's tokenizer, a picture's features."""
+"""What BLIP's tasks share: new parameters, the vocabulary of a run's tokenizer, and the capabilities of the model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,20 +10,20 @@ from jaxtyping import Array, Float, Key
 from jaxmm.config import require
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med import Med, MedConfig, empty_cache
 from jaxmm.nn.pixels import Pixels
-from jaxmm.task import Params
+from jaxmm.task import Batch, Decoder, Embedder, Matcher, Params
 
 
-def init_blip(model: BLIPConfig, rng: Key[Array, ""]) -> Params:
-    """Fresh parameters."""
-    size, pictures = model.vision.image_size, (2,) if model.pair else ()
-    image, tokens = jnp.zeros((1, *pictures, size, size, 3)), jnp.ones((1, 2), jnp.int32)
-    return BLIP(model).init(rng, image, tokens, train=False)["params"]
+def init_blip(config: BLIPConfig, rng: Key[Array, ""]) -> Params:
+    """Return new parameters."""
+    size, images = config.vision.image_size, (2,) if config.pair else ()
+    image, tokens = jnp.zeros((1, *images, size, size, 3)), jnp.ones((1, 2), jnp.int32)
+    return BLIP(config).init(rng, image, tokens, train=False)["params"]
 
 
-def check_words(text: MedConfig, tokenizer: Tokenizer, prompt: tuple[int, ...] = ()) -> None:
-    """Raises `ConfigError` where texts do not begin with a token, or do not fit behind the tokens of a `prompt`."""
+def check_tokenizer(text: MedConfig, tokenizer: Tokenizer, prompt: tuple[int, ...] = ()) -> None:
+    """Raise `ConfigError` if texts do not begin with a token, or do not fit behind the tokens of a `prompt`."""
     require(tokenizer.bos_id is not None, "data.tokenizer.kind", tokenizer, "one that begins texts with a token")
     less = f", less the prompt's {len(prompt)}" if prompt else ""
     require(tokenizer.context_length + len(prompt) <= text.positions, "data.tokenizer.context_length",
@@ -31,8 +31,10 @@ def check_words(text: MedConfig, tokenizer: Tokenizer, prompt: tuple[int, ...] =
 
 
 def with_vocabulary(text: MedConfig, tokenizer: Tokenizer, name: str = "task.model.text") -> MedConfig:
-    """The text transformer for a tokenizer: two tokens that it does not have begin what is written, and what is
-    matched. Raises `ConfigError` where the recipe's vocabulary has no room for them."""
+    """Return the text transformer for a tokenizer, with two more tokens: [DEC] and [ENC].
+
+    Raise `ConfigError` if the recipe's vocabulary has no room for them.
+    """
     size, ends = tokenizer.vocab_size, {"end_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     if text.vocab_size is None:
         return replace(text, vocab_size=size + 2, decode_id=size, encode_id=size + 1, **ends)
@@ -43,12 +45,88 @@ def with_vocabulary(text: MedConfig, tokenizer: Tokenizer, name: str = "task.mod
     return replace(text, **ends)
 
 
-def picture_features(model: BLIPConfig, pixels: Pixels) -> Callable[[Params, Mapping[str, Any]], Float[Array, "b d"]]:
-    """The first token of a batch's pictures, fp32; of pairs, those of both."""
-    def features(params, batch):
+def blip_features(config: BLIPConfig, pixels: Pixels) -> Embedder:
+    """Return an embedder of images alone: the first image token, fp32; of pairs, those of both side by side."""
+    def features(params: Params, batch: Batch) -> Float[Array, "b d"]:
         image = pixels(batch["image"])
-        seen = BLIP(model).apply({"params": params}, image.reshape(-1, *image.shape[-3:]), train=False,
-                                 method=BLIP.see)
-        return seen[:, 0].reshape(len(image), -1).astype(jnp.float32)
+        image_tokens = BLIP(config).apply({"params": params}, image.reshape(-1, *image.shape[-3:]), train=False,
+                                          method=BLIP.see)
+        return image_tokens[:, 0].reshape(len(image), -1).astype(jnp.float32)
 
-    return features
+    return Embedder(image=features, features=features)
+
+
+def blip_embedder(config: BLIPConfig, pixels: Pixels) -> Embedder:
+    """Return the embedder of images and texts."""
+    module = BLIP(config)
+
+    def image(params: Params, batch: Batch) -> Float[Array, "b e"]:
+        image_tokens = module.apply({"params": params}, pixels(batch["image"]), train=False, method=BLIP.see)
+        return module.apply({"params": params}, image_tokens, method=BLIP.embed_image)
+
+    def text(params: Params, batch: Batch) -> Float[Array, "b e"]:
+        return module.apply({"params": params}, batch["tokens"], train=False, method=BLIP.embed_text)
+
+    return Embedder(image=image, text=text, features=blip_features(config, pixels).features)
+
+
+def blip_matcher(config: BLIPConfig, pixels: Pixels) -> Matcher | None:
+    """Return the matching head; None if the model has none."""
+    if not config.matching:
+        return None
+    module = BLIP(config)
+
+    def encode(params: Params, batch: Batch) -> Float[Array, "b n c"]:
+        return module.apply({"params": params}, pixels(batch["image"]), train=False, method=BLIP.see)
+
+    def embed(params: Params, image_tokens: Float[Array, "b n c"]) -> Float[Array, "b e"]:
+        return module.apply({"params": params}, image_tokens, method=BLIP.embed_image)
+
+    def logits(params: Params, image_tokens: Float[Array, "b n c"], tokens: Array) -> Float[Array, "b g 2"]:
+        found = module.apply({"params": params}, tokens.reshape(-1, tokens.shape[2]), image_tokens, train=False,
+                             method=BLIP.match)
+        return found.reshape(*tokens.shape[:2], 2)
+
+    return Matcher(encode=encode, embed=embed if config.embed_dim else None, logits=logits, pad_id=config.text.pad_id)
+
+
+def blip_decoder(config: BLIPConfig, pixels: Pixels, prompt: str = "") -> Decoder | None:
+    """Return the decoder of captions, or of answers if the model reads questions; None if the model writes nothing."""
+    text, name = config.decoder, config.decoder_name
+    if text is None:
+        return None
+    module, med = BLIP(config), Med(text)
+
+    def run(params: Params, method: Callable, *args: Any) -> Any:
+        return med.apply({"params": params[name]}, *args, method=method)
+
+    def encode(params: Params, batch: Batch) -> Float[Array, "b n c"]:
+        return module.apply({"params": params}, pixels(batch["image"]), train=False, method=BLIP.see)
+
+    def read(params: Params, batch: Batch) -> tuple[Array, Array]:
+        mask = batch["tokens"] != config.text.pad_id
+        return module.apply({"params": params}, batch["tokens"], encode(params, batch), train=False, mask=mask,
+                            method=BLIP.read), mask
+
+    def decode_step(params, tokens, position, cache, prepared, cache_mask, context_mask=None):
+        return run(params, Med.step, tokens, position, cache, prepared, cache_mask, context_mask)
+
+    def attention(params: Params, batch: Batch, tokens: Array) -> Float[Array, "b t g g"]:
+        image_tokens = encode(params, batch)
+        weights = med.apply({"params": params[name]}, tokens.at[:, 0].set(text.decode_id), image_tokens, causal=True,
+                            method=Med.cross_attention)
+        rows, columns = config.vision.grid
+        # A token is written where the one before it is read.
+        weights = weights.mean(axis=(0, 2))[:, :-1, -rows * columns:]
+        return jnp.pad(weights, ((0, 0), (1, 0), (0, 0))).reshape(*tokens.shape, rows, columns)
+
+    return Decoder(
+        context=read if config.reads_questions else lambda params, batch: (encode(params, batch), None),
+        prepare=lambda params, context: run(params, Med.look, context),
+        cache=lambda rows, length: empty_cache(text, rows, length),
+        decode_step=decode_step,
+        logits=lambda params, tokens, prepared, context_mask=None: run(params, Med.follow, tokens, prepared,
+                                                                       context_mask),
+        attention=None if config.reads_questions else attention,
+        start_id=text.decode_id, end_id=text.end_id, pad_id=text.pad_id, longest=text.positions,
+        vocab_size=text.vocab_size, prompt=prompt, reads_text=config.reads_questions)

@@ -18,11 +18,19 @@ from jaxmm.losses.contrastive import distilled_targets, equal_ids, positive_mask
 from jaxmm.losses.image_text_matching import hard_negatives, matching_loss
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.models.med import MedConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.sharding import batch_devices, constrain_batch, constrain_replicated
-from jaxmm.task import Task, check_pairs
-from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, with_vocabulary
+from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
+from jaxmm.tasks.blip_common import (
+    blip_decoder,
+    blip_embedder,
+    blip_matcher,
+    check_tokenizer,
+    init_blip,
+    with_vocabulary,
+)
 
 EMPTY_ID = -(2**31)
 """The id of a place in the queue that no example has taken."""
@@ -80,7 +88,7 @@ class BLIPPretraining(Task):
         matched."""
         check_pairs(image_size, self.model.vision, tokenizer)
         require(self.model.temperature is not None, "task.model.temperature", None, "a number to start from")
-        check_words(self.model.text, tokenizer)
+        check_tokenizer(self.model.text, tokenizer)
         return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
 
     def check_batch(self, size):
@@ -221,27 +229,34 @@ class BLIPPretraining(Task):
             "place": (extra["place"] + b) % self.queue}
 
     @property
-    def predict(self) -> Mapping:
-        """`image` and `text` [b e], normalised; `match` [b], the probability that the picture and the text of the same
-        row belong together; `features` [b d], the picture's first token."""
-        model = BLIP(self.model)
+    def module(self) -> BLIP:
+        """The Flax module."""
+        return BLIP(self.model)
 
-        def see(params, batch):
-            return model.apply({"params": params}, self.pixels(batch["image"]), train=False, method=BLIP.see)
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model reads."""
+        return self.model.vision.image_size
 
-        def image(params, batch):
-            return model.apply({"params": params}, see(params, batch), method=BLIP.embed_image)
+    @property
+    def text_config(self) -> MedConfig:
+        """Configuration of the text transformer."""
+        return self.model.text
 
-        def text(params, batch):
-            return model.apply({"params": params}, batch["tokens"], train=False, method=BLIP.embed_text)
+    @property
+    def embedder(self) -> Embedder:
+        """Embeddings of images and texts."""
+        return blip_embedder(self.model, self.pixels)
 
-        def match(params, batch):
-            logits = model.apply({"params": params}, batch["tokens"], see(params, batch), train=False,
-                                 method=BLIP.match)
-            return jax.nn.softmax(logits)[:, 1]
+    @property
+    def decoder(self) -> Decoder | None:
+        """The decoder of captions; None in the fine-tuning for retrieval."""
+        return blip_decoder(self.model, self.pixels)
 
-        return {"image": image, "text": text, "match": match,
-                "features": picture_features(self.model, self.pixels)}
+    @property
+    def matcher(self) -> Matcher:
+        """The matching head."""
+        return blip_matcher(self.model, self.pixels)
 
 
 def _similar(rows: Float[Array, "b e"], columns: Float[Array, "n e"], temperature: Float[Array, ""]

@@ -1,7 +1,6 @@
 """Aligning pictures and texts: CLIP (softmax) and SigLIP (sigmoid)."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -10,11 +9,11 @@ import jax.numpy as jnp
 from jaxmm.config import check_types, require
 from jaxmm.losses import contrastive as losses
 from jaxmm.losses.blockwise import Sigmoid, Softmax, blockwise_contrastive
-from jaxmm.models.clip import CLIP, CLIPConfig, normalise
+from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig, normalise
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.sharding import constrain_batch
-from jaxmm.task import Task, check_pairs
+from jaxmm.task import Embedder, Task, check_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +90,40 @@ class ContrastiveLearning(Task):
         return loss(logits, positive), metrics | {"accuracy": nearest.mean()}
 
     @property
-    def predict(self) -> Mapping:
-        """`image` and `text` [b e], normalised; `features` [b d] of the picture tower before the projection."""
-        model = CLIP(self.model)
+    def module(self) -> CLIP:
+        """The Flax module."""
+        return CLIP(self.model)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model reads."""
+        return self.model.vision.image_size
+
+    @property
+    def text_config(self) -> TextConfig:
+        """Configuration of the text tower."""
+        return self.model.text
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that every text is padded to."""
+        return self.model.text.context_length
+
+    @property
+    def embedder(self) -> Embedder:
+        """Embeddings of both towers; features of the image tower before the projection."""
+        module = self.module
 
         def image(params, batch):
-            return normalise(model.apply({"params": params}, self.pixels(batch["image"]), train=False,
-                                         method=CLIP.encode_image))
+            return normalise(module.apply({"params": params}, self.pixels(batch["image"]), train=False,
+                                          method=CLIP.encode_image))
 
         def text(params, batch):
-            return normalise(model.apply({"params": params}, batch["tokens"], train=False,
-                                         method=CLIP.encode_text))
+            return normalise(module.apply({"params": params}, batch["tokens"], train=False, method=CLIP.encode_text))
 
         def features(params, batch):
-            return model.apply({"params": params}, self.pixels(batch["image"]), method=CLIP.image_features)
+            return module.apply({"params": params}, self.pixels(batch["image"]), method=CLIP.image_features)
 
-        return {"image": image, "text": text, "features": features}
+        return Embedder(image=image, text=text, features=features, text_length=self.model.text.needed_length,
+                        scale=lambda params: jnp.exp(params["logit_scale"]),
+                        bias=lambda params: params.get("logit_bias", jnp.zeros(())))

@@ -1,6 +1,5 @@
 """Writing captions of pictures: BLIP's decoder, fine-tuned (Li et al. 2022, section 4.3)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,10 +9,18 @@ import jax.numpy as jnp
 from jaxmm.config import check_types, require
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.models.med import MedConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
-from jaxmm.task import Task, check_pairs
-from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, with_vocabulary
+from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
+from jaxmm.tasks.blip_common import (
+    blip_decoder,
+    blip_features,
+    blip_matcher,
+    check_tokenizer,
+    init_blip,
+    with_vocabulary,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +49,7 @@ class Captioning(Task):
         """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
         check_pairs(image_size, self.model.vision, tokenizer)
         ids = prompt_ids(tokenizer, self.prompt)
-        check_words(self.model.text, tokenizer, ids)
+        check_tokenizer(self.model.text, tokenizer, ids)
         text = with_vocabulary(self.model.text, tokenizer)
         return replace(self, prompt_ids=ids, model=replace(self.model, text=text))
 
@@ -65,9 +72,34 @@ class Captioning(Task):
         return loss, (extra, {"accuracy": right.sum() / jnp.maximum(counts.sum(), 1)})
 
     @property
-    def predict(self) -> Mapping:
-        """`features` [b d], the picture's first token."""
-        return {"features": picture_features(self.model, self.pixels)}
+    def module(self) -> BLIP:
+        """The Flax module."""
+        return BLIP(self.model)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model reads."""
+        return self.model.vision.image_size
+
+    @property
+    def text_config(self) -> MedConfig:
+        """Configuration of the text transformer."""
+        return self.model.text
+
+    @property
+    def embedder(self) -> Embedder:
+        """Features of images."""
+        return blip_features(self.model, self.pixels)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder of captions."""
+        return blip_decoder(self.model, self.pixels, self.prompt)
+
+    @property
+    def matcher(self) -> Matcher | None:
+        """The matching head, if the model has one."""
+        return blip_matcher(self.model, self.pixels)
 
 
 def prompt_ids(tokenizer, prompt: str) -> tuple[int, ...]:

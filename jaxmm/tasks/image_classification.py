@@ -1,6 +1,5 @@
 """Classification of pictures."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -11,7 +10,7 @@ from jaxmm.config import ConfigError, check_types, require
 from jaxmm.losses import classification as losses
 from jaxmm.models.vit import ViT, ViTConfig
 from jaxmm.nn.pixels import INCEPTION, Pixels
-from jaxmm.task import Task
+from jaxmm.task import Classifier, Embedder, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +79,34 @@ class Classification(Task):
         return loss(outputs, batch["target"]), {"accuracy": accuracy}
 
     @property
-    def predict(self) -> Mapping:
-        """`logits` [b classes] and `features` [b d]."""
-        def run(params, batch):
-            return ViT(self.model).apply({"params": params}, self.pixels(batch["image"]), train=False)
-        return {"logits": lambda params, batch: run(params, batch).logits,
-                "features": lambda params, batch: run(params, batch).pooled.astype(jnp.float32)}
+    def module(self) -> ViT:
+        """The Flax module."""
+        return ViT(self.model)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model reads."""
+        return self.model.image_size
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes; None: that of the data."""
+        return self.model.classes
+
+    @property
+    def embedder(self) -> Embedder:
+        """Pooled features of images, fp32."""
+        def features(params, batch):
+            return self._predict(params, batch).pooled.astype(jnp.float32)
+
+        return Embedder(image=features, features=features)
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """Logits of the classes; None if the model has no head."""
+        if self.model.classes is None:
+            return None
+        return Classifier(logits=lambda params, batch: self._predict(params, batch).logits)
+
+    def _predict(self, params, batch):
+        return self.module.apply({"params": params}, self.pixels(batch["image"]), train=False)

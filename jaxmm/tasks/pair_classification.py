@@ -1,6 +1,5 @@
 """Telling whether a sentence about two pictures is true: BLIP on NLVR2 (Li et al. 2022, section 4.5)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,10 +8,11 @@ import jax
 from jaxmm.config import check_types, require
 from jaxmm.losses.classification import cross_entropy
 from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.models.med import MedConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
-from jaxmm.task import Task, check_pairs
-from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, with_vocabulary
+from jaxmm.task import Classifier, Embedder, Task, check_pairs
+from jaxmm.tasks.blip_common import blip_features, check_tokenizer, init_blip, with_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,8 @@ class PairClassification(Task):
     pixels: Pixels = CLIP_PIXELS
     """How bytes become the model's input."""
     reads: ClassVar = ("image", "text", "label")
-    pictures: ClassVar[int] = 2
+    images_per_record: ClassVar[int] = 2
+    classes: ClassVar[int] = 2
     decomposes: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -35,7 +36,7 @@ class PairClassification(Task):
         """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
         check_pairs(image_size, self.model.vision, tokenizer)
         require(classes == 2, "data.train", f"a source with {classes or 'no'} classes", "one with two: false and true")
-        check_words(self.model.text, tokenizer)
+        check_tokenizer(self.model.text, tokenizer)
         return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
 
     def init(self, rng):
@@ -53,12 +54,30 @@ class PairClassification(Task):
         return cross_entropy(outputs, jax.nn.one_hot(batch["label"], 2)), {"accuracy": accuracy}
 
     @property
-    def predict(self) -> Mapping:
-        """`logits` [b 2] of false and true; `features` [b d], the first token of a picture, or of both [b 2d]."""
-        model = BLIP(self.model)
+    def module(self) -> BLIP:
+        """The Flax module."""
+        return BLIP(self.model)
 
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model reads."""
+        return self.model.vision.image_size
+
+    @property
+    def text_config(self) -> MedConfig:
+        """Configuration of the text transformer."""
+        return self.model.text
+
+    @property
+    def embedder(self) -> Embedder:
+        """Features of images: the first token of an image, or of both of a pair [b 2d]."""
+        return blip_features(self.model, self.pixels)
+
+    @property
+    def classifier(self) -> Classifier:
+        """Logits of false and true."""
         def logits(params, batch):
-            return model.apply({"params": params}, self.pixels(batch["image"]), batch["tokens"],
-                               train=False)["compare"]
+            return self.module.apply({"params": params}, self.pixels(batch["image"]), batch["tokens"],
+                                     train=False)["compare"]
 
-        return {"logits": logits, "features": picture_features(self.model, self.pixels)}
+        return Classifier(logits=logits, reads_text=True)

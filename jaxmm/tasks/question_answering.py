@@ -1,7 +1,6 @@
 """Answering questions about pictures: BLIP reads the question in view of the picture and writes (Li et al. 2022,
 section 4.4)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,10 +10,18 @@ import jax.numpy as jnp
 from jaxmm.config import check_types, require
 from jaxmm.losses.language_modeling import token_losses
 from jaxmm.models.blip import BLIP, BLIPConfig
+from jaxmm.models.med import MedConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
-from jaxmm.task import Task, check_pairs
-from jaxmm.tasks.blip_common import check_words, init_blip, picture_features, with_vocabulary
+from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
+from jaxmm.tasks.blip_common import (
+    blip_decoder,
+    blip_features,
+    blip_matcher,
+    check_tokenizer,
+    init_blip,
+    with_vocabulary,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,7 @@ class QuestionAnswering(Task):
         """The vocabulary of questions and answers is the tokenizer's and two tokens more, where the recipe leaves it
         open."""
         check_pairs(image_size, self.model.vision, tokenizer)
-        check_words(self.model.text, tokenizer)
+        check_tokenizer(self.model.text, tokenizer)
         parts = {name: with_vocabulary(getattr(self.model, name), tokenizer, f"task.model.{name}")
                  for name in ("text", "answer")}
         return replace(self, model=replace(self.model, **parts))
@@ -86,6 +93,31 @@ class QuestionAnswering(Task):
         return outputs["loss"].mean(), {"accuracy": accuracy}
 
     @property
-    def predict(self) -> Mapping:
-        """`features` [b d], the picture's first token."""
-        return {"features": picture_features(self.model, self.pixels)}
+    def module(self) -> BLIP:
+        """The Flax module."""
+        return BLIP(self.model)
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model reads."""
+        return self.model.vision.image_size
+
+    @property
+    def text_config(self) -> MedConfig:
+        """Configuration of the text transformer."""
+        return self.model.text
+
+    @property
+    def embedder(self) -> Embedder:
+        """Features of images."""
+        return blip_features(self.model, self.pixels)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder of answers."""
+        return blip_decoder(self.model, self.pixels)
+
+    @property
+    def matcher(self) -> Matcher | None:
+        """The matching head, if the model has one."""
+        return blip_matcher(self.model, self.pixels)

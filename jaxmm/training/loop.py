@@ -104,8 +104,8 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
                           f"{', '.join(odd[:10])} only in one of them")
     for name, each in (("train", source), ("val", val)):
         count = 1 if each is None else getattr(each, "pictures", 1)
-        require(each is None or count == config.task.pictures, f"data.{name}", getattr(each, "name", None),
-                f"a source with {config.task.pictures} pictures a record, not {count}")
+        require(each is None or count == config.task.images_per_record, f"data.{name}", getattr(each, "name", None),
+                f"a source with {config.task.images_per_record} pictures a record, not {count}")
     task, trained = config.task, None
     if config.init.source is not None and began is None:
         trained = open_start(config.init)
@@ -164,11 +164,11 @@ def _tokenizer(config: TrainConfig, task: Task, source: Source, workdir: Path) -
     if not some:
         return None
     wanted = config.data.tokenizer
-    if config.init.source is not None and task.model.text != config.task.model.text:  # a trained text tower
+    if config.init.source is not None and task.text_config != config.task.text_config:  # a trained text tower
         if wanted.kind.startswith("train-"):
             raise ConfigError(f"init.from is {config.init.source!r}, which came without a vocabulary; wanted "
                               "data.tokenizer.kind and .file, such as clip and bpe_simple_vocab_16e6.txt.gz")
-        length = getattr(task.model.text, "context_length", wanted.context_length)
+        length = task.context_length or wanted.context_length
         wanted = dataclasses.replace(wanted, context_length=length)
     corpus = (text for i in range(min(len(source), CORPUS)) for text in _texts(source, i))
     return make_tokenizer(wanted, corpus)

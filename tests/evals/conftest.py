@@ -10,6 +10,7 @@ import pytest
 
 from jaxmm.config import DataConfig, ImageConfig, Task, TokenizerConfig
 from jaxmm.evals import EvalContext
+from jaxmm.task import Classifier, Embedder
 
 SIDE, EMBED, LENGTH, VOCABULARY, CLASSES = 4, 5, 6, 50, 7
 
@@ -44,21 +45,22 @@ class LinearTask(Task):
     normalised: bool = True
     traced: ClassVar[list] = []
 
+    def pixels(self, batch):
+        self.traced.append(batch["image"].shape)
+        return batch["image"].reshape(len(batch["image"]), -1) / 255.0
+
     @property
-    def predict(self):
+    def embedder(self):
         def unit(x):
             return x / jnp.linalg.norm(x, axis=-1, keepdims=True) if self.normalised else x
 
-        def pixels(batch):
-            self.traced.append(batch["image"].shape)
-            return batch["image"].reshape(len(batch["image"]), -1) / 255.0
+        return Embedder(features=lambda params, batch: self.pixels(batch) @ params["image"],
+                        image=lambda params, batch: unit(self.pixels(batch) @ params["image"]),
+                        text=lambda params, batch: unit(params["text"][batch["tokens"]].sum(axis=1)))
 
-        return {
-            "features": lambda params, batch: pixels(batch) @ params["image"],
-            "image": lambda params, batch: unit(pixels(batch) @ params["image"]),
-            "text": lambda params, batch: unit(params["text"][batch["tokens"]].sum(axis=1)),
-            "logits": lambda params, batch: pixels(batch) @ params["head"],
-        }
+    @property
+    def classifier(self):
+        return Classifier(logits=lambda params, batch: self.pixels(batch) @ params["head"])
 
 
 class Letters:

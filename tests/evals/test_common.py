@@ -103,7 +103,7 @@ def test_impossible_evaluations_are_refused_before_anything_runs(evaluator, fiel
 
 def test_a_task_without_the_prediction_is_named(context, pictures):
     class Other(LinearTask):
-        predict: ClassVar = {"features": None}
+        classifier: ClassVar = None
     with pytest.raises(ConfigError, match="'logits'; Other predicts features"):
         TopKAccuracy().check(context(MemorySource(pictures(3)), task=Other()))
 

@@ -127,13 +127,13 @@ def test_every_pair_is_matched_once_behind_its_own_picture():
     times, shapes = np.zeros(len(wanted), int), set()
     for batch in pair_batches(seen, tokens, *wanted.T, pad_id=0, size=4):
         shapes.add(batch["tokens"].shape)
-        assert batch["seen"].shape == (4, 2, 3)
+        assert batch["image_tokens"].shape == (4, 2, 3)
         for row in np.flatnonzero(batch["mask"]):
             for place in np.flatnonzero(batch["pair"][row] >= 0):
                 pair = batch["pair"][row, place]
                 times[pair] += 1
                 picture, text = wanted[pair]
-                assert (batch["seen"][row] == picture).all()
+                assert (batch["image_tokens"][row] == picture).all()
                 there = batch["tokens"][row, place]
                 assert (there == tokens[text, :len(there)]).all() and not tokens[text, len(there):].any()
     assert (times == 1).all()
@@ -148,8 +148,8 @@ def test_no_pairs_no_logits():
 
 
 def test_what_cannot_run_is_refused():
-    for model, message in ((tiny.clip(), "Reranking asks the task for 'match'; Contrastive predicts"),
-                           (tiny.captioner(), "Reranking asks the task for 'image'; Captioning predicts")):
+    for model, message in ((tiny.clip(), "Reranking asks the task for 'match'; ContrastiveLearning predicts"),
+                           (tiny.captioner(), "Reranking asks the task for 'text'; Captioning predicts")):
         with pytest.raises(ConfigError, match=message):
             Reranking().check(context(source(3), model=model))
     with pytest.raises(ConfigError, match=r"evals\.candidates is 8; wanted at least the largest of evals\.ks"):

@@ -10,6 +10,8 @@ import pytest
 from jaxmm.config import ConfigError
 from jaxmm.inference.answering import candidate_tokens, rank
 from jaxmm.models.blip import BLIP
+from jaxmm.nn.pixels import CLIP
+from jaxmm.tasks.blip_common import blip_decoder
 from tests import reference
 from tests.models.test_blip import MED, MODEL
 from tests.pretrained.tiny import CAPTIONER, TOKENIZER
@@ -49,8 +51,8 @@ def scores(config, params, context, candidates, mask, given, smoothing=0.0):
 
 def run(model, candidates=CANDIDATES, mask=MASK, **options):
     config, params, context = model
-    return jax.jit(lambda params, context, candidates: rank(config, params, context, candidates, mask, **options))(
-        params, context, candidates)
+    return jax.jit(lambda params, context, candidates: rank(
+        blip_decoder(config, CLIP), params, context, candidates, mask, **options))(params, context, candidates)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -70,8 +72,9 @@ def test_what_else_is_there_does_not_matter(model, monkeypatch):
     np.testing.assert_array_equal(order[shuffled.index], whole.index)
     longer = jnp.pad(CANDIDATES, ((0, 0), (0, 2)))
     wider = jnp.pad(context, ((0, 0), (0, 3), (0, 0)), constant_values=9.0), jnp.pad(MASK, ((0, 0), (0, 3)))
-    alone = rank(config, params, context[1:2], CANDIDATES, MASK[1:2], top=7)
-    monkeypatch.setattr("jaxmm.inference.answering.AT_ONCE", 3 * B * 7 * MED.vocab_size)   # three at a time, of seven
+    alone = rank(blip_decoder(config, CLIP), params, context[1:2], CANDIDATES, MASK[1:2], top=7)
+    # three at a time, of seven
+    monkeypatch.setattr("jaxmm.inference.answering.LOGITS_AT_ONCE", 3 * B * 7 * MED.vocab_size)
     for each in (run(model, longer, top=7), run((config, params, wider[0]), mask=wider[1], top=7), shuffled):
         np.testing.assert_allclose(each.score, whole.score, rtol=1e-4)
     np.testing.assert_allclose(alone.score[0], whole.score[1], rtol=1e-4)
@@ -103,18 +106,18 @@ def test_what_is_given_is_not_scored(model):
 
 
 def test_candidate_tokens():
-    tokens, given = candidate_tokens(TOKENIZER, ["red", "a small circle", "[SEP]", ""], CAPTIONER.model, "a large")
+    tokens, given = candidate_tokens(TOKENIZER, ["red", "a small circle", "[SEP]", ""], CAPTIONER.decoder, "a large")
     start = [CAPTIONER.model.text.decode_id, *TOKENIZER(["a large"])[0, 1:3]]
     assert given == 3 and tokens[:, :3].tolist() == [start] * 4
     for row, text in zip(tokens, ["red", "a small circle", "[SEP]", ""], strict=True):
         whole = TOKENIZER.at_length(30)([text])[0, 1:]
         np.testing.assert_array_equal(row[3:], whole[:tokens.shape[1] - 3])
         assert (whole[tokens.shape[1] - 3:] == 0).all() and (row[3:] == TOKENIZER.eos_id).sum() == 1
-    longest, _ = candidate_tokens(TOKENIZER, ["red " * 50], CAPTIONER.model)
+    longest, _ = candidate_tokens(TOKENIZER, ["red " * 50], CAPTIONER.decoder)
     assert longest.shape == (1, CAPTIONER.model.text.positions) and longest[0, -1] == TOKENIZER.eos_id
     for nothing in ([], "red"):
         with pytest.raises(ConfigError, match="wanted a list of one text or more"):
-            candidate_tokens(TOKENIZER, nothing, CAPTIONER.model)
-    short = replace(CAPTIONER.model, text=replace(CAPTIONER.model.text, positions=4))
+            candidate_tokens(TOKENIZER, nothing, CAPTIONER.decoder)
+    short = replace(CAPTIONER.decoder, longest=4)
     with pytest.raises(ConfigError, match="prompt is 'a small red'; wanted at most 1 tokens"):
         candidate_tokens(TOKENIZER, ["a"], short, "a small red")

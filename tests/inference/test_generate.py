@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
-from jaxmm.inference.generate import Decoding, write
+from jaxmm.inference.generate import Decoding, generate, search
+from jaxmm.task import Decoder
 
 VOCABULARY, END, PAD = 6, 1, 0
 RNG = np.random.default_rng(0)
@@ -46,7 +47,7 @@ def written(pictures, prompts, decoding, keys=None):
         row[:len(text)] = text
     cache = jnp.zeros((len(prompts) * decoding.beams, decoding.max_length), jnp.int32)
     keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
-    found = jax.jit(lambda prompt, lengths, keys: write(
+    found = jax.jit(lambda prompt, lengths, keys: search(
         step(pictures, decoding.beams), cache, prompt, lengths, keys, decoding, end_id=END, pad_id=PAD))(
         jnp.asarray(prompt), jnp.asarray(lengths), keys)
     return np.asarray(found.tokens), np.asarray(found.score)
@@ -199,6 +200,28 @@ def test_samples_are_drawn_from_what_is_left(options):
     kept /= kept.sum()
     assert ((shares > 0) == (kept > 0.001)).all() or (shares[kept == 0] == 0).all()
     np.testing.assert_allclose(shares, kept, atol=4 * np.sqrt(0.25 / count))
+
+
+@pytest.mark.parametrize("options", [{}, {"beams": 3}, {"sample": True, "top_k": 4}], ids=str)
+def test_a_decoder_without_end_padding_and_context(options):
+    """Pixels: every row has its full length, token ids of END and PAD mean nothing, prompts are a part of the image."""
+    decoder = Decoder(
+        context=None, cache=lambda rows, length: jnp.zeros((rows, length), jnp.int32), start_id=2, end_id=None,
+        pad_id=None, longest=9, vocab_size=VOCABULARY, logits=lambda *args: None,
+        decode_step=lambda params, tokens, position, cache, prepared, cache_mask, context_mask: step(
+            [0] * 3, options.get("beams", 1))(tokens, position, cache, cache_mask))
+    prompt, decoding = jnp.asarray([[4, PAD, END], [4, END, END], [5, 3, 3]]), Decoding(max_length=9, **options)
+    generated = jax.jit(lambda prompt, keys: generate(decoder, {}, None, prompt, jnp.asarray([3, 3, 1]), keys,
+                                                      decoding))(prompt, jax.random.split(jax.random.key(1), 3))
+    tokens = np.asarray(generated.tokens[:, 0])
+    assert (tokens[:, 0] == 2).all() and tokens[:2, 1:3].tolist() == [[PAD, END], [END, END]]
+    for row, length in zip(tokens, (3, 3, 1), strict=True):
+        if not options:
+            assert all(row[i] == logits(0, row[:i].tolist()).argmax() for i in range(length, 9))
+    total = [sum(log_softmax(logits(0, row[:i].tolist()))[row[i]] for i in range(length, 9)) / (9 - length)
+             for row, length in zip(tokens, (3, 3, 1), strict=True)]
+    np.testing.assert_allclose(generated.score[:, 0], total, rtol=1e-4)
+    assert (tokens[:, 3:] == END).any()
 
 
 def test_values_that_make_no_sense():

@@ -14,8 +14,7 @@ from jaxmm.data.images import BadImage
 from jaxmm.data.transforms import eval_image
 from jaxmm.inference.answering import candidate_tokens, rank
 from jaxmm.inference.batching import predict_fn
-from jaxmm.inference.captioning import write_texts
-from jaxmm.inference.generate import Decoding
+from jaxmm.inference.generate import Decoding, generate
 from jaxmm.inference.model import load
 from jaxmm.models.blip import BLIP
 from jaxmm.pretrained.io.files import FileError
@@ -38,11 +37,11 @@ def test_embeddings_are_the_pure_functions(clip):
     pictures, texts = tiny.pictures(5), ["a red circle", "stars", ""]
     seen = jnp.stack([np.asarray(eval_image(Image.fromarray(p), tiny.IMAGE)) for p in pictures])
     assert (clip.preprocess(pictures) == seen).all()
-    want = clip.task.predict["image"](clip.params, {"image": seen})
+    want = clip.task.embedder.image(clip.params, {"image": seen})
     np.testing.assert_allclose(clip.encode_image(pictures), want, atol=1e-6)
     tokens = jnp.asarray(tiny.TOKENIZER(texts))
     assert (clip.tokenize(texts) == tokens).all()
-    np.testing.assert_allclose(clip.encode_text(texts), clip.task.predict["text"](clip.params, {"tokens": tokens}),
+    np.testing.assert_allclose(clip.encode_text(texts), clip.task.embedder.text(clip.params, {"tokens": tokens}),
                                atol=1e-6)
     out = clip.module.apply({"params": clip.params}, clip.task.pixels(seen[:3]), tokens, train=False)
     np.testing.assert_allclose(clip.similarity(pictures[:3], texts), out.logit_scale * out.image @ out.text.T,
@@ -72,7 +71,7 @@ def test_texts_are_cut_where_nothing_more_is_seen(pool, monkeypatch):
         tokens = np.where(tokens == tiny.TOKENIZER.eos_id, tiny.TOKENIZER.vocab_size - 1, np.minimum(tokens, 50))
         monkeypatch.setattr(type(clip), "tokenize", lambda self, texts: tokens)
     assert len(set(clip._needed(tokens))) > 2
-    want = clip.task.predict["text"](clip.params, {"tokens": jnp.asarray(tokens)})
+    want = clip.task.embedder.text(clip.params, {"tokens": jnp.asarray(tokens)})
     np.testing.assert_allclose(clip.encode_text(texts), want, atol=1e-6)
 
 
@@ -98,7 +97,7 @@ def test_unreadable_pictures_are_handed_over(clip, tmp_path):
 
 def test_classify(clip, vit):
     pictures = tiny.pictures(4)
-    logits = vit.task.predict["logits"](vit.params, {"image": jnp.asarray(vit.preprocess(pictures))})
+    logits = vit.task.classifier.logits(vit.params, {"image": jnp.asarray(vit.preprocess(pictures))})
     shares = np.asarray(jax.nn.softmax(logits, axis=1))
     for row, found in zip(shares, vit.classify(pictures, top=2), strict=True):
         order = np.argsort(-row)[:2]
@@ -220,7 +219,7 @@ def test_captions_are_what_the_decoder_writes_whatever_the_batch():
     seen = model.module.apply({"params": model.params}, model.task.pixels(jnp.asarray(model.preprocess(pictures))),
                               train=False, method=BLIP.see)
     prompt = jnp.asarray([[tiny.MED.decode_id, *tiny.TOKENIZER(["a"])[0, 1:2].tolist()]] * 5, jnp.int32)
-    want = write_texts(tiny.CAPTIONER.model, model.params, seen, prompt, jnp.full(5, 2),
+    want = generate(tiny.CAPTIONER.decoder, model.params, seen, prompt, jnp.full(5, 2),
                        jax.random.split(jax.random.key(0), 5), decoding)
     assert [[text for text, _ in found] for found in captions] == [
         [tiny.TOKENIZER.decode(row[2:]) for row in rows] for rows in np.asarray(want.tokens)]
@@ -241,7 +240,7 @@ def test_answers_are_what_the_decoder_writes_or_finds_likeliest():
     pictures, questions = tiny.pictures(3), ["A (red) circle?", "two stars", "above a large green heart"]
     images, asked = model.preprocess(pictures), model.tokenize(["a red circle?", *questions[1:]])
     choices = ["red", "two blue stars", "a heart"]
-    candidates, _ = candidate_tokens(tiny.TOKENIZER, choices, model.config)
+    candidates, _ = candidate_tokens(tiny.TOKENIZER, choices, model.task.decoder)
     written = model.answer(pictures, questions, decoding=decoding, top=2)
     chosen = model.answer(pictures, questions, choices=choices, top=3)
     for i in (0, 2):      # each alone, without padding
@@ -249,12 +248,12 @@ def test_answers_are_what_the_decoder_writes_or_finds_likeliest():
         seen = model.module.apply({"params": model.params}, model.task.pixels(jnp.asarray(images[i:i + 1])),
                                   train=False, method=BLIP.see)
         states = model.module.apply({"params": model.params}, tokens, seen, train=False, method=BLIP.read)
-        want = write_texts(model.config, model.params, states, jnp.full((1, 1), 2), jnp.ones(1, jnp.int32),
+        want = generate(model.task.decoder, model.params, states, jnp.full((1, 1), 2), jnp.ones(1, jnp.int32),
                            jax.random.split(jax.random.key(0), 1), decoding)
         told = [tiny.TOKENIZER.decode(row[1:]) for row in np.asarray(want.tokens[0])]
         assert [text for text, _ in written[i]] == told
         np.testing.assert_allclose([score for _, score in written[i]], want.score[0], atol=1e-4)
-        ranked = rank(model.config, model.params, states, jnp.asarray(candidates), top=3)
+        ranked = rank(model.task.decoder, model.params, states, jnp.asarray(candidates), top=3)
         assert [text for text, _ in chosen[i]] == [choices[k] for k in ranked.index[0]]
         np.testing.assert_allclose([score for _, score in chosen[i]], ranked.score[0], atol=1e-4)
     same = model.answer(pictures[1:2], questions[1], choices=choices, top=1)
@@ -278,8 +277,8 @@ def test_captions_among_choices():
     found = model.caption(pictures, choices=choices, top=3)
     seen = model.module.apply({"params": model.params}, model.task.pixels(jnp.asarray(model.preprocess(pictures))),
                               train=False, method=BLIP.see)
-    candidates, given = candidate_tokens(tiny.TOKENIZER, choices, model.config, "a")
-    want = rank(model.config, model.params, seen, jnp.asarray(candidates), given=given, top=3)
+    candidates, given = candidate_tokens(tiny.TOKENIZER, choices, model.task.decoder, "a")
+    want = rank(model.task.decoder, model.params, seen, jnp.asarray(candidates), given=given, top=3)
     assert given == 2
     assert [[text for text, _ in row] for row in found] == [[choices[i] for i in row] for row in want.index]
     np.testing.assert_allclose([[score for _, score in row] for row in found], want.score, atol=1e-4)
@@ -293,9 +292,10 @@ def test_matching_is_of_every_picture_with_every_text():
     got = model.match(pictures, texts)
     images, tokens = model.preprocess(pictures), model.tokenize(texts)
     for i, j in np.ndindex(3, 2):
-        want = model.task.predict["match"](model.params, {"image": jnp.asarray(images[i:i + 1]),
-                                                          "tokens": jnp.asarray(tokens[j:j + 1])})
-        np.testing.assert_allclose(got[i, j], want[0], atol=1e-5)
+        matcher = model.task.matcher
+        image_tokens = matcher.encode(model.params, {"image": jnp.asarray(images[i:i + 1])})
+        want = jax.nn.softmax(matcher.logits(model.params, image_tokens, jnp.asarray(tokens[None, j:j + 1])))[0, 0, 1]
+        np.testing.assert_allclose(got[i, j], want, atol=1e-5)
     cosines = model.encode_image(pictures) @ model.encode_text(texts).T
     np.testing.assert_allclose(model.similarity(pictures, texts), cosines, atol=1e-6)
     with pytest.raises(ValueError, match="wanted one that matches"):

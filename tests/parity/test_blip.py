@@ -11,18 +11,19 @@ import transformers
 from PIL import Image
 
 from jaxmm.inference.answering import ANSWERS
-from jaxmm.inference.captioning import write_texts
-from jaxmm.inference.generate import Decoding
+from jaxmm.inference.generate import Decoding, generate
 from jaxmm.inference.model import load
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.pixels import CLIP
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.families.transformers_blip import transformers_rows
 from jaxmm.pretrained.io.files import open_tensors
 from jaxmm.pretrained.parity import compare, golden_inputs
 from jaxmm.pretrained.table import read_params
+from jaxmm.tasks.blip_common import blip_decoder
 from jaxmm.tasks.question_answering import QuestionAnswering
 from tests.parity.test_loading import shaken
 from tests.parity.test_published import close
@@ -173,8 +174,9 @@ def test_answers_are_the_same_tokens(beams, tmp_path):
         seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.see)
         states = module.apply(params, jnp.asarray(words), seen, train=False, method=BLIP.read)
         keys, decoding = jax.random.split(jax.random.key(0), count), replace(ANSWERS, beams=beams)
-        return [write_texts(ANSWERING, params["params"], states, jnp.full((count, 1), 2), jnp.ones(count, jnp.int32),
-                            keys, decoding, mask).tokens[:, 0] for mask in (jnp.asarray(words != 0), None)]
+        return [generate(blip_decoder(ANSWERING, CLIP), params["params"], states, jnp.full((count, 1), 2),
+                         jnp.ones(count, jnp.int32), keys, decoding, mask).tokens[:, 0]
+                for mask in (jnp.asarray(words != 0), None)]
 
     hidden, shown = run(params)
     np.testing.assert_array_equal(hidden[:3], want[:3])
@@ -267,9 +269,9 @@ def test_captions_are_the_same_tokens(options, tmp_path):
     prompt = np.tile(np.array([[88, 5, 9]], np.int32), (count, 1))
     decoding = Decoding(max_length=14, **options)
     seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.see)
-    run = jax.jit(lambda params, seen: write_texts(
-        config, params, seen, jnp.asarray(prompt), jnp.full(count, 3), jax.random.split(jax.random.key(0), count),
-        decoding))
+    run = jax.jit(lambda params, seen: generate(
+        blip_decoder(config, CLIP), params, seen, jnp.asarray(prompt), jnp.full(count, 3),
+        jax.random.split(jax.random.key(0), count), decoding))
     got = np.asarray(run(params["params"], seen).tokens[:, 0])
     # transformers takes the last token off what it is given
     want = theirs.generate(

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from jaxmm.inference.batching import predictions
 from jaxmm.inference.model import load
 from jaxmm.pretrained.io.files import FileError
 from tests.parity.test_published import close
@@ -47,7 +48,7 @@ def seen(model):
 
 def predicted(model, name, **batch):
     batch = {key: jnp.asarray(value) for key, value in ({"image": PICTURES} | batch).items()}
-    return model.task.predict[name](model.params, batch)
+    return predictions(model.task)[name](model.params, batch)
 
 
 @pytest.mark.parametrize("kind, config", [

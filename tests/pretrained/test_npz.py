@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmm.inference.batching import predictions
 from jaxmm.inference.model import load
 from jaxmm.pretrained.families import npz
 from jaxmm.pretrained.io.files import open_tensors
@@ -145,7 +146,7 @@ def test_vit(name, tmp_path, record_property):
     pooled = tokens[:, 0] if "cls" in a else tokens.mean(axis=1)
     if "pre_logits/kernel" in a:
         pooled = np.tanh(dense(a, "pre_logits", pooled))
-    got = model.task.predict["logits"](model.params, {"image": jnp.asarray(pictures())})
+    got = model.task.classifier.logits(model.params, {"image": jnp.asarray(pictures())})
     difference = np.abs(got - dense(a, "head", pooled)).max()
     record_property(f"npz {name}, largest absolute difference", f"{difference:.1e}")
     assert difference < 1e-4
@@ -171,7 +172,7 @@ def test_siglip(wrapper, tmp_path, record_property):
     text = unit(dense(a, "txt/head", words[:, -1]))
     for name, want, batch in (("image", image, {"image": jnp.asarray(pictures())}),
                               ("text", text, {"tokens": jnp.asarray(ids)})):
-        difference = np.abs(model.task.predict[name](model.params, batch) - want).max()
+        difference = np.abs(predictions(model.task)[name](model.params, batch) - want).max()
         record_property(f"npz SigLIP {name}, largest absolute difference", f"{difference:.1e}")
         assert difference < 2e-5
     assert float(model.params["logit_scale"]) == arrays[f"{wrapper}t"][0]

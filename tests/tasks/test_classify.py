@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
+from jaxmm.inference.batching import predictions
 from jaxmm.tasks.image_classification import Classification
 from tests import reference
 from tests.reference import fp64
@@ -68,8 +69,9 @@ def test_prepare_mixes_as_asked():
 
 
 def test_predict():
-    predicted = {name: jax.jit(f)(params(CLASSIFY), labelled()) for name, f in CLASSIFY.predict.items()}
-    assert set(predicted) == {"logits", "features"}
+    predicted = {name: jax.jit(f)(params(CLASSIFY), labelled()) for name, f in predictions(CLASSIFY).items()}
+    assert set(predicted) == {"logits", "image", "features"}
+    np.testing.assert_array_equal(predicted["image"], predicted["features"])
     np.testing.assert_allclose(predicted["logits"], numpy_logits(), rtol=1e-3, atol=1e-4)
     assert predicted["features"].shape == (B, 12) and predicted["features"].dtype == jnp.float32
 
@@ -78,7 +80,7 @@ def test_bf16():
     half = bf16(CLASSIFY)
     value, grads = jax.jit(jax.value_and_grad(lambda p: half.loss(p, {}, labelled(), jax.random.key(0))[0]))(
         params(CLASSIFY))
-    logits = jax.jit(half.predict["logits"])(params(CLASSIFY), labelled())
+    logits = jax.jit(half.classifier.logits)(params(CLASSIFY), labelled())
     assert value.dtype == logits.dtype == jnp.float32
     np.testing.assert_allclose(value, numpy_loss(), rtol=0.05)
     fresh = jax.eval_shape(half.init, jax.random.key(0))

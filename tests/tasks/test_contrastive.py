@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError
+from jaxmm.inference.batching import predictions
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from tests import reference
 from tests.losses.test_contrastive import brute_sigmoid, brute_softmax
@@ -73,8 +74,8 @@ def test_duplicates_can_be_ignored(kind):
 @pytest.mark.parametrize("kind", TASKS)
 def test_predict(kind):
     task = TASKS[kind]
-    assert set(task.predict) == {"image", "text", "features"}
-    out = {name: jax.jit(f)(params(task), pairs()) for name, f in task.predict.items()}
+    assert set(predictions(task)) == {"image", "text", "features"}
+    out = {name: jax.jit(f)(params(task), pairs()) for name, f in predictions(task).items()}
     image, text = numpy_embeddings(task)
     np.testing.assert_allclose(out["image"], image, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(out["text"], text, rtol=1e-3, atol=1e-4)

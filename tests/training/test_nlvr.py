@@ -67,7 +67,7 @@ def test_what_it_learned_is_asked_of_pictures(run):
                           ["The left is red!", "the left is red", "the right is blue"])
     assert (found > 0.5).tolist() == [True, False, True] and found.shape == (3,)
     batch = {"image": model.preprocess([blue, red])[None], "tokens": model.tokenize(["the left is red"])}
-    logits = jax.jit(model.task.predict["logits"])(model.params, batch)
+    logits = jax.jit(model.task.classifier.logits)(model.params, batch)
     np.testing.assert_allclose(found[1], jax.nn.softmax(logits)[0, 1], rtol=1e-4)
     assert model.encode_image([red]).shape == (1, 24) and model.compare([], []).shape == (0,)
     with pytest.raises(ValueError, match="1 pairs and 2 texts"):
