@@ -1,17 +1,15 @@
 """A model with its own preprocessing and words: `jaxmm.load`, and what is done with what it returns."""
 
 import itertools
-import json
 import logging
 import os
-import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,12 +30,8 @@ from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn, pre
 from jaxmm.inference.captioning import CAPTIONS, make_caption_fn, prompt_tokens
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.matching import make_image_encoder, match_pairs, power_of_two
-from jaxmm.pretrained.families import native, open_clip, timm, transformers
-from jaxmm.pretrained.families import transformers_blip as blip
-from jaxmm.pretrained.io.files import FileError, write_safetensors
-from jaxmm.pretrained.registry import open_checkpoint
-from jaxmm.pretrained.table import Row, write_tensors
-from jaxmm.pretrained.tokenizer import is_openai, tokenizer_files
+from jaxmm.pretrained.io.files import FileError
+from jaxmm.pretrained.registry import Format, open_checkpoint, save_checkpoint
 from jaxmm.sharding import with_shardings
 from jaxmm.task import Task, capabilities
 
@@ -46,7 +40,6 @@ log = logging.getLogger(__name__)
 Picture = str | Path | Image.Image | np.ndarray
 """A file, a PIL picture, or uint8 [h, w, 3]."""
 OnError = Callable[[Picture, Exception], None]
-Format = Literal["jaxmm", "transformers", "timm", "open_clip"]
 ROUNDED = 16
 """Tokens: texts are cut to multiples of it."""
 BATCH = 64
@@ -286,44 +279,8 @@ class Model:
         `jaxmm` holds any model; `transformers`, `open_clip` and `timm` load theirs with nothing missing and nothing
         left over. Raises `FileError` where that library computes no such model, or where the folder exists.
         """
-        folder = Path(folder)
-        if folder.exists():
-            raise FileError(f"{folder} exists; wanted a new folder")
-        texts, weights, rows = self._described(format)
-        tensors = write_tensors(self.params, rows)
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)  # of a save that was interrupted
-        part.mkdir(parents=True)
-        for name, value in texts.items():
-            (part / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        if self.tokenizer is not None and format == "jaxmm":
-            self.tokenizer.save(part / "tokenizer")
-        elif self.tokenizer is not None:
-            for name, text in tokenizer_files(self.tokenizer).items():
-                (part / name).write_text(text, encoding="utf-8")
-        write_safetensors(part / weights, tensors, {"format": "pt"})
-        part.rename(folder)
-
-    def _described(self, format: str) -> tuple[Mapping[str, Any], str, list[Row]]:
-        """The configurations by file name, the name of the file of weights, and its rows."""
-        model, pixels, weights = self.config, self.task.pixels, "model.safetensors"
-        if format == "jaxmm":
-            described = native.describe(self.task, self.image, self.labels)
-            return {native.MODEL: described}, weights, native.identity_rows(self.task)
-        kind = type(model).__name__
-        if format == "transformers":
-            config, preprocessor, rows = (
-                blip.write_transformers(model, self.image, pixels) if kind == "BLIPConfig"
-                else transformers.write(model, self.image, pixels, self.labels))
-            return {"config.json": config, "preprocessor_config.json": preprocessor}, weights, rows
-        if format == "timm" and kind == "ViTConfig":
-            config, rows = timm.write(model, self.image, pixels, self.labels)
-            return {"config.json": config}, weights, rows
-        if format == "open_clip" and kind == "CLIPConfig":
-            config, rows = open_clip.write(model, self.image, pixels, vocabulary=not is_openai(self.tokenizer))
-            return {"open_clip_config.json": config}, "open_clip_model.safetensors", rows
-        raise FileError(f"format is {format!r}; wanted jaxmm, transformers, timm (for a ViT) or open_clip "
-                        "(for two towers)")
+        save_checkpoint(folder, format=format, task=self.task, params=self.params, image=self.image,
+                        labels=self.labels, tokenizer=self.tokenizer)
 
     def _pictures(
         self, pictures: Iterable[Picture], on_error: OnError | None = None

@@ -1,60 +1,85 @@
-"""Which family a source of weights is of, and what it says of itself."""
+"""All checkpoint formats: `open_checkpoint` finds a source's format and reads it, `save_checkpoint` writes one."""
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from jaxmm.pretrained.checkpoint import Checkpoint, Opened
-from jaxmm.pretrained.families import native, npz, open_clip, salesforce, timm, transformers
-from jaxmm.pretrained.families import transformers_blip as blip
-from jaxmm.pretrained.io.files import FileError, Tensors, open_tensors
-from jaxmm.pretrained.io.hub import Files, find
-from jaxmm.pretrained.table import read_params
+from jaxmm.config import ImageConfig
+from jaxmm.data.tokenizers import Tokenizer
+from jaxmm.pretrained.families import (
+    native,
+    npz,
+    open_clip,
+    salesforce,
+    timm,
+    transformers,
+    transformers_blip,
+)
+from jaxmm.pretrained.family import Family, Opened
+from jaxmm.pretrained.io.files import FileError, open_tensors, write_safetensors
+from jaxmm.pretrained.io.hub import find
+from jaxmm.pretrained.table import read_params, write_tensors
 from jaxmm.pretrained.tokenizer import read_tokenizer
+from jaxmm.task import Task
+
+FAMILIES: tuple[Family, ...] = (
+    native.FAMILY, open_clip.FAMILY, transformers_blip.FAMILY, transformers.FAMILY, timm.FAMILY, open_clip.OPENAI,
+    salesforce.FAMILY, npz.FAMILY)
+"""Formats in the order in which they are tried: configurations first, then names of tensors."""
+Format = Literal["jaxmm", "transformers", "timm", "open_clip"]
+"""Names of the families that are written."""
 
 
 def open_checkpoint(
     source: str | Path, *, revision: str | None = None, tokenizer: str | Path | None = None
 ) -> Opened:
-    """Understands `source`; see `jaxmm.load` for its kinds. Raises `FileError`."""
+    """Recognise and describe `source`; see `jaxmm.load` for its kinds. Raises `FileError`."""
     path = Path(source)
     if native.is_run(path):
         return native.open_run(path, revision)
     files = find(source, revision=revision)
-    if (files.folder / native.MODEL).is_file():
-        return native.open_model(files)
-    tensors = npz.unwrapped(open_tensors(files.weights))
-    found = understand(files, tensors)
-    given = None if tokenizer is None else Path(tokenizer)
-    words = found.words and read_tokenizer(files, found.words, found.context_length, given)
-    return Opened(name=files.name, family=found.family, task=found.task, image=found.image, labels=found.labels,
-                  notes=found.notes, tokenizer=words, tensors=tensors,
-                  read=partial(read_params, tensors, found.rows, name=files.name, ignore=found.ignore))
+    tensors = open_tensors(files.weights)
+    family = next((family for family in FAMILIES if family.matches(files, tensors)), None)
+    if family is None:
+        raise FileError(
+            f"{files.name} has no configuration that says what model it is; expected a config.json with model_type "
+            "(transformers) or architecture (timm), an open_clip_config.json, or the weights of OpenAI or Salesforce")
+    checkpoint = family.read(files, tensors)
+    vocabulary, given = checkpoint.vocabulary, None if tokenizer is None else Path(tokenizer)
+    return Opened(
+        name=files.name, family=family.name, task=checkpoint.task, image=checkpoint.image, labels=checkpoint.labels,
+        notes=checkpoint.notes, tensors=tensors, resize=family.resize,
+        tokenizer=checkpoint.tokenizer if vocabulary is None else read_tokenizer(files, vocabulary, given),
+        read=partial(read_params, tensors, checkpoint.rows, name=files.name, ignore=checkpoint.ignore))
 
 
-def understand(files: Files, tensors: Tensors) -> Checkpoint:
-    """Which family a checkpoint is of, and what it says of itself. Raises `FileError` where that is unknown."""
-    if (config := files.json("open_clip_config.json")) is not None:
-        return open_clip.read(config, tensors)
-    config = files.json("config.json") or {}
-    if config.get("model_type") == "blip":
-        return blip.read_transformers(config, tensors, _preprocessor(files))
-    if "model_type" in config:
-        return transformers.read(config, tensors, _preprocessor(files))
-    if "architecture" in config:
-        return timm.read(config, tensors)
-    if "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors:
-        return open_clip.read_openai(tensors)
-    if "visual_encoder.patch_embed.proj.weight" in tensors:
-        return salesforce.read(tensors)
-    if files.weights.suffix == ".npz":
-        return npz.read(tensors, files.name)
-    raise FileError(f"{files.name} has no configuration that says what model it is: wanted a config.json with "
-                    "model_type (transformers) or architecture (timm), an open_clip_config.json, or the weights of "
-                    "OpenAI or Salesforce")
+def save_checkpoint(
+    folder: str | Path, *, format: Format, task: Task, params: Any, image: ImageConfig,
+    labels: tuple[str, ...] | None = None, tokenizer: Tokenizer | None = None,
+) -> None:
+    """Write a new `folder` with configuration, preprocessing, vocabulary and weights in `format`.
 
-
-def _preprocessor(files: Files) -> dict[str, Any] | None:
-    """How pictures are prepared: transformers 5 writes it into the whole processor's file, and reads that first."""
-    whole = files.json("processor_config.json") or {}
-    return whole.get("image_processor") or files.json("preprocessor_config.json")
+    The folder appears complete or not at all. Raises `FileError` if it exists, or if the format cannot hold the model.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileError(f"{folder} exists; expected a new folder")
+    families = {family.name: family for family in FAMILIES
+                if family.write is not None and issubclass(type(task.model), family.architecture)}
+    if format not in families:
+        raise FileError(f"format is {format!r}, which has no {type(task.model).__name__}; expected "
+                        f"{', '.join(name for name in get_args(Format) if name in families)}")
+    family = families[format]
+    export = family.write(task, image, labels, tokenizer)
+    tensors = write_tensors(params, export.rows)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a save that was interrupted
+    part.mkdir(parents=True)
+    for name, config in export.configs.items():
+        (part / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None:
+        family.save_tokenizer(tokenizer, part)
+    write_safetensors(part / export.weights, tensors, {"format": "pt"})
+    part.rename(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxmm.pretrained.checkpoint import Opened
+from jaxmm.pretrained.family import Opened
 from jaxmm.pretrained.warm_start import HOW_TRAINED
 from jaxmm.sharding import named_leaves
 

@@ -1,11 +1,11 @@
-"""The tokenizer that a checkpoint was published with: found among its files, and written to what is saved."""
+"""Read the tokenizer that a checkpoint was published with, and write it beside exported weights."""
 
 import json
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers, processors
@@ -23,85 +23,99 @@ from jaxmm.data.tokenizers import (
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.io.hub import Files
 
-FILES = {
-    "openai": ("bpe_simple_vocab_16e6.txt.gz", "tokenizer.json", "vocab.json"),
-    "transformers": ("tokenizer.json", "vocab.json"), "file": ("tokenizer.json", "spiece.model"),
-    "bert": ("tokenizer.json", "vocab.txt")}
-"""Where a vocabulary may be, the preferred first."""
-
 SIGLIP_CLASSES: tuple[tuple[str, Cleaning], ...] = (("Siglip2", "lower"), ("Gemma", "lower"), ("Siglip", "siglip"))
-"""What transformers' tokenizer classes, by how their names begin, do to a text outside `tokenizer.json`."""
+"""Cleaning by transformers' tokenizer classes outside `tokenizer.json`, by how their names begin."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Words:
-    """How a family reads texts."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """A family's way to read texts."""
 
-    vocabulary: Literal["openai", "transformers", "file", "bert"]
-    """openai: CLIP's merges under OpenAI's rules, from any file that holds them; transformers: the same merges under
-    the rules of `CLIPTokenizer`; file: what `tokenizer.json` says, or a `spiece.model`; bert: the same, or
-    BERT's `vocab.txt`."""
-    cleaning: Cleaning = "none"
-    special: tuple[str, str] = CLIP_SPECIAL
-    """What CLIP's begin and end are called in a text (open_clip gave them other names)."""
+    files: tuple[str, ...]
+    """Names of the vocabulary's file, the preferred first."""
+    read: Callable[[Path, Files], Tokenizer]
+    """Reads such a file, given the checkpoint's other files."""
 
 
-def read_tokenizer(files: Files, words: Words, context_length: int, given: Path | None = None) -> Tokenizer | None:
-    """The tokenizer in `files.folder`, or in the file or folder `given`; None where there is none.
+def read_tokenizer(files: Files, vocabulary: Vocabulary, given: Path | None = None) -> Tokenizer | None:
+    """Return the tokenizer in `files.folder`, or in the file or folder `given`; None if there is none.
 
     Raises `FileError` for a vocabulary that cannot be read.
     """
-    folder = files.folder if given is None else given
-    if not folder.exists():
-        raise FileError(f"tokenizer is {str(folder)!r}, which does not exist")
-    if folder.is_file():
-        path = folder
-    else:
-        found = next((name for name in FILES[words.vocabulary] if (folder / name).is_file()), None)
-        if found is None:
+    path = files.folder if given is None else given
+    if not path.exists():
+        raise FileError(f"tokenizer is {str(path)!r}, which does not exist")
+    if not path.is_file():
+        name = next((name for name in vocabulary.files if (path / name).is_file()), None)
+        if name is None:
             return None
-        path = folder / found
-    read: Callable[..., Tokenizer] = {
-        "openai": _openai, "transformers": _transformers, "file": _file, "bert": _bert}[words.vocabulary]
+        path = path / name
     try:
-        return read(path, files, words, context_length)
+        return vocabulary.read(path, files)
     except Exception as error:  # the library raises bare Exceptions
         raise FileError(f"{path} holds no tokenizer of this model: {type(error).__name__}: {error}") from None
 
 
-def _openai(path: Path, files: Files, words: Words, context_length: int) -> Tokenizer:
-    backend, special = read_clip(path.parent if path.name == "vocab.json" else path)
-    if words.special != CLIP_SPECIAL:
-        model = json.loads(backend.to_str())
-        for old, new in zip(CLIP_SPECIAL, words.special, strict=True):
-            model["model"]["vocab"][new] = model["model"]["vocab"].pop(old)
-        backend = tokenizers.Tokenizer.from_str(json.dumps(model))
-    return Tokenizer(backend, context_length, **special, cleaning="openai", literal=words.special)
+def openai_vocabulary(context_length: int, special: tuple[str, str] = CLIP_SPECIAL) -> Vocabulary:
+    """Return CLIP's merges under OpenAI's rules, from any file that holds them.
+
+    `special` names begin and end in a text; open_clip's differ.
+    """
+    def read(path: Path, files: Files) -> Tokenizer:
+        backend, ids = _read_merges(path)
+        if special != CLIP_SPECIAL:
+            model = json.loads(backend.to_str())
+            for old, new in zip(CLIP_SPECIAL, special, strict=True):
+                model["model"]["vocab"][new] = model["model"]["vocab"].pop(old)
+            backend = tokenizers.Tokenizer.from_str(json.dumps(model))
+        return Tokenizer(backend, context_length, **ids, cleaning="openai", literal=special)
+
+    return Vocabulary(("bpe_simple_vocab_16e6.txt.gz", "tokenizer.json", "vocab.json"), read)
 
 
-def _transformers(path: Path, files: Files, words: Words, context_length: int) -> Tokenizer:
-    if path.name == "vocab.json" or path.name.endswith((".gz", ".txt")):
-        backend, special = read_clip(path.parent if path.name == "vocab.json" else path)
-        backend = _as_clip_tokenizer(backend)
-    else:
-        backend, special = read_file(path)
-    special["pad_id"] = _pad(files, backend, special["eos_id"])
-    return Tokenizer(backend, context_length, **special, cleaning=words.cleaning, literal=_special(backend))
+def clip_vocabulary(context_length: int) -> Vocabulary:
+    """Return CLIP's merges under the rules of transformers' `CLIPTokenizer`."""
+    def read(path: Path, files: Files) -> Tokenizer:
+        if path.name == "vocab.json" or path.name.endswith((".gz", ".txt")):
+            backend, ids = _read_merges(path)
+            backend = _as_clip_tokenizer(backend)
+        else:
+            backend, ids = read_file(path)
+        ids["pad_id"] = _pad(files, backend, ids["eos_id"])
+        return Tokenizer(backend, context_length, **ids, literal=_special(backend))
+
+    return Vocabulary(("tokenizer.json", "vocab.json"), read)
 
 
-def _file(path: Path, files: Files, words: Words, context_length: int) -> Tokenizer:
-    backend, special = read_sentencepiece(path) if path.suffix == ".model" else read_file(path)
-    special["pad_id"] = _pad(files, backend, special["pad_id"])
-    cleaning, kind = words.cleaning, (files.json("tokenizer_config.json") or {}).get("tokenizer_class")
-    if cleaning in ("siglip", "lower") and isinstance(kind, str):
-        cleaning = next((each for name, each in SIGLIP_CLASSES if kind.startswith(name)), "none")
-    return Tokenizer(backend, context_length, **special, cleaning=cleaning, literal=_special(backend))
+def file_vocabulary(context_length: int, cleaning: Cleaning = "none") -> Vocabulary:
+    """Return the vocabulary of a `tokenizer.json` or a `spiece.model`; `cleaning` is done before it."""
+    def read(path: Path, files: Files) -> Tokenizer:
+        backend, ids = read_sentencepiece(path) if path.suffix == ".model" else read_file(path)
+        ids["pad_id"] = _pad(files, backend, ids["pad_id"])
+        kind, cleaned = (files.json("tokenizer_config.json") or {}).get("tokenizer_class"), cleaning
+        if cleaning in ("siglip", "lower") and isinstance(kind, str):
+            cleaned = next((name for prefix, name in SIGLIP_CLASSES if kind.startswith(prefix)), "none")
+        return Tokenizer(backend, context_length, **ids, cleaning=cleaned, literal=_special(backend))
+
+    return Vocabulary(("tokenizer.json", "spiece.model"), read)
 
 
-def _bert(path: Path, files: Files, words: Words, context_length: int) -> Tokenizer:
-    """BLIP learns to write what it reads: unlike transformers', a text cannot name [SEP] or [PAD]."""
-    backend, special = read_bert(path) if path.suffix == ".txt" else read_file(path)
-    return Tokenizer(backend, context_length, **special)
+def siglip_vocabulary(context_length: int, size: int) -> Vocabulary:
+    """Return SigLIP's 32,000 tokens without case and punctuation, or SigLIP 2's 256,000 (Gemma's) in lower case."""
+    return file_vocabulary(context_length, "siglip" if size <= 2**16 else "lower")
+
+
+def bert_vocabulary(context_length: int) -> Vocabulary:
+    """Return BERT's words. Unlike in transformers, a text cannot name [SEP] or [PAD]: BLIP learns to write texts."""
+    def read(path: Path, files: Files) -> Tokenizer:
+        backend, ids = read_bert(path) if path.suffix == ".txt" else read_file(path)
+        return Tokenizer(backend, context_length, **ids)
+
+    return Vocabulary(("tokenizer.json", "vocab.txt"), read)
+
+
+def _read_merges(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    return read_clip(path.parent if path.name == "vocab.json" else path)
 
 
 def _special(backend: tokenizers.Tokenizer) -> tuple[str, ...]:
@@ -109,17 +123,17 @@ def _special(backend: tokenizers.Tokenizer) -> tuple[str, ...]:
 
 
 def _pad(files: Files, backend: tokenizers.Tokenizer, default: int) -> int:
-    """The id of the padding token that the configuration beside the vocabulary names."""
+    """Return the id of the padding token that the configuration beside the vocabulary names, or `default`."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         token = (files.json(name) or {}).get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token
-        if token is not None and (found := backend.token_to_id(token)) is not None:
-            return found
+        if token is not None and (pad_id := backend.token_to_id(token)) is not None:
+            return pad_id
     return default
 
 
 def _as_clip_tokenizer(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """CLIP's merges under the rules of transformers' `CLIPTokenizer`, which clean a text less than OpenAI's do."""
+    """Give CLIP's merges the rules of transformers' `CLIPTokenizer`, which clean a text less than OpenAI's do."""
     backend.normalizer = normalizers.Sequence([
         normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()])
     backend.pre_tokenizer = pre_tokenizers.Sequence([
@@ -130,14 +144,14 @@ def _as_clip_tokenizer(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def is_openai(tokenizer: Tokenizer | None) -> bool:
-    """Whether open_clip, without being told anything, reads texts as `tokenizer` does; None: there is no other."""
+    """Return whether open_clip reads texts like `tokenizer` by default; true without a tokenizer."""
     return tokenizer is None or (tokenizer.cleaning == "openai" and tokenizer.vocab_size == 49_408)
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """What transformers loads a tokenizer from, by file name; it gives the same ids.
+    """Return the files from which transformers loads a tokenizer with the same ids, by name.
 
-    Except for what no `tokenizer.json` can express of OpenAI's cleaning: the repair of mojibake and HTML entities.
+    No `tokenizer.json` can express one part of OpenAI's cleaning: the repair of mojibake and HTML entities.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     clip = isinstance(backend.model, tokenizers.models.BPE) and all(
@@ -170,8 +184,14 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     return texts
 
 
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the files of `tokenizer_files` into `folder`."""
+    for name, text in tokenizer_files(tokenizer).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 def _normalizers(cleaning: Cleaning) -> list[normalizers.Normalizer]:
-    """`cleaning` in the terms of the `tokenizers` library."""
+    """Return `cleaning` in the terms of the `tokenizers` library."""
     space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     no_punctuation = normalizers.Replace(tokenizers.Regex(f"[{_escaped(string.punctuation)}]"), "")
     lower = normalizers.Lowercase()

@@ -16,7 +16,7 @@ from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.embeddings import resize_positions
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.pretrained.checkpoint import Opened
+from jaxmm.pretrained.family import Opened
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.registry import open_checkpoint
 from jaxmm.sharding import named_leaves, put_global, replicated, with_shardings

@@ -126,7 +126,7 @@ def test_what_is_saved_is_the_same_model(clip, format, tmp_path):
         "eval_crop": "center_floor"}}.get(format, {}))      # what they have a place for
     assert (again.preprocess(pictures) == replace(clip, image=saved_image).preprocess(pictures)).all()
     np.testing.assert_allclose(again.encode_text(texts), clip.encode_text(texts), atol=1e-6)
-    with pytest.raises(FileError, match="exists; wanted a new folder"):
+    with pytest.raises(FileError, match="exists; expected a new folder"):
         clip.save(tmp_path / "saved", format=format)
 
 
@@ -154,7 +154,7 @@ def test_the_file_of_the_whole_processor_says_how_pictures_are_prepared(clip, tm
 
 def test_formats_refuse_what_they_cannot_hold(clip, vit, tmp_path):
     for model, format in ((vit, "open_clip"), (clip, "timm")):
-        with pytest.raises(FileError, match="wanted jaxmm, transformers"):
+        with pytest.raises(FileError, match="expected jaxmm, transformers"):
             model.save(tmp_path / "x", format=format)
     odd = replace(vit, task=replace(vit.task, model=replace(tiny.VIT.model, registers=3)))
     for format in ("transformers", "timm"):
@@ -208,7 +208,7 @@ def test_blip_is_saved_and_loaded(kind, format, tmp_path):
     assert again.config == model.config
     if kind == "captioner" and format == "jaxmm":
         assert again.caption(tiny.pictures(3)) == model.caption(tiny.pictures(3))
-    with pytest.raises(FileError, match="wanted jaxmm, transformers"):
+    with pytest.raises(FileError, match="expected jaxmm, transformers"):
         model.save(tmp_path / "x", format="open_clip")
 
 

@@ -14,7 +14,7 @@ from jaxmm.pretrained.families import transformers_blip as blip
 from jaxmm.pretrained.io.files import Tensor
 from jaxmm.sharding import named_leaves
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
-from tests.pretrained import test_npz, tiny
+from tests.pretrained import test_npz_family, tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -42,9 +42,9 @@ def families():
         "timm_vit": timm.rows(vit), "timm_deit": timm.rows(deit), "timm_siglip": timm.rows(pooled),
         "open_clip": open_clip.rows(clip, custom=False),
         "open_clip_custom": open_clip.rows(replace(clip, text_projection_bias=True, logit_bias=-10.0), custom=True),
-        "vision_transformer": flax(test_npz.FILES["vision_transformer"][0]),
-        "big_vision": flax(test_npz.FILES["big_vision, scanned"][0]),
-        "big_vision_siglip": flax(test_npz.siglip_names()),
+        "vision_transformer": flax(test_npz_family.FILES["vision_transformer"][0]),
+        "big_vision": flax(test_npz_family.FILES["big_vision, scanned"][0]),
+        "big_vision_siglip": flax(test_npz_family.siglip_names()),
     }
 
 

@@ -15,8 +15,8 @@ from tests.pretrained import tiny
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
 LOAD = """
 import json, sys
-from jaxmm.pretrained.files import FileError
-from jaxmm.pretrained.model import load
+from jaxmm.pretrained.io.files import FileError
+from jaxmm.inference.model import load
 try:
     model = load(sys.argv[1], revision=sys.argv[2] or None)
     print(json.dumps({"parameters": model.parameters, "ids": model.tokenize(["a red circle"]).tolist()}))

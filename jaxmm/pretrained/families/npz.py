@@ -1,24 +1,27 @@
 """vision_transformer's and big_vision's `.npz` files: ViT, AugReg, SigLIP.
 
-They hold no configuration. Sizes and heads are read off the arrays, the rest is the same for all models of the family:
+They hold no configuration. Sizes and heads are read off the arrays. The rest is the same for all models of the family:
 epsilon 1e-6, the tanh approximation of GELU, pixels from -1 to 1.
 """
 
 import re
+from dataclasses import replace
 
 from jaxmm.config import ImageConfig
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import INCEPTION
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.pretrained.checkpoint import Checkpoint
-from jaxmm.pretrained.families.transformers import siglip_words
+from jaxmm.pretrained.family import Checkpoint, Family
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.layers import PARTS
 from jaxmm.pretrained.table import Row, lead
+from jaxmm.pretrained.tokenizer import siglip_vocabulary
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+from jaxmm.tasks.image_classification import Classification
 
 WRAPPERS = ("opt/target/", "params/")
-"""What training put before every name."""
+"""Prefixes that training puts before every name."""
 KINDS = {
     "vision_transformer": ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"),
     "big_vision": ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0"),
@@ -26,18 +29,16 @@ KINDS = {
 """A layer's parts: norm, attention, norm, MLP."""
 
 
-def unwrapped(tensors: Tensors) -> Tensors:
-    """The arrays by their names in the model."""
-    for wrapper in WRAPPERS:
-        if all(key.startswith(wrapper) for key in tensors):
-            return {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
-    return tensors
-
-
 def read(tensors: Tensors, name: str) -> Checkpoint:
-    """Understands the arrays of an unwrapped `.npz`. Raises `FileError` for models that are not supported."""
-    if "img/embedding/kernel" in tensors:
-        return read_siglip(tensors)
+    """Describe the arrays of an `.npz`. Raises `FileError` for models that are not supported."""
+    wrapper = next((wrapper for wrapper in WRAPPERS if all(key.startswith(wrapper) for key in tensors)), "")
+    tensors = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
+    checkpoint = read_siglip(tensors) if "img/embedding/kernel" in tensors else read_vit(tensors, name)
+    return replace(checkpoint, rows=[replace(row, theirs=wrapper + row.theirs) for row in checkpoint.rows])
+
+
+def read_vit(tensors: Tensors, name: str) -> Checkpoint:
+    """Describe a classifier or a bare vision transformer."""
     if any(key.startswith("conv_root") for key in tensors):
         raise FileError(f"{name} holds a hybrid with a ResNet in front; supported are plain vision transformers")
     if "embedding/kernel" not in tensors:
@@ -49,35 +50,35 @@ def read(tensors: Tensors, name: str) -> Checkpoint:
         rows += flax_dense("pre_logits", "pre_logits")
     if head is not None:
         rows += flax_dense("head", "head")
-    return _checkpoint(
-        ViTConfig(**vars(model) | {"classes": head.shape[1] if head is not None else None,
-                                   "pre_logits": tensors["pre_logits/kernel"].shape[1]
-                                   if "pre_logits/kernel" in tensors else None}), rows, model.image_size)
+    model = replace(model, classes=None if head is None else head.shape[1], pre_logits=tensors[
+        "pre_logits/kernel"].shape[1] if "pre_logits/kernel" in tensors else None)
+    return Checkpoint(task=Classification(model=model, pixels=INCEPTION), rows=rows, image=_image(model))
 
 
 def read_siglip(tensors: Tensors) -> Checkpoint:
-    """SigLIP and SigLIP 2 of a fixed resolution: two towers, temperature and bias."""
-    picture, words = vision(tensors, "img/"), stack(tensors, "txt/Encoder_0")
-    vocabulary, _ = tensors["txt/Embed_0/embedding"].shape
+    """Describe SigLIP or SigLIP 2 of a fixed resolution: two towers, temperature and bias."""
+    image, text = vision(tensors, "img/"), stack(tensors, "txt/Encoder_0")
+    size, _ = tensors["txt/Embed_0/embedding"].shape
+    length = tensors["txt/pos_embedding"].shape[1]
     clip = CLIPConfig(
-        vision=picture, embed_dim=picture.transformer.width, vision_projection=False, text_projection_bias=True,
-        text=TextConfig(transformer=words, vocab_size=vocabulary, causal=False, pool="last",
-                        context_length=tensors["txt/pos_embedding"].shape[1]), logit_bias=-10.0)
-    rows = [*vision_rows(tensors, picture, "vision/", "img/"),
+        vision=image, embed_dim=image.transformer.width, vision_projection=False, text_projection_bias=True,
+        text=TextConfig(transformer=text, vocab_size=size, causal=False, pool="last", context_length=length),
+        logit_bias=-10.0)
+    rows = [*vision_rows(tensors, image, "vision/", "img/"),
             Row("text/tokens/embedding", "txt/Embed_0/embedding"), Row("text/positions", "txt/pos_embedding", lead(1)),
             *layer_rows(tensors, "text/encoder", "txt/Encoder_0"),
             *flax_norm("text/norm", "txt/Encoder_0/encoder_norm"), *flax_dense("text_projection", "txt/head"),
             Row("logit_scale", "t", lead(1)), Row("logit_bias", "b", lead(1))]
-    return _checkpoint(clip, rows, picture.image_size, siglip_words(vocabulary))
+    return Checkpoint(task=ContrastiveLearning(model=clip, pixels=INCEPTION, kind="sigmoid"), rows=rows,
+                      image=_image(image), vocabulary=siglip_vocabulary(length, size))
 
 
-def _checkpoint(config, rows, size, words=None) -> Checkpoint:
-    return Checkpoint(family="npz", config=config, rows=rows, pixels=INCEPTION, words=words,
-                      image=ImageConfig(size=size, eval_crop="squash", interpolation="bilinear"))
+def _image(model: ViTConfig) -> ImageConfig:
+    return ImageConfig(size=model.image_size, eval_crop="squash", interpolation="bilinear")
 
 
 def vision(tensors: Tensors, tower: str) -> ViTConfig:
-    """The picture tower whose names begin with `tower`, without heads."""
+    """Return the configuration of the image tower whose names begin with `tower`, without heads."""
     patch = tensors[f"{tower}embedding/kernel"].shape[0]
     class_token, pooling = f"{tower}cls" in tensors, f"{tower}MAPHead_0/probe" in tensors
     slots = tensors[_positions(tensors, tower)].shape[1]
@@ -88,14 +89,14 @@ def vision(tensors: Tensors, tower: str) -> ViTConfig:
 
 
 def stack(tensors: Tensors, encoder: str) -> TransformerConfig:
-    """The layers under `encoder`."""
+    """Return the configuration of the layers under `encoder`."""
     _, attention, _, mlp = KINDS[_kind(tensors, encoder)]
     stacked = f"{encoder}/encoderblock/{attention}/query/kernel"
     if stacked in tensors:
         depth, width, heads, _ = tensors[stacked].shape
         mlp_dim = tensors[f"{encoder}/encoderblock/{mlp}/Dense_0/kernel"].shape[2]
     else:
-        numbers = [int(found[1]) for key in tensors if (found := re.match(rf"{encoder}/encoderblock_(\d+)/", key))]
+        numbers = [int(match[1]) for key in tensors if (match := re.match(rf"{encoder}/encoderblock_(\d+)/", key))]
         depth = 1 + max(numbers)
         width, heads, _ = tensors[f"{encoder}/encoderblock_0/{attention}/query/kernel"].shape
         mlp_dim = tensors[f"{encoder}/encoderblock_0/{mlp}/Dense_0/kernel"].shape[1]
@@ -103,7 +104,7 @@ def stack(tensors: Tensors, encoder: str) -> TransformerConfig:
 
 
 def vision_rows(tensors: Tensors, model: ViTConfig, ours: str, theirs: str) -> list[Row]:
-    """The weights of a picture tower."""
+    """Return the rows of an image tower."""
     encoder = f"{theirs}Transformer"
     rows = [*flax_dense(f"{ours}patches", f"{theirs}embedding"),
             Row(f"{ours}positions", _positions(tensors, theirs), lead(1)),
@@ -120,7 +121,7 @@ def vision_rows(tensors: Tensors, model: ViTConfig, ours: str, theirs: str) -> l
 
 
 def layer_rows(tensors: Tensors, ours: str, encoder: str) -> list[Row]:
-    """A stack of layers, each in arrays of its own or all in one, as big_vision's scanned models have them."""
+    """Return the rows of a stack: arrays per layer, or stacked arrays as in big_vision's scanned models."""
     first, attention, second, mlp = KINDS[_kind(tensors, encoder)]
     stacked = f"{encoder}/encoderblock/{attention}/query/kernel" in tensors
     block, layer = f"{ours}/blocks", f"{encoder}/encoderblock" + ("" if stacked else "_{}")
@@ -130,22 +131,22 @@ def layer_rows(tensors: Tensors, ours: str, encoder: str) -> list[Row]:
 
 
 def flax_dense(ours: str, theirs: str) -> list[Row]:
-    """Anything with a kernel and a bias: Flax lays both out as we do."""
+    """Return the rows of a kernel and a bias, which Flax lays out like we do."""
     return [Row(f"{ours}/{part}", f"{theirs}/{part}") for part in ("kernel", "bias")]
 
 
 def flax_norm(ours: str, theirs: str) -> list[Row]:
-    """A layer norm of Flax's."""
+    """Return the rows of a Flax layer norm."""
     return [Row(f"{ours}/{part}", f"{theirs}/{part}") for part in ("scale", "bias")]
 
 
 def flax_attention(ours: str, theirs: str) -> list[Row]:
-    """Attention of Flax's."""
+    """Return the rows of Flax attention."""
     return [row for name in (*PARTS, "out") for row in flax_dense(f"{ours}/{name}", f"{theirs}/{name}")]
 
 
 def flax_mlp(ours: str, theirs: str) -> list[Row]:
-    """The MLP of a layer."""
+    """Return the rows of a layer's MLP."""
     return flax_dense(f"{ours}/up", f"{theirs}/Dense_0") + flax_dense(f"{ours}/down", f"{theirs}/Dense_1")
 
 
@@ -157,3 +158,7 @@ def _kind(tensors: Tensors, encoder: str) -> str:
 def _positions(tensors: Tensors, tower: str) -> str:
     old = f"{tower}Transformer/posembed_input/pos_embedding"
     return old if old in tensors else f"{tower}pos_embedding"
+
+
+FAMILY = Family(name="npz", matches=lambda files, tensors: files.weights.suffix == ".npz", resize="linear",
+                read=lambda files, tensors: read(tensors, files.name))

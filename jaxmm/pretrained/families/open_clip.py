@@ -5,27 +5,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmm.config import ImageConfig
+from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.checkpoint import Checkpoint, known, unsupported
+from jaxmm.pretrained.family import Checkpoint, Export, Family, known, unsupported
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
 from jaxmm.pretrained.table import CONV, Row
-from jaxmm.pretrained.tokenizer import Words
+from jaxmm.pretrained.tokenizer import Vocabulary, file_vocabulary, is_openai, openai_vocabulary
+from jaxmm.task import Task
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 POOLS = {"tok": "cls", "avg": "gap"}
 TEXT_POOLS = {"argmax": "argmax", "eos": "eos", "first": "first", "last": "last"}
 IGNORED = (r"^(input_resolution|context_length|vocab_size)$", r"\battn_mask$")
-"""Constants that OpenAI's archives and old state dicts hold beside the weights."""
+"""Keys of constants beside the weights, in OpenAI's archives and old state dicts."""
 
 
 def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
-    """Understands `open_clip_config.json` with its weights. Raises `FileError` for towers that are not built in."""
-    model, shown = config["model_cfg"], config.get("preprocess_cfg", {})
+    """Describe `open_clip_config.json` with its weights. Raises `FileError` for towers that are not built in."""
+    model, data = config["model_cfg"], config.get("preprocess_cfg", {})
     vision, text = model["vision_cfg"], model["text_cfg"]
     for name in ("timm_model_name", "hf_model_name"):
         if vision.get(name) or text.get(name):
@@ -47,34 +50,35 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
 
     pool = "avg" if vision.get("global_average_pool") else vision.get("pool_type", "tok")
     after = bool(vision.get("final_ln_after_pool"))
-    picture = ViTConfig(
+    image_tower = ViTConfig(
         transformer=stack(vision, vision["width"], vision["width"] // vision.get("head_width", 64)),
         image_size=_side(vision.get("image_size", 224)), patch=vision["patch_size"],
         pool=known(POOLS, pool, "vision_cfg.pool_type"), norm_pooled=after and pool == "avg",
         pre_norm=not vision.get("no_ln_pre"), patch_bias=False)
-    words = TextConfig(
+    text_tower = TextConfig(
         transformer=stack(text, text.get("width", 512), text.get("heads", 8)),
         vocab_size=text.get("vocab_size", 49_408), context_length=text.get("context_length", 77),
         causal=not text.get("no_causal_mask"),
         pool=known(TEXT_POOLS, text.get("pool_type", "argmax"), "text_cfg.pool_type"),
         eos_id=text.get("eos_id", 2) if text.get("pool_type") == "eos" else None)
     bias = "logit_bias" in tensors
-    clip = CLIPConfig(vision=picture, text=words, embed_dim=model["embed_dim"],
+    clip = CLIPConfig(vision=image_tower, text=text_tower, embed_dim=model["embed_dim"],
                       text_projection_bias=bool(text.get("proj_bias")),
                       logit_scale=model.get("init_logit_scale") or math.log(1 / 0.07),
                       logit_bias=(model.get("init_logit_bias") or -10.0) if bias else None)
     image = ImageConfig(
-        size=_side(shown.get("size", picture.image_size)), interpolation=shown.get("interpolation", "bicubic"),
-        eval_crop=known({"shortest": "center", "squash": "squash"}, shown.get("resize_mode", "shortest"),
+        size=_side(data.get("size", image_tower.image_size)), interpolation=data.get("interpolation", "bicubic"),
+        eval_crop=known({"shortest": "center", "squash": "squash"}, data.get("resize_mode", "shortest"),
                         "resize_mode"))
-    pixels = Pixels(mean=tuple(shown.get("mean", CLIP_PIXELS.mean)), std=tuple(shown.get("std", CLIP_PIXELS.std)))
-    notes = () if shown else ("there is no preprocess_cfg: pictures are prepared as OpenAI's models are",)
-    return Checkpoint(family="open_clip", config=clip, rows=rows(clip, custom="text.token_embedding.weight" in tensors),
-                      image=image, pixels=pixels, words=read_words(text), ignore=IGNORED, notes=notes)
+    pixels = Pixels(mean=tuple(data.get("mean", CLIP_PIXELS.mean)), std=tuple(data.get("std", CLIP_PIXELS.std)))
+    notes = () if data else ("there is no preprocess_cfg: images are prepared as for OpenAI's models",)
+    task = ContrastiveLearning(model=clip, pixels=pixels, kind="sigmoid" if bias else "softmax")
+    return Checkpoint(task=task, rows=rows(clip, custom="text.token_embedding.weight" in tensors), image=image,
+                      vocabulary=vocabulary(text, text_tower.context_length), ignore=IGNORED, notes=notes)
 
 
 def read_openai(tensors: Tensors) -> Checkpoint:
-    """OpenAI's files say nothing of the model; its own code reads the sizes off the weights, and so does this."""
+    """Describe OpenAI's files. They hold no configuration; sizes are read off the weights, as OpenAI's code does."""
     if any(key.startswith("visual.layer1.") for key in tensors):
         raise FileError("visual is a ModifiedResNet; supported are vision transformers")
     conv, positions = tensors["visual.conv1.weight"].shape, tensors["visual.positional_embedding"].shape
@@ -84,30 +88,32 @@ def read_openai(tensors: Tensors) -> Checkpoint:
                                  mlp_dim=4 * width, eps=1e-5, activation="quick_gelu")
 
     side = math.isqrt(positions[0] - 1) * conv[-1]
-    vocabulary, width = tensors["token_embedding.weight"].shape
+    vocab_size, width = tensors["token_embedding.weight"].shape
+    length = tensors["positional_embedding"].shape[0]
     clip = CLIPConfig(
         vision=ViTConfig(transformer=stack(conv[0], "visual.transformer.resblocks."), image_size=side, patch=conv[-1],
                          pre_norm=True, patch_bias=False),
-        text=TextConfig(transformer=stack(width, "transformer.resblocks."), vocab_size=vocabulary,
-                        context_length=tensors["positional_embedding"].shape[0]),
+        text=TextConfig(transformer=stack(width, "transformer.resblocks."), vocab_size=vocab_size,
+                        context_length=length),
         embed_dim=tensors["text_projection"].shape[1])
-    return Checkpoint(family="openai", config=clip, rows=rows(clip, custom=False), image=ImageConfig(size=side),
-                      pixels=CLIP_PIXELS, words=Words(vocabulary="openai"), ignore=IGNORED)
+    return Checkpoint(task=ContrastiveLearning(model=clip, pixels=CLIP_PIXELS, kind="softmax"),
+                      rows=rows(clip, custom=False), image=ImageConfig(size=side),
+                      vocabulary=openai_vocabulary(length), ignore=IGNORED)
 
 
-def read_words(text: Mapping[str, Any]) -> Words:
-    """CLIP's vocabulary, or the one that `hf_tokenizer_name` names, whose `tokenizer.json` lies in the folder."""
+def vocabulary(text: Mapping[str, Any], context_length: int) -> Vocabulary:
+    """Return CLIP's vocabulary, or that of `hf_tokenizer_name`, whose `tokenizer.json` lies in the folder."""
     options = text.get("tokenizer_kwargs") or {}
     unsupported(options, {"strip_sep_token": False, "reduction_mask": ""}, "text_cfg.tokenizer_kwargs")
     if not text.get("hf_tokenizer_name"):
         unsupported(options, {"clean": "lower"}, "text_cfg.tokenizer_kwargs")
-        return Words(vocabulary="openai", special=("<start_of_text>", "<end_of_text>"))
+        return openai_vocabulary(context_length, ("<start_of_text>", "<end_of_text>"))
     cleanings = {"whitespace": "whitespace", "lower": "openai", "canonicalize": "canonical"}
-    return Words(vocabulary="file", cleaning=known(cleanings, options.get("clean", "whitespace"), "clean"))
+    return file_vocabulary(context_length, known(cleanings, options.get("clean", "whitespace"), "clean"))
 
 
 def rows(clip: CLIPConfig, *, custom: bool) -> list[Row]:
-    """The weights; `custom` where the text tower is a module of its own."""
+    """Return the rows of a CLIP; `custom` if the text tower is a separate module."""
     layer = {"attention": ("attn.in_proj_weight", "attn.in_proj_bias"), "out_name": "attn.out_proj",
              "mlp": ("mlp.c_fc", "mlp.c_proj"), "norms": ("ln_1", "ln_2")}
     text = "text." if custom else ""
@@ -131,18 +137,13 @@ def rows(clip: CLIPConfig, *, custom: bool) -> list[Row]:
     return result
 
 
-def write(
-    config: CLIPConfig, image: ImageConfig, pixels: Pixels, *, vocabulary: bool
-) -> tuple[dict[str, Any], list[Row]]:
-    """`open_clip_config.json` and the rows of a folder that open_clip loads.
-
-    `vocabulary`: the folder has a `tokenizer.json` that is not OpenAI's. Raises `FileError` where open_clip has no
-    such model.
-    """
+def write(task: Task, image: ImageConfig, labels: tuple[str, ...] | None, tokenizer: Tokenizer | None) -> Export:
+    """Describe a folder that open_clip loads. Raises `FileError` if open_clip has no such model."""
+    config, pixels = task.model, task.pixels
     vision, text = config.vision, config.text
-    wanted = {"class_token": True, "position_class": True, "positions": "learned", "registers": 0, "patch_bias": False,
-              "pre_logits": None, "distillation_token": False}
-    odd = [f"vision.{name} = {getattr(vision, name)!r}" for name, value in wanted.items()
+    expected = {"class_token": True, "position_class": True, "positions": "learned", "registers": 0,
+                "patch_bias": False, "pre_logits": None, "distillation_token": False}
+    odd = [f"vision.{name} = {getattr(vision, name)!r}" for name, value in expected.items()
            if getattr(vision, name) != value]
     pools = {ours: theirs for theirs, ours in (POOLS | TEXT_POOLS).items()}
     odd += [f"{name}.pool = {tower.pool!r}" for name, tower in (("vision", vision), ("text", text))
@@ -173,20 +174,30 @@ def write(
         model["text_cfg"]["pool_type"] = "argmax"  # the same, and known to older versions
     elif text.pool == "eos":
         model["text_cfg"]["eos_id"] = text.eos_id
-    if vocabulary:
-        model["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip takes the folder, whatever the name
+    if not is_openai(tokenizer):
+        model["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip reads the folder, whatever the name
     if config.logit_bias is not None:
         model |= {"init_logit_bias": config.logit_bias, "init_logit_scale": config.logit_scale}
-    shown = {"size": image.size, "mode": "RGB", "mean": list(pixels.mean), "std": list(pixels.std),
-             "interpolation": image.interpolation, "fill_color": 0,
-             "resize_mode": "squash" if image.eval_crop == "squash" else "shortest"}
-    return {"model_cfg": model, "preprocess_cfg": shown}, rows(config, custom=custom)
+    data = {"size": image.size, "mode": "RGB", "mean": list(pixels.mean), "std": list(pixels.std),
+            "interpolation": image.interpolation, "fill_color": 0,
+            "resize_mode": "squash" if image.eval_crop == "squash" else "shortest"}
+    return Export(configs={"open_clip_config.json": {"model_cfg": model, "preprocess_cfg": data}},
+                  rows=rows(config, custom=custom), weights="open_clip_model.safetensors")
 
 
 def _side(size: Any) -> int:
-    """One number for a square, which may be written as two."""
+    """Return the side of a square that is written as one number or two. Raises `FileError` for other shapes."""
     if isinstance(size, (list, tuple)):
         if len(set(size[-2:])) != 1:
             raise FileError(f"image size is {list(size)}; supported are squares")
         return size[-1]
     return size
+
+
+FAMILY = Family(
+    name="open_clip", matches=lambda files, tensors: files.json("open_clip_config.json") is not None,
+    read=lambda files, tensors: read(files.json("open_clip_config.json"), tensors), write=write,
+    architecture=(CLIPConfig,))
+OPENAI = Family(
+    name="openai", read=lambda files, tensors: read_openai(tensors),
+    matches=lambda files, tensors: "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors)

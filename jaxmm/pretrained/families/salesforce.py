@@ -1,7 +1,7 @@
-"""The files of BLIP's authors (`.pth`): pre-training, captioning, retrieval, questions, NLVR2.
+"""The files of BLIP's authors (`.pth`): pre-training, captioning, retrieval, VQA, NLVR2.
 
-They hold no configuration. Sizes are read off the weights; heads of 64, epsilons and token ids are the same for all
-that were released. What only training needs (momentum copies, queues) is left out.
+They hold no configuration. Sizes are read off the weights. Heads of 64, epsilons and token ids are the same for all
+released files. Momentum encoders and queues, which only training needs, are left out.
 """
 
 from dataclasses import replace
@@ -14,37 +14,38 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.checkpoint import Checkpoint
 from jaxmm.pretrained.families import timm
 from jaxmm.pretrained.families.transformers_blip import (
     IGNORED,
-    answering,
+    answer_decoder,
+    blip_task,
     embedding_rows,
     halves,
     head_rows,
     part_rows,
     text_rows,
+    vocabulary,
 )
+from jaxmm.pretrained.family import Checkpoint, Family
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, depth, norm
 from jaxmm.pretrained.table import Row
-from jaxmm.pretrained.tokenizer import Words
 
 HEAD = 64
-"""Width of an attention head, in both towers of every size."""
+"""Width of an attention head in both towers of every size."""
 TRAINING = (r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", r"^(image|text|idx)_queue$",
             r"^(queue_ptr|ptr_queue)$")
 COPIES = r"^text_decoder\.bert\.(embeddings\.|encoder\.layer\.\d+\.({})\.)"
-"""The decoder's second names of what it shares with the encoder."""
+"""Keys under which the decoder repeats tensors that it shares with the encoder."""
 NAMES: dict[Part, tuple[str, str]] = {
     "attention": ("attention", "attention.self.query.weight"),
     "cross_attention": ("crossattention", "crossattention.self.query.weight"),
     "mlp": ("intermediate|output", "intermediate.dense.weight")}
-"""A part's names in a layer, and one of its weights."""
+"""Names of a part in a layer, and of one of its weights."""
 
 
 def read(tensors: Tensors) -> Checkpoint:
-    """Understands a file of the authors'. Raises `FileError` for those that are none."""
+    """Describe a file of the authors. Raises `FileError` for a file without a text transformer."""
     encoder, decoder = halves(tensors)
     answers = encoder and decoder and "itm_head.weight" not in tensors
     both = encoder and decoder and not answers
@@ -59,31 +60,31 @@ def read(tensors: Tensors) -> Checkpoint:
             mlp_dim=tensors["visual_encoder.blocks.0.mlp.fc1.weight"].shape[0]),
         image_size=side, patch=patch)
     bert = "text_encoder." if encoder else "text_decoder.bert."
-    vocabulary, text_width = tensors[f"{bert}embeddings.word_embeddings.weight"].shape
+    vocab_size, text_width = tensors[f"{bert}embeddings.word_embeddings.weight"].shape
     cross = "self0" if f"{bert}encoder.layer.0.crossattention.self0.key.weight" in tensors else "self"
     own = tuple(part for part in NAMES if both and not shared(tensors, part))
     text = MedConfig(
         transformer=TransformerConfig(
             width=text_width, depth=depth(tensors, f"{bert}encoder.layer."), heads=text_width // HEAD, eps=1e-12,
             init="normal", mlp_dim=tensors[f"{bert}encoder.layer.0.intermediate.dense.weight"].shape[0]),
-        vocab_size=vocabulary, positions=tensors[f"{bert}embeddings.position_embeddings.weight"].shape[0],
+        vocab_size=vocab_size, positions=tensors[f"{bert}embeddings.position_embeddings.weight"].shape[0],
         context_width=tensors[f"{bert}encoder.layer.0.crossattention.{cross}.key.weight"].shape[1], encoder=encoder,
-        decoder=decoder and not answers, own=own if both else ("attention",), decode_id=vocabulary - 2,
-        encode_id=vocabulary - 1, merge_from=first_merge(tensors) if cross == "self0" else None)
+        decoder=decoder and not answers, own=own if both else ("attention",), decode_id=vocab_size - 2,
+        encode_id=vocab_size - 1, merge_from=first_merge(tensors) if cross == "self0" else None)
     embed = tensors["vision_proj.weight"].shape[0] if "vision_proj.weight" in tensors else None
     model = BLIPConfig(vision=vision, text=text, embed_dim=embed, matching="itm_head.weight" in tensors,
-                       answer=answering(text, tensors) if answers else None,
+                       answer=answer_decoder(text, tensors) if answers else None,
                        temperature=0.07 if "temp" in tensors else None)
     labels = CLASSES if model.pair else None
     copies = "|".join(names for part, (names, _) in NAMES.items() if part not in own) if both else None
     return Checkpoint(
-        family="salesforce", config=model, rows=rows(model), pixels=CLIP_PIXELS, words=Words(vocabulary="bert"),
-        labels=labels, image=ImageConfig(size=side, eval_crop="squash"),
+        task=blip_task(model, CLIP_PIXELS), rows=rows(model), vocabulary=vocabulary(model), labels=labels,
+        image=ImageConfig(size=side, eval_crop="squash"),
         ignore=(*IGNORED, *TRAINING, *([COPIES.format(copies)] if copies else [])))
 
 
 def rows(config: BLIPConfig) -> list[Row]:
-    """The weights."""
+    """Return the rows of a BLIP in the authors' names."""
     vision = [Row(f"vision/{row.ours}", f"visual_encoder.{row.theirs}", row.op, row.part, row.parts)
               for row in timm.rows(config.vision)]
     temperature = [Row("temperature", "temp")] if config.temperature is not None else []
@@ -92,14 +93,13 @@ def rows(config: BLIPConfig) -> list[Row]:
 
 
 def pair_rows(first: int) -> list[Row]:
-    """The text transformer that reads two pictures, whose layers merge from number `first` on, and its head."""
+    """Return the rows of the text transformer that reads two images, merged from layer `first` on, and of its head."""
     layer = "text_encoder.encoder.layer.{}"
     name, rows = f"{layer}.crossattention", embedding_rows("text", "text_encoder.embeddings")
     for part in ("attention", "mlp"):
         rows += part_rows(f"text/blocks/{part}", layer, part)
     for number, twin in enumerate(TWINS):
-        rows += layers.projections(f"text/blocks/{twin}", {each: f"{name}.self{number}.{each}"
-                                                           for each in layers.PARTS})
+        rows += layers.projections(f"text/blocks/{twin}", {key: f"{name}.self{number}.{key}" for key in layers.PARTS})
         rows += layers.out(f"text/blocks/{twin}", f"{name}.output.dense{number}")
     merge = [replace(row, first=first) for row in dense("text/merge", f"{name}.output.merge_layer")]
     return [*rows, *norm("text/blocks/cross_attention_norm", f"{name}.output.LayerNorm"), *merge,
@@ -107,13 +107,20 @@ def pair_rows(first: int) -> list[Row]:
 
 
 def first_merge(tensors: Tensors) -> int:
-    """The first layer that merges what it sees of two pictures; half of them, where none does: then it is missing."""
+    """Return the first layer that merges the attention to two images.
+
+    Without any, return the middle layer, so that the merge layers are reported as missing.
+    """
     prefix = "text_encoder.encoder.layer."
-    found = [int(key.removeprefix(prefix).split(".")[0]) for key in tensors if ".output.merge_layer." in key]
-    return min(found, default=depth(tensors, prefix) // 2)
+    numbers = [int(key.removeprefix(prefix).split(".")[0]) for key in tensors if ".output.merge_layer." in key]
+    return min(numbers, default=depth(tensors, prefix) // 2)
 
 
 def shared(tensors: Tensors, part: Part) -> bool:
-    """Whether encoder and decoder have the same `part`, as the first layer shows."""
+    """Return whether encoder and decoder share `part`, judged by the first layer."""
     name = f"encoder.layer.0.{NAMES[part][1]}"
     return bool((tensors[f"text_encoder.{name}"].read() == tensors[f"text_decoder.bert.{name}"].read()).all())
+
+
+FAMILY = Family(name="salesforce", read=lambda files, tensors: read(tensors),
+                matches=lambda files, tensors: "visual_encoder.patch_embed.proj.weight" in tensors)

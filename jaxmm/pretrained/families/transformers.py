@@ -1,6 +1,6 @@
 """transformers' ViT, DeiT, CLIP and SigLIP (versions 4 and 5): configuration, preprocessing and names of the weights.
 
-What a `config.json` leaves out has the class's default there, which is filled in here.
+Fields that a `config.json` leaves out get the defaults of the class in transformers.
 """
 
 import math
@@ -8,17 +8,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmm.config import ImageConfig
+from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import IMAGENET, INCEPTION, Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.checkpoint import Checkpoint, known, unsupported
+from jaxmm.pretrained.family import Checkpoint, Export, Family, known, unsupported
 from jaxmm.pretrained.io.files import FileError, Tensors
+from jaxmm.pretrained.io.hub import Files
 from jaxmm.pretrained.layers import dense, norm, torch_map_head
 from jaxmm.pretrained.table import CONV, Row, lead
-from jaxmm.pretrained.tokenizer import Words
+from jaxmm.pretrained.tokenizer import clip_vocabulary, siglip_vocabulary
+from jaxmm.task import Task
+from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+from jaxmm.tasks.image_classification import Classification
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu"}
 STACK = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -33,7 +38,7 @@ SIGLIP_TEXT = STACK | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6
                        "max_position_embeddings": 64}
 LAYER = {"attention": {name: f"self_attn.{name[0]}_proj" for name in layers.PARTS}, "out_name": "self_attn.out_proj",
          "mlp": ("mlp.fc1", "mlp.fc2"), "norms": ("layer_norm1", "layer_norm2")}
-"""Of CLIP and SigLIP."""
+"""Names in a layer of CLIP and SigLIP."""
 HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 VIT_LAYERS = {
     4: ("encoder.layer.{}", {"attention": {name: f"attention.attention.{name}" for name in layers.PARTS},
@@ -41,11 +46,11 @@ VIT_LAYERS = {
     5: ("layers.{}", {"attention": {name: f"attention.{name[0]}_proj" for name in layers.PARTS},
                       "out_name": "attention.o_proj", "mlp": ("mlp.fc1", "mlp.fc2")}),
 }
-"""Of ViT and DeiT, by the version of the names."""
+"""Names in a layer of ViT and DeiT, by the version of the names."""
 
 
 def read(config: Mapping[str, Any], tensors: Tensors, preprocessor: Mapping[str, Any] | None) -> Checkpoint:
-    """Understands a folder of transformers' from its `config.json`, `preprocessor_config.json` and weights.
+    """Describe a folder of transformers from its `config.json`, preprocessing and weights.
 
     Raises `FileError` for models and settings that are not supported.
     """
@@ -54,7 +59,7 @@ def read(config: Mapping[str, Any], tensors: Tensors, preprocessor: Mapping[str,
 
 
 def stack(config: Mapping[str, Any], **fields: Any) -> TransformerConfig:
-    """The layers that a configuration of transformers' describes."""
+    """Return the layers that a configuration of transformers describes."""
     unsupported(config, {"qkv_bias": True, "hidden_dropout_prob": 0.0, "num_channels": 3}, "config.json")
     return TransformerConfig(
         width=config["hidden_size"], depth=config["num_hidden_layers"], heads=config["num_attention_heads"],
@@ -63,7 +68,7 @@ def stack(config: Mapping[str, Any], **fields: Any) -> TransformerConfig:
 
 
 def read_vit(config, tensors, preprocessor) -> Checkpoint:
-    """ViT and DeiT, with a classification head, with the pooler of a bare model, or with neither."""
+    """Describe ViT or DeiT, with a classification head, with the pooler of a bare model, or with neither."""
     deit, full = config["model_type"] == "deit", VIT | config
     prefix = next((p for p in ("vit.", "deit.") if any(key.startswith(p) for key in tensors)), "")
     version = 5 if any(key.startswith(f"{prefix}layers.") for key in tensors) else 4
@@ -82,16 +87,16 @@ def read_vit(config, tensors, preprocessor) -> Checkpoint:
         notes.append("only the class token's head is in the file; DeiT averages it with that of the distillation token")
     side = full["image_size"]
     default = {"size": round(side * 8 / 7), "crop": side, "resample": 3} if deit else {"size": side, "resample": 2}
-    image, pixels, told = read_preprocessor(preprocessor, model, IMAGENET if deit else INCEPTION, default)
+    image, pixels, more = read_preprocessor(preprocessor, model, IMAGENET if deit else INCEPTION, default)
     labels = config.get("id2label")
     return Checkpoint(
-        family="transformers", config=model, rows=vit_rows(model, prefix, version, heads), image=image, pixels=pixels,
+        task=Classification(model=model, pixels=pixels), rows=vit_rows(model, prefix, version, heads), image=image,
         labels=tuple(labels[str(i)] for i in range(model.classes)) if labels and model.classes else None,
-        ignore=(rf"^{prefix}pooler\.",) if heads else (), notes=(*notes, *told))
+        ignore=(rf"^{prefix}pooler\.",) if heads else (), notes=(*notes, *more))
 
 
 def vit_rows(model: ViTConfig, prefix: str, version: int, heads: list[str]) -> list[Row]:
-    """The weights of ViT and DeiT."""
+    """Return the rows of ViT and DeiT."""
     embeddings, (where, names) = f"{prefix}embeddings", VIT_LAYERS[version]
     rows = [*patches(f"{embeddings}.patch_embeddings.projection", model.patch_bias, ""),
             Row("positions", f"{embeddings}.position_embeddings", lead(1)),
@@ -110,18 +115,18 @@ def vit_rows(model: ViTConfig, prefix: str, version: int, heads: list[str]) -> l
 
 
 def patches(theirs: str, bias: bool, tower: str) -> list[Row]:
-    """The patch embedding, a convolution there."""
+    """Return the rows of the patch embedding, a convolution there."""
     return [Row(f"{tower}patches/kernel", f"{theirs}.weight", CONV)] + (
         [Row(f"{tower}patches/bias", f"{theirs}.bias")] if bias else [])
 
 
 def read_clip(config, tensors, preprocessor) -> Checkpoint:
-    """CLIP with both towers."""
+    """Describe CLIP with both towers."""
     vision, text = CLIP_VISION | config.get("vision_config", {}), CLIP_TEXT | config.get("text_config", {})
     notes, eos = [], text["eos_token_id"]
     if eos == 2:
-        notes.append("text_config.eos_token_id is 2, as in files of before 2023; the text is pooled at the largest id, "
-                     "as transformers does for them")
+        notes.append("text_config.eos_token_id is 2, as in files from before 2023; the text is pooled at the largest "
+                     "id, as transformers does for them")
     model = CLIPConfig(
         vision=ViTConfig(transformer=stack(vision), image_size=vision["image_size"], patch=vision["patch_size"],
                          pre_norm=True, patch_bias=False),
@@ -130,13 +135,14 @@ def read_clip(config, tensors, preprocessor) -> Checkpoint:
                         **({"pool": "argmax"} if eos == 2 else {"pool": "eos", "eos_id": eos})),
         embed_dim=config.get("projection_dim", 512))
     default = {"size": model.vision.image_size, "shortest": True, "crop": model.vision.image_size, "resample": 3}
-    image, pixels, told = read_preprocessor(preprocessor, model.vision, CLIP_PIXELS, default)
-    return Checkpoint(family="transformers", config=model, rows=clip_rows(), image=image, pixels=pixels,
-                      words=Words(vocabulary="transformers"), ignore=(r"\.position_ids$",), notes=(*notes, *told))
+    image, pixels, more = read_preprocessor(preprocessor, model.vision, CLIP_PIXELS, default)
+    return Checkpoint(task=ContrastiveLearning(model=model, pixels=pixels, kind="softmax"), rows=clip_rows(),
+                      image=image, vocabulary=clip_vocabulary(model.text.context_length),
+                      ignore=(r"\.position_ids$",), notes=(*notes, *more))
 
 
 def clip_rows() -> list[Row]:
-    """The weights of CLIP."""
+    """Return the rows of CLIP."""
     vision, text = "vision_model", "text_model"
     return [
         *patches(f"{vision}.embeddings.patch_embedding", False, "vision/"),
@@ -150,7 +156,7 @@ def clip_rows() -> list[Row]:
 
 
 def text_rows(theirs: str) -> list[Row]:
-    """The text tower of CLIP and SigLIP."""
+    """Return the rows of the text tower of CLIP and SigLIP."""
     return [Row("text/tokens/embedding", f"{theirs}.embeddings.token_embedding.weight"),
             Row("text/positions", f"{theirs}.embeddings.position_embedding.weight"),
             *layers.layers("text/encoder", f"{theirs}.encoder.layers.{{}}", **LAYER),
@@ -158,7 +164,7 @@ def text_rows(theirs: str) -> list[Row]:
 
 
 def read_siglip(config, tensors, preprocessor) -> Checkpoint:
-    """SigLIP, and SigLIP 2 of a fixed resolution."""
+    """Describe SigLIP, or SigLIP 2 of a fixed resolution."""
     vision, text = SIGLIP_VISION | config.get("vision_config", {}), SIGLIP_TEXT | config.get("text_config", {})
     unsupported(vision, {"vision_use_head": True}, "vision_config")
     unsupported(text, {"projection_size": vision["hidden_size"]}, "text_config")
@@ -170,18 +176,14 @@ def read_siglip(config, tensors, preprocessor) -> Checkpoint:
         embed_dim=vision["hidden_size"], vision_projection=False, text_projection_bias=True,
         logit_scale=math.log(10), logit_bias=-10.0)
     default = {"size": vision["image_size"], "resample": 3}
-    image, pixels, told = read_preprocessor(preprocessor, model.vision, INCEPTION, default)
-    return Checkpoint(family="transformers", config=model, rows=siglip_rows(), image=image, pixels=pixels,
-                      words=siglip_words(model.text.vocab_size), ignore=(r"\.position_ids$",), notes=told)
-
-
-def siglip_words(vocabulary: int) -> Words:
-    """SigLIP reads 32,000 tokens without case and punctuation; SigLIP 2 Gemma's 256,000 in lower case."""
-    return Words(vocabulary="file", cleaning="siglip" if vocabulary <= 2**16 else "lower")
+    image, pixels, more = read_preprocessor(preprocessor, model.vision, INCEPTION, default)
+    return Checkpoint(task=ContrastiveLearning(model=model, pixels=pixels, kind="sigmoid"), rows=siglip_rows(),
+                      image=image, vocabulary=siglip_vocabulary(model.text.context_length, model.text.vocab_size),
+                      ignore=(r"\.position_ids$",), notes=more)
 
 
 def siglip_rows() -> list[Row]:
-    """The weights of SigLIP."""
+    """Return the rows of SigLIP."""
     return [
         *patches("vision_model.embeddings.patch_embedding", True, "vision/"),
         Row("vision/positions", "vision_model.embeddings.position_embedding.weight"),
@@ -192,25 +194,26 @@ def siglip_rows() -> list[Row]:
         Row("logit_scale", "logit_scale", lead(1)), Row("logit_bias", "logit_bias", lead(1))]
 
 
+PREPROCESSOR = "preprocessor_config.json"
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 
 def read_preprocessor(
     config: Mapping[str, Any] | None, model: ViTConfig, pixels: Pixels, default: Mapping[str, Any]
 ) -> tuple[ImageConfig, Pixels, tuple[str, ...]]:
-    """How pictures are prepared: `preprocessor_config.json`, or without one the family's `default`, with a note."""
+    """Read `preprocessor_config.json`; without one, take the family's `default` and say so in a note."""
     size, patch = model.image_size, model.patch
     if config is None:
         resize, crop, shortest = default["size"], default.get("crop"), default.get("shortest", False)
-        resample, notes = default["resample"], ("there is no preprocessor_config.json: pictures are prepared as this "
-                                                "family's released models are",)
+        resample, notes = default["resample"], ("there is no preprocessor_config.json: images are prepared as for this "
+                                                "family's released models",)
     else:
-        wanted = config.get("size", default["size"])
-        shortest = (isinstance(wanted, int) and default.get("shortest", False)) or (
-            isinstance(wanted, Mapping) and "shortest_edge" in wanted)
-        resize = wanted if isinstance(wanted, int) else wanted.get("shortest_edge", wanted.get("height"))
-        if isinstance(wanted, Mapping) and wanted.get("height") != wanted.get("width"):
-            raise FileError(f"preprocessor_config.json: size is {dict(wanted)}; supported are squares")
+        stated = config.get("size", default["size"])
+        shortest = (isinstance(stated, int) and default.get("shortest", False)) or (
+            isinstance(stated, Mapping) and "shortest_edge" in stated)
+        resize = stated if isinstance(stated, int) else stated.get("shortest_edge", stated.get("height"))
+        if isinstance(stated, Mapping) and stated.get("height") != stated.get("width"):
+            raise FileError(f"preprocessor_config.json: size is {dict(stated)}; supported are squares")
         crop = config.get("crop_size", default.get("crop")) if config.get("do_center_crop", "crop" in default) else None
         crop = crop.get("height") if isinstance(crop, Mapping) else crop
         unsupported(config, {"do_resize": True, "do_rescale": True, "do_normalize": True}, "preprocessor_config.json")
@@ -219,37 +222,28 @@ def read_preprocessor(
                         std=tuple(config.get("image_std", pixels.std)))
     final = crop or resize
     if not size <= final < size + patch:  # a remainder below a patch is not read
-        raise FileError(f"pictures are prepared at {final} x {final}; the model reads {size} x {size}")
+        raise FileError(f"images are prepared at {final} x {final}; the model reads {size} x {size}")
     image = ImageConfig(size=final, eval_crop="center_floor" if shortest else "squash", eval_resize=resize / final,
                         interpolation=known(RESAMPLE, resample, "resample"))
     return image, pixels, notes
 
 
-
-def write(config: ViTConfig | CLIPConfig, image: ImageConfig, pixels: Pixels, labels: tuple[str, ...] | None
-          ) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
-    """`config.json`, `preprocessor_config.json` and the rows of a folder that transformers loads.
-
-    Raises `FileError` where no class of transformers computes what the model does.
-    """
-    if isinstance(config, ViTConfig):
-        described, rows = write_vit(config, labels)
-    elif config.logit_bias is None:
-        described, rows = write_clip(config), clip_rows()
-    else:
-        described, rows = write_siglip(config), siglip_rows()
-    return described, write_preprocessor(image, pixels, described["model_type"]), rows
+def write(task: Task, image: ImageConfig, labels: tuple[str, ...] | None, tokenizer: Tokenizer | None) -> Export:
+    """Describe a folder that transformers loads. Raises `FileError` if no class there computes what the model does."""
+    config, rows = {ViTConfig: write_vit, CLIPConfig: write_towers}[type(task.model)](task.model, labels)
+    return Export(configs={"config.json": config, PREPROCESSOR: write_preprocessor(
+        image, task.pixels, config["model_type"])}, rows=rows)
 
 
 def write_stack(stack: TransformerConfig) -> dict[str, Any]:
-    """The inverse of `stack`."""
+    """Invert `stack`."""
     names = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
     return {"hidden_size": stack.width, "num_hidden_layers": stack.depth, "num_attention_heads": stack.heads,
             "intermediate_size": stack.mlp_dim, "layer_norm_eps": stack.eps, "hidden_act": names[stack.activation]}
 
 
 def write_vit(model: ViTConfig, labels: tuple[str, ...] | None) -> tuple[dict[str, Any], list[Row]]:
-    """`ViTForImageClassification`, `ViTModel` or DeiT's."""
+    """Describe `ViTForImageClassification`, `ViTModel` or DeiT's."""
     _only(model, class_token=True, position_class=True, positions="learned", pool="cls", registers=0, pre_norm=False,
           norm_pooled=False, patch_bias=True)
     deit = model.distillation_token
@@ -260,7 +254,7 @@ def write_vit(model: ViTConfig, labels: tuple[str, ...] | None) -> tuple[dict[st
     if not model.classes:
         architecture, prefix = f"{kind}Model", ""
     elif model.pre_logits:
-        raise FileError("transformers has no classifier behind a pre-logits layer; wanted pre_logits None")
+        raise FileError("transformers has no classifier behind a pre-logits layer; expected pre_logits None")
     config = {"model_type": kind.lower(), "architectures": [architecture], "image_size": model.image_size,
               "patch_size": model.patch, "num_channels": 3, "qkv_bias": True, "encoder_stride": model.patch,
               "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} | write_stack(model.transformer)
@@ -273,8 +267,15 @@ def write_vit(model: ViTConfig, labels: tuple[str, ...] | None) -> tuple[dict[st
     return config, vit_rows(model, prefix, 4, heads)
 
 
+def write_towers(model: CLIPConfig, labels: None) -> tuple[dict[str, Any], list[Row]]:
+    """Describe `CLIPModel`, or with a bias `SiglipModel`."""
+    if model.logit_bias is None:
+        return write_clip(model), clip_rows()
+    return write_siglip(model), siglip_rows()
+
+
 def write_clip(model: CLIPConfig) -> dict[str, Any]:
-    """`CLIPModel`."""
+    """Describe `CLIPModel`."""
     vision, text = model.vision, model.text
     _only(vision, class_token=True, position_class=True, positions="learned", pool="cls", registers=0, pre_norm=True,
           norm_pooled=False, patch_bias=False, pre_logits=None, distillation_token=False)
@@ -296,7 +297,7 @@ def write_clip(model: CLIPConfig) -> dict[str, Any]:
 
 
 def write_siglip(model: CLIPConfig) -> dict[str, Any]:
-    """`SiglipModel`."""
+    """Describe `SiglipModel`."""
     vision, text = model.vision, model.text
     _only(vision, class_token=False, positions="learned", pool="map", registers=0, pre_norm=False, patch_bias=True,
           pre_logits=None)
@@ -314,7 +315,7 @@ def write_siglip(model: CLIPConfig) -> dict[str, Any]:
 
 
 def write_preprocessor(image: ImageConfig, pixels: Pixels, model_type: str) -> dict[str, Any]:
-    """`preprocessor_config.json`, for the image processor of `model_type`."""
+    """Return `preprocessor_config.json` for the image processor of `model_type`."""
     names = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip", "blip": "Blip"}
     processor = f"{names[model_type]}ImageProcessor"
     resize, square = round(image.size * image.eval_resize), {"height": image.size, "width": image.size}
@@ -326,8 +327,20 @@ def write_preprocessor(image: ImageConfig, pixels: Pixels, model_type: str) -> d
             "image_std": list(pixels.std)} | ({"crop_size": square} if crop else {})
 
 
-def _only(config: Any, **wanted: Any) -> None:
-    """Raises `FileError` naming what the class of transformers cannot express."""
-    odd = [f"{name} = {getattr(config, name)!r}" for name, value in wanted.items() if getattr(config, name) != value]
+def _only(config: Any, **expected: Any) -> None:
+    """Raise `FileError` with every field of `config` that the class in transformers cannot express, if any."""
+    odd = [f"{name} = {getattr(config, name)!r}" for name, value in expected.items() if getattr(config, name) != value]
     if odd:
         raise FileError(f"transformers has no such {type(config).__name__}: {', '.join(odd)}")
+
+
+def preprocessor(files: Files) -> dict[str, Any] | None:
+    """Return the configuration of the image processor; transformers 5 reads the processor's file first."""
+    processor = files.json("processor_config.json") or {}
+    return processor.get("image_processor") or files.json(PREPROCESSOR)
+
+
+FAMILY = Family(
+    name="transformers", matches=lambda files, tensors: "model_type" in (files.json("config.json") or {}),
+    read=lambda files, tensors: read(files.json("config.json"), tensors, preprocessor(files)), write=write,
+    architecture=(ViTConfig, CLIPConfig), resize="bicubic")

@@ -1,57 +1,68 @@
-"""Where the weights of transformers' BLIP classes lie: a picture encoder, and text transformers in BERT's names."""
+"""transformers' BLIP classes: an image encoder, and text transformers in BERT's names."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from jaxmm.config import ImageConfig
+from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.checkpoint import Checkpoint
 from jaxmm.pretrained.families.transformers import (
+    PREPROCESSOR,
     STACK,
     patches,
+    preprocessor,
     read_preprocessor,
     stack,
     write_preprocessor,
     write_stack,
 )
+from jaxmm.pretrained.family import Checkpoint, Export, Family
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
 from jaxmm.pretrained.table import Row, lead
-from jaxmm.pretrained.tokenizer import Words
+from jaxmm.pretrained.tokenizer import Vocabulary, bert_vocabulary
+from jaxmm.task import Task
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
+from jaxmm.tasks.image_captioning import Captioning
+from jaxmm.tasks.pair_classification import PairClassification
+from jaxmm.tasks.question_answering import QuestionAnswering
 
 PARTS = {"attention": "attention", "cross_attention": "crossattention"}
 
 VISION = STACK | {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "image_size": 384, "patch_size": 16}
 TEXT = STACK | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "vocab_size": 30_524, "max_position_embeddings": 512,
                 "encoder_hidden_size": 768, "bos_token_id": 30_522, "sep_token_id": 102, "pad_token_id": 0}
-"""The class's defaults in transformers, but for the number of heads: 8 there, 12 in every model that was released."""
+"""Defaults of the class in transformers, except the number of heads: 8 there, 12 in every released model."""
 IGNORED = (r"\.position_ids$", r"\.predictions\.decoder\.(weight|bias)$")
-"""Buffers, and second names of what is stored elsewhere."""
+"""Keys of buffers, and of tensors that are stored under another name too."""
+LENGTH = 40
+"""Most tokens of a text in BLIP's fine-tuning for captions and matching."""
+QUESTION_LENGTH = 35
+"""Most tokens of a question, likewise."""
 
 
-def read_transformers(config: Mapping[str, Any], tensors: Tensors, preprocessor: Mapping[str, Any] | None
-                      ) -> Checkpoint:
-    """Understands a folder of transformers' BLIP classes: those that write captions, that match and that answer."""
+def read(config: Mapping[str, Any], tensors: Tensors, processor: Mapping[str, Any] | None) -> Checkpoint:
+    """Describe a folder of transformers' BLIP classes for captioning, matching or question answering."""
     vision, text = VISION | config.get("vision_config", {}), TEXT | config.get("text_config", {})
     encoder, decoder = halves(tensors)
     if not encoder and not decoder:
-        raise FileError("this BLIP has neither text_encoder nor text_decoder; supported are those that write captions, "
-                        "that match and that answer questions")
-    picture = ViTConfig(transformer=stack(vision), image_size=vision["image_size"], patch=vision["patch_size"])
-    words = MedConfig(
+        raise FileError("this BLIP has neither text_encoder nor text_decoder; supported are the classes for "
+                        "captioning, matching and question answering")
+    image_tower = ViTConfig(transformer=stack(vision), image_size=vision["image_size"], patch=vision["patch_size"])
+    text_tower = MedConfig(
         transformer=replace(stack(text), init="normal"), vocab_size=text["vocab_size"],
         positions=text["max_position_embeddings"], context_width=text["encoder_hidden_size"], encoder=encoder,
         decoder=not encoder, pad_id=text["pad_token_id"], end_id=text["sep_token_id"], decode_id=text["bos_token_id"],
         encode_id=text["bos_token_id"] + 1)
     matching = encoder and not decoder
-    model = BLIPConfig(vision=picture, text=words, matching=matching, temperature=None,
-                       answer=answering(words, tensors) if encoder and decoder else None,
+    model = BLIPConfig(vision=image_tower, text=text_tower, matching=matching, temperature=None,
+                       answer=answer_decoder(text_tower, tensors) if encoder and decoder else None,
                        embed_dim=tensors["vision_proj.weight"].shape[0] if matching else None)
     notes = []
     if "num_attention_heads" not in config.get("text_config", {}):
@@ -61,37 +72,46 @@ def read_transformers(config: Mapping[str, Any], tensors: Tensors, preprocessor:
         notes.append("vision_config.layer_norm_eps is 1e-5, as the file says and transformers computes; the authors "
                      "trained with 1e-6")
     if encoder:
-        notes.append("[ENC] begins what is read with a picture, as in training; transformers keeps [CLS] "
+        notes.append("texts that are read with an image begin with [ENC], as in training; transformers keeps [CLS] "
                      "(encode_token=False)")
-    default = {"size": picture.image_size, "resample": 3}
-    image, pixels, told = read_preprocessor(preprocessor, picture, CLIP_PIXELS, default)
-    return Checkpoint(family="transformers", config=model, rows=transformers_rows(model), image=image, pixels=pixels,
-                      words=Words(vocabulary="bert"), ignore=IGNORED, notes=(*notes, *told))
+    default = {"size": image_tower.image_size, "resample": 3}
+    image, pixels, more = read_preprocessor(processor, image_tower, CLIP_PIXELS, default)
+    return Checkpoint(task=blip_task(model, pixels), rows=transformers_rows(model), image=image,
+                      vocabulary=vocabulary(model), ignore=IGNORED, notes=(*notes, *more))
+
+
+def blip_task(model: BLIPConfig, pixels: Pixels) -> Task:
+    """Return the objective that a published BLIP with these parts was trained with."""
+    task = (PairClassification if model.pair else QuestionAnswering if model.answer else
+            BLIPPretraining if model.text.encoder else Captioning)
+    return task(model=model, pixels=pixels)
+
+
+def vocabulary(model: BLIPConfig) -> Vocabulary:
+    """Return BERT's vocabulary, with the context length of BLIP's fine-tuning."""
+    return bert_vocabulary(min(model.text.positions, QUESTION_LENGTH if model.answer else LENGTH))
 
 
 def halves(tensors: Tensors) -> tuple[bool, bool]:
-    """Whether there is a text encoder, and a text decoder."""
+    """Return whether there is a text encoder, and whether there is a text decoder."""
     encoder, decoder = (any(key.startswith(f"text_{part}.") for key in tensors) for part in ("encoder", "decoder"))
     return encoder, decoder
 
 
-def answering(text: MedConfig, tensors: Tensors) -> MedConfig:
-    """The decoder of answers beside the question encoder `text`: the same, but for what it sees."""
+def answer_decoder(text: MedConfig, tensors: Tensors) -> MedConfig:
+    """Return the configuration of the answer decoder: that of the question encoder `text`, with another context."""
     key = tensors["text_decoder.bert.encoder.layer.0.crossattention.self.key.weight"]
     return replace(text, encoder=False, decoder=True, context_width=key.shape[1])
 
 
-def write_transformers(config: BLIPConfig, image: ImageConfig, pixels: Pixels
-                       ) -> tuple[dict[str, Any], dict[str, Any], list[Row]]:
-    """`config.json`, `preprocessor_config.json` and the rows of a folder that transformers loads.
-
-    Raises `FileError` where it has no class that does only that.
-    """
+def write(task: Task, image: ImageConfig, labels: tuple[str, ...] | None, tokenizer: Tokenizer | None) -> Export:
+    """Describe a folder that transformers loads. Raises `FileError` if no class there does exactly that."""
+    config = task.model
     text, answer = config.text, config.answer
     if text.encoder == text.decoder or config.pair or config.temperature is not None or (
             answer is not None and (config.matching or config.embed_dim)):
-        raise FileError("transformers has no such BLIP: it has classes that only write captions, that only match, and "
-                        "that only answer, without a temperature")
+        raise FileError("transformers has no such BLIP: it has one class for captioning, one for matching and one for "
+                        "question answering, without a temperature")
     if answer is not None and replace(text, encoder=False, decoder=True) != answer:
         raise FileError("transformers has no such BLIP: text and answer differ, and it has one configuration for both")
     if text.encode_id != text.decode_id + 1:
@@ -107,11 +127,12 @@ def write_transformers(config: BLIPConfig, image: ImageConfig, pixels: Pixels
             "model_type": "blip_text_model", "vocab_size": text.vocab_size, "encoder_hidden_size": text.context_width,
             "max_position_embeddings": text.positions, "bos_token_id": text.decode_id, "sep_token_id": text.end_id,
             "eos_token_id": text.end_id, "pad_token_id": text.pad_id}}
-    return described, write_preprocessor(image, pixels, "blip"), transformers_rows(config)
+    return Export(configs={"config.json": described, PREPROCESSOR: write_preprocessor(image, task.pixels, "blip")},
+                  rows=transformers_rows(config))
 
 
 def transformers_rows(config: BLIPConfig) -> list[Row]:
-    """transformers' `BlipForConditionalGeneration`, `BlipForImageTextRetrieval`, `BlipForQuestionAnswering`."""
+    """Return the rows of `BlipFor{ConditionalGeneration, ImageTextRetrieval, QuestionAnswering}`."""
     vision = "vision_model"
     block = {"attention": ("self_attn.qkv.weight", "self_attn.qkv.bias"), "out_name": "self_attn.projection",
              "mlp": ("mlp.fc1", "mlp.fc2"), "norms": ("layer_norm1", "layer_norm2")}
@@ -125,7 +146,7 @@ def transformers_rows(config: BLIPConfig) -> list[Row]:
 
 
 def head_rows(config: BLIPConfig) -> list[Row]:
-    """Projections into the shared space, and the head that matches."""
+    """Return the rows of the projections into the shared space and of the matching head."""
     rows = []
     if config.embed_dim:
         rows += dense("vision_projection", "vision_proj") + dense("text_projection", "text_proj")
@@ -135,7 +156,7 @@ def head_rows(config: BLIPConfig) -> list[Row]:
 
 
 def text_rows(config: BLIPConfig) -> list[Row]:
-    """All text transformers."""
+    """Return the rows of all text transformers."""
     rows = []
     if config.text.encoder:
         rows += encoder_rows("text", "text_encoder")
@@ -147,7 +168,7 @@ def text_rows(config: BLIPConfig) -> list[Row]:
 
 
 def encoder_rows(ours: str, theirs: str) -> list[Row]:
-    """Embeddings and layers that encode."""
+    """Return the rows of a text encoder."""
     rows = embedding_rows(ours, f"{theirs}.embeddings")
     for part in (*PARTS, "mlp"):
         rows += part_rows(f"{ours}/blocks/{part}", f"{theirs}.encoder.layer.{{}}", part)
@@ -155,7 +176,7 @@ def encoder_rows(ours: str, theirs: str) -> list[Row]:
 
 
 def decoder_rows(ours: str, config: MedConfig, theirs: str = "text_decoder") -> list[Row]:
-    """Layers that decode and the head; where there is an encoder too, only what is the decoder's own."""
+    """Return the rows of a text decoder and its head; beside an encoder, only those that are not shared."""
     rows = [] if config.encoder else embedding_rows(ours, f"{theirs}.bert.embeddings")
     for part in (*PARTS, "mlp"):
         if not config.encoder or part in config.own:
@@ -167,17 +188,23 @@ def decoder_rows(ours: str, config: MedConfig, theirs: str = "text_decoder") -> 
 
 
 def embedding_rows(ours: str, theirs: str) -> list[Row]:
-    """Tables of tokens and places, and their norm."""
+    """Return the rows of the token and position tables and of their norm."""
     return [Row(f"{ours}/embedding/tokens/embedding", f"{theirs}.word_embeddings.weight"),
             Row(f"{ours}/embedding/positions", f"{theirs}.position_embeddings.weight"),
             *norm(f"{ours}/embedding/norm", f"{theirs}.LayerNorm")]
 
 
 def part_rows(ours: str, theirs: str, part: str) -> list[Row]:
-    """One branch of every layer, and the norm behind it."""
+    """Return the rows of one branch of every layer, and of the norm after it."""
     if part == "mlp":
         return [*dense(f"{ours}/up", f"{theirs}.intermediate.dense"), *dense(f"{ours}/down", f"{theirs}.output.dense"),
                 *norm(f"{ours}_norm", f"{theirs}.output.LayerNorm")]
     name = f"{theirs}.{PARTS[part]}"
-    return [*layers.projections(ours, {each: f"{name}.self.{each}" for each in layers.PARTS}),
+    return [*layers.projections(ours, {key: f"{name}.self.{key}" for key in layers.PARTS}),
             *layers.out(ours, f"{name}.output.dense"), *norm(f"{ours}_norm", f"{name}.output.LayerNorm")]
+
+
+FAMILY = Family(
+    name="transformers", matches=lambda files, tensors: (files.json("config.json") or {}).get("model_type") == "blip",
+    read=lambda files, tensors: read(files.json("config.json"), tensors, preprocessor(files)), write=write,
+    architecture=(BLIPConfig,), resize="bicubic")

@@ -12,7 +12,7 @@ import tokenizers
 import transformers
 
 from jaxmm.pretrained.io.hub import Files
-from jaxmm.pretrained.tokenizer import Words, read_tokenizer
+from jaxmm.pretrained.tokenizer import clip_vocabulary, file_vocabulary, openai_vocabulary, read_tokenizer
 
 pytestmark = pytest.mark.parity
 PIECES = {
@@ -58,14 +58,14 @@ def merges():
     return module.default_bpe()
 
 
-def read(folder, words, length):
-    return read_tokenizer(Files(str(folder), folder, folder / "model.safetensors"), words, length)
+def read(folder, vocabulary):
+    return read_tokenizer(Files(str(folder), folder, folder / "model.safetensors"), vocabulary)
 
 
 def test_open_clip(merges, tmp_path, record_property):
     open_clip = pytest.importorskip("open_clip", reason="as for the merges")
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(Path(merges).read_bytes())
-    ours = read(tmp_path, Words(vocabulary="openai", special=("<start_of_text>", "<end_of_text>")), 77)
+    ours = read(tmp_path, openai_vocabulary(77, ("<start_of_text>", "<end_of_text>")))
     texts = strings()
     same(ours(texts), open_clip.tokenizer.SimpleTokenizer()(texts).numpy(), texts, "open_clip", record_property)
 
@@ -73,7 +73,7 @@ def test_open_clip(merges, tmp_path, record_property):
 @pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
 def test_transformers_clip(merges, form, tmp_path, record_property):
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").write_bytes(Path(merges).read_bytes())
-    backend = read(tmp_path, Words(vocabulary="openai"), 77).backend
+    backend = read(tmp_path, openai_vocabulary(77)).backend
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").unlink()
     model = json.loads(backend.to_str())["model"]
     theirs = transformers.CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
@@ -82,7 +82,7 @@ def test_transformers_clip(merges, form, tmp_path, record_property):
         (tmp_path / "tokenizer.json").unlink()
         (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
         (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
-    ours = read(tmp_path, Words(vocabulary="transformers"), 77)
+    ours = read(tmp_path, clip_vocabulary(77))
     texts = [text for text in strings() if text]
     want = theirs(texts, padding="max_length", truncation=True, max_length=77, return_tensors="np")["input_ids"]
     same(ours(texts), want, texts, f"transformers CLIP from {form}", record_property)
@@ -115,7 +115,7 @@ def siglip(tmp_path):
 def test_siglip(siglip, record_property):
     """Lower case without punctuation, padded to 64 with the end token."""
     theirs = transformers.SiglipTokenizer(str(siglip / "spiece.model"))
-    ours = read(siglip, Words(vocabulary="file", cleaning="siglip"), 64)
+    ours = read(siglip, file_vocabulary(64, "siglip"))
     assert (ours.pad_id, ours.eos_id) == (1, 1)
     # transformers' begins an empty text, and one that begins with white space, with a mark that the model never saw
     texts = [text.strip() for text in strings(12_000) if "</s>" not in text and "<pad>" not in text]
@@ -132,7 +132,7 @@ def test_siglip_2(tmp_path, record_property):
     theirs.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)])
     theirs.save_pretrained(tmp_path)
-    ours = read(tmp_path, Words(vocabulary="file", cleaning="lower"), 64)
+    ours = read(tmp_path, file_vocabulary(64, "lower"))
     texts = strings()
     want = theirs(texts, padding="max_length", truncation=True, max_length=64, return_tensors="np")["input_ids"]
     same(ours(texts), want, texts, "SigLIP 2", record_property)
