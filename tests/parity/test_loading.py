@@ -142,7 +142,7 @@ def test_what_is_saved_loads_in_transformers_with_the_same_tensors(kind, tmp_pat
                 assert one[name][part] == other[name][part], part
     again = load(tmp_path / "ours")
     assert again.config == ours.config and again.image == ours.image and again.task.pixels == ours.task.pixels
-    with pytest.raises(FileError, match="exists; wanted a new folder"):
+    with pytest.raises(FileError, match="exists; expected a new folder"):
         ours.save(tmp_path / "ours", format="transformers")
 
 
