@@ -69,6 +69,15 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
         yield path_name(path), leaf
 
 
+def layer_stack(name: str) -> str | None:
+    """Return the path of the stack of layers that holds the parameter `name`, such as `text/encoder/blocks`; or None.
+
+    The parameters of a stack have the layer as their first axis.
+    """
+    stack, found, _ = f"/{name}".partition("/blocks/")
+    return f"{stack}/blocks".lstrip("/") if found else None
+
+
 def _wanted(name: str, shape: Sequence[int]) -> list[str | None]:
     """The axis that the rules give each dimension."""
     trailing = next(entry for pattern, entry in RULES if re.search(pattern, name))

@@ -129,7 +129,7 @@ def picture_batches(source: Source, context: EvalContext, batch_size: int, token
 
 
 def _told_to_all(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    hosts.heartbeat("evaluating", waits=True)
+    hosts.heartbeat("evaluating", blocking=True)
     placed = place_batch(batch, mesh)
     image = placed.pop("image")
     found = {name: np.asarray(value) for name, value in _whole(mesh)(placed).items()}

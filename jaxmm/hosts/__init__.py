@@ -4,13 +4,15 @@ from jaxmm.hosts.startup import (
     HostsConfig,
     assert_same_on_all_hosts,
     barrier,
+    count_hosts,
     detect_process_count,
     distributed,
     exit_status,
     heartbeat,
     join,
     wait_for_path,
+    waiting,
 )
 
-__all__ = ["HostsConfig", "assert_same_on_all_hosts", "barrier", "detect_process_count", "distributed", "exit_status",
-           "heartbeat", "join", "wait_for_path"]
+__all__ = ["HostsConfig", "assert_same_on_all_hosts", "barrier", "count_hosts", "detect_process_count", "distributed",
+           "exit_status", "heartbeat", "join", "wait_for_path", "waiting"]

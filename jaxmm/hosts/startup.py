@@ -1,15 +1,16 @@
-"""The processes of a run, one or several on each machine: how they find each other, wait, and end together.
+"""Start the processes of a run, one or several on each machine: find each other, wait for each other, end together.
 
-TPU pods, SLURM, Open MPI and Kubernetes are recognised by JAX; elsewhere `HostsConfig` says who is who. What a host
-tells of itself with `heartbeat` is watched by `jaxmm.hosts.heartbeat`.
+TPU pods, SLURM, Open MPI and Kubernetes are recognised as JAX does it; elsewhere `HostsConfig` says who is who. What a
+host reports with `heartbeat` is judged by `jaxmm.hosts.supervisor`.
 """
 
 import contextlib
 import itertools
 import json
-import logging
 import math
 import os
+import secrets
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -18,30 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import clusters
-from jax._src.distributed import global_state  # the key-value store has no public name
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxmm.config import ConfigError, differences, require
-from jaxmm.hosts.heartbeat import Watchdog
+from jaxmm.hosts import clusters
+from jaxmm.hosts.heartbeat import caused_elsewhere
+from jaxmm.hosts.supervisor import Link, fork_supervised
 from jaxmm.validation import check_types
 
-log = logging.getLogger(__name__)
-
-WEEK = 7 * 24 * 60 * 60 * 1000
-"""Milliseconds that a host waits for the others: it is the watchdog that ends a run."""
 SEEN = 70.0
 """Seconds until what one host wrote is seen on another; NFS keeps what it knows of a folder for up to 60."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostsConfig:
-    """Which processes train together. On a TPU pod, under SLURM, Open MPI and in an indexed Job of Kubernetes nothing
-    need be said."""
+    """The processes that train together. On a TPU pod, under SLURM, Open MPI and in an indexed Job of Kubernetes the
+    defaults do."""
 
     address: str | None = None
-    """HOST:PORT of the first process, where there is no cluster that is recognised; then `count` and `index` too."""
+    """HOST:PORT of the first process, for a cluster that is not recognised; needs `count` and `index` too."""
     count: int | None = None
-    """Processes of the run. Without `address`: so many have to be found, or nothing starts."""
+    """Number of processes. Without `address`, the run refuses to start if the cluster reports another number."""
     index: int | None = None
     """Number of this process, from 0."""
     alone: bool = False
@@ -53,7 +52,7 @@ class HostsConfig:
     """Seconds without a sign of life after which a host counts as dead, and all end."""
 
     def __post_init__(self):
-        """Checks that all is said or nothing."""
+        """Check that either all fields are given or none."""
         check_types(self, "hosts")
         for name in ("timeout", "heartbeat"):
             value = getattr(self, name)
@@ -74,100 +73,120 @@ class HostsConfig:
 
 
 def detect_process_count() -> int:
-    """Processes of the cluster that this one is part of, as JAX recognises it; 1: none, or nobody else.
+    """Return the number of processes of the cluster that this one is part of; 1: there is none, or nobody else.
 
-    No device is touched. Raises `ConfigError` where there is a cluster that does not say how large it is.
+    No device is touched. Raises `ConfigError` if there is a cluster that does not say how large it is.
     """
-    for each in clusters.ClusterEnv._cluster_types:
-        try:
-            present = not each.opt_in_only_method and each.is_env_present()
-        except Exception as error:  # of whatever a cluster is asked with
-            log.warning("%s cannot be asked: %s", each.__name__, error)
-            continue
-        if not present:
-            continue
-        if _single(each.__name__):
-            return 1
-        try:
-            return int(each.get_process_count())
-        except Exception as error:
-            raise ConfigError(f"this looks like a cluster ({each.__name__}), but it cannot be asked: {error}; for one "
-                              "host alone: --hosts.alone") from None
+    for name, present, count in clusters.CLUSTERS:
+        if present():
+            try:
+                return count()
+            except Exception as error:
+                raise ConfigError(f"this looks like a cluster ({name}), but it cannot be asked: {error}; for one host "
+                                  "alone: --hosts.alone") from None
     return 1
 
 
-def _single(cluster: str) -> bool:
-    """Whether this is a pod that is not of an indexed Job, or the only worker of a TPU slice, as in Colab, where there
-    may be nobody to be asked."""
-    workers = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return ((cluster == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ)
-            or (cluster == "GkeTpuCluster" and "," not in workers and "MEGASCALE_NUM_SLICES" not in os.environ))
+def count_hosts(config: HostsConfig, shared: Any = None, *, name: str = "workdir") -> int:
+    """Return the number of processes of the run.
 
-
-def join(config: HostsConfig, shared: Any = None, *, name: str = "workdir") -> Watchdog | None:
-    """Joins this process to the others, if there are any, and begins to watch them; None: it is alone.
-
-    `shared` is the folder (called `name`) that all of them write to. To be called before JAX is asked for anything.
-    Raises `ConfigError` where the others cannot be found.
+    `shared` is the folder (called `name`) that all of them write to. Raises `ConfigError` if the number is not that of
+    `config`, or if several have no such folder.
     """
     count = 1 if config.alone else config.count if config.address else detect_process_count()
     if config.count is not None:
         require(count == config.count, "hosts.count", config.count,
                 f"{count}, which JAX found here; or hosts.address and hosts.index, where there is no cluster that it "
                 "recognises")
-    if count == 1:
-        return None
-    require(shared is not None, name, shared, f"one folder for all {count} hosts")
-    if not jax.distributed.is_initialized():
-        if jax.config.jax_cpu_collectives_implementation in (None, "none"):
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        try:
-            jax.distributed.initialize(
-                config.address, config.count if config.address else None, config.index,
-                heartbeat_timeout_seconds=math.ceil(2 * config.heartbeat) + 10)  # JAX's own comes after ours
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"the {count} hosts of this run do not come together: {error}") from None
-    return Watchdog(global_state.client, global_state.process_id, global_state.num_processes,
-                    global_state.coordinator_address, timeout=config.timeout, heartbeat=config.heartbeat)
+    require(count == 1 or shared is not None, name, shared, f"one folder for all {count} hosts")
+    return count
 
 
-_watching: Watchdog | None = None
-_names = itertools.count()
+def join(config: HostsConfig, count: int) -> None:
+    """Join this process to the others. Raises `ConfigError` if they cannot be found.
+
+    To be called before JAX is asked for anything.
+    """
+    if jax.config.jax_cpu_collectives_implementation in (None, "none"):
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            config.address, config.count if config.address else None, config.index,
+            heartbeat_timeout_seconds=math.ceil(2 * config.heartbeat) + 10)  # JAX's own comes after ours
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"the {count} hosts of this run do not come together: {error}") from None
+
+
+_supervisor: Link | None = None
+_numbers = itertools.count()
 
 
 @contextlib.contextmanager
 def distributed(config: HostsConfig, shared: Any = None, *, name: str = "workdir") -> Iterator[None]:
-    """As `join`, for what is done inside; the hosts leave together. Inside another one it does nothing.
+    """Join the other hosts, if there are any, for what is done inside; the hosts leave together.
 
-    An error that leaves it ends the other hosts, who say what it was; one that another host caused ends this process.
+    Does nothing inside another one, or if JAX has been distributed already: then JAX's own failure detection has to
+    do. An error that leaves it ends the other hosts, which print it; one that another host caused ends this process.
     What follows has to end the process with `exit_status`.
     """
-    global _watching
-    if _watching is not None:
+    global _supervisor
+    if _supervisor is not None or jax.distributed.is_initialized() or (
+            count := count_hosts(config, shared, name=name)) == 1:
         yield
         return
-    _watching = watchdog = join(config, shared, name=name)
-    if watchdog is None:
-        yield
-        return
-    watchdog.start()
+    _supervisor, port = fork_supervised(config.timeout, config.heartbeat)
     try:
+        heartbeat("starting", blocking=True)
+        join(config, count)
+        _connect(config, port)
+        heartbeat("starting")
         yield
         barrier("end")
     except BaseException as error:
-        watchdog.fail(error)
-        _end_at_once()
+        _fail(error)
         raise
-    watchdog.stop()
-    _watching = None
+    _supervisor.send(over=True)
+    _supervisor = None
     jax.distributed.shutdown()
 
 
-def _end_at_once() -> None:
-    """An exception that nobody catches ends the process without waiting for hosts that are gone."""
+def _connect(config: HostsConfig, port: int) -> None:
+    """Connect the supervisors of all hosts to that of the first one, which listens at `port`."""
+    own = {"addresses": _addresses(), "port": port, "token": secrets.token_hex(16)}
+    first = _broadcast(own)
+    if config.address:
+        first["addresses"].insert(0, config.address.rpartition(":")[0].strip("[]"))
+    _supervisor.send(index=jax.process_index(), count=jax.process_count(), **first)
+    require(_supervisor.wait_for("linked"), "hosts", first["addresses"],
+            f"an address of the first host at which port {first['port']} is reached")
+
+
+def _addresses() -> list[str]:
+    """Return the names and addresses of this machine, at which other hosts may reach it."""
+    name, found = socket.gethostname(), []
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
+        outward.connect(("192.0.2.1", 9))  # nothing is sent; this says by which address one leaves
+        found.append(outward.getsockname()[0])
+    with contextlib.suppress(OSError):
+        found += [address[4][0] for address in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+    return list(dict.fromkeys([name, *found]))
+
+
+def _broadcast(value: Any) -> Any:
+    """Return the JSON value of the first host; uses the devices."""
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    return json.loads(multihost_utils.broadcast_one_to_all(np.resize(data, size)).tobytes())
+
+
+def _fail(error: BaseException) -> None:
+    """Report an error of this host. If another host caused it, the process ends here."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    _supervisor.send(failed=reason, elsewhere=caused_elsewhere(error))
+    _supervisor.wait_for("yours")
     plain = sys.excepthook
 
-    def hook(*args):
+    def hook(*args):  # an exception that nobody catches ends the process without waiting for hosts that are gone
         plain(*args)
         exit_status(1)
 
@@ -175,8 +194,8 @@ def _end_at_once() -> None:
 
 
 def exit_status(code: int) -> int:
-    """The exit status `code`; where other hosts were told of an error, the process ends here and now."""
-    if _watching is not None:
+    """Return `code`; if an error was reported to other hosts, end the process with it here and now."""
+    if _supervisor is not None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -184,24 +203,39 @@ def exit_status(code: int) -> int:
     return code
 
 
-def heartbeat(doing: str, step: int | None = None, *, waits: bool = False) -> None:
-    """Notes that this host gets on: what it does now, in which step, and whether it `waits` for devices or other hosts.
-    """
-    if _watching is not None:
-        _watching.heartbeat(doing, step, waits)
+def heartbeat(phase: str, step: int | None = None, *, blocking: bool = False) -> None:
+    """Report that this host makes progress: its phase and step, and if it waits for devices or other hosts."""
+    if _supervisor is not None:
+        _supervisor.send(phase=phase, step=step, blocking=blocking)
+
+
+@contextlib.contextmanager
+def waiting(phase: str) -> Iterator[None]:
+    """Report that this host waits, for devices or other hosts, while it does what is done inside."""
+    heartbeat(phase, blocking=True)
+    yield
+    heartbeat(phase)
+
+
+def _exchange(phase: str, value: Any = None) -> Any:
+    """Wait for all hosts; return the JSON value of the first one. No device is used if hosts are supervised."""
+    if _supervisor is None:
+        return _broadcast(value) if jax.distributed.is_initialized() and jax.process_count() > 1 else value
+    with waiting(phase):
+        _supervisor.send(exchange=next(_numbers), value=value)
+        return _supervisor.wait_for("value")
 
 
 def barrier(what: str) -> None:
-    """Waits for all hosts; no device is used."""
-    if jax.distributed.is_initialized() and global_state.num_processes > 1:
-        heartbeat(what, waits=True)
-        global_state.client.wait_at_barrier(f"jaxmm/meet/{next(_names)} {what}", WEEK)
-        heartbeat(what)
+    """Wait for all hosts."""
+    _exchange(what)
 
 
 def wait_for_path(name: str, path: Path) -> None:
-    """Returns once this host sees `path`, which the first host wrote. Raises `ConfigError` where it does not: then the
-    folder, a field called `name`, is not the one that the first host writes to."""
+    """Return once this host sees `path`, which the first host wrote.
+
+    Raises `ConfigError` if it does not: then the folder, a field called `name`, is not that of the first host.
+    """
     deadline = time.monotonic() + SEEN
     while not path.exists():  # a network's file system may take its time
         require(time.monotonic() < deadline, name, str(path.parent), "a folder that all hosts share: the first one "
@@ -210,15 +244,8 @@ def wait_for_path(name: str, path: Path) -> None:
 
 
 def assert_same_on_all_hosts(**facts: Any) -> None:
-    """Raises `ConfigError` on a host for which one of `facts` (JSON values) is another than on the first host."""
-    if not jax.distributed.is_initialized() or global_state.num_processes == 1:
-        return
-    key, client = f"jaxmm/same/{next(_names)}", global_state.client
-    if global_state.process_id == 0:
-        client.key_value_set(key, json.dumps(facts))
-        return
-    heartbeat("compare", waits=True)
-    first = json.loads(client.blocking_key_value_get(key, WEEK))
-    changes = differences(first, json.loads(json.dumps(facts)))
+    """Raise `ConfigError` on a host for which one of `facts` (JSON values) differs from that of the first host."""
+    facts = json.loads(json.dumps(facts))
+    changes = differences(_exchange("compare", facts), facts)
     if changes:
         raise ConfigError("this host was told something else than the first one:\n  " + "\n  ".join(changes))

@@ -64,7 +64,7 @@ def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | 
     several = mesh is not None and not sharding.is_fully_addressable
 
     def real(result, batch):
-        hosts.heartbeat("evaluating", waits=True)
+        hosts.heartbeat("evaluating", blocking=True)
         return tuple({k: np.asarray(v)[batch["mask"]] for k, v in arrays.items() if _is_here(v)}
                      for arrays in (result, batch))
 

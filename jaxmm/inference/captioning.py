@@ -37,8 +37,8 @@ def make_caption_fn(task: Task, decoding: Decoding, seed: int, mesh: Mesh | None
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(batch["row"])
         return generate(decoder, params, context, prompt, lengths, keys, decoding, mask)._asdict()
 
-    compiled = compile_prediction(run, mesh, few=True)
-    encode = decoder.context and compile_prediction(decoder.context, mesh, whole=False)
+    compiled = compile_prediction(run, mesh, small_matmuls=True)
+    encode = decoder.context and compile_prediction(decoder.context, mesh, replicate_outputs=False)
 
     def caption(params, batch):
         context = (None, None) if encode is None else encode(params, batch)

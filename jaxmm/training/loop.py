@@ -255,7 +255,7 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
         return batch, place_batch({name: batch[name] for name in INPUTS if name in batch}, setup.mesh)
 
     def check(step, metrics):
-        hosts.heartbeat("training", waits=True)
+        hosts.heartbeat("training", blocking=True)
         finite = bool(metrics["finite"])
         hosts.heartbeat("training")
         if finite:
@@ -280,7 +280,7 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
         (host_batch, batch), position = upcoming, {"iterator": batches.get_state(),
                                                    "faults": faults.counter.get_state()}
         bad_records = faults.counter.bad
-        hosts.heartbeat("compiling" if step == start + 1 else "training", step, waits=step > start + 1)
+        hosts.heartbeat("compiling" if step == start + 1 else "training", step, blocking=step > start + 1)
         state, metrics = step_fn(state, batch, rng)
         hosts.heartbeat("training")
         if observe is not None:

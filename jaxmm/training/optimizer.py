@@ -12,7 +12,7 @@ import optax
 import optax.contrib
 
 from jaxmm.config import ConfigError, OptimizerConfig, require
-from jaxmm.sharding import named_leaves, path_name
+from jaxmm.sharding import layer_stack, named_leaves, path_name
 
 
 @dataclass(frozen=True)
@@ -83,37 +83,50 @@ def bound(bounds: tuple[tuple[str, float, float], ...]) -> optax.GradientTransfo
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def layer_scales(params: Any, factor: float) -> Any:
-    """Layer-wise learning-rate factors (BEiT, appendix): `factor` to the number of layers above.
+BELOW = re.compile(r"(patches|tokens|embedding|pre_norm)/|(positions|class_token|distillation_token|registers)$")
+"""Parameters before the layers of a tower, by their path in it."""
+ABOVE = re.compile(r"(^|/)(norm|\w*head|pre_logits|pair_hidden|\w+_projection)/|"
+                   r"(^|/)(logit_scale|logit_bias|temperature)$")
+"""Parameters behind the layers of a tower, or of all towers."""
 
-    Stacked layers get a vector along their leading axis; what comes before the stack counts as below its first
-    layer, what comes after it (norm, head, projections) as the top.
+
+def layer_scales(params: Any, factor: float, multipliers: tuple[tuple[str, float], ...] = ()) -> Any:
+    """Return layer-wise learning-rate factors (BEiT, appendix): `factor` to the number of layers above, per tower.
+
+    Stacked layers get a vector along their leading axis. What comes before a stack counts as below its first layer,
+    what comes after it (norm, head, projections) as the top. Raises `ConfigError` for parameters that are neither, and
+    that no pattern of `multipliers` covers.
     """
-    depths: dict[str, int] = {}
-    for name, leaf in named_leaves(params):
-        tower, found, _ = name.partition("encoder/blocks/")
-        if found:
-            depths[tower] = leaf.shape[0]
-    below = re.compile(r"(patches|tokens)/|(positions|class_token|registers)$|pre_norm/")
+    leaves = dict(named_leaves(params))
+    stacks = {layer_stack(name): leaf.shape[0] for name, leaf in leaves.items() if layer_stack(name)}
+    towers = {stack.removesuffix("blocks").removesuffix("encoder/"): depth for stack, depth in stacks.items()}
+    uncovered = []
 
-    def scale(path, leaf):
-        name = path_name(path)
-        for tower, depth in sorted(depths.items(), key=lambda item: -len(item[0])):
-            if not name.startswith(tower):
-                continue
-            if name.startswith(tower + "encoder/blocks/"):
-                factors = factor ** (depth - jnp.arange(depth, dtype=jnp.float32))
+    def scale(name: str, leaf: Any) -> jax.Array:
+        tower = max((tower for tower in towers if name.startswith(tower)), key=len, default=None)
+        if tower is not None:
+            depth, rest = towers[tower], name.removeprefix(tower)
+            if layer_stack(name) or rest.startswith("merge/"):  # BLIP merges two images in its last layers only
+                factors = factor ** (depth - jnp.arange(depth, dtype=jnp.float32))[-leaf.shape[0]:]
                 return factors.reshape(-1, *[1] * (leaf.ndim - 1))
-            if below.match(name.removeprefix(tower)):
+            if BELOW.match(rest):
                 return jnp.float32(factor ** (depth + 1))
+        if not towers or not (ABOVE.search(name) or any(re.search(pattern, name) for pattern, _ in multipliers)):
+            uncovered.append(name)
         return jnp.float32(1.0)
 
-    return jax.tree_util.tree_map_with_path(scale, params)
+    scales = {name: scale(name, leaf) for name, leaf in leaves.items()}
+    if uncovered and factor != 1:
+        more = f" and {len(uncovered) - 8} more" if len(uncovered) > 8 else ""
+        raise ConfigError(f"optimizer.layer_decay is {factor}, but these parameters belong to no layer: "
+                          f"{', '.join(uncovered[:8])}{more}; expected stacks of layers called `blocks`, or a pattern "
+                          "of optimizer.multipliers for what stands before or behind them")
+    return jax.tree_util.tree_map_with_path(lambda path, _: scales[path_name(path)], params)
 
 
 def scale_by_layer(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
     """Layer-wise decay times the recipe's own multipliers."""
-    scales = layer_scales(params, config.layer_decay or 1.0)
+    scales = layer_scales(params, config.layer_decay or 1.0, config.multipliers)
 
     def multiplied(path, scale):
         hit = (m for pattern, m in config.multipliers if re.search(pattern, path_name(path)))
@@ -178,8 +191,9 @@ def _adafactor(b1: float, dtype: jnp.dtype) -> optax.GradientTransformation:
                        optax.clip_by_block_rms(1.0), optax.ema(b1, debias=False, accumulator_dtype=dtype))
 
 
-MATRIX = r"(^|/)blocks/.*kernel$|(^|/)patches/kernel$"
-"""Paths of the matrices inside a model, which Muon orthogonalises."""
+def is_matrix(name: str) -> bool:
+    """Return whether Muon orthogonalises the parameter `name`: the matrices of layers and of the patch embedding."""
+    return name.endswith("kernel") if layer_stack(name) else re.search(r"(^|/)patches/kernel$", name) is not None
 
 
 def _muon(config: OptimizerConfig, dtype: jnp.dtype) -> optax.GradientTransformation:
@@ -201,4 +215,4 @@ def _muon(config: OptimizerConfig, dtype: jnp.dtype) -> optax.GradientTransforma
         optax.stateless(lambda updates, _: across(sized, updates)))
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=dtype)
     return optax.partition({"matrix": muon, "rest": adam}, lambda tree: across(
-        lambda path, _: "matrix" if re.search(MATRIX, path_name(path)) else "rest", tree))
+        lambda path, _: "matrix" if is_matrix(path_name(path)) else "rest", tree))

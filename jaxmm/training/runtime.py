@@ -3,19 +3,18 @@
 import contextlib
 import ctypes
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import platform
 import signal
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmm import hosts
+from jaxmm.hosts.clusters import has_tpu
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +31,7 @@ def keep_memory() -> None:
     each other.
     """
     plugins = importlib.metadata.entry_points(group="jax_plugins")
-    tpus = importlib.util.find_spec("libtpu") and any(
-        file for form in ("accel*", "vfio/*") for file in Path("/dev").glob(form))
-    if ((plugins or tpus) and os.environ.get("JAX_PLATFORMS") != "cpu") or platform.libc_ver()[0] != "glibc":
+    if ((plugins or has_tpu()) and os.environ.get("JAX_PLATFORMS") != "cpu") or platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
     for option, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
@@ -64,7 +61,7 @@ class Termination:
             return self.asked
         if not together:
             return False
-        hosts.heartbeat("training", waits=True)
+        hosts.heartbeat("training", blocking=True)
         asked = bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
         hosts.heartbeat("training")
         return asked

@@ -26,7 +26,7 @@ class SharedFaults:
         """Counts what all hosts added, each as many batches; to be called on all. Raises `DataError` on all."""
         if not self._own:
             return
-        hosts.heartbeat("training", waits=True)
+        hosts.heartbeat("training", blocking=True)
         found = multihost_utils.process_allgather(np.asarray(self._own, np.int32))  # [hosts, batches, 2, rows]
         hosts.heartbeat("training")
         self._own.clear()

@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,8 +26,9 @@ from jaxmm.checkpoints import whole_steps
 from jaxmm.config import ConfigError
 from jaxmm.data.pipeline import step_records
 from jaxmm.data.sources.registry import open_source
+from jaxmm.hosts import clusters
 from jaxmm.hosts.heartbeat import LONG, STATUS, Heartbeat, HostStatus, caused_elsewhere, detect_failure
-from jaxmm.hosts.startup import HostsConfig, detect_process_count, join
+from jaxmm.hosts.startup import HostsConfig, count_hosts, detect_process_count, join
 from jaxmm.sharding import named_leaves
 from tests.training.common import assert_same_bits, lines
 from tests.training.hosts import EVERY, STEPS, config
@@ -271,45 +274,59 @@ def test_half_of_what_has_to_be_said_is_refused(fields, message):
 
 
 def test_clusters_are_recognised_and_one_machine_is_alone(monkeypatch, tmp_path):
-    assert detect_process_count() == 1 and join(HostsConfig()) is None and join(HostsConfig(count=1)) is None
+    assert detect_process_count() == count_hosts(HostsConfig()) == count_hosts(HostsConfig(count=1)) == 1
     with pytest.raises(ConfigError, match=r"hosts\.count is 3; wanted 1, which JAX found here"):
-        join(HostsConfig(count=3), tmp_path)
+        count_hosts(HostsConfig(count=3), tmp_path)
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert detect_process_count() == 3 and join(HostsConfig(alone=True)) is None
+    assert detect_process_count() == 3 and count_hosts(HostsConfig(alone=True)) == 1
     with pytest.raises(ConfigError, match=r"hosts\.count is 4; wanted 3"):
-        join(HostsConfig(count=4), tmp_path)
+        count_hosts(HostsConfig(count=4), tmp_path)
     with pytest.raises(ConfigError, match=r"out is None; wanted one folder for all 3 hosts"):
-        join(HostsConfig(), name="out")
+        count_hosts(HostsConfig(), name="out")
     with pytest.raises(ConfigError, match=r"the 3 hosts of this run do not come together: .*before any JAX calls"):
         jax.devices()
-        join(HostsConfig(), tmp_path)
+        join(HostsConfig(), 3)
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert detect_process_count() == 1 and join(HostsConfig()) is None
+    assert detect_process_count() == count_hosts(HostsConfig()) == 1
     monkeypatch.setenv("SLURM_NTASKS", "many")
-    with pytest.raises(ConfigError, match=r"SlurmCluster\), but it cannot be asked: .*'many'.* --hosts.alone"):
+    with pytest.raises(ConfigError, match=r"SLURM\), but it cannot be asked: .*'many'.* --hosts.alone"):
         detect_process_count()
 
 
-def test_a_pod_that_is_not_of_an_indexed_job_is_alone(monkeypatch):
-    from jax._src.clusters.k8s_cluster import K8sCluster
+def test_a_pod_that_is_not_of_an_indexed_job_is_alone(monkeypatch, tmp_path):
+    """The package `kubernetes` is asked as JAX asks it."""
+    def find(namespace, field_selector):
+        assert (namespace, field_selector) == ("research", "status.podIP=127.0.0.1")
+        return SimpleNamespace(items=[SimpleNamespace(metadata=SimpleNamespace(labels={"job-name": "clip"}))])
 
-    monkeypatch.setattr(K8sCluster, "is_env_present", classmethod(lambda cls: True))
-    monkeypatch.setattr(K8sCluster, "get_process_count", classmethod(lambda cls: 5))
+    def read(name, namespace):
+        assert (name, namespace) == ("clip", "research")
+        return SimpleNamespace(spec=SimpleNamespace(parallelism=5))
+
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("HOSTNAME", "127.0.0.1")
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    assert detect_process_count() == 1                                     # without the package
+    package = ModuleType("kubernetes")
+    package.__spec__ = ModuleSpec("kubernetes", None)
+    package.config = SimpleNamespace(load_incluster_config=lambda: None)
+    package.client = SimpleNamespace(CoreV1Api=lambda: SimpleNamespace(list_namespaced_pod=find),
+                                     BatchV1Api=lambda: SimpleNamespace(read_namespaced_job=read))
+    monkeypatch.setitem(sys.modules, "kubernetes", package)
+    (tmp_path / "namespace").write_text("research\n")
+    monkeypatch.setattr(clusters, "KUBERNETES_NAMESPACE", tmp_path / "namespace")
     assert detect_process_count() == 1
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
     assert detect_process_count() == 5
 
 
 def test_the_only_worker_of_a_slice_is_alone(monkeypatch):
-    from jax._src.clusters import cloud_tpu_cluster as tpu
-
     def nobody(key):
         raise OSError("no metadata server")
 
-    monkeypatch.setattr(tpu, "running_in_cloud_tpu_vm", True)
-    monkeypatch.setattr(tpu, "get_metadata", nobody)
+    monkeypatch.setattr(clusters, "metadata", nobody)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     assert detect_process_count() == 1
@@ -317,8 +334,27 @@ def test_the_only_worker_of_a_slice_is_alone(monkeypatch):
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "3")
     assert detect_process_count() == 6
     monkeypatch.delenv("MEGASCALE_NUM_SLICES")
-    with pytest.raises(ConfigError, match=r"GkeTpuCluster.*no metadata server"):
+    with pytest.raises(ConfigError, match=r"TPU workers.*no metadata server"):
         detect_process_count()
+
+
+def test_a_pod_of_tpus_is_counted_by_its_metadata(monkeypatch):
+    attributes = {"agent-worker-number": "1", "worker-network-endpoints": "a:0:10.0.0.1,b:1:10.0.0.2"}
+    monkeypatch.setattr(clusters, "metadata", attributes.get)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    assert detect_process_count() == 1                                     # no TPU here
+    monkeypatch.setattr(clusters, "has_tpu", lambda: True)
+    assert detect_process_count() == 2
+    attributes["tpu-env"] = "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '4'"
+    assert detect_process_count() == 8
+    del attributes["agent-worker-number"]
+    assert detect_process_count() == 1
+
+
+def test_open_mpi_says_how_many(monkeypatch):
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "12")
+    assert detect_process_count() == 12
 
 
 def seen(alive=0.0, moved=0.0, failed=None, **pulse):
@@ -329,22 +365,23 @@ def seen(alive=0.0, moved=0.0, failed=None, **pulse):
 
 
 @pytest.mark.parametrize("hosts, named", [
-    ([{"alive": 59, "moved": 299, "doing": "training"}] * 2, None),
+    ([{"alive": 59, "moved": 299, "phase": "training"}] * 2, None),
     ([{}, {"alive": 61}, {"alive": 70}], (2, "is dead or cut off: no sign of life for 70 s; last seen starting at")),
     ([{"failed": 1}, {"alive": 9}], None),                                 # five beats of two seconds
     ([{"failed": 1}, {"alive": 11, "moved": 12}], (1, "is dead")),         # a failed collective is a hint
     ([{"failed": 19, "alive": 2}, {"failed": 15}], None),
     ([{"failed": 15}, {"failed": 21, "step": 4}], (1, "failed: JaxRuntimeError: x; last seen starting at step 4, 0 s")),
-    ([{"moved": 301, "doing": "training", "waits": True, "step": 5},
-      {"moved": 301, "doing": "reading data", "step": 4}], (1, "is stuck; last seen reading data at step 4, 301 s")),
-    ([{"moved": 350, "doing": "training", "step": 6}, {"moved": 301, "doing": "training", "step": 5}], (1, "is stuck")),
-    ([{"moved": 302, "doing": "training", "waits": True}, {"moved": 299, "doing": "training"}], None),
-    ([{"moved": 900, "doing": "training", "waits": True}, {"moved": 900, "doing": "saving"}], None),
-    ([{"moved": 2000, "doing": "training", "waits": True}, {"moved": 300 * LONG + 1, "doing": "compiling"}],
+    ([{"moved": 301, "phase": "training", "blocking": True, "step": 5},
+      {"moved": 301, "phase": "reading data", "step": 4}], (1, "is stuck; last seen reading data at step 4, 301 s")),
+    ([{"moved": 350, "phase": "training", "step": 6}, {"moved": 301, "phase": "training", "step": 5}], (1, "is stuck")),
+    ([{"moved": 302, "phase": "training", "blocking": True}, {"moved": 299, "phase": "training"}], None),
+    ([{"moved": 900, "phase": "training", "blocking": True}, {"moved": 900, "phase": "saving"}], None),
+    ([{"moved": 2000, "phase": "training", "blocking": True}, {"moved": 300 * LONG + 1, "phase": "compiling"}],
      (1, "is stuck; last seen compiling")),
-    ([{"moved": 301, "doing": "training", "waits": True, "step": 2},
-      {"moved": 302, "doing": "training", "waits": True, "step": 2}], (1, "is stuck, like all others")),
-    ([{"moved": 301, "doing": "training", "waits": True}, {"moved": 301, "doing": "evaluating", "waits": True}], None),
+    ([{"moved": 301, "phase": "training", "blocking": True, "step": 2},
+      {"moved": 302, "phase": "training", "blocking": True, "step": 2}], (1, "is stuck, like all others")),
+    ([{"moved": 301, "phase": "training", "blocking": True},
+      {"moved": 301, "phase": "evaluating", "blocking": True}], None),
 ], ids=str)
 def test_who_ends_a_run(hosts, named):
     verdict = detect_failure([seen(**each) for each in hosts], 1000.0, timeout=300.0, heartbeat=60.0, interval=2.0)
@@ -356,12 +393,12 @@ def test_who_ends_a_run(hosts, named):
 
 
 def test_what_is_told_twice_is_no_sign_of_life():
-    first = seen(alive=5, moved=7, beats=3, moves=2)
-    same = first.told(first.pulse, 1000.0)
+    first = seen(alive=5, moved=7, beats=3, progress=2)
+    same = first.updated(first.heartbeat, 1000.0)
     assert (same.alive, same.moved) == (995, 993)
-    later = first.told(Heartbeat("worker", beats=4, moves=2, failed="x"), 1000.0)
+    later = first.updated(Heartbeat("worker", beats=4, progress=2, failed="x"), 1000.0)
     assert (later.alive, later.moved, later.failed) == (1000, 993, 1000)
-    assert later.told(Heartbeat("worker", beats=5, moves=3, failed="x"), 1001.0).failed == 1000
+    assert later.updated(Heartbeat("worker", beats=5, progress=3, failed="x"), 1001.0).failed == 1000
 
 
 def test_errors_that_a_dead_host_causes_are_known():

@@ -10,8 +10,11 @@ import pytest
 from jaxmm.config import ConfigError, OptimizerConfig
 from jaxmm.sharding import named_leaves
 from jaxmm.training.optimizer import layer_scales, learning_rate, make_optimizer, matching
+from tests.pretrained import tiny
 from tests.reference import random_like
 from tests.tasks.common import SIGMOID, SOFTMAX
+from tests.tasks.test_blip import TASK as BLIP_TASK
+from tests.training.common import model_task
 
 PLAIN = {"schedule": "constant", "warmup": 0.0, "clip": None}
 TREE = {"layer": {"kernel": jnp.asarray([[3.0, -4.0]]), "bias": jnp.asarray([2.0])}, "norm": {"scale": jnp.ones(2)}}
@@ -225,6 +228,50 @@ def test_layer_scales():
     alone = dict(named_leaves(layer_scales(params["vision"], 0.5)))
     for name, scale in alone.items():
         np.testing.assert_array_equal(scale, scales[f"vision/{name}"])
+
+
+LAYERS = {2: [0.25, 0.5], 3: [0.125, 0.25, 0.5]}
+"""Factors of the layers of a tower of that depth at a half, by hand."""
+IMAGE_STEM = ("vision/patches/", "vision/positions", "vision/class_token")
+
+
+@pytest.mark.parametrize("task, towers", [
+    (model_task("vit"), [("", 2, ("patches/", "positions", "class_token"))]),
+    (model_task("clip"), [("vision/", 2, (*IMAGE_STEM, "vision/pre_norm/")),
+                          ("text/", 3, ("text/tokens/", "text/positions"))]),
+    (BLIP_TASK, [("vision/", 2, IMAGE_STEM), ("text/", 2, ("text/embedding/",))]),
+    (tiny.ANSWERER, [("vision/", 3, IMAGE_STEM), ("text/", 3, ("text/embedding/",)),
+                     ("answer/", 3, ("answer/embedding/",))]),
+    (tiny.PAIR, [("vision/", 3, IMAGE_STEM), ("text/", 3, ("text/embedding/",))]),
+], ids=["vit", "clip", "blip", "vqa", "nlvr"])
+def test_every_parameter_of_a_model_has_a_layer(task, towers):
+    """All towers decay by their own depth: BLIP's text transformers too."""
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    scales, below = dict(named_leaves(layer_scales(params, 0.5))), 0
+    for name, leaf in named_leaves(params):
+        depth, stem = next(((depth, stem) for tower, depth, stem in towers if name.startswith(tower)), (0, ("?",)))
+        if "blocks/" in name:
+            assert leaf.shape[0] == depth
+            expected = LAYERS[depth]
+        elif name.startswith("text/merge/"):
+            expected = [0.5]
+        elif name.startswith(stem):
+            expected, below = [LAYERS[depth][0] / 2], below + 1
+        else:
+            expected = [1.0]
+        assert scales[name].ravel().tolist() == expected, name
+    assert below >= 3 * len(towers)
+    assert len([name for name in scales if "blocks/" in name]) > 10 * len(towers)
+
+
+def test_layer_decay_refuses_parameters_of_no_layer():
+    params = {"encoder": {"blocks": {"kernel": jnp.ones((2, 3))}}, "adapter": {"kernel": jnp.ones(3)}}
+    with pytest.raises(ConfigError, match=r"layer_decay is 0\.5, but these parameters belong to no layer: adapter/k"):
+        optimizer(params, layer_decay=0.5)
+    with pytest.raises(ConfigError, match=r"no layer: layer/bias, layer/kernel, norm/scale; expected stacks"):
+        optimizer(TREE, layer_decay=0.5)
+    optimizer(params, layer_decay=0.5, multipliers=(("^adapter/", 1.0),))
+    optimizer(TREE, layer_decay=1.0)
 
 
 def test_multipliers_and_layer_decay_multiply_the_learning_rate():
