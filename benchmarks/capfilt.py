@@ -44,6 +44,7 @@ from jaxmm.data.scenes import plain, scene_of, true_captions
 from jaxmm.inference.generate import Decoding
 from jaxmm.recipes import load_recipe
 from jaxmm.training.runtime import keep_memory
+from jaxmm.validation import count_steps
 
 RECIPE = Path(__file__).parents[1] / "configs" / "capfilt_scenes.py"
 METRICS = {"i2t_recall@1": "picture to text", "t2i_recall@1": "text to picture",
@@ -73,7 +74,14 @@ def recipe(quick: bool) -> CapFiltConfig:
     if not quick:
         return config
     runs = {name: getattr(config, name) for name in ("pretrain", "captioner", "filter")}
-    return replace(config, **{name: replace(run, steps=run.steps * 2 // 5) for name, run in runs.items()})
+    return replace(config, **{name: shortened(run) for name, run in runs.items()})
+
+
+def shortened(run: TrainConfig) -> TrainConfig:
+    """Return two fifths of a run; its warm-up and ramp are as long as before."""
+    warmup = count_steps(run.optimizer.warmup, run.steps)
+    return replace(run, steps=run.steps * 2 // 5, task=run.task.with_steps(run.steps),
+                   optimizer=replace(run.optimizer, warmup=warmup))
 
 
 def seed_results(config: CapFiltConfig, seed: int, out: Path, arms: list[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
         vocab_size=None, positions=40, context_width=128)
     model = BLIPConfig(vision=vision, text=text, embed_dim=128, temperature=0.02)
     return TrainConfig(
-        task=BLIPPretraining(model=model, queue=1024, momentum=0.97, alpha=0.2, ramp=300, smoothing=0.0,
+        task=BLIPPretraining(model=model, queue=1024, momentum=0.97, alpha=0.2, ramp=0.3, smoothing=0.0,
                              weights=(0.3, 0.7, 3.0)),
         steps=1000,
         data=DataConfig(
@@ -35,7 +35,7 @@ def get_config() -> TrainConfig:
             # No crop and no mirror image: the captions speak of sizes, left and right.
             image=ImageConfig(size=64, train_crop="squash", eval_crop="squash", flip=False),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=30)),
-        optimizer=OptimizerConfig(name="muon", momentum=0.95, learning_rate=2e-3, weight_decay=0.05, warmup=100,
+        optimizer=OptimizerConfig(name="muon", momentum=0.95, learning_rate=2e-3, weight_decay=0.05, warmup=0.1,
                                   b2=0.98, multipliers=((r"^temperature$", 0.05),)),
         checkpoint=CheckpointConfig(every=200),
         evals=(Retrieval(pool=100, captions="first"), Reranking(pool=100, captions="first"),

@@ -36,7 +36,7 @@ def get_config() -> TrainConfig:
             # Mirror images are harmless as long as no question speaks of left and right.
             image=ImageConfig(size=64, train_crop="pad", eval_crop="squash"),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=400, context_length=16, answer_length=6)),
-        optimizer=OptimizerConfig(name="muon", momentum=0.95, learning_rate=2e-3, weight_decay=0.05, warmup=100,
+        optimizer=OptimizerConfig(name="muon", momentum=0.95, learning_rate=2e-3, weight_decay=0.05, warmup=1 / 16,
                                   b2=0.98),
         evals=(VQAAccuracy(),),
         eval_every=400, log_every=25)

@@ -36,7 +36,7 @@ def get_config() -> CapFiltConfig:
     greedy = Captions(decoding=Decoding(beams=1, max_length=LONGEST))
     found = Retrieval(pool=100, captions="first"), Reranking(pool=100, captions="first")
     blip = BLIPPretraining(model=BLIPConfig(vision=vision, text=text, embed_dim=128, temperature=0.02), queue=1024,
-                           momentum=0.97, alpha=0.2, ramp=300, smoothing=0.0, weights=(0.3, 0.7, 3.0))
+                           momentum=0.97, alpha=0.2, ramp=0.5, smoothing=0.0, weights=(0.3, 0.7, 3.0))
     matching = BLIPPretraining(
         model=BLIPConfig(vision=vision, embed_dim=128, temperature=0.02, text=MedConfig(
             transformer=text.transformer, vocab_size=None, positions=40, context_width=128, decoder=False)),
@@ -46,15 +46,15 @@ def get_config() -> CapFiltConfig:
             transformer=text.transformer, vocab_size=None, positions=40, context_width=128, encoder=False)))
     return CapFiltConfig(
         web="scenes:web", human="scenes:train[:2000]",
-        pretrain=TrainConfig(task=blip, steps=600, data=data, optimizer=muon(2e-3), evals=(*found, greedy),
+        pretrain=TrainConfig(task=blip, steps=600, data=data, optimizer=muon(2e-3, 1 / 12), evals=(*found, greedy),
                              log_every=50),
-        captioner=TrainConfig(task=writing, steps=1000, data=data, optimizer=muon(1e-3, ()), evals=(greedy,),
+        captioner=TrainConfig(task=writing, steps=1000, data=data, optimizer=muon(1e-3, 0.05, ()), evals=(greedy,),
                               log_every=50),
-        filter=TrainConfig(task=matching, steps=300, data=data, optimizer=muon(5e-4), evals=found, log_every=50),
+        filter=TrainConfig(task=matching, steps=300, data=data, optimizer=muon(5e-4, 1 / 6), evals=found, log_every=50),
         decoding=Decoding(sample=True, top_p=0.9, max_length=LONGEST))
 
 
-def muon(learning_rate: float, multipliers: tuple = ((r"^temperature$", 0.05),)) -> OptimizerConfig:
+def muon(learning_rate: float, warmup: float, multipliers: tuple = ((r"^temperature$", 0.05),)) -> OptimizerConfig:
     """As `blip_scenes` learns."""
-    return OptimizerConfig(name="muon", momentum=0.95, learning_rate=learning_rate, weight_decay=0.05, warmup=50,
+    return OptimizerConfig(name="muon", momentum=0.95, learning_rate=learning_rate, weight_decay=0.05, warmup=warmup,
                            b2=0.98, multipliers=multipliers)

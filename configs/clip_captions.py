@@ -32,6 +32,6 @@ def get_config() -> TrainConfig:
             train="captions:data/train.jsonl", val="captions:data/test.jsonl", batch_size=128,
             image=ImageConfig(size=64, train_crop="random", scale=(0.6, 1.0), flip=False, eval_crop="squash"),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=1500, context_length=24)),
-        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup=100, b2=0.98, average=0.99),
+        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, warmup=1 / 15, b2=0.98, average=0.99),
         evals=(Retrieval(weights="average"),),
         eval_every=500, log_every=25)

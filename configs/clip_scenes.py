@@ -29,7 +29,7 @@ def get_config() -> TrainConfig:
             # No crop and no mirror image: the captions speak of sizes, left and right.
             image=ImageConfig(size=64, train_crop="squash", eval_crop="squash", flip=False),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=32)),
-        optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.05, warmup=50, b2=0.98),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.05, warmup=0.12, b2=0.98),
         checkpoint=CheckpointConfig(every=100),
         evals=(Retrieval(pool=100, captions="first"),),
         eval_every=210, log_every=25)

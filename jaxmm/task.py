@@ -162,6 +162,10 @@ class Task:
         """Return this task with what only the data knows filled in. Raise `ConfigError` if they do not fit."""
         raise NotImplementedError
 
+    def with_steps(self, steps: int) -> "Task":
+        """Return this task with its shares of a run of `steps` as numbers of steps."""
+        return self
+
     def check_batch(self, size: int) -> None:
         """Raise `ConfigError` if the loss takes no batch of this size."""
 

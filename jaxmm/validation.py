@@ -19,6 +19,11 @@ def require(condition: object, name: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{name} is {value!r}; wanted {wanted}")
 
 
+def count_steps(value: float, steps: int) -> int:
+    """Return a number of steps: `value` itself, or that share of a run of `steps` if it is below 1."""
+    return round(value * steps) if value < 1 else round(value)
+
+
 def check_types(config: Any, name: str = "") -> None:
     """Raises `ConfigError` where a field of the dataclass `config` holds what its annotation does not allow.
 

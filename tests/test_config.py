@@ -27,6 +27,8 @@ from jaxmm.config import (
 )
 from jaxmm.models.vit import vit
 from jaxmm.tasks.image_classification import Classification
+from jaxmm.training.optimizer import learning_rate
+from jaxmm.validation import count_steps
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"), key=lambda path: path.stem)
 TASK = Classification(model=vit("mu/4", image_size=8))
@@ -59,6 +61,27 @@ def test_recipes_survive_json(path, tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["versions"] == {"jax": "1"} and written["config"]["type"] == "jaxmm.config.TrainConfig"
     assert hash(load_config(tmp_path / "config.json")) == hash(config), "tuples stay tuples"
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("blip_scenes", [(1000, 100, 300)]), ("blip_captions", [(11_000, 0, None)]), ("blip_vqa", [(1600, 100, None)]),
+    ("clip_scenes", [(420, 50, None)]), ("clip_captions", [(1500, 100, None)]), ("vit_digits", [(2000, 200, None)]),
+    ("vit_folder", [(4800, 480, None)]), ("finetune_captions", [(1000, 100, None)]),
+    ("finetune_folder", [(1000, 100, None)]),
+    ("capfilt_scenes", [(600, 50, 300), (1000, 50, None), (300, 50, 0)])])
+def test_an_embedded_recipe_can_be_shortened(name, expected):
+    """Its warm-up and ramp are shares of the run; in the whole run they are so many steps as here."""
+    config = recipe(Path(__file__).parents[1] / "configs" / f"{name}.py")
+    runs = [config] if isinstance(config, TrainConfig) else [config.pretrain, config.captioner, config.filter]
+    counts = [(run.steps, count_steps(run.optimizer.warmup, run.steps),
+               getattr(run.task.with_steps(run.steps), "ramp", None)) for run in runs]
+    assert counts == expected
+    for run, (steps, warmup, ramp) in zip(runs, expected, strict=True):
+        short = dataclasses.replace(run, steps=20)
+        learning_rate(short.optimizer, short.steps)                     # accepts it
+        assert count_steps(short.optimizer.warmup, 20) == round(20 * warmup / steps)
+        if ramp is not None:
+            assert short.task.with_steps(20).ramp == round(20 * ramp / steps)
 
 
 def test_plain_values():

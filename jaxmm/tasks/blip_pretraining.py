@@ -31,6 +31,7 @@ from jaxmm.tasks.blip_common import (
     init_blip,
     with_vocabulary,
 )
+from jaxmm.validation import count_steps
 
 EMPTY_ID = -(2**31)
 """The id of a place in the queue that no example has taken."""
@@ -51,8 +52,8 @@ class BLIPPretraining(Task):
     """Of the teacher, a moving average of the student."""
     alpha: float = 0.4
     """Share of the teacher's opinion in the targets of the contrastive loss."""
-    ramp: int = 0
-    """Steps over which `alpha` grows from 0 (the paper's code: two epochs)."""
+    ramp: float = 0
+    """Steps over which `alpha` grows from 0 (the paper's code: two epochs); below 1 a share of all steps."""
     smoothing: float = 0.1
     """Label smoothing of the written tokens."""
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -75,7 +76,7 @@ class BLIPPretraining(Task):
         require(model.embed_dim and model.matching and model.answer is None, "task.model", model,
                 "embed_dim, matching, and no answer")
         require(self.queue > 0, "task.queue", self.queue, "a positive number")
-        require(self.ramp >= 0, "task.ramp", self.ramp, "0 or more steps")
+        require(self.ramp >= 0, "task.ramp", self.ramp, "0 or more steps, or a share below 1")
         require(self.tile is None or self.tile > 0, "task.tile", self.tile, "a positive number, or None")
         require(self.negatives is None or self.negatives > 1, "task.negatives", self.negatives,
                 "two or more pairs, or None")
@@ -90,6 +91,10 @@ class BLIPPretraining(Task):
         require(self.model.temperature is not None, "task.model.temperature", None, "a number to start from")
         check_tokenizer(self.model.text, tokenizer)
         return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
+
+    def with_steps(self, steps: int) -> "BLIPPretraining":
+        """Return this task with `ramp` as a number of steps."""
+        return replace(self, ramp=count_steps(self.ramp, steps))
 
     def check_batch(self, size):
         """The queue has room for all of it, and negatives are drawn from whole groups."""

@@ -118,6 +118,7 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     else:
         task = task.bind(image_size=config.data.image.size, tokenizer=tokenizer,
                          classes=None if source.classes is None else len(source.classes))
+    task = task.with_steps(config.steps)
     params = jax.eval_shape(task.init, jax.random.key(0))
     optimizer = make_optimizer(config.optimizer, params, config.steps, task.bounds)
     evals = tuple(evaluator for evaluator in config.evals if val is not None or evaluator.source is not None)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from jaxmm.config import ConfigError, OptimizerConfig, require
+from jaxmm.config import OptimizerConfig
 from jaxmm.sharding import layer_stack, named_leaves, path_name
+from jaxmm.validation import ConfigError, count_steps, require
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     rsqrt falls as sqrt(w / t) after a warm-up of w steps (Zhai et al. 2022, section 3.5); exponential, by the same
     factor every step down to `final`.
     """
-    def count(value):
-        return round(value * steps) if value < 1 else round(value)
-
-    warmup, cooldown = count(config.warmup), count(config.cooldown)
+    warmup, cooldown = count_steps(config.warmup, steps), count_steps(config.cooldown, steps)
     require(warmup + cooldown <= steps, "optimizer.warmup + optimizer.cooldown", warmup + cooldown,
             f"at most steps = {steps}")
     length = max(1, steps - warmup)

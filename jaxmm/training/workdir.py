@@ -12,10 +12,14 @@ from jaxmm.config import ConfigError, TrainConfig, differences, save_config, to_
 from jaxmm.data.base import Source
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.task import Task
+from jaxmm.validation import count_steps
 
 FREE = ("steps", "microbatches", "log_every", "eval_every", "evals", "mesh", "checkpoint", "nonfinite", "max_skips",
         "data.val", "data.workers", "data.data_dir", "data.max_bad")
 """What may be changed when a run goes on; anything else would make it another run."""
+
+SHARES = (("optimizer", "warmup"), ("optimizer", "cooldown"), ("task", "ramp"))
+"""Fields that are a number of steps or a share of them."""
 
 
 def begun(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] | None:
@@ -31,7 +35,12 @@ def begun(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] 
         old, fingerprint, _ = with_current_names(notes["config"]), notes["fingerprint"], notes["task"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not what a run writes: {type(error).__name__}: {error}") from None
-    changes = differences(old, json.loads(json.dumps(to_dict(config))), free=FREE)
+    new = json.loads(json.dumps(to_dict(config)))
+    for part, field in SHARES:
+        values = [side.get(part, {}).get(field) for side in (old, new)]
+        if None not in values and len({count_steps(value, old.get("steps", config.steps)) for value in values}) == 1:
+            old[part][field] = new[part][field]
+    changes = differences(old, new, free=FREE)
     if fingerprint != source.fingerprint:
         changes.append(f"data.train is {config.data.train!r} as before, but lists other records")
     if changes:

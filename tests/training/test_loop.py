@@ -240,6 +240,19 @@ def test_what_is_free_may_change(whole, tmp_path):
                                [pair for pair in lines(whole, "train/loss") if pair[0] in (6, 9)], rtol=1e-5)
 
 
+def test_a_warm_up_of_as_many_steps_is_the_same_configuration(tmp_path):
+    """Recipes that gave a number of steps give a share of them today."""
+    def warm(warmup, **fields):
+        return replace(LINEAR, optimizer=replace(LINEAR.optimizer, warmup=warmup), **fields)
+
+    train(warm(3.0), tmp_path)
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup was 3\.0 and is 0\.4"):
+        train(warm(0.4), tmp_path)
+    train(warm(0.25), tmp_path)
+    train(warm(0.25, steps=14), tmp_path)
+    assert lines(tmp_path)[-1]["step"] == 14
+
+
 def test_a_training_source_that_changed_is_refused(tmp_path):
     from PIL import Image
 

@@ -239,7 +239,7 @@ IMAGE_STEM = ("vision/patches/", "vision/positions", "vision/class_token")
     (model_task("vit"), [("", 2, ("patches/", "positions", "class_token"))]),
     (model_task("clip"), [("vision/", 2, (*IMAGE_STEM, "vision/pre_norm/")),
                           ("text/", 3, ("text/tokens/", "text/positions"))]),
-    (BLIP_TASK, [("vision/", 2, IMAGE_STEM), ("text/", 2, ("text/embedding/",))]),
+    (BLIP_TASK, [("vision/", 3, IMAGE_STEM), ("text/", 3, ("text/embedding/",))]),
     (tiny.ANSWERER, [("vision/", 3, IMAGE_STEM), ("text/", 3, ("text/embedding/",)),
                      ("answer/", 3, ("answer/embedding/",))]),
     (tiny.PAIR, [("vision/", 3, IMAGE_STEM), ("text/", 3, ("text/embedding/",))]),
