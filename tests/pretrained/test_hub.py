@@ -117,8 +117,8 @@ def test_revisions_tokens_and_what_is_not_there(hub):
     assert "error" in told      # of its weights only a pickle is left, which here is none
     hub.server.token = "secret"
     told, _ = hub(HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
-    assert "some/model cannot be had from the hub" in told["error"]
+    assert "some/model cannot be downloaded from the hub" in told["error"]
     assert hub(HF_TOKEN="secret")[0]["parameters"] == tiny.clip().parameters
     hub.server.token = None
-    assert "other/model cannot be had from the hub" in hub("other/model")[0]["error"]
+    assert "other/model cannot be downloaded from the hub" in hub("other/model")[0]["error"]
     assert "some/model2" in hub("some/model2", HF_HUB_OFFLINE="1")[0]["error"]

@@ -1,7 +1,7 @@
-"""Checkpoint files as tensors by name, whatever wrote them: safetensors, .npz, PyTorch old and new, TorchScript.
+"""Read checkpoint files as tensors by name: safetensors, .npz, PyTorch old and new, TorchScript. Write safetensors.
 
-What a file is told by its first bytes, not by its name. Nothing in a file is ever run, nothing is read before it is
-asked for, and every size is checked against the file before memory is taken for it. PyTorch is not needed.
+The first bytes of a file say what it is, not its name. Nothing in a file is ever run, tensors are read on demand, and
+every size is checked against the file before memory is allocated. PyTorch is not needed.
 """
 
 import json
@@ -34,7 +34,7 @@ from jaxmm.pretrained.io.tensors import (
 __all__ = ["FileError", "Tensor", "Tensors", "file_metadata", "open_tensors", "write_safetensors"]
 
 MAX_HEADER = 32 * 2**20
-"""Longest JSON read, be it a safetensors header or an index; some 100 bytes a tensor."""
+"""Longest safetensors header or index, in bytes; some 100 per tensor."""
 DATA_PARALLEL = "module."
 
 DTYPES = {  # in the library's order: the header lists wide types first, so that every tensor is aligned
@@ -49,9 +49,9 @@ DTYPES = {  # in the library's order: the header lists wide types first, so that
 
 
 def open_tensors(path: Path) -> Tensors:
-    """The tensors in one file, or in the files that an index (`*.index.json`) names, by name.
+    """Return the tensors in a file, or in the files that an index (`*.index.json`) names, by name.
 
-    A prefix `module.` that all names share is taken off: DistributedDataParallel puts it there. Raises `FileError`.
+    A prefix `module.` of all names, which DistributedDataParallel adds, is removed. Raises `FileError`.
     """
     path = Path(path)
     try:
@@ -65,7 +65,7 @@ def open_tensors(path: Path) -> Tensors:
 
 
 def file_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file, {} for others. Raises `FileError`."""
+    """Return the `__metadata__` of a safetensors file, {} for others. Raises `FileError`."""
     path = Path(path)
     try:
         return _header(path)[1] if _kind(path) == "safetensors" else {}
@@ -74,9 +74,9 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes the file that the safetensors library would, but with one tensor at a time in memory.
+    """Write the same file as the safetensors library, with one tensor at a time in memory.
 
-    It is written beside `path` and renamed when whole. Raises `FileError` for what the format cannot hold, and
+    It is written beside `path` and renamed when complete. Raises `FileError` for what the format cannot hold, and
     OSError.
     """
     path = Path(path)
@@ -118,8 +118,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def _kind(path: Path) -> str:
-    """What the file's first bytes say it is."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+    """Return the kind of a file, judged by its first bytes."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait forever
         raise failure(path, ["it is a folder; give a file in it" if path.is_dir() else "it is no ordinary file"])
     with path.open("rb") as file:
         head = file.read(16)
@@ -131,7 +131,7 @@ def _kind(path: Path) -> str:
             return kind
     if not head:
         raise failure(path, ["it is empty"])
-    raise failure(path, [f"it begins with {head!r}; wanted safetensors, .npz, a PyTorch file or an index of shards"])
+    raise failure(path, [f"it begins with {head!r}; expected safetensors, .npz, a PyTorch file or an index of shards"])
 
 
 def _single(path: Path, kind: str) -> dict[str, Tensor]:
@@ -146,16 +146,17 @@ def _single(path: Path, kind: str) -> dict[str, Tensor]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of which no name is told twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        raise ValueError(f"{short(next(k for k, _ in pairs if k in seen or seen.add(k)))} is in it twice")
+    """Return a JSON object. Raises ValueError for a repeated name."""
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{short(name)} is in it twice")
+        result[name] = value
     return result
 
 
 def _header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
-    """A safetensors file's table, metadata, and where the data begin; the library has checked the offsets."""
+    """Return a safetensors file's table, metadata and start of data; the library has checked the offsets."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER:
@@ -198,7 +199,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _sharded(path: Path) -> dict[str, Tensor]:
-    """The tensors that an index names, out of the files beside it."""
+    """Return the tensors that an index names, from the files beside it."""
     if path.stat().st_size > MAX_HEADER:
         raise failure(path, [f"it has {path.stat().st_size:,} bytes; at most {MAX_HEADER:,} of an index are read"])
     try:

@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from: a folder, a file, or a repository of the Hugging Face hub.
+"""Find the files of a checkpoint: a folder, a file, or a repository of the Hugging Face hub.
 
-From the hub comes only what is needed: configurations, vocabularies, and one form of the weights, safetensors where
-there is a choice. Its cache, tokens, revisions and offline mode are those of `huggingface_hub`.
+Only configurations, vocabularies and one form of the weights are downloaded, preferably safetensors. Cache, tokens,
+revisions and offline mode are those of `huggingface_hub`.
 """
 
 import json
@@ -14,22 +14,22 @@ from jaxmm.pretrained.io.files import FileError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "pytorch_model.bin",
            "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin")
-"""Names of weights in a folder, the preferred first."""
+"""Names of weights in a folder, in order of preference."""
 TEXTS = ("*.json", "*.txt", "*.model")
 REPOSITORY = re.compile(r"(hf-hub:)?[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Files:
-    """A checkpoint's files: `folder` with configurations, and the file with the weights (or their index)."""
+    """The files of a checkpoint: a folder with configurations, and the file with the weights or their index."""
 
     name: str
-    """As the user called it."""
+    """The source as the user named it."""
     folder: Path
     weights: Path
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """What the JSON file `name` says; None where there is none. Raises `FileError` for anything but an object."""
+        """Read the JSON file `name`; None if there is none. Raises `FileError` for anything but an object."""
         path = self.folder / name
         if not path.is_file():
             return None
@@ -38,14 +38,14 @@ class Files:
         except (ValueError, OSError) as error:
             raise FileError(f"{path} cannot be read as JSON: {error}") from None
         if not isinstance(value, dict):
-            raise FileError(f"{path} holds a {type(value).__name__}; wanted an object")
+            raise FileError(f"{path} holds a {type(value).__name__}; expected an object")
         return value
 
 
 def find(source: str | Path, *, revision: str | None = None) -> Files:
-    """The files of `source`: an existing folder or file, else `NAME/REPOSITORY` on the hub, at `revision`.
+    """Find `source`: an existing folder or file, else `NAME/REPOSITORY` on the hub at `revision`.
 
-    Raises `FileError` where there is no such thing, or no weights in it.
+    Raises `FileError` if there is no such source, or no weights in it.
     """
     path = Path(source)
     if path.is_file():
@@ -59,14 +59,14 @@ def find(source: str | Path, *, revision: str | None = None) -> Files:
 
 
 def _weights(folder: Path, names: list[str], source: str) -> Path:
-    found = next((name for name in WEIGHTS if name in names), None)
-    if found is None:
+    weights = next((name for name in WEIGHTS if name in names), None)
+    if weights is None:
         others = sorted(name for name in names if name.endswith((".safetensors", ".npz", ".bin", ".pt", ".pth")))
         if len(others) != 1:
             raise FileError(f"{source} has {'several' if others else 'no'} files of weights: "
                             f"{', '.join(others) or ', '.join(sorted(names)[:20])}; name the one you want")
-        found = others[0]
-    return folder / found
+        weights = others[0]
+    return folder / weights
 
 
 def _download(repository: str, revision: str | None) -> Files:
@@ -80,7 +80,7 @@ def _download(repository: str, revision: str | None) -> Files:
         folder = fetch(*TEXTS)
         try:
             names = huggingface_hub.list_repo_files(repository, revision=revision)
-        except (errors.OfflineModeIsEnabled, OSError):  # what is in the cache will have to do
+        except (errors.OfflineModeIsEnabled, OSError):  # fall back to the cache
             names = [p.relative_to(folder).as_posix() for p in folder.rglob("*")]
         weights = _weights(folder, [name for name in names if "/" not in name], repository)
         wanted = [weights.name]
@@ -88,5 +88,6 @@ def _download(repository: str, revision: str | None) -> Files:
             wanted += sorted(set(json.loads(weights.read_text())["weight_map"].values()))
         fetch(*wanted)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
-        raise FileError(f"{repository} cannot be had from the hub: {str(error).strip().splitlines()[0]}") from None
+        reason = str(error).strip().splitlines()[0]
+        raise FileError(f"{repository} cannot be downloaded from the hub: {reason}") from None
     return Files(repository, folder, weights)

@@ -1,4 +1,4 @@
-"""What every kind of checkpoint file is read as: tensors that are known at once and read one by one."""
+"""Lazy tensors, whose shapes are known at once and whose values are read one by one, and the limits on files."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,22 +9,22 @@ import ml_dtypes
 import numpy as np
 
 MAX_TENSORS = 100_000
-"""A file that claims more is refused. The largest published towers have some 2,000, their optimizers thrice that."""
+"""Most tensors in a file. The largest published towers have some 2,000, their optimizers three times that."""
 MAX_NAME = 512
-"""Longest name of a tensor, in characters: nested containers could otherwise multiply long ones without bound."""
+"""Longest name of a tensor, in characters. Nested containers could otherwise multiply long names without bound."""
 MAX_DIMS = 32
-"""Most dimensions a tensor may have; numpy itself stops at 64."""
+"""Most dimensions of a tensor; numpy itself stops at 64."""
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class FileError(ValueError):
-    """A checkpoint file that cannot be read. The message names the file and every problem found."""
+    """A checkpoint file that cannot be read. The message names the file and all its problems."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file: `read()` reads just this one, into a fresh, writable, C-contiguous array."""
+    """A tensor in a file. `read()` returns a new, writable, C-contiguous array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -32,7 +32,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Size of what `read()` gives, in bytes."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -40,7 +40,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def failure(path: Path, problems: Sequence[str]) -> FileError:
-    """The error that names `path` and its problems, the first ten in full."""
+    """Return the error that lists up to ten problems of `path`."""
     if len(problems) == 1:
         return FileError(f"{path} cannot be read: {problems[0]}")
     more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -48,7 +48,7 @@ def failure(path: Path, problems: Sequence[str]) -> FileError:
 
 
 def short(value: object, limit: int = 100) -> str:
-    """A text, number or tuple of numbers out of a file, for a message; of others the type, as a `repr` may not end."""
+    """Shorten a text, number or tuple of numbers from a file for a message; show the type of others."""
     if isinstance(value, str | bytes):
         text = repr(value[:limit])
     elif isinstance(value, tuple):
@@ -59,7 +59,7 @@ def short(value: object, limit: int = 100) -> str:
 
 
 def shape_problem(shape: Sequence, itemsize: int) -> str | None:
-    """Why numpy could not make an array of this shape, or None."""
+    """Return the reason why numpy cannot make an array of this shape, or None."""
     if len(shape) > MAX_DIMS:
         return f"{len(shape)} dimensions; at most {MAX_DIMS} are read"
     if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
@@ -70,7 +70,7 @@ def shape_problem(shape: Sequence, itemsize: int) -> str | None:
 
 
 def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
-    """`count` bytes of the file from `offset` on. Not mapped: mapped pages would count as this process's memory."""
+    """Read `count` bytes from `offset` on. Mapped pages would count as this process's memory, so nothing is mapped."""
     try:
         data = np.fromfile(path, np.uint8, count, offset=offset)
     except OSError as error:
@@ -81,5 +81,5 @@ def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
 
 
 def as_array(data: np.ndarray, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
-    """Fresh bytes as the array they hold. A bool that is neither 0 nor 1 is true."""
+    """View bytes as the array they hold. A bool that is neither 0 nor 1 is true."""
     return (data != 0 if dtype.kind == "b" else data.view(dtype)).reshape(shape)

@@ -1,9 +1,8 @@
-"""Files by `torch.save`, new and old, and by `torch.jit.save`, read without PyTorch and without running what they hold.
+"""Read files by `torch.save`, new and old, and by `torch.jit.save`, without PyTorch and without running their code.
 
 The tensors of nested containers get the names joined with dots, as a `state_dict` has them. A TorchScript archive is
-walked by its modules' attributes in the same way. Of a training script's `{"state_dict": {...}, "epoch": ...}` only
-the weights are read: when the top level has a dict with tensors under one of `WRAPPERS`, the first of them is what
-the file holds.
+walked by its modules' attributes in the same way. From a training script's `{"state_dict": {...}, "epoch": ...}` only
+the weights are read: the first dict with tensors that the top level has under one of `WRAPPERS`.
 """
 
 import struct
@@ -19,22 +18,22 @@ from jaxmm.pretrained.io.torch_globals import Module, Refused, View, kind_of
 from jaxmm.pretrained.io.zips import Entry
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-"""Where training scripts keep the weights, in the order in which they are looked for."""
+"""Keys under which training scripts keep the weights, in order of preference."""
 MAX_DEPTH = 64
-"""Deepest nesting of containers and modules walked; a module that holds itself has no bottom."""
+"""Deepest nesting of containers and modules; a module that contains itself has no bottom."""
 MAX_VISITS = 1_000_000
-"""Most values walked past, as shared containers may be reached along very many ways."""
+"""Most values visited; shared containers may be reached along very many paths."""
 MAX_PREAMBLE = 100
-"""Most steps of each pickle before the one with the tensors, which are two numbers and a small dict."""
+"""Most steps of the pickles before the one with the tensors: two numbers and a small dict."""
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
 Bytes = Callable[[int, int], np.ndarray]
-"""Reads `count` bytes of a storage from `start` on."""
+"""Function that reads bytes of a storage, given start and count."""
 
 
 def open_zip(path: Path, files: dict[str, Entry]) -> dict[str, Tensor]:
-    """The tensors of a zip by `torch.save` or `torch.jit.save`, which has a data.pkl. Raises `FileError`."""
+    """Return the tensors of a zip by `torch.save` or `torch.jit.save`, which has a data.pkl. Raises `FileError`."""
     pickled = [name for name in files if name.split("/")[-1] == "data.pkl" and name.count("/") <= 1]
     if len(pickled) != 1:
         raise failure(path, [f"it has {len(pickled)} data.pkl, not one"])
@@ -66,7 +65,7 @@ def open_zip(path: Path, files: dict[str, Entry]) -> dict[str, Tensor]:
 
 
 def open_legacy(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by `torch.save` before 1.6: five pickles, then the storages. Raises `FileError`."""
+    """Return the tensors of a file by `torch.save` before 1.6: five pickles, then storages. Raises `FileError`."""
     length = path.stat().st_size
     head = read_bytes(path, 0, min(length, pickles.MAX_BYTES)).tobytes()
     try:
@@ -96,15 +95,15 @@ def open_legacy(path: Path) -> dict[str, Tensor]:
             end = start + storage.nbytes
             if len(count) < 8 or end > length:
                 raise failure(path, [f"it is truncated: storage {short(key)} ends at byte {end:,} of {length:,}"])
-            found = struct.unpack("<q", count)[0] * (storage.dtype.itemsize if storage.dtype else 1)
-            if found != storage.nbytes:
-                raise failure(path, [f"storage {short(key)} has {found:,} bytes; {storage.nbytes:,} are claimed"])
+            stored = struct.unpack("<q", count)[0] * (storage.dtype.itemsize if storage.dtype else 1)
+            if stored != storage.nbytes:
+                raise failure(path, [f"storage {short(key)} has {stored:,} bytes; {storage.nbytes:,} are claimed"])
             sources[key] = storage.nbytes, lambda at, count, start=start: read_bytes(path, start + at, count)
     return _tensors(path, root, sources)
 
 
 def _tensors(path: Path, root: Any, sources: dict[str, tuple[int, Bytes]]) -> dict[str, Tensor]:
-    """The views under `root` by their names, each with the bytes it looks at."""
+    """Return the tensors under `root`, by name."""
     walk = _Walk()
     try:
         views = {}
@@ -114,23 +113,27 @@ def _tensors(path: Path, root: Any, sources: dict[str, tuple[int, Bytes]]) -> di
         views = views or walk.views(root)
         if not views:
             raise Refused(f"it holds no named tensors, only {kind_of(root)}")
-        return _opened(views, sources)
+        for name, view in views.items():
+            if view.storage.nbytes > (size := sources[view.storage.key][0]):
+                raise Refused(f"{short(name)} claims a storage of {view.storage.nbytes:,} bytes that has {size:,}")
     except Refused as refused:
         raise failure(path, [str(refused)]) from None
+    return {name: Tensor(view.shape, view.dtype, _reader(view, sources[view.storage.key][1]))
+            for name, view in views.items()}
 
 
 class _Walk:
-    """Finds the views in nested dicts, lists, tuples and modules, and gives up on what would take too long."""
+    """A search for views in nested dicts, lists, tuples and modules that refuses to take too long."""
 
     def __init__(self):
-        self.found: dict[str, View] = {}
+        self.by_name: dict[str, View] = {}
         self.visits = 0
 
     def views(self, root: Any) -> dict[str, View]:
-        """Every view under `root`, by the names on the way joined with dots."""
-        self.found = {}
+        """Return every view under `root`, by the names on its path joined with dots."""
+        self.by_name = {}
         self._enter(root, "", 0)
-        return self.found
+        return self.by_name
 
     def _enter(self, container: Any, name: str, depth: int) -> None:
         if depth >= MAX_DEPTH:
@@ -143,7 +146,7 @@ class _Walk:
             raise Refused(f"its containers hold more than {MAX_VISITS:,} values")
         for key, value in inside.items() if type(inside) is dict else enumerate(inside):
             if type(value) in (View, Module, dict, list, tuple):
-                # cut, as a hostile file may have it very long very often
+                # a hostile file may repeat a very long name very often
                 inner = (f"{name}." if depth else "") + str(key)[:MAX_NAME + 1]
                 if type(value) is View:
                     self._add(inner, value)
@@ -153,20 +156,11 @@ class _Walk:
     def _add(self, name: str, view: View) -> None:
         if len(name) > MAX_NAME:
             raise Refused(f"the name {short(name)} is too long; at most {MAX_NAME} characters are read")
-        if name in self.found:
+        if name in self.by_name:
             raise Refused(f"two tensors are called {short(name)}")
-        if len(self.found) >= MAX_TENSORS:
+        if len(self.by_name) >= MAX_TENSORS:
             raise Refused(f"it holds more than {MAX_TENSORS:,} tensors")
-        self.found[name] = view
-
-
-def _opened(views: dict[str, View], sources: dict[str, tuple[int, Bytes]]) -> dict[str, Tensor]:
-    for name, view in views.items():
-        size = sources[view.storage.key][0]
-        if view.storage.nbytes > size:
-            raise Refused(f"{short(name)} claims a storage of {view.storage.nbytes:,} bytes that has {size:,}")
-    return {name: Tensor(view.shape, view.dtype, _reader(view, sources[view.storage.key][1]))
-            for name, view in views.items()}
+        self.by_name[name] = view
 
 
 def _reader(view: View, read: Bytes) -> Callable[[], np.ndarray]:
@@ -179,7 +173,7 @@ def _reader(view: View, read: Bytes) -> Callable[[], np.ndarray]:
         if _contiguous(view):
             return data.reshape(view.shape)
         strides = [step * itemsize for step in view.stride]
-        # this refuses strides that leave the data, and as_strided does not take every float8
+        # unlike as_strided, this refuses strides that leave the data, and takes every float8
         return np.array(np.ndarray(view.shape, view.dtype, data.view(np.uint8), strides=strides), order="C")
 
     return load

@@ -1,4 +1,4 @@
-"""Zip files whose entries are read at their offset or inflated to a stated size, and the .npz files among them."""
+"""Read zip files, and the .npz files among them: entries at their offset, or inflated to their stated size."""
 
 import io
 import math
@@ -24,11 +24,11 @@ from jaxmm.pretrained.io.tensors import (
 )
 
 MAX_DIRECTORY = 8 * 2**20
-"""Longest table of contents, in bytes: some 100 an entry, and Python takes about a second for this many."""
+"""Longest table of contents, in bytes: some 100 per entry, which takes Python about a second."""
 MAX_RATIO = 1032
-"""Deflate cannot shrink anything further than this; an entry that claims more lies about its size."""
+"""Highest compression of deflate; an entry that claims more lies about its size."""
 NPY_HEADER = 16 * 2**10
-"""Bytes of an .npy inflated to find its shape; numpy refuses headers over 10,000."""
+"""Bytes of an .npy that are inflated to find its shape; numpy refuses headers over 10,000."""
 CHUNK = 2**20
 
 
@@ -45,10 +45,7 @@ class Entry:
     crc: int
 
     def read(self, count: int | None = None, start: int = 0) -> np.ndarray:
-        """`count` bytes from `start` on, or all. What is read whole is checked against its CRC, if it has one.
-
-        Raises `FileError`.
-        """
+        """Return `count` bytes from `start` on, or all, which are checked against their CRC. Raises `FileError`."""
         count = self.size - start if count is None else count
         if self.deflated:
             data = self._inflate(start + count)[start:]
@@ -60,23 +57,20 @@ class Entry:
         return data
 
     def _inflate(self, count: int) -> np.ndarray:
-        """The first `count` bytes, and never a byte more, of what is stored."""
-        machine = zlib.decompressobj(-zlib.MAX_WBITS)
-        data, filled, at, waiting = np.empty(count, np.uint8), 0, 0, b""
+        """Return the first `count` bytes; no more are ever inflated."""
+        machine, data, at = zlib.decompressobj(-zlib.MAX_WBITS), bytearray(), 0
         try:
-            while filled < count:
-                if not waiting and at < self.packed:
-                    waiting = read_bytes(self.path, self.offset + at, min(CHUNK, self.packed - at)).tobytes()
-                    at += len(waiting)
-                piece = machine.decompress(waiting, min(CHUNK, count - filled))
-                waiting = machine.unconsumed_tail
-                if not piece and not waiting and (at >= self.packed or machine.eof):
-                    raise failure(self.path, [f"{self.name} inflates to {filled:,} bytes; {count:,} were announced"])
-                data[filled:filled + len(piece)] = np.frombuffer(piece, np.uint8)
-                filled += len(piece)
+            while len(data) < count:
+                packed = machine.unconsumed_tail
+                if not packed and at == self.packed:
+                    raise failure(self.path, [f"{self.name} inflates to {len(data):,} bytes; {count:,} were announced"])
+                if not packed:
+                    packed = read_bytes(self.path, self.offset + at, min(CHUNK, self.packed - at)).tobytes()
+                    at += len(packed)
+                data += machine.decompress(packed, min(CHUNK, count - len(data)))
         except zlib.error as error:
             raise failure(self.path, [f"{self.name} is damaged: {error}"]) from None
-        return data
+        return np.frombuffer(data, np.uint8)
 
 
 class _Bounded(io.BufferedReader):
@@ -89,8 +83,8 @@ class _Bounded(io.BufferedReader):
 
 
 def entries(path: Path) -> dict[str, Entry]:
-    """The files in a zip, by name. Raises `FileError` for names told twice and for what no checkpoint has."""
-    found: dict[str, Entry] = {}
+    """Return the files in a zip, by name. Raises `FileError` for repeated names and for entries no checkpoint has."""
+    files: dict[str, Entry] = {}
     problems = []
     try:
         with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
@@ -102,21 +96,21 @@ def entries(path: Path) -> dict[str, Entry]:
                 entry = _entry(path, file, length, info)
                 if isinstance(entry, str):
                     problems.append(f"{short(info.filename)} {entry}")
-                elif info.filename in found:
+                elif info.filename in files:
                     problems.append(f"{short(info.filename)} is in it twice")
                 else:
-                    found[info.filename] = entry
+                    files[info.filename] = entry
     except FileError:
         raise
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError, OSError) as error:
         raise failure(path, [f"it is truncated or damaged: {str(error)[:200]}"]) from None
     if problems:
         raise failure(path, problems)
-    return found
+    return files
 
 
 def _entry(path: Path, file: io.BufferedReader, length: int, info: zipfile.ZipInfo) -> Entry | str:
-    """Where the entry's bytes lie, or what is wrong with it."""
+    """Find the bytes of an entry, or return the problem with it."""
     if info.flag_bits & 1:
         return "is encrypted"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -139,7 +133,7 @@ def _entry(path: Path, file: io.BufferedReader, length: int, info: zipfile.ZipIn
 
 
 def open_npz(path: Path, files: dict[str, Entry]) -> dict[str, Tensor]:
-    """The arrays of an .npz, by name. `|V2` is bfloat16, as JAX's users save it. Raises `FileError`."""
+    """Return the arrays of an .npz, by name. `|V2` is bfloat16, as JAX's users save it. Raises `FileError`."""
     tensors, problems = {}, []
     for name, entry in files.items():
         key = name.removesuffix(".npy")
@@ -159,7 +153,7 @@ def open_npz(path: Path, files: dict[str, Entry]) -> dict[str, Tensor]:
 
 
 def _npy(entry: Entry) -> Tensor | str:
-    """The array in one .npy, of which only the header is read, or what is wrong with it."""
+    """Return the array in one .npy after reading its header, or the problem with it."""
     stream = io.BytesIO(entry.read(min(NPY_HEADER, entry.size)).tobytes())
     try:
         version = np.lib.format.read_magic(stream)
