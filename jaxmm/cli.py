@@ -18,13 +18,13 @@ from jaxmm.config import ConfigError
 from jaxmm.data.bad_records import BadRecord
 from jaxmm.data.base import find_pictures
 from jaxmm.data.tools.commands import check_data, import_data, show_data
+from jaxmm.inference import parity as parities
 from jaxmm.inference.answering import ANSWERS
 from jaxmm.inference.captioning import CAPTIONS
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import Format, Model, load
 from jaxmm.inference.search import Found, SearchError, build_index, open_index
 from jaxmm.planning.commands import plan
-from jaxmm.pretrained import parity as parities
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.registry import open_checkpoint
 from jaxmm.pretrained.summary import describe

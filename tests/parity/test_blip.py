@@ -13,6 +13,7 @@ from PIL import Image
 from jaxmm.inference.answering import ANSWERS
 from jaxmm.inference.generate import Decoding, generate
 from jaxmm.inference.model import load
+from jaxmm.inference.parity import compare, golden_inputs
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med import MedConfig
@@ -21,7 +22,6 @@ from jaxmm.nn.pixels import CLIP
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.families.transformers_blip import transformers_rows
 from jaxmm.pretrained.io.files import open_tensors
-from jaxmm.pretrained.parity import compare, golden_inputs
 from jaxmm.pretrained.table import read_params
 from jaxmm.tasks.blip_common import blip_decoder
 from jaxmm.tasks.question_answering import QuestionAnswering

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmm.inference import parity_blip
 from jaxmm.inference.model import Model, load
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
 from jaxmm.models.vit import ViT, ViTConfig
 from jaxmm.nn.attention import causal_mask
 from jaxmm.nn.transformer import Stack
-from jaxmm.pretrained import parity_blip
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.io.hub import Files, find
 
