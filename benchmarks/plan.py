@@ -19,10 +19,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jaxmm.atomic import write_atomically
+from jaxmm.cli.plan import gib
 from jaxmm.compiling import cache_folder
 from jaxmm.config import TrainConfig
 from jaxmm.planning.chips import Topology, open_topology
-from jaxmm.planning.commands import gib
 from jaxmm.planning.pareto import with_remat
 from jaxmm.planning.plan import Plan, make_plan
 from jaxmm.recipes import load_recipe

@@ -9,12 +9,13 @@ import pytest
 import run_train
 from jaxmm import cli
 from jaxmm.checkpoints import MANIFEST
+from jaxmm.cli.train import next_commands, train
 from jaxmm.compiling import use_compilation_cache
 from jaxmm.recipes import load_recipe
 from jaxmm.training import loop
 from tests.training.common import Plain, lines
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -60,14 +61,14 @@ def test_the_documented_names_are_options(recipe):
              "data.batch-size": 12, "data.workers": 1, "optimizer.learning-rate": 0.25, "mesh.data": 1,
              "mesh.fsdp": 2, "mesh.tensor": 4, "checkpoint.every": 11}
     args = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    parsed = run_train.parse(["--config", str(recipe), "--workdir", "w", *args])
-    assert parsed.config == recipe and parsed.workdir == Path("w")
+    options, config = train.parse(["--config", str(recipe), "--workdir", "w", *args])
+    assert options.config == recipe and options.workdir == Path("w")
     for name, value in given.items():
-        found = parsed.train
+        found = config
         for part in name.replace("-", "_").split("."):
             found = getattr(found, part)
         assert found == value, name
-    assert parsed.train.task == Plain() and parsed.train.optimizer.schedule == "constant"
+    assert config.task == Plain() and config.optimizer.schedule == "constant"
 
 
 def test_a_recipe_may_define_its_own_task(command, recipe, tmp_path):
@@ -96,20 +97,20 @@ def test_without_a_work_folder_a_new_one_is_named_after_the_recipe(command, reci
 
 
 @pytest.mark.parametrize("config, commands", [
-    ("blip_scenes", ["caption PICTURES", "match PICTURE"]), ("blip_captions", ["caption PICTURES"]),
-    ("blip_vqa", ["answer PICTURE"]), ("blip_coco_retrieval", ["match PICTURE"]),
-    ("clip_scenes", ["search index FOLDER INDEX", "classify PICTURES --labels"]),
-    ("vit_digits", ["classify PICTURES --model"]), ("blip_nlvr2", [])])
+    ("blip_scenes", ["caption IMAGES", "match IMAGE"]), ("blip_captions", ["caption IMAGES"]),
+    ("blip_vqa", ["answer IMAGE"]), ("blip_coco_retrieval", ["match IMAGE"]),
+    ("clip_scenes", ["search index FOLDER INDEX", "classify IMAGES --labels"]),
+    ("vit_digits", ["classify IMAGES --model"]), ("blip_nlvr2", [])])
 def test_what_a_trained_model_can_do_is_said(config, commands, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr("jaxmm.cli.image_files.use_compilation_cache", lambda: None)
     task = load_recipe(ROOT / "configs" / f"{config}.py").task
     if config == "vit_digits":
         task = task.bind(image_size=8, classes=10, tokenizer=None)
-    *found, python, _ = [line for _, line in run_train.next_commands(task, tmp_path)]
+    *found, python, _ = [line for _, line in next_commands(task, tmp_path)]
     assert len(found) == len(commands) and f'jaxmm.load("{tmp_path}")' in python
     for line, command in zip(found, commands, strict=True):
         assert line.startswith(f"jaxmm {command}") and line.endswith(f"--model {tmp_path}")
-        assert cli.main(shlex.split(line)[1:]) in (1, 2)       # understood: it is the picture that is not there
+        assert cli.main(shlex.split(line)[1:]) in (1, 2)       # understood: it is the image that is not there
         assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -142,7 +143,7 @@ def test_what_a_trained_model_can_do_is_said(config, commands, tmp_path, monkeyp
     (("--data.train", "scenes:tiny/trian"), ["tiny/trian", "train"]),
     (("--data.train", "tfds:no_such_set:train"), ["no_such_set"]),
     (("--config", "nowhere.py"), ["nowhere.py", "no file", "vit_digits.py"]),
-    (("--config", __file__), ["test_run_train.py", "has no get_config"]),
+    (("--config", __file__), ["test_train.py", "has no get_config"]),
     (("--config",), ["--config"]),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_what_cannot_be_is_refused_in_one_message(command, tmp_path, args, words):

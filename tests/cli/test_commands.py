@@ -9,6 +9,7 @@ import pytest
 
 from jaxmm import cli
 from jaxmm.data.sources.registry import open_source
+from jaxmm.inference.captioning import CAPTIONS
 from jaxmm.inference.model import load
 from jaxmm.sharding import named_leaves
 from tests.data import crawl
@@ -29,15 +30,15 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def jaxmm(user_cache, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "keep_memory", lambda: None)      # this process is the tests'
+    monkeypatch.setattr("jaxmm.training.runtime.keep_memory", lambda: None)      # this process is the tests'
 
     def run(*args):
         try:
             status = cli.main([str(arg) for arg in args])
         except SystemExit as stop:      # how tyro refuses, and ends after --help
             status = stop.code
-        told = capsys.readouterr()
-        return status, told.out, told.err
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
 
     return run
 
@@ -50,7 +51,7 @@ def test_classify(jaxmm, models, tmp_path):
     paths = tiny.picture_files(tmp_path / "pictures", 3)
     (tmp_path / "pictures" / "bad.png").write_bytes(b"?")
     status, out, err = jaxmm("classify", tmp_path / "pictures", "--model", models / "vit", "--top", 2, "--json")
-    assert status == 0 and "bad.png" in err and "1 of 4 pictures could not be read" in err
+    assert status == 0 and "bad.png" in err and "1 of 4 images could not be read" in err
     want = tiny.vit().classify(tiny.pictures(3), top=2)
     assert [row["picture"] for row in rows(out)] == paths
     for row, found in zip(rows(out), want, strict=True):
@@ -65,7 +66,7 @@ def test_search(jaxmm, models, tmp_path):
     paths = tiny.picture_files(tmp_path / "pictures", 9)
     (tmp_path / "pictures" / "bad.jpg").write_bytes(b"?")
     status, out, err = jaxmm("search", "index", tmp_path / "pictures", tmp_path / "index", "--model", models / "clip")
-    assert status == 0 and "9 pictures" in out and "bad.jpg" in err
+    assert status == 0 and "9 images" in out and "bad.jpg" in err
     clip = tiny.clip()
     scores = clip.encode_image(paths) @ clip.encode_text(["a star"])[0]
     status, out, _ = jaxmm("search", "query", tmp_path / "index", "a star", "--top", 4, "--json")
@@ -82,7 +83,7 @@ def test_caption_and_match(jaxmm, models, tmp_path):
     paths = tiny.picture_files(tmp_path / "pictures", 2)
     options = "--decoding.max-length", 8, "--top", 2
     status, out, _ = jaxmm("caption", *paths, "--model", models / "captioner", *options, "--json")
-    want = tiny.captioner().caption(paths, decoding=replace(cli.CAPTIONS, max_length=8), top=2)
+    want = tiny.captioner().caption(paths, decoding=replace(CAPTIONS, max_length=8), top=2)
     assert status == 0 and [[(each["caption"], pytest.approx(each["score"], abs=1e-4)) for each in row["captions"]]
                             for row in rows(out)] == want
     status, out, _ = jaxmm("match", paths[0], "a red circle", "two stars", "--model", models / "matcher", "--json")
@@ -166,7 +167,7 @@ def test_what_is_typed_wrong_ends_in_one_line(jaxmm, models, tmp_path):
     for args, words in (
             (("show", tmp_path / "none at all"), "is no folder, no file"),
             (("classify", tmp_path / "none.png", "--model", models / "vit"), "does not exist"),
-            (("classify", tmp_path, "--model", models / "vit"), "where there are none"),
+            (("classify", tmp_path, "--model", models / "vit"), "a folder without images"),
             (("search", "query", tmp_path, "words"), "is no index"),
             (("parity", models / "vit"), "")):
         status, out, err = jaxmm(*args)
@@ -184,5 +185,5 @@ def test_help_names_every_command(jaxmm):
 
 
 def test_the_command_is_installed():
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'jaxmm = "jaxmm.cli:main"' in text and callable(cli.main)

@@ -1,4 +1,4 @@
-"""`jaxmm data`: imports, checks and shows sources."""
+"""`jaxmm data`: import, check and show sources."""
 
 import os
 import sys
@@ -7,33 +7,34 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tqdm import tqdm
 
+from jaxmm.cli.parsing import positional
 from jaxmm.data.base import DataError, Source
 from jaxmm.data.sources.registry import open_source
-from jaxmm.terminal import place, print_json, print_table
+from jaxmm.terminal import print_json, print_table
 
-Spec = Annotated[str, tyro.conf.Positional, place("SOURCE")]
-Dest = Annotated[Path, tyro.conf.Positional, place("DEST")]
+Spec = Annotated[str, *positional("SOURCE")]
+Dest = Annotated[Path, *positional("DEST")]
 
 
 def import_data(
     source: Spec, dest: Dest, split: str = "train", workers: int | None = None, shard_records: int = 1000,
     data_dir: str | None = None,
 ) -> None:
-    """Writes a source as a TFDS data set that `tfds:DEST:train` reads, a shard for each of the source's.
+    """Write a source as a TFDS data set that `tfds:DEST:train` reads.
 
-    Every picture is decoded on the way. What cannot be used is left out, counted by reason and named; what other
-    readers would see rotated, in other colours or not at all becomes PNG. Interrupted, the same command goes on.
+    Each shard of the source becomes one shard. Every image is decoded. Records that cannot be used are left out,
+    counted by reason and named; images that other readers would show rotated, in other colours or not at all become
+    PNG. If it is interrupted, the same command continues.
 
     Args:
-        source: What to read: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
+        source: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
         dest: A new folder.
-        split: Its name in the data set.
-        workers: Processes; as many as there are cores, if not said. The result does not depend on it.
-        shard_records: Records of a shard, where the source has no shards.
-        data_dir: Where prepared TFDS data sets lie.
+        split: Name of the split in the data set.
+        workers: Number of processes. Default: one per core. The result does not depend on it.
+        shard_records: Records per shard, if the source has no shards.
+        data_dir: Folder of prepared TFDS data sets.
     """
     from jaxmm.data.tools.importing import import_source, summary
 
@@ -47,14 +48,16 @@ def import_data(
 def check_data(
     source: Spec, workers: int | None = None, json: bool = False, records: bool = False, data_dir: str | None = None,
 ) -> None:
-    """Says what is in a source and which of its records cannot be used, without writing.
+    """Report what is in a source and which records cannot be used, and why.
+
+    Nothing is written.
 
     Args:
-        source: What to read: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
-        workers: Processes; as many as there are cores, if not said.
-        json: One JSON object instead of tables.
-        records: A line of JSON a record (key, usable, reason, detail) instead.
-        data_dir: Where prepared TFDS data sets lie.
+        source: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
+        workers: Number of processes. Default: one per core.
+        json: Print one JSON object instead of tables.
+        records: Print one line of JSON per record (key, usable, reason, detail) instead.
+        data_dir: Folder of prepared TFDS data sets.
     """
     from jaxmm.data.tools.checking import check
 
@@ -68,7 +71,7 @@ def check_data(
         print_json(report)
         return
     print(f"{source}: {report['usable']:,} of {report['records']:,} records can be used; {report['texts']:,} captions; "
-          f"{report['duplicates']:,} pictures that occurred before")
+          f"{report['duplicates']:,} duplicate images")
     if report["broken"]:
         print_table(("why not", "records", "first"), (
             (reason, f"{count:,}", ", ".join(report["examples"][reason]))
@@ -82,13 +85,13 @@ def check_data(
 
 
 def show_data(source: Spec, count: int = 8, html: Path | None = None, data_dir: str | None = None) -> None:
-    """Shows the first records of a source: a table, or one HTML file with the pictures.
+    """Show the first records of a source: a table, or one HTML file with the images.
 
     Args:
-        source: What to read: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
-        count: So many records.
-        html: A file to write instead of the table.
-        data_dir: Where prepared TFDS data sets lie.
+        source: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
+        count: Number of records.
+        html: File to write instead of the table.
+        data_dir: Folder of prepared TFDS data sets.
     """
     from jaxmm.data.tools import showing
 
@@ -116,7 +119,7 @@ def _workers(workers: int | None) -> int:
 
 @contextmanager
 def _progress(source: Source, shard_records: int, what: str):
-    """A bar over the shards, with pictures a second; what takes the records of a shard that is done."""
+    """Show a bar over the shards with records/s; yield the function that takes the record count of each shard."""
     total = len(source.shards()) if hasattr(source, "shards") else -(-len(source) // shard_records)
     done = 0
     with tqdm(total=total, desc=what, unit=" shards", dynamic_ncols=True, file=sys.stderr,

@@ -1,0 +1,87 @@
+"""Arguments that are image files, models and labels, shared by the commands that use a trained model."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from tqdm import tqdm
+
+from jaxmm.cli.parsing import positional
+from jaxmm.compiling import use_compilation_cache
+from jaxmm.data.base import find_pictures
+from jaxmm.inference import model
+from jaxmm.validation import ConfigError
+
+CLIP, CAPTIONER = "openai/clip-vit-base-patch32", "Salesforce/blip-image-captioning-base"
+ANSWERER, MATCHER = "Salesforce/blip-vqa-base", "Salesforce/blip-itm-base-coco"
+
+PROGRESS = {"unit": " images", "desc": "encoding", "mininterval": 1.0, "dynamic_ncols": True}
+
+
+Images = Annotated[tuple[Path, ...], *positional("IMAGE...")]
+Image = Annotated[Path, *positional("IMAGE")]
+Checkpoint = Annotated[str, *positional("SOURCE")]
+Out = Annotated[Path, *positional("OUT")]
+
+
+class Skipped:
+    """The images that could not be read; each is named as it comes."""
+
+    def __init__(self):
+        self.images: list[Any] = []
+
+    def __call__(self, image: Any, error: Exception) -> None:
+        """Record and name an image that cannot be read."""
+        self.images.append(image)
+        tqdm.write(f"skipped {image}: {error}", file=sys.stderr)
+
+    def report(self, good: int) -> None:
+        """Print how many images were skipped; raise `ConfigError` if no image was `good`."""
+        if count := len(self.images):
+            print(f"{count} of {count + good} images could not be read", file=sys.stderr)
+        if not good:
+            raise ConfigError("no image could be read")
+
+
+def load_model(source: str, **options: Any) -> model.Model:
+    """Load the model of a command; its compiled programs are kept for the next one."""
+    use_compilation_cache()
+    return model.load(source, **options)
+
+
+def load_two_towers(source: str) -> model.Model:
+    """Load the model of a search. Raises `ConfigError` for one that does not encode text."""
+    loaded = load_model(source)
+    if loaded.task.embedder is None or loaded.task.embedder.text is None:
+        raise ConfigError(f"model is {source!r}, a {type(loaded.config).__name__}; wanted CLIP or SigLIP")
+    return loaded
+
+
+def expand(images: Iterable[Path]) -> list[str]:
+    """Return the files among `images` and all images in the folders among them. Raises `ConfigError` if none is."""
+    paths: list[str] = []
+    for path in images:
+        if not path.exists():
+            raise ConfigError(f"image is {str(path)!r}, which does not exist")
+        paths += find_pictures(path) if path.is_dir() else [str(path)]
+    if not paths:
+        raise ConfigError(f"image is {', '.join(map(str, images))!r}, a folder without images")
+    return paths
+
+
+def run_on_images(
+    images: Iterable[Path], run: Callable[[Iterable[str], Skipped], list]
+) -> tuple[list[tuple[str, Any]], Skipped]:
+    """Return the path and the result of `run` for every image that can be read, and the images that cannot."""
+    paths, skipped = expand(images), Skipped()
+    results = run(tqdm(paths, **PROGRESS) if len(paths) > 64 else paths, skipped)
+    unreadable = set(skipped.images)
+    return list(zip((path for path in paths if path not in unreadable), results, strict=True)), skipped
+
+
+def read_labels(labels: str) -> list[str]:
+    """Return labels separated by commas, or the lines of a file."""
+    lines = Path(labels).read_text(encoding="utf-8").splitlines() if os.path.isfile(labels) else labels.split(",")
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,52 @@
+"""`jaxmm search`: an index of a folder of images, and queries of it."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from tqdm import tqdm
+
+from jaxmm.cli.image_files import CLIP, PROGRESS, Out, Skipped, expand, load_two_towers
+from jaxmm.cli.parsing import positional
+from jaxmm.inference.search import build_index, open_index
+from jaxmm.terminal import print_json, print_table
+
+
+def index(folder: Annotated[Path, *positional("FOLDER")], out: Out, model: str = CLIP) -> None:
+    """Encode all images in a folder into an index that `search query` reads.
+
+    If it is interrupted, the same command continues.
+
+    Args:
+        folder: Folder of the images; those in its subfolders count too.
+        out: The index, a new folder.
+        model: CLIP or SigLIP: a repository of the hub, a folder, a file, or a run's workdir.
+    """
+    paths, skipped = expand((folder,)), Skipped()
+    loaded = load_two_towers(model)
+    with tqdm(total=len(paths), **PROGRESS) as bar:
+        kept = build_index(lambda chunk, on_error: loaded.encode_image(chunk, on_error=on_error),
+                           os.path.abspath(model) if os.path.exists(model) else model, paths, out,
+                           on_error=skipped, on_chunk=bar.update)
+    print(f"{out}: {kept:,} images")
+    skipped.report(kept)
+
+
+def query(out: Out, words: Annotated[str, *positional("QUERY")], top: int = 10, json: bool = False) -> None:
+    """Find the images of an index that are nearest to a text or an image.
+
+    Args:
+        out: The index.
+        words: A text, or the path of an image.
+        top: Number of images.
+        json: Print one line of JSON per image instead of a table.
+    """
+    opened = open_index(out)
+    loaded = load_two_towers(opened.model)
+    embedding = loaded.encode_image([words]) if os.path.isfile(words) else loaded.encode_text([words])
+    nearest = opened.search(embedding[0], top)
+    if json:
+        for image in nearest:
+            print_json({"picture": image.path, "score": image.score})
+    else:
+        print_table(("score", "image"), ((f"{image.score:.4f}", image.path) for image in nearest))

@@ -1,0 +1,45 @@
+"""What `import jaxmm`, `jaxmm.load` and `jaxmm --help` import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxmm
+
+
+@pytest.mark.parametrize("code, absent", [
+    ("import jaxmm", ("jax", "numpy")),
+    ("from jaxmm.cli import main; main(['--help'])", ("jax", "numpy", "tyro")),
+    ("import jaxmm; jaxmm.load", ("jaxmm.training", "jaxmm.evals", "jaxmm.cli", "tensorflow_datasets", "pyarrow",
+                                  "grain", "matplotlib", "sklearn", "pycocoevalcap", "orbax", "ftfy", "scipy.sparse")),
+], ids=["jaxmm", "help", "load"])
+def test_nothing_else_is_imported(code, absent):
+    code += f"\nimport sys; print([name for name in {absent!r} if name in sys.modules], file=sys.stderr)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stderr.splitlines()[-1] == "[]"
+
+
+def test_load_touches_no_device():
+    code = "import jaxmm; jaxmm.load; from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse(Path(jaxmm.__file__).read_text())
+    imports = {(node.module, alias.name, alias.asname) for branch in tree.body if isinstance(branch, ast.If)
+               for node in branch.body for alias in node.names}
+    assert imports == {(f"jaxmm.{module}", name, name) for name, module in jaxmm._HOME.items()}
+    assert (Path(jaxmm.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("name", jaxmm.__all__)
+def test_public_names_exist(name):
+    assert getattr(jaxmm, name).__name__ == name
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = jaxmm.lod
