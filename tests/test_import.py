@@ -13,8 +13,7 @@ import jaxmm
 @pytest.mark.parametrize("code, absent", [
     ("import jaxmm", ("jax", "numpy")),
     ("from jaxmm.cli import main; main(['--help'])", ("jax", "numpy", "tyro")),
-    ("import jaxmm; jaxmm.load", ("jaxmm.training", "jaxmm.evals", "jaxmm.cli", "tensorflow_datasets", "pyarrow",
-                                  "grain", "matplotlib", "sklearn", "pycocoevalcap", "orbax", "ftfy", "scipy.sparse")),
+    ("import jaxmm; jaxmm.load", ("jaxmm.cli", "tensorflow_datasets", "matplotlib", "sklearn", "pycocoevalcap")),
 ], ids=["jaxmm", "help", "load"])
 def test_nothing_else_is_imported(code, absent):
     code += f"\nimport sys; print([name for name in {absent!r} if name in sys.modules], file=sys.stderr)"
