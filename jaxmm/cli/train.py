@@ -12,7 +12,7 @@ from jaxmm.cli.parsing import with_recipe
 from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import TrainConfig
 from jaxmm.hosts import HostsConfig
-from jaxmm.task import Task, capabilities
+from jaxmm.task import Task
 from jaxmm.training import loop
 
 
@@ -53,17 +53,17 @@ def new_workdir(recipe: Path) -> Path:
 
 def next_commands(task: Task, workdir: Path) -> list[tuple[str, str]]:
     """Return the purpose and the command line of everything that the model trained in `workdir` can do."""
-    can, commands = capabilities(task), []
-    if "answers questions" in can:
+    commands = []
+    if task.answers_questions:
         commands += [("answer questions", f'jaxmm answer IMAGE "what is this?" --model {workdir}')]
-    if "writes captions" in can:
+    if task.writes_captions:
         commands += [("caption images", f"jaxmm caption IMAGES --model {workdir}")]
-    if "matches images and texts" in can:
+    if task.matcher:
         commands += [("match texts", f'jaxmm match IMAGE "a red circle" --model {workdir}')]
-    elif "embeds texts" in can:
+    elif task.embedder and task.embedder.text:
         commands += [("search a folder", f"jaxmm search index FOLDER INDEX --model {workdir}"),
                      ("classify", f'jaxmm classify IMAGES --labels "a cat,a dog" --model {workdir}')]
-    if "classifies images" in can:
+    if task.classifier and not task.classifier.reads_text:
         commands += [("classify", f"jaxmm classify IMAGES --model {workdir}")]
     return [*commands, ("in Python", f'import jaxmm; model = jaxmm.load("{workdir}")'),
             ("train on your data", "README.md, Train on your own data")]

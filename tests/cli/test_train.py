@@ -11,6 +11,7 @@ from jaxmm import cli
 from jaxmm.checkpoints import MANIFEST
 from jaxmm.cli.train import next_commands, train
 from jaxmm.compiling import use_compilation_cache
+from jaxmm.planning.shapes import bind
 from jaxmm.recipes import load_recipe
 from jaxmm.training import loop
 from tests.training.common import Plain, lines
@@ -103,9 +104,7 @@ def test_without_a_work_folder_a_new_one_is_named_after_the_recipe(command, reci
     ("vit_digits", ["classify IMAGES --model"]), ("blip_nlvr2", [])])
 def test_what_a_trained_model_can_do_is_said(config, commands, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jaxmm.cli.image_files.use_compilation_cache", lambda: None)
-    task = load_recipe(ROOT / "configs" / f"{config}.py").task
-    if config == "vit_digits":
-        task = task.bind(image_size=8, classes=10, tokenizer=None)
+    task = bind(load_recipe(config)).task
     *found, python, _ = [line for _, line in next_commands(task, tmp_path)]
     assert len(found) == len(commands) and f'jaxmm.load("{tmp_path}")' in python
     for line, command in zip(found, commands, strict=True):
