@@ -290,7 +290,7 @@ def _steps(setup, state, batches, faults, checkpoints, watch, metric_log, termin
         if pending is not None:  # one step late, so that the device never waits for the host
             check(*pending)
         pending = step, metrics
-        stopping = termination.agreed(writing)  # read once: the signal may come at any line
+        stopping = termination.agreed()  # read once: the signal may come at any line
         saving = (step % config.checkpoint.every == 0 or step == config.steps or stopping
                   or bool(evaluating and best))
         if writing or saving or evaluating:

@@ -1,34 +1,29 @@
-"""What a run asks of its process: compiled programs and memory that are kept, signals that are noticed."""
+"""Set up the process of a run: memory that is kept, signals that are noticed."""
 
 import contextlib
 import ctypes
 import importlib.metadata
-import logging
+import itertools
 import os
 import platform
 import signal
 import sys
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxmm import hosts
 from jaxmm.hosts.clusters import has_tpu
-
-log = logging.getLogger(__name__)
 
 # glibc's malloc.h
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 
 def keep_memory() -> None:
-    """Lets this process keep memory that it gave back, where JAX has nothing but the CPU and the C library is glibc.
+    """Let this process keep memory that it gave back, if JAX has only the CPU and the C library is glibc.
 
     XLA on CPU takes its work space from malloc in every step. glibc would return it to the system each time and map
-    it afresh, page fault by page fault, which took up to a third of a step. To be called before JAX starts its
-    threads. Where there is an accelerator nothing would be gained, and threads that decode pictures would wait for
-    each other.
+    it again, page fault by page fault, which took up to a third of a step. To be called before JAX starts its threads.
+    With an accelerator there is nothing to gain, and threads that decode images would wait for each other.
     """
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     if ((plugins or has_tpu()) and os.environ.get("JAX_PLATFORMS") != "cpu") or platform.libc_ver()[0] != "glibc":
@@ -38,33 +33,37 @@ def keep_memory() -> None:
         mallopt(option, value)
 
 
+_calls = itertools.count()
+"""Steps of all runs of this process: a number that is the same on all hosts and never falls."""
+
+
 class Termination:
-    """Notices SIGTERM and Ctrl-C; a second one ends the process at once."""
+    """Notice SIGTERM and Ctrl-C; a second one ends the process at once.
+
+    On several hosts SIGTERM is left to JAX, which has the hosts agree on a step after which all of them stop.
+    """
 
     def __init__(self):
         self.asked = False
         self._before = {}
 
     def __enter__(self):
+        handlers = {signal.SIGTERM: self._ask, signal.SIGINT: self._ask}
+        if jax.process_count() > 1:  # the supervisor of each host ends it at the second signal
+            handlers = {signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}
         with contextlib.suppress(ValueError):  # signals reach the main thread only
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
+            for number, handler in handlers.items():
+                self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def agreed(self, together: bool) -> bool:
-        """Whether to stop now. Several hosts decide it where they all wait for each other anyway (`together`)."""
-        if jax.process_count() == 1:
-            return self.asked
-        if not together:
-            return False
-        hosts.heartbeat("training", blocking=True)
-        asked = bool(np.any(multihost_utils.process_allgather(np.asarray(self.asked))))
-        hosts.heartbeat("training")
-        return asked
+    def agreed(self) -> bool:
+        """Return whether to stop after this step; to be called once after each step, on all hosts."""
+        number = next(_calls)
+        return self.asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(number)
 
     def _ask(self, number, frame):
         if self.asked:

@@ -71,6 +71,7 @@ def main(args: list[str]) -> int:
     parser.add_argument("--heartbeat", type=float, default=20.0)
     parser.add_argument("--block", type=int, nargs=2)
     parser.add_argument("--odd", type=int)
+    parser.add_argument("--endless", action="store_true")
     options = parser.parse_args(args)
     address, count, index = options.hosts[0], int(options.hosts[1]), int(options.hosts[2])
     out = options.folder / options.out
@@ -92,6 +93,8 @@ def main(args: list[str]) -> int:
             assert jax.process_count() == count
             for name in options.runs.split(","):
                 run = config(name, options.folder)
+                if options.endless:
+                    run = replace(run, steps=10**6, checkpoint=CheckpointConfig(every=10**6))
                 train(replace(run, seed=99) if options.odd == index else run, out / name, observe=observe)
     except (ValueError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

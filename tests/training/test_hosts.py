@@ -246,6 +246,16 @@ def test_a_run_whose_hosts_hang_and_die_ends_each_time_and_goes_on_exactly(runs,
     assert_same_bits(arrays(again, STEPS), arrays(whole, STEPS))
 
 
+def test_all_hosts_stop_after_the_same_step_if_one_is_asked_to(nursery):
+    run = nursery.start("endless", "few", 2, 2, "--endless")
+    run.reaches(1, 2)
+    os.kill(run.numbers[1], signal.SIGTERM)
+    assert [run.status(host) for host in (0, 1)] == [0, 0], run.text(0) + run.text(1)
+    last, = {run.steps(host)[-1][0] for host in (0, 1)}
+    assert whole_steps(nursery.folder / "endless" / "few" / "checkpoints") == [last]
+    assert f"stopped after step {last} as asked, everything is saved" in run.text(0)
+
+
 def test_a_host_that_was_told_something_else_is_named(nursery):
     odd = nursery.start("odd", "few", 2, 1, "--odd", 1)
     assert (odd.status(0), odd.status(1)) == (STATUS, 2)
