@@ -4,13 +4,14 @@ r"""BLIP base pre-trained as in the paper (Li et al. 2022, section 4.1), on your
         --init.from facebook/deit-base-patch16-224 --data.train tfds:MY_PAIRS:train \
         --data.val tfds:MY_PAIRS:validation --data.tokenizer.file vocab.txt
 
-The picture tower begins as DeiT's, the text transformer anew (the authors': as BERT base). 20 epochs of 14 million
-pictures, 2,880 a step, the learning rate x 0.9 an epoch, weight decay on every parameter; hard negatives from 90 pairs,
-those of one of their 32 GPUs. The paper, after fine-tuning on COCO, has text recall@1 78.4 and image recall@1 60.7
-without CapFilt (table 1), 80.6 and 63.1 with it. Their RandAugment, whose operations are not ours, is left out. We have
-not run it at this scale.
+The image tower starts from DeiT, the text transformer from random weights (the authors': from BERT base). 20 epochs of
+14 million images, batch size 2,880, learning rate x 0.9 per epoch, weight decay on every parameter, hard negatives from
+groups of 90 pairs (the authors': one of 32 GPUs). The paper reports, after fine-tuning on COCO, text recall@1 78.4 and
+image recall@1 60.7 without CapFilt, 80.6 and 63.1 with it (table 1). Its RandAugment is left out, because its
+operations differ from ours. We have not run it at this scale.
 
-Plan on v5e:4x8 (32 chips): fits in 11.90 GiB of 15.75 GiB a chip, 5,703 pictures/s and 26% of peak by XLA's estimate.
+Plan on v5e:4x8 (32 chips): fits in 11.90 GiB of 15.75 GiB per chip, 5,703 images/s and 26% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -23,7 +24,7 @@ EPOCH = 14_000_000 // BATCH
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = blip("base", stack={"dtype": "bfloat16", "remat": "cheap"})
     return TrainConfig(
         task=BLIPPretraining(model=model, queue=57_600, ramp=2 * EPOCH, negatives=90),

@@ -1,11 +1,12 @@
-r"""BLIP that writes captions, on your own pictures and captions, from a trained captioner.
+r"""BLIP captioning on your own images and captions, from a trained captioner.
 
     python run_train.py --config configs/blip_captions.py --init.from Salesforce/blip-image-captioning-base \
         --data.train coco:captions_train.json --data.val coco:captions_val.json
 
-The paper's fine-tuning (section 4.3): 384 pixels, 256 pictures a step, 5 epochs, AdamW with a cosine from 1e-5.
+The paper's fine-tuning (section 4.3): 384 pixels, batch size 256, 5 epochs, AdamW with a cosine schedule from 1e-5.
 
-Plan on v5e:4x4 (16 chips): fits in 11.26 GiB of 15.75 GiB a chip, 2,160 pictures/s and 28% of peak by XLA's estimate.
+Plan on v5e:4x4 (16 chips): fits in 11.26 GiB of 15.75 GiB per chip, 2,160 images/s and 28% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -17,7 +18,7 @@ from jaxmm.tasks.image_captioning import Captioning
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     stack = {"eps": 1e-6, "init": "normal", "remat": "cheap"}
     model = BLIPConfig(vision=vit("B/16", image_size=384, stack=stack), text=MedConfig(encoder=False), embed_dim=None,
                        matching=False, temperature=None)

@@ -1,14 +1,15 @@
-r"""BLIP that writes captions of COCO's photographs, from a pre-trained BLIP: the paper's fine-tuning (section 4.3).
+r"""BLIP captioning on COCO, from a pre-trained BLIP: the paper's fine-tuning (section 4.3).
 
     python run_train.py --config configs/blip_coco_caption.py --init.from model_base_14M.pth \
         --data.tokenizer.file vocab.txt --data.train coco:dataset_coco.json:train --data.val coco:dataset_coco.json:test
 
-384 pixels, 256 pairs a step, 5 epochs, AdamW with a cosine from 1e-5; captions by 3 beams. The paper has BLEU-4 38.6
-and CIDEr 129.7 on the Karpathy test split from the pre-training on 14M pictures, 39.4 and 131.4 from that on 129M
-(table 1). Begin with a pre-trained file, not with one that was fine-tuned on these captions already. Their RandAugment,
-whose operations are not ours, is left out. We have not run it at this scale.
+384 pixels, batch size 256, 5 epochs, AdamW with a cosine schedule from 1e-5; captions by beam search with 3 beams. The
+paper reports BLEU-4 38.6 and CIDEr 129.7 on the Karpathy test split after pre-training on 14M images, 39.4 and 131.4
+after 129M (table 1). Start from a pre-trained file, not from one already fine-tuned on these captions. The paper's
+RandAugment is left out, because its operations differ from ours. We have not run it at this scale.
 
-Plan on v5e:4x4 (16 chips): fits in 11.26 GiB of 15.75 GiB a chip, 2,160 pictures/s and 28% of peak by XLA's estimate.
+Plan on v5e:4x4 (16 chips): fits in 11.26 GiB of 15.75 GiB per chip, 2,160 images/s and 28% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -22,7 +23,7 @@ EPOCH = 566_747 // 256
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     stack = {"eps": 1e-6, "init": "normal", "remat": "cheap"}
     model = BLIPConfig(vision=vit("B/16", image_size=384, stack=stack), text=MedConfig(encoder=False), embed_dim=None,
                        matching=False, temperature=None)

@@ -1,16 +1,17 @@
-r"""BLIP that finds COCO' captions and pictures, from a pre-trained BLIP: the paper's fine-tuning (section 4.1).
+r"""BLIP image-text retrieval on COCO, from a pre-trained BLIP: the paper's fine-tuning (section 4.1).
 
     python run_train.py --config configs/blip_coco_retrieval.py --init.from model_base_14M.pth \
         --data.tokenizer.file vocab.txt --data.train coco:dataset_coco.json:train \
         --data.val coco:dataset_coco.json:test
 
-384 pixels, 256 pairs a step, 6 epochs, AdamW with a cosine from 1e-5; contrast and matching, without writing. Text
-recall@1, 5, 10 and image recall@1, 5, 10: 80.6, 95.2, 97.6 and 63.1, 85.3, 91.1 from the pre-training on 14M pictures;
-81.9, 95.4, 97.8 and 64.3, 85.7, 91.5 from that on 129M (table 5). Hard negatives are drawn from the
-whole batch, as theirs from all GPUs. `Reranking` is the protocol of these numbers, k = 256. Their RandAugment, whose
-operations are not ours, is left out. We have not run it at this scale.
+384 pixels, batch size 256, 6 epochs, AdamW with a cosine schedule from 1e-5; contrastive and matching losses. Text
+recall@1, 5, 10 and image recall@1, 5, 10: 80.6, 95.2, 97.6 and 63.1, 85.3, 91.1 after pre-training on 14M images; 81.9,
+95.4, 97.8 and 64.3, 85.7, 91.5 after 129M (table 5). Hard negatives are drawn from the global batch, as in the paper.
+`Reranking` with k = 256 is the protocol of these numbers. The paper's RandAugment is left out, because its operations
+differ from ours. We have not run it at this scale.
 
-Plan on v5e:4x8 (32 chips): fits in 11.70 GiB of 15.75 GiB a chip, 1,962 pictures/s and 20% of peak by XLA's estimate.
+Plan on v5e:4x8 (32 chips): fits in 11.70 GiB of 15.75 GiB per chip, 1,962 images/s and 20% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -24,7 +25,7 @@ EPOCH = 566_747 // 256
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = BLIPConfig(vision=vit("B/16", image_size=384, stack={"eps": 1e-6, "init": "normal", "remat": "cheap"}),
                        text=MedConfig(decoder=False))
     return TrainConfig(

@@ -1,16 +1,17 @@
-r"""BLIP that finds Flickr30K' captions and pictures, from a pre-trained BLIP: the paper's fine-tuning (section 4.1).
+r"""BLIP image-text retrieval on Flickr30K, from a pre-trained BLIP: the paper's fine-tuning (section 4.1).
 
     python run_train.py --config configs/blip_flickr_retrieval.py --init.from model_base_14M.pth \
         --data.tokenizer.file vocab.txt --data.train coco:dataset_flickr30k.json:train \
         --data.val coco:dataset_flickr30k.json:test
 
-384 pixels, 256 pairs a step, 6 epochs, AdamW with a cosine from 1e-5; contrast and matching, without writing. Text
-recall@1, 5, 10 and image recall@1, 5, 10: 96.6, 99.8, 100.0 and 87.2, 97.5, 98.8 from the pre-training on 14M pictures;
-97.3, 99.9, 100.0 and 87.3, 97.6, 98.9 from that on 129M (table 5). Hard negatives are drawn from 32
-pairs, those of one of their eight GPUs. `Reranking` is the protocol of these numbers, k = 128. Their RandAugment, whose
-operations are not ours, is left out. We have not run it at this scale.
+384 pixels, batch size 256, 6 epochs, AdamW with a cosine schedule from 1e-5; contrastive and matching losses. Text
+recall@1, 5, 10 and image recall@1, 5, 10: 96.6, 99.8, 100.0 and 87.2, 97.5, 98.8 after pre-training on 14M images;
+97.3, 99.9, 100.0 and 87.3, 97.6, 98.9 after 129M (table 5). Hard negatives are drawn in groups of 32 pairs (the paper:
+one of eight GPUs). `Reranking` with k = 128 is the protocol of these numbers. The paper's RandAugment is left out,
+because its operations differ from ours. We have not run it at this scale.
 
-Plan on v5e:4x8 (32 chips): fits in 11.56 GiB of 15.75 GiB a chip, 2,027 pictures/s and 20% of peak by XLA's estimate.
+Plan on v5e:4x8 (32 chips): fits in 11.56 GiB of 15.75 GiB per chip, 2,027 images/s and 20% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -24,7 +25,7 @@ EPOCH = 145_000 // 256
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = BLIPConfig(vision=vit("B/16", image_size=384, stack={"eps": 1e-6, "init": "normal", "remat": "cheap"}),
                        text=MedConfig(decoder=False))
     return TrainConfig(

@@ -4,13 +4,14 @@ r"""BLIP large pre-trained as in the paper (Li et al. 2022, section 4.1), on you
         --init.from google/vit-large-patch16-224-in21k --data.train tfds:MY_PAIRS:train \
         --data.val tfds:MY_PAIRS:validation --data.tokenizer.file vocab.txt
 
-The picture tower begins as that of ImageNet-21k, the text transformer anew (the authors': as BERT base). 20 epochs of
-14 million pictures, 2,400 a step, the learning rate x 0.9 an epoch, weight decay on every parameter; hard negatives
-from 75 pairs, those of one of their 32 GPUs. The paper has it for 129 million pictures: after fine-tuning on COCO text
-recall@1 80.6 and image recall@1 64.1, with CapFilt 82.4 and 65.1 (table 1). Their RandAugment, whose operations are not
-ours, is left out. We have not run it at this scale.
+The image tower starts from ImageNet-21k, the text transformer from random weights (the authors': from BERT base). 20
+epochs of 14 million images, batch size 2,400, learning rate x 0.9 per epoch, weight decay on every parameter, hard
+negatives from groups of 75 pairs (the authors': one of 32 GPUs). The paper trains it on 129 million images: after
+fine-tuning on COCO text recall@1 80.6 and image recall@1 64.1, with CapFilt 82.4 and 65.1 (table 1). Its RandAugment is
+left out, because its operations differ from ours. We have not run it at this scale.
 
-Plan on v5e:4x8 (32 chips): fits in 14.53 GiB of 15.75 GiB a chip, 3,773 pictures/s and 39% of peak by XLA's estimate.
+Plan on v5e:4x8 (32 chips): fits in 14.53 GiB of 15.75 GiB per chip, 3,773 images/s and 39% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -23,7 +24,7 @@ EPOCH = 14_000_000 // BATCH
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = blip("large", stack={"dtype": "bfloat16", "remat": "cheap"})
     return TrainConfig(
         task=BLIPPretraining(model=model, queue=57_600, ramp=2 * EPOCH, negatives=75),

@@ -1,15 +1,16 @@
-r"""BLIP that answers questions about photographs, from a pre-trained BLIP: the paper's fine-tuning (section 4.4).
+r"""BLIP on VQAv2, from a pre-trained BLIP: the paper's fine-tuning (section 4.4).
 
     python run_train.py --config configs/blip_vqav2.py --init.from model_base_capfilt_large.pth \
         --data.train vqa:vqa_trainval.json --data.val vqa:v2_OpenEnded_mscoco_val2014_questions.json
 
-480 pixels, 256 questions a step, 10 epochs, AdamW with a cosine from 2e-5. `vqa_trainval.json` is the authors' lists of
-training and validation joined into one (`jq -s add vqa_train.json vqa_val.json`), beside the folders `train2014` and
-`val2014`; their questions of Visual Genome are left out. The paper has 78.24 on test-dev and 78.17 on test-std (78.25
-and 78.32 from the large model's CapFilt), which only the official server measures; `data.val` shows how a run goes, and
-is part of what it trains on.
+480 pixels, batch size 256, 10 epochs, AdamW with a cosine schedule from 2e-5. `vqa_trainval.json` concatenates the
+authors' training and validation lists (`jq -s add vqa_train.json vqa_val.json`) and is next to the folders `train2014`
+and `val2014`; their Visual Genome questions are left out. The paper reports 78.24 on test-dev and 78.17 on test-std
+(78.25 and 78.32 with the large model's CapFilt), which only the official server measures. `data.val` shows the progress
+of a run; it is part of the training data.
 
-Plan on v5e:4x8 (32 chips): fits in 13.06 GiB of 15.75 GiB a chip, 1,396 pictures/s and 17% of peak by XLA's estimate.
+Plan on v5e:4x8 (32 chips): fits in 13.06 GiB of 15.75 GiB per chip, 1,396 images/s and 17% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -21,7 +22,7 @@ from jaxmm.tasks.question_answering import QuestionAnswering
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     stack = {"eps": 1e-6, "init": "normal", "drop_path": 0.1, "remat": "cheap"}
     model = BLIPConfig(vision=vit("B/16", image_size=480, stack=stack), text=MedConfig(decoder=False),
                        answer=MedConfig(encoder=False), embed_dim=None, matching=False, temperature=None)

@@ -4,12 +4,12 @@ r"""CLIP ViT-B/16 as OpenAI trained it (Radford et al. 2021, tables 18 and 19), 
         --data.val tfds:MY_PAIRS:validation --data.tokenizer.file bpe_simple_vocab_16e6.txt.gz
 
 OpenAI reports 68.6 % zero-shot ImageNet top-1 from 32 epochs over 400 million private pairs; open_clip needed about
-10,700 A100 hours for 13 billion samples. Lower `--steps` to 32 x your pairs / 32,768. The loss is computed in blocks:
-memory a chip stays the same on any number of them.
-Where OpenAI's training code is not known (the random crop), the value is open_clip's. We have not run it at this scale.
+10,700 A100 hours for 13 billion samples. Set `--steps` to 32 x your pairs / 32,768. The loss is blockwise, so memory
+per chip does not grow with their number. Where OpenAI's value is not known (the random crop), it is open_clip's. We
+have not run it at this scale.
 
-Plan on v5e:16x16 (256 chips): fits in 10.21 GiB of 15.75 GiB a chip, 149,371 pictures/s and 36% of peak by XLA's
-estimate.
+Plan on v5e:16x16 (256 chips): fits in 10.21 GiB of 15.75 GiB per chip, 149,371 images/s and 36% of peak by XLA's
+estimate (libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -21,7 +21,7 @@ BATCH = 32_768
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = clip("ViT-B-16", activation="quick_gelu", stack={"dtype": "bfloat16", "remat": "cheap"})
     return TrainConfig(
         task=ContrastiveLearning(model=model, tile=1024),

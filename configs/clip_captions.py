@@ -1,12 +1,12 @@
-r"""CLIP from scratch on your own pictures and captions: JSON lines with `image` (a path) and `caption`.
+r"""CLIP from scratch on your own images and captions: JSON lines with `image` (a path) and `caption`.
 
     python run_train.py --config configs/clip_captions.py \
         --data.train captions:train.jsonl --data.val captions:test.jsonl
 
-Made for a few thousand small pictures; the tokenizer is trained on the captions. Held-out recall is of all against
-all, and depends on the data. On 1,470 emoji and their names, recall@1/5/10 of 163 pairs that were never seen is
-0.23/0.41/0.50 from picture to name and 0.18/0.41/0.48 back (chance: 0.006/0.031/0.061; a ridge regression from words
-to pixels, `python -m benchmarks.caption_baseline`: 0.27/0.38/0.45 and 0.24/0.36/0.45).
+For a few thousand small images; the tokenizer is trained on the captions. Held-out recall ranks all test pairs and
+depends on the data. On 1,470 emoji and their names, recall@1/5/10 on 163 held-out pairs is 0.23/0.41/0.50 (image to
+text) and 0.18/0.41/0.48 (text to image). Chance is 0.006/0.031/0.061; a ridge regression from words to pixels (`python
+-m benchmarks.caption_baseline`) reaches 0.27/0.38/0.45 and 0.24/0.36/0.45.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -18,7 +18,7 @@ from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     vision = ViTConfig(
         transformer=TransformerConfig(width=128, depth=4, heads=4, mlp_dim=384, drop_path=0.1),
         image_size=64, patch=8, pool="gap", class_token=False)

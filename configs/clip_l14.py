@@ -4,11 +4,11 @@ r"""CLIP ViT-L/14 as OpenAI trained it (Radford et al. 2021, tables 18 and 19), 
         --data.val tfds:MY_PAIRS:validation --data.tokenizer.file bpe_simple_vocab_16e6.txt.gz
 
 OpenAI reports 75.5 % zero-shot ImageNet top-1 (76.2 % with a last epoch at 336 pixels), from 12 days on 256 V100;
-open_clip needed about 50,800 A100 hours for 13 billion samples. Parameters and optimizer state are cut over 16 chips.
-Where OpenAI's training code is not known (the random crop), the value is open_clip's. We have not run it at this scale.
+open_clip needed about 50,800 A100 hours for 13 billion samples. Parameters and optimizer state are sharded over 16
+chips. Where OpenAI's value is not known (the random crop), it is open_clip's. We have not run it at this scale.
 
-Plan on v5e:16x16 (256 chips): fits in 4.98 GiB of 15.75 GiB a chip, 45,337 pictures/s and 47% of peak by XLA's
-estimate.
+Plan on v5e:16x16 (256 chips): fits in 4.98 GiB of 15.75 GiB per chip, 45,337 images/s and 47% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -20,7 +20,7 @@ BATCH = 32_768
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = clip("ViT-L-14", activation="quick_gelu", stack={"dtype": "bfloat16", "remat": "full"})
     return TrainConfig(
         task=ContrastiveLearning(model=model),

@@ -2,7 +2,7 @@
 
     python run_train.py --config configs/clip_scenes.py
 
-Expect a 100-way held-out recall@1 above 0.85 in both directions after a few minutes on two CPU cores.
+Expect a held-out 100-way recall@1 above 0.85 in both directions after a few minutes on two CPU cores.
 """
 
 from jaxmm.config import CheckpointConfig, DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -14,7 +14,7 @@ from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     vision = ViTConfig(
         transformer=TransformerConfig(width=128, depth=4, heads=4, mlp_dim=384, remat="cheap"),
         image_size=64, patch=8, pool="gap", class_token=False)
@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
         steps=420,
         data=DataConfig(
             train="scenes:train", val="scenes:val", batch_size=128,
-            # No crop and no mirror image: the captions speak of sizes, left and right.
+            # No crop and no flip: the captions mention sizes, left and right.
             image=ImageConfig(size=64, train_crop="squash", eval_crop="squash", flip=False),
             tokenizer=TokenizerConfig(kind="train-wordpiece", vocab_size=512, context_length=32)),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, weight_decay=0.05, warmup=0.12, b2=0.98),

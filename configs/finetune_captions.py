@@ -1,10 +1,10 @@
-r"""CLIP on your own pictures and captions, from a trained CLIP or SigLIP.
+r"""CLIP on your own images and captions, from a trained CLIP or SigLIP.
 
     python run_train.py --config configs/finetune_captions.py --init.from openai/clip-vit-base-patch32 \
         --data.train captions:train.jsonl --data.val captions:test.jsonl
 
-`--init.from` takes what `jaxmm.load` takes: the hub's names, a folder, a file, or the work folder of another run. Its
-towers, pixel statistics and vocabulary are used. For SigLIP add `--task.kind sigmoid --task.model.logit-bias -10`.
+`--init.from` takes what `jaxmm.load` takes: a Hugging Face name, a folder, a file, or the workdir of another run. Its
+towers, mean and std, and vocabulary are used. For SigLIP add `--task.kind sigmoid --task.model.logit-bias -10`.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TrainConfig
@@ -14,7 +14,7 @@ from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     return TrainConfig(
         task=ContrastiveLearning(model=clip("ViT-B-32", stack={"remat": "cheap"})),
         init=InitConfig(source="openai/clip-vit-base-patch32"),

@@ -1,10 +1,10 @@
-r"""A classifier of your own pictures, a folder a class, from a trained picture tower.
+r"""A classifier of your own images, one folder per class, from a trained image tower.
 
     python run_train.py --config configs/finetune_folder.py --init.from openai/clip-vit-base-patch32 \
         --data.train folder:DIR/train --data.val folder:DIR/test
 
-`--init.from` takes what `jaxmm.load` takes: a ViT or either kind of CLIP, from the hub, a folder, a file, or the work
-folder of another run. Its architecture and pixel statistics are used; the head is new and starts at zero. Another
+`--init.from` takes what `jaxmm.load` takes: a ViT, CLIP or SigLIP from the Hugging Face hub, a folder, a file, or the
+workdir of another run. Its architecture, mean and std are used; the head is new and starts at zero. Another
 `--data.image.size` (a multiple of the patch) resizes the position table.
 """
 
@@ -15,7 +15,7 @@ from jaxmm.tasks.image_classification import Classification
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     return TrainConfig(
         task=Classification(model=vit("B/32", stack={"drop_path": 0.1, "remat": "cheap"}), label_smoothing=0.1),
         init=InitConfig(source="openai/clip-vit-base-patch32"),

@@ -1,13 +1,14 @@
-r"""Locked-image tuning (LiT, Zhai et al. 2022): a text tower learns to read a picture tower that stays as it is.
+r"""Locked-image tuning (LiT, Zhai et al. 2022): train a text tower against a frozen image tower.
 
     python run_train.py --config configs/lit_b16.py --workdir runs/lit --data.train tfds:MY_PAIRS:train \
         --data.val tfds:MY_PAIRS:validation --data.tokenizer.file vocab.txt
 
-Every parameter under `vision/` is frozen: no gradient is computed for it and no optimizer state is kept. The tower has
-no projection and the text tower is projected onto it, as in the paper's B/16 models. The picture tower is the one of
-`--init.from`: any ViT whose width is 768, by default the one that Google trained on ImageNet-21k.
+Every parameter under `vision/` is frozen: no gradient is computed for it and no optimizer state is kept. The image
+tower has no projection and the text tower projects to its width, as in the paper's B/16 models. The image tower is that
+of `--init.from`: any ViT of width 768, by default Google's, trained on ImageNet-21k.
 
-Plan on v5e:8x8 (64 chips): fits in 5.77 GiB of 15.75 GiB a chip, 120,236 pictures/s and 41% of peak by XLA's estimate.
+Plan on v5e:8x8 (64 chips): fits in 5.77 GiB of 15.75 GiB per chip, 120,236 images/s and 41% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -19,7 +20,7 @@ from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     stack = {"activation": "gelu_tanh", "dtype": "bfloat16"}
     text = TextConfig(transformer=transformer("B", **stack), vocab_size=None, context_length=16,
                       causal=False, pad_id=0, pool="first")

@@ -3,12 +3,12 @@ r"""SigLIP B/16 (Zhai et al. 2023): the sigmoid loss, on your own pairs.
     python run_train.py --config configs/siglip_b16.py --workdir runs/siglip --data.train tfds:MY_PAIRS:train \
         --data.val tfds:MY_PAIRS:validation --data.tokenizer.file tokenizer.json
 
-The paper reports 71.0 % zero-shot ImageNet top-1 after three days on 16 TPU v4 chips, on private pairs with English
-words; its released B/16 goes further. Any `tokenizer.json` will do for a run from scratch: its vocabulary sizes the
-text tower. Learning rate, decay and batch follow the paper's section 4; we have not run it at this scale.
+The paper reports 71.0 % zero-shot ImageNet top-1 after three days on 16 TPU v4 chips, on private English pairs; the
+released B/16 is better. A run from scratch takes any `tokenizer.json`; its vocabulary sets the size of the token
+embedding. Learning rate, decay and batch size follow the paper's section 4. We have not run it at this scale.
 
-Plan on v5e:16x16 (256 chips): fits in 9.00 GiB of 15.75 GiB a chip, 134,747 pictures/s and 37% of peak by XLA's
-estimate.
+Plan on v5e:16x16 (256 chips): fits in 9.00 GiB of 15.75 GiB per chip, 134,747 images/s and 37% of peak by XLA's
+estimate (libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -21,7 +21,7 @@ BATCH = 32_768
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = siglip("B/16", vocab_size=None, stack={"dtype": "bfloat16", "remat": "mlp"})
     return TrainConfig(
         task=ContrastiveLearning(model=model, pixels=INCEPTION, kind="sigmoid"),

@@ -3,12 +3,12 @@ r"""SigLIP So400m/14 (Zhai et al. 2023; the shape of Alabdulmohsin et al. 2023),
     python run_train.py --config configs/siglip_so400m.py --workdir runs/so400m --data.train tfds:MY_PAIRS:train \
         --data.val tfds:MY_PAIRS:validation --data.tokenizer.file tokenizer.json
 
-At 224 pixels, the loss in blocks, parameters and optimizer state in 16 shares. Learning rate, decay and batch follow
-the paper's section 4; its private pairs (WebLI) are not to be had. Any `tokenizer.json` will do for a run from scratch:
-its vocabulary sizes the text tower. We have not run it at this scale.
+224 pixels, blockwise loss, parameters and optimizer state in 16 shards. Learning rate, decay and batch size follow the
+paper's section 4; its pairs (WebLI) are not public. A run from scratch takes any `tokenizer.json`; its vocabulary sets
+the size of the token embedding. We have not run it at this scale.
 
-Plan on v5e:16x16 (256 chips): fits in 6.68 GiB of 15.75 GiB a chip, 29,554 pictures/s and 48% of peak by XLA's
-estimate.
+Plan on v5e:16x16 (256 chips): fits in 6.68 GiB of 15.75 GiB per chip, 29,554 images/s and 48% of peak by XLA's estimate
+(libtpu 0.0.42.1).
 """
 
 from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, TokenizerConfig, TrainConfig
@@ -21,7 +21,7 @@ BATCH = 32_768
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = siglip("So400m/14", vocab_size=None, stack={"dtype": "bfloat16", "remat": "full"})
     return TrainConfig(
         task=ContrastiveLearning(model=model, pixels=INCEPTION, kind="sigmoid", tile=1024),

@@ -13,7 +13,7 @@ from jaxmm.tasks.image_classification import Classification
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = ViTConfig(
         transformer=TransformerConfig(width=64, depth=4, heads=4, mlp_dim=192, drop_path=0.1, remat="cheap",
                                       scan=False),

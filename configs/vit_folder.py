@@ -1,10 +1,10 @@
-"""ViT from scratch on your own pictures, a folder a class.
+"""ViT from scratch on your own images, one folder per class.
 
     python run_train.py --config configs/vit_folder.py --data.train folder:DIR/train --data.val folder:DIR/test
 
-Made for small pictures and few of them: on 5,000 CIFAR-10 pictures, 500 a class, a held-out top-1 accuracy of
-0.51 in twelve minutes on two CPU cores. For larger pictures raise `--data.image.size`, with
-`--task.model.image-size` and `--task.model.patch` to match.
+For a few thousand small images: on 5,000 CIFAR-10 images, 500 per class, a held-out top-1 accuracy of 0.51 in twelve
+minutes on two CPU cores. For larger images raise `--data.image.size`, and `--task.model.image-size` and
+`--task.model.patch` to match.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
@@ -15,11 +15,11 @@ from jaxmm.tasks.image_classification import Classification
 
 
 def get_config() -> TrainConfig:
-    """The recipe."""
+    """Return the recipe."""
     model = ViTConfig(
         transformer=TransformerConfig(width=128, depth=5, heads=4, mlp_dim=384, drop_path=0.05, remat="cheap"),
         image_size=32, patch=4, pool="gap", class_token=False, positions="sincos",
-        patch_dropout=0.5)  # half the patches of a picture: twice the pictures a second, and hard to learn by heart
+        patch_dropout=0.5)  # half the patches: twice the images/s, and less overfitting
     return TrainConfig(
         task=Classification(model=model, label_smoothing=0.1, mixup=0.2),
         steps=4800,
