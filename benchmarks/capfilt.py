@@ -1,24 +1,24 @@
-"""What each part of CapFilt does, in a world whose truth is known: the arms of the paper's Tables 1, 2 and 4.
+"""The effect of each part of CapFilt on generated scenes with known truth: the arms of the paper's Tables 1, 2 and 4.
 
     python -m benchmarks.capfilt [--quick] [--seeds 3] [--only none,both] [--out DIR] [--json FILE]
 
-`configs/capfilt_scenes.py`: 4,000 pictures with web texts, of which 40 % are right, and 2,000 that people told of. For
-each seed a BLIP is pre-trained on all of it (`none`); a captioner and a filter are fine-tuned from it on the 2,000;
-what they make of the web's texts trains a new BLIP from scratch, the same steps, batches and learning rates in every
-arm:
+The data of `configs/capfilt_scenes.py`: 4,000 images with web texts, 40 % of them correct, and 2,000 images with
+human captions. For each seed a BLIP is pre-trained on all of it (`none`), and a captioner and a filter are fine-tuned
+from it on the 2,000. Every other arm trains a new BLIP from scratch, with the same steps, batches and learning rates:
 
-    filter     the web's texts that the filter keeps
-    captions   the web's texts and one synthetic caption of each picture, all of them
-    both       those of both that the filter keeps: CapFilt
-    beam       as `both`, captions by 3 beams in place of nucleus sampling
-    shared     as `both`, one model, fine-tuned for both as long as the captioner alone, is captioner and filter
+    filter     web texts that the filter keeps
+    captions   web texts and one synthetic caption per image, unfiltered
+    both       web texts and synthetic captions that the filter keeps: CapFilt
+    beam       like `both`, captions by beam search with 3 beams instead of nucleus sampling
+    shared     like `both`, with one model as captioner and filter, fine-tuned for as long as the captioner
 
-Held-out pictures: 100-way recall@1 by cosine and matched again, captions that name the largest object, captions that
-say what is so. Of the texts: the share that the filter drops (the paper's noise ratio), precision and recall of that
-against the known noise of the web's, how many of the synthetic captions are right, and of what was trained on.
+On held-out images: 100-way recall@1 by cosine and after ITM re-ranking, captions that name the largest object, and
+captions that are true. On the texts: the share that the filter drops (the paper's noise ratio), its precision and
+recall against the known noise of the web texts, and the share of correct texts among synthetic captions and among
+training texts.
 
-What is done stays in DIR: the same command goes on. `--quick` is one seed, `none` and `both`, and two fifths of all
-steps: under 15 minutes on two cores, in which a captioner learns little and a filter drops nine texts of ten.
+Results stay in DIR; rerun the command to continue. `--quick` is one seed, `none` and `both`, and two fifths of all
+steps: under 15 minutes on two cores, in which a captioner learns little and a filter drops nine of ten texts.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import machine
+from benchmarks.measure import machine
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.bootstrap import CapFiltConfig, Runs, on
 from jaxmm.capfilt.merge import merge, merged_source
@@ -55,11 +55,11 @@ TRUTHS = {"dropped": "dropped", "precision": "precision", "recall": "recall", "s
 
 @dataclass(frozen=True)
 class Arm:
-    """How the texts come about that a model is trained on."""
+    """A rule for the texts that a model is trained on."""
 
     rule: Rule
     decoding: Decoding | None = None
-    """None: as the recipe says."""
+    """Decoding of captions; None: the recipe's."""
     shared: bool = False
 
 
@@ -69,7 +69,7 @@ QUICK = ("none", "both")
 
 
 def recipe(quick: bool) -> CapFiltConfig:
-    """What all seeds share."""
+    """Return the recipe, which all seeds share."""
     config = load_recipe(RECIPE)
     if not quick:
         return config
@@ -85,13 +85,13 @@ def shortened(run: TrainConfig) -> TrainConfig:
 
 
 def seed_results(config: CapFiltConfig, seed: int, out: Path, arms: list[str]) -> dict[str, Any]:
-    """Of each arm what its model can do and what its texts were like."""
+    """Train all arms with one seed; return the metrics of their models and texts."""
     runs = Runs(out)
 
     def trained(name: str, run: TrainConfig, source: str, *, init: bool = False) -> None:
         start = InitConfig(source=str(out / "none")) if init else run.init
         if not runs.run(name, replace(on(run, source), seed=seed, init=start), print):
-            sys.exit("stopped; the same command goes on")
+            sys.exit("stopped; rerun the same command to continue")
 
     trained("none", config.pretrain, f"{config.web} + {config.human_weight}*{config.human}")
     joint = replace(config.pretrain, steps=config.captioner.steps, optimizer=replace(
@@ -110,17 +110,19 @@ def seed_results(config: CapFiltConfig, seed: int, out: Path, arms: list[str]) -
         select(folder, arm.rule)
         runs.note(f"{name}-texts", truths(folder, arm.rule))
         trained(f"model-{name}", config.pretrain, merged_source(merge(folder), config.human_weight))
-    found = {}
+    results = {}
     for name in arms:
         model = runs.metrics["none" if name == "none" else f"model-{name}"]
-        found[name] = {"model": {key.removeprefix("val/"): value for key, value in model.items()},
-                       "texts": runs.metrics.get(f"{name}-texts", {})}
-    return found
+        results[name] = {"model": {key.removeprefix("val/"): value for key, value in model.items()},
+                         "texts": runs.metrics.get(f"{name}-texts", {})}
+    return results
 
 
 def truths(folder: Folder, rule: Rule) -> dict[str, float]:
-    """What is known of the texts of the web's pictures: shares, and NaN where there is nothing to count. Dropped is of
-    the texts that `rule` was asked about."""
+    """Return the shares of correct texts of the web images, by the known truth; NaN if there is nothing to count.
+
+    `dropped` counts the texts whose origins `rule` filters.
+    """
     rows = []
     for shard, texts in zip(folder.shards, folder.tables(SELECTED), strict=True):
         if shard.origin != "web":
@@ -138,28 +140,28 @@ def truths(folder: Folder, rule: Rule) -> dict[str, float]:
 
 
 def share(values: np.ndarray) -> float:
-    """How many are True; NaN of none."""
+    """Return the share of True values; NaN for an empty array."""
     return float(values.mean()) if len(values) else float("nan")
 
 
 def summary(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds, the latter NaN of one seed."""
+    """Return mean and standard deviation over seeds; the latter is NaN for one seed."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
-def told(values: list[float]) -> str:
-    """Mean and standard deviation in words."""
+def format_summary(values: list[float]) -> str:
+    """Format mean and standard deviation."""
     mean, deviation = summary(values)
     return "" if np.isnan(mean) else f"{mean:.3f}" + ("" if np.isnan(deviation) else f" ± {deviation:.3f}")
 
 
 def print_results(results: dict[str, dict[str, list[float]]], seeds: int, title: str) -> None:
-    """One table of what the models can do and what their texts were like; and `both` less `none`."""
+    """Print a table of the metrics of models and texts, and the difference between `both` and `none`."""
     table = Table(title=title)
     for column in ("", *METRICS.values(), *TRUTHS.values()):
         table.add_column(column)
-    for name, found in results.items():
-        table.add_row(name, *(told(found[each]) if each in found else "" for each in (*METRICS, *TRUTHS)))
+    for name, values in results.items():
+        table.add_row(name, *(format_summary(values[key]) if key in values else "" for key in (*METRICS, *TRUTHS)))
     console = Console(width=170, highlight=False)
     console.print(table)
     for metric, label in METRICS.items() if {"none", "both"} <= set(results) and seeds > 1 else ():
@@ -169,11 +171,11 @@ def print_results(results: dict[str, dict[str, list[float]]], seeds: int, title:
 
 
 def main() -> None:
-    """Measures, prints, records."""
+    """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int)
-    parser.add_argument("--only", help="arms, commas between them")
+    parser.add_argument("--only", help="arms, separated by commas")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", metavar="FILE", type=Path)
     args = parser.parse_args()
@@ -185,9 +187,9 @@ def main() -> None:
     keep_memory()
     use_compilation_cache()
     config = recipe(args.quick)
-    found = [seed_results(config, seed, out / f"seed-{seed}", arms) for seed in range(seeds)]
-    results = {name: {key: [each[name][part][key] for each in found] for part in ("model", "texts")
-                      for key in found[0][name][part]} for name in arms}
+    seed_rows = [seed_results(config, seed, out / f"seed-{seed}", arms) for seed in range(seeds)]
+    results = {name: {key: [row[name][part][key] for row in seed_rows] for part in ("model", "texts")
+                      for key in seed_rows[0][name][part]} for name in arms}
     print_results(results, seeds, f"CapFilt on scenes, {config.pretrain.steps:,} steps, {seeds} seeds")
     if args.json:
         write_atomically(args.json, json.dumps([{

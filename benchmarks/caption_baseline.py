@@ -1,11 +1,11 @@
-"""What retrieval reaches without learning to see: chance, and a ridge regression from words to pixels.
+"""Retrieval baselines without a vision model: chance, and a ridge regression from words to pixels.
 
     python -m benchmarks.caption_baseline captions:train.jsonl captions:test.jsonl [--run WORKDIR]
 
-The regression maps a bag of words to the picture shrunk to 16 x 16 pixels; a text's predicted pixels are compared
-with the held-out pictures by cosine after the mean training picture is taken away. Recalls are of all against all, by
-the same rule as `jaxmm.evals.Retrieval` (first captions; the same words or pictures are right answers for each other).
-With `--run`, the last evaluation in that work folder's metrics.jsonl is put beside them.
+The regression maps a bag of words to the image resized to 16 x 16 pixels; a text's predicted pixels are compared with
+the held-out images by cosine after subtracting the mean training image. Recall ranks all test pairs by the rule of
+`jaxmm.evals.Retrieval` (first captions; equal texts or images are correct answers for each other). With `--run`, the
+last evaluation in that workdir's metrics.jsonl is shown too.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KS = (1, 5, 10)
 
 
 def read(spec: str, side: int):
-    """Pixels [n, side * side * 3] in 0 to 1, first captions, and the numbers of equal pictures and equal words."""
+    """Read pixels [n, side * side * 3] in 0 to 1, first captions, and ids of equal images and equal texts."""
     records = [record for record in open_source(spec) if record.get("texts")]
     pixels = [np.asarray(decode(r["image"]).resize((side, side)), np.float32).ravel() / 255 for r in records]
     texts = [r["texts"][0] for r in records]
@@ -51,8 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train")
     parser.add_argument("val")
-    parser.add_argument("--run", type=Path, help="a work folder whose last evaluation is shown beside")
-    parser.add_argument("--side", type=int, default=16, help="pixels that a picture is shrunk to (default: 16)")
+    parser.add_argument("--run", type=Path, help="a workdir whose last evaluation is shown too")
+    parser.add_argument("--side", type=int, default=16, help="side of the resized images (default: 16)")
     arguments = parser.parse_args()
 
     pixels, texts, *_ = read(arguments.train, arguments.side)
@@ -71,7 +71,7 @@ def main() -> None:
         rows[f"jaxmm, step {last['step']}"] = {f"{way}@{k}": last[f"val/{way}_recall@{k}"]
                                                for way in ("i2t", "t2i") for k in KS}
     columns = list(next(iter(rows.values())))
-    table = Table("recall of all against all", *columns, title=f"{n} held-out pairs, {len(texts)} training pairs")
+    table = Table("recall among all pairs", *columns, title=f"{n} held-out pairs, {len(texts)} training pairs")
     for name, row in rows.items():
         table.add_row(name, *(f"{row[column]:.3f}" for column in columns))
     Console(width=120).print(table)

@@ -1,17 +1,17 @@
-"""CapFilt's two stages that run models, in pictures a second: jaxmm against a loop over transformers.
+"""CapFilt's caption and score stages, in images/s: jaxmm against a loop over transformers.
 
     python -m benchmarks.captioning_and_scoring [--pictures 16] [--rounds 3] [--json FILE] [--force]
 
-BLIP base at 384 pixels twice, a captioner and a filter, both at the same random weights on both sides; JPEGs of 500 x
-375 in files, each with a text of 12 words. One caption of a picture is drawn (nucleus sampling, p = 0.9, 20 tokens,
-none may end before), then it and the picture's own text are matched. From files to probabilities:
+Two BLIP base models at 384 pixels, a captioner and a filter, with the same random weights on both sides; JPEG files of
+500 x 375, each with a text of 12 words. One caption per image is sampled (nucleus sampling, p = 0.9, exactly 20
+tokens), then the caption and the image's text are matched. From files to probabilities:
 
-* `jaxmm`: `caption_shard`, then `score_shard`: the captioner encodes the picture, and the filter once for both texts;
-* `batched`: transformers' processor, `generate` and two calls of the matching model, for 16 pictures at a time;
-* `loop`: the same for one picture after another, as one would write it down first; of `--loop` pictures.
+* `jaxmm`: `caption_shard`, then `score_shard`: the captioner encodes the image once, the filter once for both texts;
+* `batched`: transformers' processor, `generate` and two calls of the matching model, on 16 images at a time;
+* `loop`: the same for one image after another, the simplest program; for `--loop` images.
 
-What is drawn differs: the sides draw other random numbers. Before anything is timed, the matching probabilities of the
-same texts must agree. The arms are those of `benchmarks.train_step`; `tuned` is the one to quote.
+The sampled captions differ between the sides, because their random numbers differ. Before timing, the matching
+probabilities of the same texts must agree. The arms are those of `benchmarks.train_step`; quote `tuned`.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
-from benchmarks.generate import MEAN, SIDE, STD
+from benchmarks.caption_generation import MEAN, SIDE, STD
+from benchmarks.measure import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
 
 BATCH, TOKENS, VOCABULARY = 16, 20, 30_522
 
 
 def prepare(folder: Path, count: int) -> None:
-    """`captioner/`, `filter/` with vocabularies of made-up words, in transformers' form, and `pairs.jsonl`."""
+    """Write `captioner/` and `filter/` in transformers' format with made-up vocabularies, and `pairs.jsonl`."""
     import jax
 
     from jaxmm.config import ImageConfig, TokenizerConfig
@@ -46,10 +46,10 @@ def prepare(folder: Path, count: int) -> None:
     words[0], words[100:104] = "[PAD]", ("[UNK]", "[CLS]", "[SEP]", "[MASK]")
     (folder / "vocab.txt").write_text("\n".join(words))
     tokenizer = make_tokenizer(TokenizerConfig(kind="bert", file=str(folder / "vocab.txt"), context_length=35))
-    whole = blip("base", image_size=SIDE, temperature=None)
-    writing = replace(whole, embed_dim=None, matching=False, text=replace(whole.text, encoder=False))
-    tasks = {"captioner": Captioning(model=writing, prompt=""),
-             "filter": BLIPPretraining(model=replace(whole, text=replace(whole.text, decoder=False)))}
+    full = blip("base", image_size=SIDE, temperature=None)
+    captioner = replace(full, embed_dim=None, matching=False, text=replace(full.text, encoder=False))
+    tasks = {"captioner": Captioning(model=captioner, prompt=""),
+             "filter": BLIPPretraining(model=replace(full, text=replace(full.text, decoder=False)))}
     for seed, (name, task) in enumerate(tasks.items()):
         Model(task=task, params=jax.jit(task.init)(jax.random.key(seed)), tokenizer=tokenizer,
               image=ImageConfig(size=SIDE, eval_crop="squash")).save(folder / name, format="transformers")
@@ -63,7 +63,7 @@ def prepare(folder: Path, count: int) -> None:
 
 
 def ours(folder: Path, loop: int):
-    """({what: a run}, probabilities of the pictures' own texts)."""
+    """Return ({way: run}, a function that returns the probabilities of the images' own texts)."""
     from jaxmm.capfilt.scoring import score_shard
     from jaxmm.capfilt.synthetic_captions import caption_shard
     from jaxmm.data.sources.registry import open_source
@@ -85,7 +85,7 @@ def ours(folder: Path, loop: int):
 
 
 def theirs(folder: Path, loop: int):
-    """As `ours`."""
+    """Return the same as `ours`, for transformers."""
     import torch
     import transformers
     tokenizer = transformers.BertTokenizer(str(folder / "vocab.txt"))
@@ -107,15 +107,15 @@ def theirs(folder: Path, loop: int):
 
     @torch.inference_mode()
     def run(size, pairs):
-        found = []
+        probabilities = []
         for start in range(0, len(pairs), size):
             files, own = zip(*pairs[start:start + size], strict=True)
             images = opened(files)
             drawn = captioner.generate(**processor(images=images, return_tensors="pt"), do_sample=True, top_p=0.9,
                                        top_k=0, min_length=1 + TOKENS, max_length=1 + TOKENS)
             written = processor.batch_decode(drawn, skip_special_tokens=True)
-            found += [matched(images, list(own)), matched(images, written)]
-        return torch.cat(found)
+            probabilities += [matched(images, list(own)), matched(images, written)]
+        return torch.cat(probabilities)
 
     @torch.inference_mode()
     def check():
@@ -128,16 +128,16 @@ SIDES = {"jaxmm": ours, "batched": theirs, "loop": theirs}
 
 
 def worker(what: str, folder: Path, loop: int) -> None:
-    """Serves one way of doing it."""
+    """Serve one of `SIDES`."""
     runs, check = SIDES[what](folder, loop)
     serve({"check": check()}, {"run": lambda: {"s": seconds(runs[what])}, "pace": product_pace()})
 
 
 def main():
-    """Measures, prints, records."""
+    """Measure, print, record."""
     parser = options(__doc__)
     parser.add_argument("--pictures", type=int, default=16, help=f"a multiple of {BATCH}")
-    parser.add_argument("--loop", type=int, default=4, help="pictures of the loop")
+    parser.add_argument("--loop", type=int, default=4, help="images of the loop")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -155,23 +155,23 @@ def main():
         for arm, env in tuned_arms(Path(temporary)).items():
             workers = {what: Worker([sys.executable, "-m", "benchmarks.captioning_and_scoring", "--worker", what,
                                      temporary, "--loop", str(args.loop)], env) for what in SIDES}
-            first, *rest = (np.array(each.about["check"]) for each in workers.values())
+            first, *rest = (np.array(side.about["check"]) for side in workers.values())
             difference = max(float(np.abs(check - first).max()) for check in rest)
-            if not difference < 2e-3:  # the sides resize pictures each by a library of its own
+            if not difference < 2e-3:  # the sides resize images with different libraries
                 sys.exit(f"probabilities differ by {difference:.2g}; nothing was timed")
             rounds = Rounds(workers, workers["jaxmm"], 0.15)
             rounds.measure(args.rounds, args.rounds if args.force else args.rounds + 1)
-            for each in workers.values():
-                each.close()
+            for side in workers.values():
+                side.close()
             rate = {what: counts[what] / rounds.median(what) for what in SIDES}
-            rows.append({"arm": arm, "pictures_per_second": {what: round(each, 4) for what, each in rate.items()},
+            rows.append({"arm": arm, "pictures_per_second": {what: round(images, 4) for what, images in rate.items()},
                          "ratio": {what: round(rate["jaxmm"] / rate[what], 3) for what in ("batched", "loop")},
-                         "pictures": counts, "difference": difference, "rounds": len(rounds.kept()), "busy": busy,
+                         "pictures": counts, "difference": difference, "rounds": len(rounds.valid()), "busy": busy,
                          "machine": about})
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     table = Table(title=f"captions and scores, {about['processor']}, {about['cores']} cores")
-    for column in ("arm", "pictures/s: jaxmm", "batched", "loop", "jaxmm to batched", "to loop"):
+    for column in ("arm", "images/s: jaxmm", "batched", "loop", "jaxmm to batched", "to loop"):
         table.add_column(column)
     for row in rows:
         table.add_row(row["arm"] + (" (busy)" if busy else ""),

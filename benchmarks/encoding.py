@@ -1,11 +1,11 @@
-"""Pictures and texts to embeddings, from files on disk: jaxmm against transformers, CLIP ViT-B/32, the same weights.
+"""Embeddings of images and text from files on disk: jaxmm against transformers, CLIP ViT-B/32, the same weights.
 
     python -m benchmarks.encoding --pictures FOLDER --texts captions.json --merges bpe_simple_vocab_16e6.txt.gz
         [--count 512] [--rounds 3] [--json FILE]
 
-Both read the files, decode, prepare, tokenize and encode in batches of 64. transformers' side prepares the next batch
-in a thread while torch computes, as jaxmm does, and pads texts to the longest of their batch. The arms are those of
-`benchmarks.train_step`; `tuned` is the one to quote. Embeddings must agree before anything is timed.
+Both read the files, decode, preprocess, tokenize and encode in batches of 64. transformers' side prepares the next
+batch in a thread while torch computes, like jaxmm, and pads texts to the longest of their batch. The arms are those of
+`benchmarks.train_step`; quote `tuned`. Embeddings must agree before anything is timed.
 """
 
 import argparse
@@ -19,15 +19,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
+from benchmarks.measure import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
 
 BATCH = 64
 
 
 def work(folder: Path) -> tuple[list[str], list[str]]:
-    """The pictures' paths and the texts."""
-    told = json.loads((folder / "work.json").read_text())
-    return told["pictures"], told["texts"]
+    """Read the image paths and the texts."""
+    inputs = json.loads((folder / "work.json").read_text())
+    return inputs["pictures"], inputs["texts"]
 
 
 def ours(folder: Path):
@@ -63,15 +63,15 @@ def theirs(folder: Path):
                         if start + BATCH < len(pictures) else None
                     out = encode(**batch)
                     rows.append(getattr(out, "pooler_output", out))
-                found = torch.cat(rows)
-                result.append((found / found.norm(dim=-1, keepdim=True)).numpy())
+                embeddings = torch.cat(rows)
+                result.append((embeddings / embeddings.norm(dim=-1, keepdim=True)).numpy())
         return tuple(result)
 
     return run
 
 
 def worker(side: str, folder: Path) -> None:
-    """Serves one side's runs."""
+    """Serve one side."""
     run = {"ours": ours, "theirs": theirs}[side](folder)
     image, text = run()
     serve({"check": [float(x) for x in np.concatenate([image[:, :4].ravel(), text[:, :4].ravel()])]},
@@ -79,7 +79,7 @@ def worker(side: str, folder: Path) -> None:
 
 
 def prepare(args, folder: Path) -> None:
-    """The model with its vocabulary, in a form that both load, and the list of what to encode."""
+    """Write the model with its vocabulary in a format that both load, and the inputs."""
     import jax
 
     from jaxmm.config import ImageConfig, TokenizerConfig
@@ -89,7 +89,7 @@ def prepare(args, folder: Path) -> None:
     from jaxmm.models.clip import clip
     from jaxmm.tasks.contrastive_learning import ContrastiveLearning
     pictures, text = find_pictures(args.pictures), Path(args.texts).read_text(encoding="utf-8")
-    texts = ([each["caption"] for each in json.loads(text)["annotations"]] if args.texts.endswith(".json")
+    texts = ([row["caption"] for row in json.loads(text)["annotations"]] if args.texts.endswith(".json")
              else text.splitlines())[:args.count]
     if min(len(pictures), len(texts)) < args.count:
         sys.exit(f"there are {len(pictures)} pictures and {len(texts)} texts; wanted {args.count}")
@@ -102,10 +102,10 @@ def prepare(args, folder: Path) -> None:
 
 
 def main():
-    """Measures, prints, records."""
+    """Measure, print, record."""
     parser = options(__doc__)
     parser.add_argument("--pictures", help="a folder")
-    parser.add_argument("--texts", help="COCO's captions, or a file with a text a line")
+    parser.add_argument("--texts", help="COCO captions, or a file with one text per line")
     parser.add_argument("--merges", help="CLIP's vocabulary")
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--json", metavar="FILE")
@@ -122,22 +122,22 @@ def main():
         arms = tuned_arms(folder)
         workers = {f"{side} {arm}": Worker([sys.executable, "-m", "benchmarks.encoding", "--worker", side, temporary],
                                            env) for arm, env in arms.items() for side in ("theirs", "ours")}
-        checks = [np.array(each.about["check"]) for each in workers.values()]
+        checks = [np.array(side.about["check"]) for side in workers.values()]
         difference = max(float(np.abs(check - checks[0]).max()) for check in checks)
-        if not difference < 1e-2:  # pictures may differ by a level of 255
+        if not difference < 1e-2:  # decoded images may differ by one level of 255
             sys.exit(f"embeddings differ by {difference:.2g}; nothing was timed")
         rounds = Rounds(workers, workers["ours as installed"], 0.15)
         rounds.measure(args.rounds, args.rounds if args.force else 3 * args.rounds)
-        for each in workers.values():
-            each.close()
+        for side in workers.values():
+            side.close()
     for arm in arms:
         a, b = (rounds.median(f"{side} {arm}") for side in ("ours", "theirs"))
         rows.append({"arm": arm, "count": args.count, "ours_s": round(a, 3), "theirs_s": round(b, 3),
-                     "ratio": round(b / a, 3), "difference": difference, "rounds": len(rounds.kept()), "busy": busy,
+                     "ratio": round(b / a, 3), "difference": difference, "rounds": len(rounds.valid()), "busy": busy,
                      "machine": about})
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    table = Table(title=f"{args.count} pictures and {args.count} texts, {about['processor']}, {about['cores']} cores")
+    table = Table(title=f"{args.count} images and {args.count} texts, {about['processor']}, {about['cores']} cores")
     for column in ("arm", "ours s", "theirs s", "ratio"):
         table.add_column(column)
     for row in rows:

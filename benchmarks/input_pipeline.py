@@ -1,12 +1,12 @@
-"""Pictures per second and core: jaxmm's input pipeline against torch's DataLoader, the same work on the same bytes.
+"""Input pipeline in images/s per core: jaxmm against torch's DataLoader, the same work on the same bytes.
 
-Both read JPEG files, decode them, take a random resized crop (bicubic, 224 pixels), mirror half of them and collate
-uint8 batches. Theirs is what a PyTorch user writes: a map-style `Dataset` around Pillow, `DataLoader`, its collation.
+Both read JPEG files, decode them, take a random resized crop (bicubic, 224 pixels), flip half of them and collate uint8
+batches. Theirs is what a PyTorch user writes: a map-style `Dataset` around Pillow, `DataLoader`, its collation.
 
     python -m benchmarks.input_pipeline [--data-dir DIR] [--workers N] [--json]
 
-Rounds alternate (ours, theirs, ours, ...); the medians are compared. Without `--data-dir` the pictures are drawn:
-500 x 375 pixels of structure at all scales, about as many bytes as a photograph of that size.
+Rounds alternate (ours, theirs, ours, ...); medians are compared. Without `--data-dir` the images are generated: 500 x
+375 pixels with structure at all scales, about as many bytes as a photograph of that size.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from jaxmm.data.sources.registry import open_source
 BATCH = 32
 
 
-class TorchPictures(torch.utils.data.Dataset):
-    """A folder a class as a PyTorch user reads it."""
+class TorchImages(torch.utils.data.Dataset):
+    """One folder per class, read as a PyTorch user does."""
 
     def __init__(self, files: list[str], labels: list[int], size: int):
         self.files, self.labels, self.size = files, labels, size
@@ -51,7 +51,7 @@ class TorchPictures(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), self.labels[index]
 
     def crop(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """torchvision's `RandomResizedCrop.get_params`."""
+        """Draw a crop like torchvision's `RandomResizedCrop.get_params`."""
         for _ in range(10):
             area = width * height * float(torch.empty(()).uniform_(0.08, 1.0))
             aspect = math.exp(float(torch.empty(()).uniform_(math.log(3 / 4), math.log(4 / 3))))
@@ -62,7 +62,7 @@ class TorchPictures(torch.utils.data.Dataset):
 
 
 def draw(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
-    """Pictures with the 1/f spectrum of photographs."""
+    """Write images with the 1/f spectrum of photographs."""
     folder = folder / "drawn"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -77,23 +77,23 @@ def draw(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
 
 
 def ours(source, workers: int, size: int, seed: int):
-    """Batches of jaxmm."""
+    """Return jaxmm's batches."""
     config = DataConfig(batch_size=BATCH, workers=workers, image=ImageConfig(size=size))
     return train_batches(source, config, seed=seed)
 
 
 def theirs(source, workers: int, size: int, seed: int):
-    """Batches of torch, pictures drawn with replacement so that an epoch does not end."""
+    """Return torch's batches, sampled with replacement so that an epoch does not end."""
     torch.manual_seed(seed)
-    data = TorchPictures([os.path.join(source.root, f) for f in source.files], source.labels.tolist(), size)
+    data = TorchImages([os.path.join(source.root, f) for f in source.files], source.labels.tolist(), size)
     sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=10**6)
     return iter(torch.utils.data.DataLoader(data, BATCH, sampler=sampler, num_workers=workers))
 
 
 def rate(batches, count: int, per_cpu: bool) -> float:
-    """Pictures per second once the first batches have come: of the clock, or of the CPU time of this process.
+    """Return images/s after the first batches, by wall-clock time or by CPU time of this process.
 
-    Bound to one core, CPU time is what a core takes for a picture, threads and other programs notwithstanding.
+    For a process bound to one core, CPU time does not depend on other programs.
     """
     for _ in range(4):
         next(batches)
@@ -101,18 +101,19 @@ def rate(batches, count: int, per_cpu: bool) -> float:
     start = clock()
     for _ in range(count // BATCH):
         next(batches)
-    took = clock() - start
+    elapsed = clock() - start
     if hasattr(batches, "close"):
         batches.close()
-    return count // BATCH * BATCH / took
+    return count // BATCH * BATCH / elapsed
 
 
 def main():
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="a folder a class of JPEG pictures (default: drawn ones)")
+    parser.add_argument("--data-dir", help="JPEG images, one folder per class (default: generated ones)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the second comparison")
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--pictures", type=int, default=512, help="pictures a round")
+    parser.add_argument("--pictures", type=int, default=512, help="images per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print objects instead of a table")
     args = parser.parse_args()

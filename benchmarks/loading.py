@@ -2,9 +2,9 @@
 
     python -m benchmarks.loading [--model ViT-L-14] [--rounds 5] [--json FILE]
 
-Each load is a fresh process; the sides take turns, so that the file is in the system's cache for both. `peak` is the
-most memory that the process held while loading, less what it held before (importing), over the bytes of the parameters;
-`in all` is with what it held before.
+Each load runs in a new process; the sides take turns, so the file is in the system's cache for both. `peak` is the peak
+memory while loading minus the memory before it (imports), divided by the bytes of the parameters; `in all` includes the
+memory before.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import machine
+from benchmarks.measure import machine
 
 
 def memory(name: str) -> int:
-    """Bytes, of a line of /proc/self/status: VmRSS (now) or VmHWM (at most so far)."""
+    """Read bytes from /proc/self/status: VmRSS (now) or VmHWM (peak)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
@@ -52,17 +52,17 @@ def theirs(folder: Path):
 
 
 def one(side: str, folder: Path) -> None:
-    """A process's whole life: prepares, loads, tells."""
+    """Load the model in this process and print time and memory as JSON."""
     run = {"ours": ours, "theirs": theirs}[side](folder)
     before, start = memory("VmRSS"), time.perf_counter()
-    kept = run()
+    loaded = run()
     seconds = time.perf_counter() - start
     print(json.dumps({"s": seconds, "before": before, "peak": memory("VmHWM")}))
-    del kept
+    del loaded
 
 
 def write(name: str, folder: Path) -> int:
-    """Random weights in transformers' form; the bytes of the parameters."""
+    """Write random weights in transformers' format; return the bytes of the parameters."""
     import jax
     import numpy as np
 
@@ -80,7 +80,7 @@ def write(name: str, folder: Path) -> int:
 
 
 def main():
-    """Measures, prints, records."""
+    """Measure, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-L-14", help="open_clip's name")
     parser.add_argument("--rounds", type=int, default=5)
@@ -95,13 +95,13 @@ def main():
         size = write(args.model, folder)
         runs = {"ours": [], "theirs": []}
         for _ in range(args.rounds + 1):  # the first one warms the file cache
-            for side, found in runs.items():
+            for side, results in runs.items():
                 command = [sys.executable, "-m", "benchmarks.loading", "--one", side, str(folder)]
-                found.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
-                                                       env=os.environ | {"JAX_PLATFORMS": "cpu"}).stdout))
+                results.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
+                                                         env=os.environ | {"JAX_PLATFORMS": "cpu"}).stdout))
     rows = []
-    for side, found in runs.items():
-        median = {name: statistics.median(run[name] for run in found[1:]) for name in found[0]}
+    for side, results in runs.items():
+        median = {name: statistics.median(run[name] for run in results[1:]) for name in results[0]}
         rows.append({"side": side, "model": args.model, "bytes": size, "seconds": round(median["s"], 3),
                      "peak": round((median["peak"] - median["before"]) / size, 3),
                      "in_all": round(median["peak"] / size, 3), "rounds": args.rounds, "machine": machine()})

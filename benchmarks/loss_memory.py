@@ -1,12 +1,11 @@
-"""Memory that a contrastive loss and its gradient take on a chip, by the compiler: whole logits against blocks.
+"""Memory of a contrastive loss and its gradient per chip, by the compiler: all logits against a blockwise loss.
 
     python -m benchmarks.loss_memory [--out benchmarks/results/loss_memory.md]
 
-Width 768, fp32, value and gradient by both embeddings (and of BLIP's loss, with a queue of 57,600, by the student's).
-What is counted is what the loss adds: temporaries and gradients, without the embeddings that go in. Nothing is run; for
-v5e libtpu compiles (`pip install 'jaxmm[tpu]'`); temporaries that never leave the chip's own memory do not count.
-Inf-CL (Cheng et al. 2024) publishes, for eight devices, 0.18, 0.72, 1.45 and (with offloading) 6.53 GB for batches of
-32k, 128k, 256k and 1M.
+Width 768, fp32, value and gradient with respect to both embeddings (for BLIP's loss, with a queue of 57,600, the
+student's). Counted are temporaries and gradients, not the input embeddings. Nothing runs: libtpu compiles for v5e (`pip
+install 'jaxmm[tpu]'`); temporaries in on-chip memory do not count. Inf-CL (Cheng et al. 2024) publishes, for eight
+devices, 0.18, 0.72, 1.45 and (with offloading) 6.53 GB for batches of 32k, 128k, 256k and 1M.
 """
 
 import argparse
@@ -43,7 +42,7 @@ BLOCKS = {"softmax": Softmax, "sigmoid": Sigmoid}
 
 
 def whole(kind):
-    """Logits of all pairs, rows where their pictures are."""
+    """Return the loss with the logits of all pairs, rows sharded like the images."""
     def loss(image, text, ids, scale, bias):
         return WHOLE[kind](contrastive_logits(image, text, scale, bias),
                            constrain_batch(positive_mask(ids, None, len(image))))
@@ -51,26 +50,26 @@ def whole(kind):
 
 
 def blocks(kind):
-    """The same in blocks."""
+    """Return the blockwise loss."""
     def loss(image, text, ids, scale, bias):
         return blockwise_contrastive(BLOCKS[kind], image, text, (ids,), scale, bias, tile=TILE)[0]
     return loss
 
 
 def distilled(image, text, ids, scale, bias):
-    """BLIP's, one direction; the teacher's embeddings are the other arguments'."""
+    """Compute one direction of BLIP's blockwise loss, with the images' embeddings as the teacher's too."""
     teacher, queue = jax.lax.stop_gradient(image), jnp.zeros((QUEUE, WIDTH))
     keys = pair_keys((ids,), jnp.arange(len(image))), pair_keys((jnp.zeros((QUEUE, 2), jnp.int32),),
                                                                 jnp.full(QUEUE, NOT_IN_BATCH))
     return blockwise_loss(Distilled, Anchors((image, teacher), keys[0]), Candidates((text, queue), keys), scale, bias,
-                   jnp.float32(0.4), tile=TILE)[0]
+                          jnp.float32(0.4), tile=TILE)[0]
 
 
-def taken(loss, batch: int, devices) -> int | str:
-    """Bytes on a device; in words where the compiler gives up."""
+def bytes_per_chip(loss, batch: int, devices) -> int | str:
+    """Return the bytes per device; a message if it does not fit."""
     mesh = make_mesh(MeshConfig(), devices)
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
-    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype, where in (
+    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype, sharding in (
         *[((batch, WIDTH), jnp.float32, rows)] * 2, ((batch, 2), jnp.int32, rows),
         *[((), jnp.float32, everywhere)] * 2)]
     with jax.set_mesh(mesh):
@@ -78,20 +77,20 @@ def taken(loss, batch: int, devices) -> int | str:
         try:
             memory = step.lower(*inputs).compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
-            asked = requested_bytes(str(error))
-            if asked is None:
+            requested = requested_bytes(str(error))
+            if requested is None:
                 raise
-            return f"does not fit ({asked / 1e9:,.0f})"
+            return f"does not fit ({requested / 1e9:,.0f})"
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 
-def told(size: int | str) -> str:
-    """GB."""
+def format_gb(size: int | str) -> str:
+    """Format bytes as GB; leave messages as they are."""
     return size if isinstance(size, str) else f"{size / 1e9:.3f}"
 
 
 def main() -> None:
-    """Compiles, writes."""
+    """Compile and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "loss_memory.md")
     args = parser.parse_args()
@@ -99,20 +98,21 @@ def main() -> None:
     losses = {f"{kind}, {how.__name__}": how(kind) for kind in WHOLE for how in (whole, blocks)}
     losses["BLIP's with queue, blocks"] = distilled
     text = ["# Memory of contrastive losses", "",
-            "Made by `python -m benchmarks.loss_memory`: GB that value and gradient add on a chip (temporaries and",
-            f"gradients; embeddings of width {WIDTH} in fp32 go in), compiled by libtpu for chips that were not there",
-            "(temporaries that never leave the chip's own memory do not count).",
+            "Made by `python -m benchmarks.loss_memory`: GB per chip of value and gradient (temporaries and",
+            f"gradients, without the input embeddings of width {WIDTH} in fp32), compiled ahead of time by libtpu",
+            "(temporaries in on-chip memory do not count).",
             "Inf-CL's published figures for eight devices: 0.18 (32k), 0.72 (128k), 1.45 (256k), 6.53 (1M).", "",
             f"| loss | chips | {' | '.join(f'{size // 1024}k' for size in BATCHES)} |", f"|{' --- |' * 6}"]
     for name, loss in tqdm(losses.items(), unit=" losses"):
         for target, devices in targets.items():
-            sizes = [told(taken(loss, size, devices)) for size in BATCHES]
+            sizes = [format_gb(bytes_per_chip(loss, size, devices)) for size in BATCHES]
             text.append(f"| {name} | {target} | {' | '.join(sizes)} |")
-    text += ["", f"At {SHARE:,} pairs a chip, however many chips:", "",
+    text += ["", f"At {SHARE:,} pairs per chip, for any number of chips:", "",
              f"| loss | {' | '.join(TARGETS[1:])} |", f"|{' --- |' * len(TARGETS)}"]
     for name, loss in losses.items():
         if "blocks" in name:
-            sizes = [told(taken(loss, SHARE * len(targets[target]), targets[target])) for target in TARGETS[1:]]
+            sizes = [format_gb(bytes_per_chip(loss, SHARE * len(targets[target]), targets[target]))
+                     for target in TARGETS[1:]]
             text.append(f"| {name} | {' | '.join(sizes)} |")
     write_atomically(args.out, "\n".join(text) + "\n")
     print("\n".join(text))

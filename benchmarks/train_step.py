@@ -1,21 +1,20 @@
-"""Seconds a step: jaxmm against transformers on the same cores or GPU, at the same weights, sizes and batch.
+"""Seconds per step: jaxmm against transformers on the same cores or GPU, with the same weights, sizes and batch.
 
     python -m benchmarks.train_step [--only NAME] [--rounds N] [--json [FILE]] [--force]
 
-On a CPU: ViT-B/16 forward and train step (forward, backward, AdamW) and CLIP ViT-B/32 train step, batch 8, fp32. MKL,
-which torch multiplies with, leaves AVX-512 unused on other vendors' processors; so there are two arms. `as
-installed` is what a user gets. In `tuned`, which is the one to quote, torch runs with the preload that answers MKL's
-question for the vendor, and both sides' processes keep their memory instead of mapping it afresh each step.
+On a CPU: ViT-B/16 forward and train step (forward, backward, AdamW) and CLIP ViT-B/32 train step, batch 8, fp32. torch
+multiplies with MKL, which does not use AVX-512 on other vendors' processors, so there are two arms. `as installed` is
+what a user gets. In `tuned`, the one to quote, torch runs with a preloaded library that makes MKL use it, and the
+processes of both sides keep their memory instead of mapping it again in every step.
 
-On a GPU: ViT-L/16 and CLIP ViT-L/14 in bf16 (fp32 parameters), against transformers under `torch.compile`, whose
-attention is FlashAttention's and whose AdamW is one kernel. Our layers are compiled one after the other there: a loop's
-stacks of what the backward pass needs were a quarter of the step.
+On a GPU: ViT-L/16 and CLIP ViT-L/14 in bf16 (fp32 parameters), against transformers under `torch.compile` with
+FlashAttention and fused AdamW. Our layers are unrolled there: with a loop, stacking what the backward pass needs took a
+quarter of the step.
 
-Each side of each arm is a process that lives through all rounds; they take turns (A B A B), one computing at a time;
-medians are compared. Outputs and the losses of two steps must agree before anything is timed. A round counts only
-if a fixed product of matrices ran at the machine's best speed before and after it. On a busy machine nothing is
-recorded unless `--force`, and then the record says so. `of_peak` is the share of the machine's own best measured
-rate on a large product of matrices.
+Each side of each arm is one process for all rounds. They take turns (A B A B), one at a time, and medians are compared.
+Outputs and the losses of two steps must agree before anything is timed. A round is valid only if a fixed matrix product
+ran at the machine's best speed before and after it. On a busy machine nothing is recorded unless `--force`, and then
+the record says so. `of_peak` is the share of the machine's best measured rate on a large matrix product.
 """
 
 import json
@@ -29,8 +28,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import Rounds, Worker, is_busy, machine, options, tuned_arms
-from benchmarks.sides import Case, command
+from benchmarks.measure import Rounds, Worker, is_busy, machine, options, tuned_arms
+from benchmarks.train_step_sides import Case, command
 
 CPU = (
     Case("ViT-B/16 forward", "vit:B/16", False, 8, "float32", "none"),
@@ -46,7 +45,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def gpu_name() -> str | None:
-    """The first GPU's name; None without one."""
+    """Return the first GPU's name; None without one."""
     if shutil.which("nvidia-smi") is None:
         return None
     listed = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
@@ -54,7 +53,7 @@ def gpu_name() -> str | None:
 
 
 def agree(case: Case, checks: dict[str, list[float]]) -> float:
-    """The largest difference of any side's outputs from the first's, over their largest value; ends beyond rounding."""
+    """Return the largest relative difference between the sides' outputs; exit if it is too large."""
     first, *rest = checks.values()
     largest = max(map(abs, first))
     difference = max(max(abs(a - b) for a, b in zip(first, other, strict=True)) for other in rest) / largest
@@ -65,7 +64,7 @@ def agree(case: Case, checks: dict[str, list[float]]) -> float:
 
 
 def measure(case: Case, arms: dict[str, dict[str, str]], args, gpu: bool, folder: Path) -> list[dict]:
-    """A row for each arm."""
+    """Measure one case; return one row per arm."""
     weights = folder / f"{case.model.replace('/', '-')}.npz"
     workers = {}
     try:
@@ -80,10 +79,10 @@ def measure(case: Case, arms: dict[str, dict[str, str]], args, gpu: bool, folder
     finally:
         for worker in workers.values():
             worker.close()
-    busy = len(rounds.kept()) < args.rounds
+    busy = len(rounds.valid()) < args.rounds
     if busy and not args.force:
-        sys.exit(f"{case.name}: only {len(rounds.kept())} of {len(rounds.rounds)} rounds saw the machine at its best "
-                 "speed; something else is computing. Nothing recorded (--force records all the same).")
+        sys.exit(f"{case.name}: only {len(rounds.valid())} of {len(rounds.rounds)} rounds ran at the machine's best "
+                 "speed; something else is computing. Nothing recorded (--force records anyway).")
     peak, rows = max(peaks.values()), []
     for arm in arms:
         a, b = (rounds.median(f"{side} {arm}") for side in ("ours", "theirs"))
@@ -91,7 +90,7 @@ def measure(case: Case, arms: dict[str, dict[str, str]], args, gpu: bool, folder
             "name": case.name, "ours_s": round(a, 5), "theirs_s": round(b, 5), "ratio": round(b / a, 3),
             "of_peak": round(case.flop / a / peak, 3), "theirs_of_peak": round(case.flop / b / peak, 3), "arm": arm,
             "batch": case.batch, "dtype": case.dtype, "remat": case.remat, "scan": case.scan,
-            "rounds": len(rounds.kept()),
+            "rounds": len(rounds.valid()),
             "difference": float(f"{difference:.2g}"), "peak_gflop_per_s": round(peak / 1e9),
             "busy": busy, "load": round(os.getloadavg()[0], 2),
         })
@@ -99,11 +98,11 @@ def measure(case: Case, arms: dict[str, dict[str, str]], args, gpu: bool, folder
 
 
 def main():
-    """Measures, prints, records."""
+    """Measure, print, record."""
     parser = options(__doc__, rounds=7)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--tolerance", type=float, default=0.08, help="how far from its best speed a round may be")
-    parser.add_argument("--batch", type=int, help="instead of the cases' own")
+    parser.add_argument("--tolerance", type=float, default=0.08, help="allowed distance from the best speed")
+    parser.add_argument("--batch", type=int, help="batch size, default: that of each case")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE",
                         help="write the rows there, with the machine; without FILE, to standard output")
     args = parser.parse_args()

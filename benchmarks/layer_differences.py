@@ -1,9 +1,9 @@
 """Full-size models at random weights, written by transformers: the largest difference of each layer, fp32.
 
-    python -m benchmarks.parity [--only NAME] [--json FILE]
+    python -m benchmarks.layer_differences [--only NAME] [--json FILE]
 
-The same comparison as `jaxmm parity SOURCE`, of CLIP ViT-L/14, SigLIP B/16, ViT-L/16 at 384 and BLIP's classes that
-write captions, that match and that answer. "ids" are those of 20 new tokens: 0 says that they are the same.
+The comparison of `jaxmm parity SOURCE`, for CLIP ViT-L/14, SigLIP B/16, ViT-L/16 at 384 and BLIP's classes for
+captioning, matching and question answering. "ids" compares 20 generated tokens: 0 means that they are the same.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import machine
+from benchmarks.measure import machine
 from jaxmm.inference.parity import compare
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -27,7 +27,7 @@ MODELS = ("CLIP ViT-L/14", "SigLIP B/16", "ViT-L/16 at 384", *BLIP)
 
 
 def write(name: str, folder: Path) -> None:
-    """Random weights, drawn as transformers does."""
+    """Write random weights, drawn by transformers."""
     import torch
     import transformers
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def write(name: str, folder: Path) -> None:
         transformers.CLIPModel(config).save_pretrained(folder)
     elif name == "SigLIP B/16":
         transformers.SiglipModel(transformers.SiglipConfig()).save_pretrained(folder)
-    elif name in BLIP:      # the class's defaults are 8 heads, 1e-5, and pictures that hardly matter
+    elif name in BLIP:      # the class's defaults: 8 heads, epsilon 1e-5, weights too small to depend on the image
         vision, size, kind = BLIP[name]
         vision = vision | {"image_size": size, "layer_norm_eps": 1e-6, "initializer_range": 0.02}
         text = BASE | {"encoder_hidden_size": vision["hidden_size"], "initializer_range": 0.02}
@@ -50,7 +50,7 @@ def write(name: str, folder: Path) -> None:
 
 
 def main():
-    """Compares, prints, records."""
+    """Compare, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--json", metavar="FILE")
@@ -63,11 +63,11 @@ def main():
             write(name, Path(folder) / "model")
             differences, _, library = compare(Path(folder) / "model")
         rows.append({"model": name, "library": library, "machine": machine(),
-                     "differences": {each.name: each.largest for each in differences},
-                     "values": {each.name: each.scale for each in differences}})
+                     "differences": {row.name: row.largest for row in differences},
+                     "values": {row.name: row.scale for row in differences}})
         table = Table("at", "largest difference", "largest value", title=f"{name}, against {library}")
-        for each in differences:
-            table.add_row(each.name, f"{each.largest:.1e}", f"{each.scale:.3g}")
+        for row in differences:
+            table.add_row(row.name, f"{row.largest:.1e}", f"{row.scale:.3g}")
         Console().print(table)
         if args.json:
             Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,20 +1,20 @@
-"""Retrieval with the 16 nearest matched again, of 1,000 pictures and 1,000 texts: jaxmm against transformers.
+"""ITM re-ranking of the top 16, for 1,000 images and 1,000 texts: jaxmm against transformers.
 
-    python -m benchmarks.reranking [--queries 16] [--rounds 3] [--json FILE] [--force]
+    python -m benchmarks.pair_matching [--queries 16] [--rounds 3] [--json FILE] [--force]
 
 BLIP base at 384 pixels, the same random weights (`BlipForImageTextRetrieval`), texts of 8 to 20 tokens. All 1,000
-queries take hours on two cores. Measured are `--queries` pictures with 16 texts each (a sample of the 16,000 pairs of
-pictures with their candidates; those of texts with theirs cost the same where pictures' tokens are kept), from bytes
-to the logits of the pairs:
+queries take hours on two cores, so `--queries` images with 16 texts each are measured, from bytes to the logits of the
+pairs. They are a sample of the 16,000 image-to-text pairs; text-to-image pairs cost the same if image tokens are
+cached.
 
-* `jaxmm`: pictures encoded once in batches of 8, then `jaxmm.inference.matching.match_pairs`;
-* `kept`: transformers' parts by hand: pictures encoded once in batches of 8, then a picture's 16 texts in one batch,
-  padded to the longest of them, which look at 16 copies of its tokens;
-* `plain`: the model called for each pair with its picture and its text; of `--plain` pairs.
+* `jaxmm`: images encoded once in batches of 8, then `jaxmm.inference.matching.match_pairs`;
+* `kept`: transformers' parts by hand: images encoded once in batches of 8, then an image's 16 texts in one batch,
+  padded to the longest, which attend to 16 copies of its tokens;
+* `plain`: the model called for every pair with its image and its text; for `--plain` pairs.
 
-Logits must agree before anything is timed. `pair_s` is measured: seconds over pairs, the encoding of a picture spread
-over its 16. `whole_s` is nothing but that times 32,000, the candidates of both directions: it counts the encoding of
-a picture twice and pairs that both directions ask for twice, on every side, and leaves out reading and decoding.
+Logits must agree before anything is timed. `pair_s` is measured: seconds per pair, including a sixteenth of an image's
+encoding. `whole_s` is that times 32,000, the pairs of both directions. On every side it counts an image's encoding
+twice and pairs that both directions share twice, and leaves out reading and decoding.
 """
 
 import argparse
@@ -28,14 +28,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
-from benchmarks.generate import MEAN, SIDE, STD
+from benchmarks.caption_generation import MEAN, SIDE, STD
+from benchmarks.measure import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
 
 CANDIDATES, BATCH, LENGTH, WHOLE = 16, 8, 35, 1000
 
 
 def work(queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Bytes [n h w 3], tokens [m t] that begin with [ENC] as in training, and the candidates [n 16] of each picture."""
+    """Draw images [n h w 3], tokens [m t] that begin with [ENC] as in training, and candidates [n 16] per image."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(1_000, 30_000, (4 * CANDIDATES, LENGTH)).astype(np.int32)
     tokens[:, 0] = 30_523
@@ -46,7 +46,7 @@ def work(queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def ours(folder: Path, queries: int, count: int):
-    """{what: a run that returns the pairs' logits}."""
+    """Return {way: a run that returns the logits of the pairs}."""
     from jaxmm.inference.batching import outputs
     from jaxmm.inference.matching import make_image_encoder, match_pairs
     from jaxmm.inference.model import load
@@ -68,7 +68,7 @@ def ours(folder: Path, queries: int, count: int):
 
 
 def theirs(folder: Path, queries: int, count: int):
-    """As `ours`."""
+    """Return the same as `ours`, for transformers."""
     import torch
     import transformers
     image, tokens, chosen = work(queries)
@@ -85,24 +85,24 @@ def theirs(folder: Path, queries: int, count: int):
 
     @torch.inference_mode()
     def kept():
-        seen = torch.cat([model.vision_model(pixels(image[start:start + BATCH])).last_hidden_state
-                          for start in range(0, queries, BATCH)])
-        found = []
-        for one, rows in zip(seen, chosen, strict=True):
+        image_tokens = torch.cat([model.vision_model(pixels(image[start:start + BATCH])).last_hidden_state
+                                  for start in range(0, queries, BATCH)])
+        logits = []
+        for context, rows in zip(image_tokens, chosen, strict=True):
             ids, mask = words(rows)
             read = model.text_encoder(input_ids=ids, attention_mask=mask, return_dict=True,
-                                      encoder_hidden_states=one.expand(len(rows), -1, -1),
-                                      encoder_attention_mask=torch.ones(len(rows), one.shape[0]))
-            found.append(model.itm_head(read.last_hidden_state[:, 0]))
-        return torch.cat(found).numpy()
+                                      encoder_hidden_states=context.expand(len(rows), -1, -1),
+                                      encoder_attention_mask=torch.ones(len(rows), context.shape[0]))
+            logits.append(model.itm_head(read.last_hidden_state[:, 0]))
+        return torch.cat(logits).numpy()
 
     @torch.inference_mode()
     def plain():
-        found = []
+        logits = []
         for row in chosen[0][:count]:
             ids, mask = words([row])
-            found.append(model(ids, pixels(image[:1]), attention_mask=mask).itm_score)
-        return torch.cat(found).numpy()
+            logits.append(model(ids, pixels(image[:1]), attention_mask=mask).itm_score)
+        return torch.cat(logits).numpy()
 
     return {"kept": kept, "plain": plain}
 
@@ -111,7 +111,7 @@ SIDES = {"jaxmm": ours, "kept": theirs, "plain": theirs}
 
 
 def prepare(folder: Path) -> None:
-    """Random weights in transformers' form."""
+    """Write random weights in transformers' format."""
     import jax
 
     from jaxmm.config import ImageConfig
@@ -126,15 +126,15 @@ def prepare(folder: Path) -> None:
 
 
 def worker(what: str, folder: Path, queries: int, count: int) -> None:
-    """Serves one way of doing it."""
+    """Serve one of `SIDES`."""
     run = SIDES[what](folder, queries, count)[what]
     serve({"check": run().ravel().tolist()}, {"run": lambda: {"s": seconds(run)}, "pace": product_pace()})
 
 
 def main():
-    """Measures, prints, records."""
+    """Measure, print, record."""
     parser = options(__doc__)
-    parser.add_argument("--queries", type=int, default=16, help=f"pictures, a multiple of {BATCH}")
+    parser.add_argument("--queries", type=int, default=16, help=f"images, a multiple of {BATCH}")
     parser.add_argument("--plain", type=int, default=4, help="pairs of the plain loop, at most 16")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
@@ -151,29 +151,29 @@ def main():
         folder = Path(temporary) / "model"
         prepare(folder)
         for arm, env in tuned_arms(Path(temporary)).items():
-            workers = {what: Worker([sys.executable, "-m", "benchmarks.reranking", "--worker", what, str(folder),
+            workers = {what: Worker([sys.executable, "-m", "benchmarks.pair_matching", "--worker", what, str(folder),
                                      "--queries", str(args.queries), "--plain", str(args.plain)], env)
                        for what in SIDES}
-            first, *rest = (np.array(each.about["check"]) for each in workers.values())
+            first, *rest = (np.array(side.about["check"]) for side in workers.values())
             difference = max(float(np.abs(check - first[:len(check)]).max()) for check in rest)
             if not difference < 1e-3:
                 sys.exit(f"logits differ by {difference:.2g}; nothing was timed")
             rounds = Rounds(workers, workers["jaxmm"], 0.15)
             rounds.measure(args.rounds, args.rounds if args.force else args.rounds + 1)
-            for each in workers.values():
-                each.close()
+            for side in workers.values():
+                side.close()
             one = {what: rounds.median(what) / (args.plain if what == "plain" else pairs) for what in SIDES}
             rows.append({
                 "arm": arm, "pair_s": {what: round(s, 5) for what, s in one.items()},
                 "whole_s": {what: round(s * 2 * WHOLE * CANDIDATES) for what, s in one.items()},
                 "ratio": {what: round(one[what] / one["jaxmm"], 2) for what in ("kept", "plain")},
                 "queries": args.queries, "pairs": pairs, "plain_pairs": args.plain, "difference": difference,
-                "rounds": len(rounds.kept()), "busy": busy, "machine": about})
+                "rounds": len(rounds.valid()), "busy": busy, "machine": about})
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    table = Table(title=f"{pairs} pairs of {args.queries} pictures ({args.plain} of the plain loop), "
+    table = Table(title=f"{pairs} pairs of {args.queries} images ({args.plain} of the plain loop), "
                         f"{about['processor']}, {about['cores']} cores")
-    for column in ("arm", "jaxmm ms a pair", "kept", "plain", "jaxmm to kept", "to plain", "all in hours: jaxmm",
+    for column in ("arm", "jaxmm ms per pair", "kept", "plain", "jaxmm to kept", "to plain", "all in hours: jaxmm",
                    "kept", "plain"):
         table.add_column(column)
     for row in rows:

@@ -1,15 +1,15 @@
-"""Captions of pictures: jaxmm against transformers' `generate`, BLIP base at 384 pixels, the same random weights.
+"""Caption generation: jaxmm against transformers' `generate`, BLIP base at 384 pixels, the same random weights.
 
-    python -m benchmarks.generate [--only NAME] [--rounds 3] [--json FILE] [--force]
+    python -m benchmarks.caption_generation [--only NAME] [--rounds 3] [--json FILE] [--force]
 
-A batch of 4 pictures, as bytes for jaxmm and as normalised pixels for transformers, becomes 20 new tokens behind the
-token that begins a text, greedily and with 3 beams; texts may not end before, so that both write all of them. The ids
-must be the same on both sides before anything is timed. `encode` is the picture encoder alone; what a call takes beyond
-it is `decode`. The arms are those of `benchmarks.train_step`; `tuned` is the one to quote.
+From a batch of 4 images, as bytes for jaxmm and as normalised pixels for transformers, generate exactly 20 new tokens
+after the start token, greedily and by beam search with 3 beams. The token ids must be the same on both sides before
+anything is timed. `encode` is the image encoder alone; the rest of a call is `decode`. The arms are those of
+`benchmarks.train_step`; quote `tuned`.
 
-`a token more` is the slope of a line through the times of 5, 10, 20 and 40 new tokens, with the largest distance from
-it. `recompiled` counts what JAX compiles while more batches of other pictures are captioned. `peak` is the most memory
-that a process held while captioning with 3 beams, after a first call; each side in a process of its own.
+`one more token` is the slope of a line through the times of 5, 10, 20 and 40 new tokens, with the largest distance from
+it. `recompiled` counts compilations while more batches of other images are captioned. `peak` is the peak memory of a
+process while captioning with 3 beams, after a first call; each side runs in a separate process.
 """
 
 import argparse
@@ -27,8 +27,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
 from benchmarks.loading import memory
+from benchmarks.measure import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
 
 SIDE, BATCH, TOKENS, LENGTHS = 384, 4, 20, (5, 10, 20, 40)
 BEAMS = {"greedy": 1, "beam3": 3}
@@ -36,14 +36,14 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def pictures(seed: int) -> np.ndarray:
-    """Bytes [b h w 3]: a few coarse blocks each, and noise."""
+    """Draw images [b h w 3] of coarse blocks and noise."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (BATCH, 4, 4, 3)).repeat(SIDE // 4, axis=1).repeat(SIDE // 4, axis=2)
     return np.clip(coarse + rng.integers(-20, 20, coarse.shape), 0, 255).astype(np.uint8)
 
 
 def ours(folder: Path):
-    """(a batch's tokens [b t] of mode, new tokens and seed; picture tokens of a seed; how much was compiled so far)."""
+    """Return (write(mode, tokens, seed) -> ids [b t], encode(seed) -> image tokens, count of compilations so far)."""
     import jax
 
     from jaxmm.inference.captioning import make_caption_fn
@@ -71,7 +71,7 @@ def ours(folder: Path):
 
 
 def theirs(folder: Path):
-    """As `ours`."""
+    """Return the same as `ours`, for transformers."""
     import torch
     import transformers
     model = transformers.BlipForConditionalGeneration.from_pretrained(folder).eval()
@@ -97,7 +97,7 @@ SIDES = {"theirs": theirs, "ours": ours}
 
 
 def worker(side: str, folder: Path) -> None:
-    """Serves one side: a request such as `greedy 20` chooses what the next runs do, and does it once."""
+    """Serve one side: a request such as `greedy 20` selects what `run` does, and does it once."""
     write, see, compiled = SIDES[side](folder)
     chosen = None
 
@@ -109,31 +109,31 @@ def worker(side: str, folder: Path) -> None:
     def several(mode):
         write(mode, TOKENS, 0)
         before = compiled()
-        found = [write(mode, TOKENS, seed).tolist() for seed in range(1, 4)]
-        return {"compiled": compiled() - before, "tokens": found}
+        tokens = [write(mode, TOKENS, seed).tolist() for seed in range(1, 4)]
+        return {"compiled": compiled() - before, "tokens": tokens}
 
-    serve({}, {f"{mode} {count}": partial(choose, partial(write, mode, count), lambda found: {"tokens": found.tolist()})
+    serve({}, {f"{mode} {count}": partial(choose, partial(write, mode, count), lambda ids: {"tokens": ids.tolist()})
                for mode in BEAMS for count in LENGTHS}
           | {f"{mode} batches": partial(several, mode) for mode in BEAMS}
-          | {"encode": partial(choose, see, lambda found: {"norm": float(np.linalg.norm(found))}),
+          | {"encode": partial(choose, see, lambda tokens: {"norm": float(np.linalg.norm(tokens))}),
              "run": lambda: {"s": seconds(lambda: chosen(0))},
              "pace": product_pace()})
 
 
 def one(side: str, folder: Path) -> None:
-    """A process's whole life, for its memory in bytes."""
+    """Measure the memory of this process in bytes and print it as JSON."""
     write, _, _ = SIDES[side](folder)
     loaded = memory("VmRSS")
     write("beam3", TOKENS, 0)
-    whole = memory("VmHWM")
-    with contextlib.suppress(OSError):  # from here on the peak counts anew
+    with_loading = memory("VmHWM")
+    with contextlib.suppress(OSError):  # reset the peak
         Path("/proc/self/clear_refs").write_text("5")
     write("beam3", TOKENS, 1)
-    print(json.dumps({"loaded": loaded, "whole": whole, "peak": memory("VmHWM")}))
+    print(json.dumps({"loaded": loaded, "whole": with_loading, "peak": memory("VmHWM")}))
 
 
 def prepare(folder: Path) -> int:
-    """Random weights in transformers' form, large enough that what is written depends on the picture; their bytes."""
+    """Write random weights in transformers' format, so large that captions depend on the image; return their bytes."""
     import jax
 
     from jaxmm.config import ImageConfig
@@ -150,33 +150,33 @@ def prepare(folder: Path) -> int:
 
 
 def agreed(workers: dict[str, Worker], request: str) -> None:
-    """Asks all for it; ends where they do not find the same tokens, or picture tokens of the same length."""
-    found = {name: each.ask(request) for name, each in workers.items()}
-    first, *rest = found.values()
+    """Send a request to all workers; exit if tokens, or the norms of image tokens, differ."""
+    answers = {name: worker.ask(request) for name, worker in workers.items()}
+    first, *rest = answers.values()
     if "norm" in first:
-        same = all(abs(each["norm"] / first["norm"] - 1) < 1e-4 for each in rest)
+        same = all(abs(answer["norm"] / first["norm"] - 1) < 1e-4 for answer in rest)
     else:
-        same = all(each == first for each in rest)
+        same = all(answer == first for answer in rest)
     if not same:
-        sys.exit(f"{request}: the sides differ; nothing was timed. {found}")
+        sys.exit(f"{request}: the sides differ; nothing was timed. {answers}")
 
 
 def medians(workers: dict[str, Worker], request: str, args) -> tuple[dict[str, float], int]:
-    """Seconds of `request` by worker, and how many rounds counted."""
+    """Return the median seconds of `request` by worker, and the number of valid rounds."""
     agreed(workers, request)
     rounds = Rounds(workers, workers[list(workers)[-1]], 0.15)
     rounds.measure(args.rounds, args.rounds if args.force else args.rounds + 2)
-    return {name: rounds.median(name) for name in workers}, len(rounds.kept())
+    return {name: rounds.median(name) for name in workers}, len(rounds.valid())
 
 
 def line(lengths: tuple[int, ...], times: list[float]) -> tuple[float, float]:
-    """Slope of the line through `times`, and the largest distance from it."""
+    """Fit a line through `times`; return its slope and the largest distance from it."""
     slope, start = np.polyfit(lengths, times, 1)
     return float(slope), float(np.abs(start + slope * np.array(lengths) - times).max())
 
 
 def main():
-    """Measures, prints, records."""
+    """Measure, print, record."""
     parser = options(__doc__)
     parser.add_argument("--only", default="", help="greedy or beam3")
     parser.add_argument("--json", metavar="FILE")
@@ -196,40 +196,41 @@ def main():
         size = prepare(folder)
         arms = tuned_arms(Path(temporary))
         peaks = {side: json.loads(subprocess.run(
-            [sys.executable, "-m", "benchmarks.generate", "--one", side, str(folder)], check=True, text=True,
+            [sys.executable, "-m", "benchmarks.caption_generation", "--one", side, str(folder)], check=True, text=True,
             stdout=subprocess.PIPE, env=os.environ | arms["as installed"]).stdout.splitlines()[-1]) for side in SIDES}
-        workers = {f"{side} {arm}": Worker([sys.executable, "-m", "benchmarks.generate", "--worker", side, str(folder)],
-                                           env) for arm, env in arms.items() for side in SIDES}
+        command = [sys.executable, "-m", "benchmarks.caption_generation", "--worker"]
+        workers = {f"{side} {arm}": Worker([*command, side, str(folder)], env)
+                   for arm, env in arms.items() for side in SIDES}
         last = {f"{side} {list(arms)[-1]}": workers[f"{side} {list(arms)[-1]}"] for side in SIDES}
         encode, _ = medians(workers, "encode", args)
         for mode in (mode for mode in BEAMS if args.only in mode):
             times, counted = medians(workers, f"{mode} {TOKENS}", args)
-            several = {name: each.ask(f"{mode} batches") for name, each in last.items()}
+            several = {name: side.ask(f"{mode} batches") for name, side in last.items()}
             mine, other = several.values()
             if mine["tokens"] != other["tokens"]:
-                sys.exit(f"{mode}: the sides write other tokens of other pictures")
-            recompiled = next(each["compiled"] for name, each in several.items() if name.startswith("ours"))
+                sys.exit(f"{mode}: the sides generate different tokens for other images")
+            recompiled = next(answer["compiled"] for name, answer in several.items() if name.startswith("ours"))
             longer = {count: medians(last, f"{mode} {count}", args)[0] if count != TOKENS else times
                       for count in LENGTHS}
-            lines = {side: line(LENGTHS, [each[f"{side} {list(arms)[-1]}"] for each in longer.values()])
+            lines = {side: line(LENGTHS, [medians[f"{side} {list(arms)[-1]}"] for medians in longer.values()])
                      for side in SIDES}
             for arm in arms:
                 row = {"name": f"BLIP base captions {mode}", "arm": arm, "batch": BATCH, "tokens": TOKENS}
                 for side in ("ours", "theirs"):
-                    whole, seen = times[f"{side} {arm}"], encode[f"{side} {arm}"]
-                    row |= {f"{side}_s": round(whole, 4), f"{side}_encode_s": round(seen, 4),
-                            f"{side}_decode_s": round(whole - seen, 4)}
+                    total, encoding = times[f"{side} {arm}"], encode[f"{side} {arm}"]
+                    row |= {f"{side}_s": round(total, 4), f"{side}_encode_s": round(encoding, 4),
+                            f"{side}_decode_s": round(total - encoding, 4)}
                 row["ratio"] = round(row["theirs_s"] / row["ours_s"], 3)
                 rows.append(row | {
                     "slope_s": {side: round(lines[side][0], 5) for side in SIDES},
                     "residual_s": {side: round(lines[side][1], 5) for side in SIDES}, "lengths": LENGTHS,
                     "recompiled": recompiled, "parameters": size, "peak": peaks, "rounds": counted, "busy": busy,
                     "machine": about})
-        for each in workers.values():
-            each.close()
+        for side in workers.values():
+            side.close()
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-    table = Table(title=f"{BATCH} pictures, {TOKENS} new tokens, {about['processor']}, {about['cores']} cores")
+    table = Table(title=f"{BATCH} images, {TOKENS} new tokens, {about['processor']}, {about['cores']} cores")
     for column in ("", "arm", "ours s", "theirs s", "ratio", "encode", "theirs", "decode", "theirs"):
         table.add_column(column)
     for row in rows:
@@ -238,7 +239,7 @@ def main():
     console = Console(width=120)
     console.print(table)
     for row in rows[::len(arms)]:
-        console.print(f"{row['name']}, {list(arms)[-1]}: a token more takes " + ", ".join(
+        console.print(f"{row['name']}, {list(arms)[-1]}: one more token takes " + ", ".join(
             f"{side} {row['slope_s'][side] * 1e3:.1f} ms (at most {row['residual_s'][side] * 1e3:.1f} ms off a line)"
             for side in ("ours", "theirs")) + f"; recompiled {row['recompiled']} times over 3 more batches")
     console.print("peak with 3 beams: " + ", ".join(

@@ -1,6 +1,6 @@
-"""The two sides of `benchmarks.train_step`, each in a process of its own: `python -m benchmarks.sides SIDE CASE ...`.
+"""The two sides of `benchmarks.train_step`, one process each: `python -m benchmarks.train_step_sides SIDE CASE ...`.
 
-Both make the same random pictures, texts and labels; the weights are transformers', drawn once and read by all.
+Both draw the same random images, texts and labels; the weights are transformers', drawn once and read by all.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import seconds, serve
+from benchmarks.measure import seconds, serve
 
 RATE, DECAY = 1e-4, 1e-2
 
@@ -23,14 +23,14 @@ class Case:
 
     name: str
     model: str
-    """`vit:SIZE/PATCH` or `clip:NAME`, as jaxmm calls them."""
+    """`vit:SIZE/PATCH` or `clip:NAME`, by jaxmm's names."""
     train: bool
     batch: int
     dtype: str
     remat: str
-    """What our backward pass computes again."""
+    """Our remat policy."""
     scan: bool = True
-    """Whether our layers are one compiled layer in a loop."""
+    """True if our layers are one compiled layer in a loop."""
 
     @property
     def sizes(self) -> dict:
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def flop(self) -> float:
-        """Of the products of matrices in one run: 2 for a multiplication and an addition, thrice that in training."""
+        """FLOPs of the matrix products in one run: 2 per multiplication and addition, three times that in training."""
         def tower(size, tokens):
             d, mlp = size["hidden_size"], size["intermediate_size"]
             return size["num_hidden_layers"] * tokens * (2 * (4 * d * d + 2 * d * mlp) + 4 * tokens * d)
@@ -66,7 +66,7 @@ class Case:
         return self.batch * total * (3 if self.train else 1)
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """Bytes of pictures, labels, and texts that end with CLIP's end token."""
+        """Draw images, labels, and texts that end with CLIP's end token."""
         rng = np.random.default_rng(0)
         tokens = rng.integers(1, 49_000, (self.batch, 77), np.int32)
         tokens[:, -1] = 49_407
@@ -75,7 +75,7 @@ class Case:
 
 
 def theirs(case: Case, weights: Path, gpu: bool):
-    """transformers' model and, in training, torch's AdamW: (first outputs, a run, a product of matrices)."""
+    """Return (run, product) of transformers' model with, in training, torch's AdamW."""
     import torch
     import transformers
 
@@ -131,7 +131,7 @@ def theirs(case: Case, weights: Path, gpu: bool):
 
 
 def ours(case: Case, weights: Path, gpu: bool):
-    """jaxmm's prediction and train step: as `theirs`."""
+    """Return (run, product) of jaxmm's prediction or train step."""
     import jax
     import jax.numpy as jnp
 
@@ -166,9 +166,9 @@ def ours(case: Case, weights: Path, gpu: bool):
                                      clip=None)
             optimizer = make_optimizer(config, params, 1000)
             state = jax.jit(lambda rng: init_state(task, optimizer, rng))(jax.random.key(0))
-            wanted, found = (jax.tree.map(jnp.shape, tree) for tree in (state.params, params))
-            if wanted != found:
-                raise ValueError(f"transformers' weights make {found}; jaxmm has {wanted}")
+            expected, given = (jax.tree.map(jnp.shape, tree) for tree in (state.params, params))
+            if expected != given:
+                raise ValueError(f"transformers' weights have shapes {given}; expected {expected}")
             state = state.replace(params=params)
             step = compile_step(task, optimizer, mesh, state).lower(state, batch, jax.random.key(0)).compile()
         else:
@@ -194,7 +194,7 @@ def ours(case: Case, weights: Path, gpu: bool):
 
 
 def from_transformers(weights: dict[str, np.ndarray], kind: str, sizes: dict) -> dict:
-    """jaxmm's parameters from a state dict of `ViTForImageClassification` or `CLIPModel`."""
+    """Convert a state dict to jaxmm's parameters, from `ViTForImageClassification` or `CLIPModel`."""
     def dense(key):
         return {"kernel": weights[f"{key}.weight"].T} | (
             {"bias": weights[f"{key}.bias"]} if f"{key}.bias" in weights else {})
@@ -259,7 +259,7 @@ def from_transformers(weights: dict[str, np.ndarray], kind: str, sizes: dict) ->
 
 
 def main():
-    """One side of one case; see `common.serve`."""
+    """Serve one side of one case (see `measure.serve`)."""
     parser = argparse.ArgumentParser()
     parser.add_argument("side", choices=["ours", "theirs"])
     parser.add_argument("case", help="a Case as JSON")
@@ -283,8 +283,8 @@ def main():
 
 
 def command(side: str, case: Case, weights: Path, gpu: bool) -> list[str]:
-    """How to start `main` for this."""
-    return [sys.executable, "-m", "benchmarks.sides", side, json.dumps(asdict(case)), str(weights),
+    """Return the command that serves one side of a case."""
+    return [sys.executable, "-m", "benchmarks.train_step_sides", side, json.dumps(asdict(case)), str(weights),
             *(["--gpu"] if gpu else [])]
 
 

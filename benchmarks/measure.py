@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, worker processes that take turns, and whether anybody else is computing."""
+"""Shared by the benchmarks: worker processes that take turns, timing, and a description of the machine."""
 
 import argparse
 import json
@@ -16,16 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-# glibc gives XLA's work space back to the system after every step and maps it afresh, page fault by page fault,
-# before the next. With these it stays with the process, whoever's library asked for it.
+# glibc returns XLA's work space to the system after every step and maps it again before the next, page fault by page
+# fault. With these settings the memory stays with the process.
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 
 
 def vendor_shim(folder: Path) -> Path | None:
-    """A library that answers MKL's question for the processor's vendor with yes.
+    """Compile a library that makes MKL treat every processor like Intel's; None if there is no C compiler.
 
-    MKL leaves AVX-512 unused on other vendors' processors; preloaded, this makes torch as fast there as MKL can be
-    (pytorch/builder#504). None where there is no C compiler.
+    MKL does not use AVX-512 on other vendors' processors; with this library preloaded, torch reaches MKL's full speed
+    there (pytorch/builder#504).
     """
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -37,7 +37,7 @@ def vendor_shim(folder: Path) -> Path | None:
 
 
 def tuned_arms(folder: Path) -> dict[str, dict[str, str]]:
-    """Environments of workers on CPU: as installed, and as fast as can be (files for that go to `folder`)."""
+    """Return the environments of CPU workers: as installed, and tuned (its files go to `folder`)."""
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "JAX_PLATFORMS": "cpu"}
     shim = vendor_shim(folder)
     tuned = {} if shim is None else {"tuned": threads | KEEP_MEMORY | {"LD_PRELOAD": str(shim)}}
@@ -45,18 +45,15 @@ def tuned_arms(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def options(about: str | None, rounds: int = 3) -> argparse.ArgumentParser:
-    """A benchmark's command line, with what all of them have."""
+    """Return a command-line parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="rounds that must count")
-    parser.add_argument("--force", action="store_true", help="record on a busy machine too; the record says so")
+    parser.add_argument("--rounds", type=int, default=rounds, help="number of valid rounds")
+    parser.add_argument("--force", action="store_true", help="record on a busy machine too (the record says so)")
     return parser
 
 
 class Worker:
-    """A process that does one thing each time it is told to.
-
-    It speaks JSON lines: first one that describes what it computes, then an answer to each request.
-    """
+    """A process that answers requests. It prints JSON lines: a description first, then one answer per request."""
 
     def __init__(self, command: Sequence[str], env: dict[str, str] | None = None):
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
@@ -72,35 +69,34 @@ class Worker:
         sys.exit(f"a worker of the benchmark died:\n{self.log.read()[-4000:]}")
 
     def ask(self, request: str) -> dict:
-        """Sends one line, waits for one."""
+        """Send a request and wait for the answer."""
         self.process.stdin.write(request + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def close(self):
-        """Ends the process."""
+        """End the process."""
         self.process.stdin.close()
         self.process.wait()
         self.log.close()
 
 
 def serve(about: dict, answers: dict):
-    """A worker's side: prints `about`, then answers every line of standard input with `answers[line]()`."""
+    """Run a worker: print `about`, then answer every line of standard input with `answers[line]()`."""
     print(json.dumps(about), flush=True)
     for line in sys.stdin:
         print(json.dumps(answers[line.strip()]()), flush=True)
 
 
 def seconds(function) -> float:
-    """Wall-clock time of one call."""
+    """Return the wall-clock time of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def is_busy(force: bool) -> bool:
-    """Whether half a core or more was busy, on average over the last minute, for every two there are; ends then,
-    unless forced."""
+    """Return True if the load average is above a quarter of the cores; exit in that case, unless forced."""
     busy = os.getloadavg()[0] > 0.25 * len(os.sched_getaffinity(0))
     if busy and not force:
         sys.exit(f"the load average is {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores: wait until "
@@ -109,27 +105,27 @@ def is_busy(force: bool) -> bool:
 
 
 def product_pace() -> Callable[[], dict]:
-    """What a worker answers to `pace`, where products of matrices are what it does."""
+    """Return a function that times a matrix product, for the `pace` request."""
     a = np.random.default_rng(0).standard_normal((2048, 2048), np.float32)
     return lambda: {"s": min(seconds(lambda: a @ a) for _ in range(20))}
 
 
 class Rounds:
-    """Times of several workers in turn, kept only from rounds during which the machine was as fast as ever.
+    """Times of workers that take turns; a round is valid if the machine was at its best speed before and after it.
 
-    `pace` is a worker whose `pace` request is a fixed piece of work: it runs before and after each round.
+    `pace` is the worker whose `pace` request, a fixed piece of work, runs before and after each round.
     """
 
     def __init__(self, workers: dict[str, Worker], pace: Worker, tolerance: float):
         self.workers, self.pace, self.tolerance = workers, pace, tolerance
         self.rounds: list[tuple[float, dict[str, float]]] = []
 
-    def measure(self, wanted: int, most: int):
-        """Up to `most` rounds, until `wanted` of them count."""
+    def measure(self, wanted: int, max_rounds: int):
+        """Measure up to `max_rounds` rounds, until `wanted` of them are valid."""
         for worker in self.workers.values():
             worker.ask("run")
         before = self.pace.ask("pace")["s"]
-        while len(self.rounds) < most and len(self.kept()) < wanted:
+        while len(self.rounds) < max_rounds and len(self.valid()) < wanted:
             times = {}
             for name, worker in self.workers.items():
                 time.sleep(0.2)  # until the last one's threads have stopped spinning
@@ -138,20 +134,20 @@ class Rounds:
             self.rounds.append((max(before, after), times))
             before = after
 
-    def kept(self) -> list[dict[str, float]]:
-        """The rounds at whose ends the machine was within `tolerance` of its best."""
+    def valid(self) -> list[dict[str, float]]:
+        """Return the rounds during which the machine was within `tolerance` of its best speed."""
         if not self.rounds:
             return []
         best = min(pace for pace, _ in self.rounds)
         return [times for pace, times in self.rounds if pace <= best * (1 + self.tolerance)]
 
     def median(self, name: str) -> float:
-        """Of the rounds that count."""
-        return statistics.median(times[name] for times in self.kept())
+        """Return the median time of a worker over the valid rounds."""
+        return statistics.median(times[name] for times in self.valid())
 
 
 def machine() -> dict:
-    """What a figure is worth nothing without."""
+    """Describe the machine and the versions of libraries."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
