@@ -50,7 +50,8 @@ def get_config() -> CapFiltConfig:
                              log_every=50),
         captioner=TrainConfig(task=writing, steps=1000, data=data, optimizer=muon(1e-3, 0.05, ()), evals=(greedy,),
                               log_every=50),
-        filter=TrainConfig(task=matching, steps=300, data=data, optimizer=muon(5e-4, 1 / 6), evals=retrieval, log_every=50),
+        filter=TrainConfig(task=matching, steps=300, data=data, optimizer=muon(5e-4, 1 / 6), evals=retrieval,
+                           log_every=50),
         decoding=Decoding(sample=True, top_p=0.9, max_length=LONGEST))
 
 
