@@ -21,7 +21,7 @@ from sklearn.linear_model import RidgeCV
 from jaxmm.data.images import decode
 from jaxmm.data.pipeline import image_id, text_id
 from jaxmm.data.sources.registry import open_source
-from jaxmm.evals.retrieval import best_rank, right_answers
+from jaxmm.evals.image_text_pairs import best_ranks, match_table
 
 KS = (1, 5, 10)
 
@@ -41,9 +41,9 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def recalls(image: np.ndarray, text: np.ndarray, picture: np.ndarray, words: np.ndarray) -> dict[str, float]:
-    right = right_answers(picture, words, np.arange(len(words)))
-    ranks = {"i2t": best_rank(image, text, picture, words, right),
-             "t2i": best_rank(text, image, words, picture, right.T.tocsr())}
+    is_match = match_table(picture, words, np.arange(len(words)))
+    ranks = {"i2t": best_ranks(lambda rows: image[rows] @ text.T, picture, words, is_match),
+             "t2i": best_ranks(lambda rows: text[rows] @ image.T, words, picture, is_match.T.tocsr())}
     return {f"{way}@{k}": float(np.mean(ranks[way] < k)) for way in ranks for k in KS}
 
 

@@ -9,10 +9,10 @@ import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -239,32 +239,61 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """A frozen dataclass that measures a model (see `jaxmm.evals`). Base of the types a recipe can hold."""
+    """Base of the evaluators: frozen dataclasses that measure a model on a source.
+
+    A subclass sets `metric_names` (or overrides `names`) and overrides `measure`, and `validate` if it cannot run on
+    every source. `context` is a `jaxmm.evals.context.EvalContext`.
+    """
 
     weights: Literal["params", "average"] = "params"
-    """Which weights are measured; average: the moving average that `optimizer.average` asks for."""
+    """Weights that are measured; average: the moving average that `optimizer.average` asks for."""
     source: str | None = None
-    """What is measured on; None: `data.val`."""
+    """Source that is measured on; None: `data.val`."""
     batch_size: int = 256
-    """Pictures or texts at a time, over all devices; rounded up to a multiple of the devices."""
+    """Images or texts per batch, over all devices; rounded up to a multiple of the devices."""
     prefix: str = "val"
     """First part of the metrics' names."""
-
-    def metrics(self, context: Any) -> tuple[str, ...]:
-        """The names that `run` yields in `context` (see `jaxmm.evals.context.EvalContext`)."""
-        raise NotImplementedError
-
-    def check(self, context: Any) -> Any:
-        """Raise `ConfigError` if this cannot run in `context`."""
-
-    def run(self, context: Any) -> Iterator[tuple[str, float]]:
-        """Yield the names and values of the metrics; add examples for the report to `context.examples`."""
-        raise NotImplementedError
+    metric_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the metrics, without the prefix, if they do not depend on the source."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Capabilities that the task must have, in the words of `jaxmm.task.capabilities`; "A or B" asks for one of two."""
+    reads_text: ClassVar[bool] = False
+    """True if a tokenizer is needed."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self, "evals")
         require(self.batch_size > 0, "evals.batch_size", self.batch_size, "a positive number")
+
+    def names(self, source: Any) -> tuple[str, ...]:
+        """Return the names of the metrics on `source`, without the prefix."""
+        return self.metric_names
+
+    def measure(self, context: Any, source: Any) -> Iterable[float]:
+        """Return the values of the metrics on `source`, in the order of `names`.
+
+        Examples for the report are added to `context.examples`.
+        """
+        raise NotImplementedError
+
+    def validate(self, context: Any, source: Any) -> None:
+        """Raise `ConfigError` if `source` or the run lacks what this evaluator needs besides `needs`."""
+
+    def check(self, context: Any) -> Any:
+        """Return the source that is measured on. Raise `ConfigError` if this evaluator cannot run in `context`."""
+        source = context.check(self)
+        self.validate(context, source)
+        return source
+
+    def metrics(self, context: Any) -> tuple[str, ...]:
+        """Return the names of the metrics that `run` yields."""
+        return tuple(f"{self.prefix}/{name}" for name in self.names(context.source_of(self)))
+
+    def run(self, context: Any) -> Iterator[tuple[str, float]]:
+        """Yield the names and values of the metrics."""
+        source = self.check(context)
+        for name, value in zip(self.names(source), self.measure(context, source), strict=True):
+            yield f"{self.prefix}/{name}", float(value)
 
 
 @dataclass(frozen=True, kw_only=True)

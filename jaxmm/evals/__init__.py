@@ -1,4 +1,4 @@
-"""Evaluators: one metric a file, each a frozen dataclass whose `run` yields `(name, value)`."""
+"""Evaluators, one per file: frozen dataclasses derived from `jaxmm.config.Evaluator`."""
 
 from jaxmm.evals.accuracy import TopKAccuracy
 from jaxmm.evals.captions import Captions

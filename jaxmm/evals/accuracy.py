@@ -1,87 +1,84 @@
 """Top-1 and top-5 accuracy and cross-entropy of a classifier."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source
-from jaxmm.evals.context import (
-    EvalContext,
-    PredictionExample,
-    accuracy,
-    check,
-    check_labels,
-    chosen_weights,
-    picture_batches,
-    spread,
-    thumbnail,
-)
-from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
+from jaxmm.evals.context import Arrays, EvalContext, PredictionExample, check_labels, evenly_spaced, thumbnail
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKAccuracy(Evaluator):
-    """Yields `top1`, `loss` (mean cross-entropy, nats) and, with more than five classes, `top5`."""
+    """Measures `top1`, `loss` (mean cross-entropy, nats) and, with more than five classes, `top5`."""
 
     examples: int = 12
-    """Pictures added to the report."""
+    """Images added to the report."""
+    needs: ClassVar = ("classifies images or judges a text about several images",)
 
-    def check(self, context: EvalContext) -> Source:
-        """The source measured on; raises `ConfigError` where this cannot run."""
-        source = check(self, context, "logits")
+    def validate(self, context: EvalContext, source: Source) -> None:
+        """Raise `ConfigError` if the source has no labels, or others than `data.train`."""
         check_labels(self, source)
         known = context.train.classes if context.train is not None else None
         require(known in (None, source.classes), "Classification.source", source.name,
                 f"a source with the classes of data.train: {known}")
-        return source
 
-    def metrics(self, context: EvalContext) -> tuple[str, ...]:
-        """The names that `run` yields."""
-        return tuple(f"{self.prefix}/{name}" for name in score_names(len(self.check(context).classes)))
+    def names(self, source: Source) -> tuple[str, ...]:
+        """Return the names of the metrics."""
+        return (*(f"top{k}" for k in ranks(source)), "loss")
 
-    def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
-        """Yields metric names and values."""
-        source, params = self.check(context), chosen_weights(self, context)
+    def measure(self, context: EvalContext, source: Source) -> tuple[float, ...]:
+        """Return the accuracies and the loss."""
         tokenizer = context.tokenizer if "text" in context.task.reads else None
-        batches = picture_batches(source, context, padded_batch_size(self.batch_size, context.mesh), tokenizer)
-        fn = predict_fn(context.task, ("logits",), context.mesh)
-        logits = ((result["logits"], batch) for result, batch in outputs(fn, params, batches, context.mesh))
-        for name, value in score(logits, source, source.classes, context, self.examples):
-            yield f"{self.prefix}/{name}", value
+        results = context.predictions(self, ("logits",), context.batches(self, source, tokenizer))
+        logits = ((result["logits"], batch) for result, batch in results)
+        return score(logits, source, source.classes, context, self.examples)
 
 
-def score_names(classes: int) -> tuple[str, ...]:
-    """What `score` yields for this many classes."""
-    return ("top1", "top5", "loss") if classes > 5 else ("top1", "loss")
+def ranks(source: Source) -> tuple[int, ...]:
+    """Return the ranks k of the top-k accuracies that make sense for the classes of `source`."""
+    return (1, 5) if len(source.classes) > 5 else (1,)
 
 
-def score(logits: Iterable[tuple[np.ndarray, dict]], source: Source, classes: tuple[str, ...],
-          context: EvalContext, examples: int) -> Iterator[tuple[str, float]]:
-    """`top1`, `top5` and `loss` over pairs of logits [b, classes] and their batch."""
-    shown = set(spread(len(source), examples).tolist()) if examples else set()
-    count, loss, right = 0, 0.0, {1: 0.0, 5: 0.0}
-    width = 0
+def score(logits: Iterable[tuple[np.ndarray, Arrays]], source: Source, classes: tuple[str, ...],
+          context: EvalContext, examples: int) -> tuple[float, ...]:
+    """Return the top-k accuracy for each of `ranks`, then the mean cross-entropy.
+
+    `logits` are pairs of logits [b, classes] and their batch. Examples for the report are added to `context`.
+    """
+    shown = set(evenly_spaced(len(source), examples).tolist()) if examples else set()
+    ks = ranks(source)
+    count, loss, correct = 0, 0.0, dict.fromkeys(ks, 0.0)
     for values, batch in logits:
         labels, width, n = batch["label"], values.shape[1], len(values)
         if not n:
             continue
         require(labels.max() < width, "label", int(labels.max()),
-                f"0 to {width - 1}: the model tells {width} classes apart ({source.name})")
+                f"0 to {width - 1}: the model has {width} classes ({source.name})")
         values = values.astype(np.float64)
         log_p = _log_softmax(values)
         loss -= np.take_along_axis(log_p, labels[:, None], axis=1).sum()
-        for k, share in accuracy(values, labels, (1, 5)).items():
-            right[k] += share * n
+        for k, share in accuracy(values, labels, ks).items():
+            correct[k] += share * n
         count += n
         for row, index in enumerate(batch["index"].tolist()):
             if index in shown:
                 context.examples.append(_example(source, index, log_p[row], int(labels[row]), classes))
-    yield "top1", right[1] / count
-    if width > 5:
-        yield "top5", right[5] / count
-    yield "loss", float(loss / count)
+    return (*(correct[k] / count for k in ks), loss / count)
+
+
+def accuracy(scores: np.ndarray, labels: np.ndarray, ks: tuple[int, ...]) -> dict[int, float]:
+    """Return for each k the share of rows of `scores` [n, classes] whose label is among the k highest.
+
+    A tie counts against the label, and so does a label whose score is not finite.
+    """
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
+    above = (~(scores < own)).sum(axis=1) - 1
+    above = np.where(np.isfinite(own[:, 0]), above, scores.shape[1])
+    return {k: float(np.mean(above < k)) for k in ks}
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:

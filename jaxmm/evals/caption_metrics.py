@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L, CIDEr, METEOR and SPICE of captions, by the tools that COCO published (`pycocoevalcap`)."""
+"""BLEU, ROUGE-L, CIDEr, METEOR and SPICE of captions, by COCO's published tools (`pycocoevalcap`)."""
 
 import logging
 import re
@@ -13,14 +13,14 @@ from jaxmm.evals.ptb import ptb_tokens
 log = logging.getLogger(__name__)
 
 METRICS = ("bleu@1", "bleu@2", "bleu@3", "bleu@4", "rouge_l", "cider")
-"""What is measured everywhere; `meteor` and `spice` need Java."""
+"""Metrics that need no Java; `meteor` and `spice` do."""
 NEWEST_JAVA = 15
-"""SPICE reaches into Java's own classes, which later ones forbid."""
+"""Newest Java version that can run SPICE: later ones forbid access to their internal classes."""
 
 
 @lru_cache(maxsize=1)
 def caption_metric_names() -> tuple[str, ...]:
-    """The metrics that can be measured here. Warns once, a line each, of `meteor` and `spice` where they cannot."""
+    """Return the metrics that can be measured here. Warn once about each of `meteor` and `spice` that cannot."""
     reasons = {"meteor": None, "spice": None}
     version = java_version()
     if version is None:
@@ -36,13 +36,13 @@ def caption_metric_names() -> tuple[str, ...]:
 
 
 def java_version() -> int | None:
-    """The major version of the `java` on the path; None: there is none that runs."""
+    """Return the major version of the `java` on the path; None if there is none that runs."""
     try:
-        told = subprocess.run(["java", "-version"], capture_output=True, text=True, check=True, timeout=60).stderr
+        banner = subprocess.run(["java", "-version"], capture_output=True, text=True, check=True, timeout=60).stderr
     except (OSError, subprocess.SubprocessError):
         return None
-    found = re.search(r'version "(?:1\.)?(\d+)', told)
-    return int(found[1]) if found else None
+    version = re.search(r'version "(?:1\.)?(\d+)', banner)
+    return int(version[1]) if version else None
 
 
 def _spice_parser() -> bool:
@@ -52,10 +52,10 @@ def _spice_parser() -> bool:
 
 
 def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`caption_metric_names` of one caption a picture and of all captions that the pictures have.
+    """Return the metrics named by `caption_metric_names`, of one caption per image and all of its references.
 
-    A reference without words does not count, nor does a picture without references; NaN where no picture counts. CIDEr
-    is at most 10 and weighs words by how rare they are among these pictures: of a single picture it is 0.
+    References without words and images without references do not count; values are NaN if no image counts. CIDEr is at
+    most 10 and weighs words by how rare they are among these images: for a single image it is 0.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider

@@ -1,50 +1,49 @@
 """Linear probe: logistic regression by L-BFGS on frozen features (CLIP, arXiv:2103.00020, appendix A.3)."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source
-from jaxmm.evals.context import EvalContext, check_features, frozen_features
+from jaxmm.evals.context import EvalContext
+from jaxmm.evals.frozen_features import check_train, train_and_test
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe(Evaluator):
-    """Yields `probe_top1`; NaN where the features are not finite."""
+    """Measures `probe_top1`; NaN if the features are not finite."""
 
     train: str | None = None
-    """What the probe is fitted on; None: `data.train`."""
+    """Source that the probe is fitted on; None: `data.train`."""
     c: tuple[float, ...] = (0.316,)
-    """Inverse strength of the L2 penalty; of several, the best on a fifth of the training features."""
+    """Inverse strength of the L2 penalty; of several, the best on a fifth of the training data."""
     max_iter: int = 1000
-    """L-BFGS iterations at most."""
+    """Most L-BFGS iterations."""
+    metric_names: ClassVar = ("probe_top1",)
+    needs: ClassVar = ("embeds images",)
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         super().__post_init__()
         require(len(self.c) > 0 and min(self.c) > 0, "evals.c", self.c, "one positive number or more")
         require(self.max_iter > 0, "evals.max_iter", self.max_iter, "a positive number")
 
-    def check(self, context: EvalContext) -> tuple[Source, Source]:
-        """The sources fitted and measured on; raises `ConfigError` where this cannot run."""
-        return check_features(self, self.train, context)
+    def validate(self, context: EvalContext, source: Source) -> None:
+        """Raise `ConfigError` if the two sources do not have the same labels."""
+        check_train(self, self.train, context, source)
 
-    def metrics(self, context: EvalContext) -> tuple[str, ...]:
-        """The names that `run` yields."""
-        return (f"{self.prefix}/probe_top1",)
-
-    def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
-        """Yields metric names and values."""
-        train, held_out = (frozen_features(self, source, context) for source in self.check(context))
-        yield f"{self.prefix}/probe_top1", probe(*train, *held_out, c=self.c, max_iter=self.max_iter)
+    def measure(self, context: EvalContext, source: Source) -> tuple[float, ...]:
+        """Return the accuracy."""
+        train, test = train_and_test(self, self.train, context, source)
+        return (probe(*train, *test, c=self.c, max_iter=self.max_iter),)
 
 
 def probe(train_x: np.ndarray, train_y: np.ndarray, x: np.ndarray, y: np.ndarray, *, c: tuple[float, ...],
           max_iter: int) -> float:
-    """Accuracy on features `x` [n, d] with labels `y` [n] of a regression fitted on `train_x`, `train_y`."""
-    from sklearn.linear_model import LogisticRegression  # a second of import that the other evaluations do without
+    """Return the accuracy on features `x` [n, d] with labels `y` [n] of a regression fitted on the training data."""
+    from sklearn.linear_model import LogisticRegression  # takes a second, which only this evaluator needs
     from sklearn.model_selection import train_test_split
 
     if not (np.isfinite(train_x).all() and np.isfinite(x).all()):

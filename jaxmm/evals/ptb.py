@@ -1,4 +1,4 @@
-"""Words of captions as the published caption metrics count them, without Java.
+"""Split captions into words as the published caption metrics do, without Java.
 
 The metrics of COCO cut captions by Stanford's PTBTokenizer 3.4.1 (`-preserveLines -lowerCase`) and drop punctuation.
 This gives the same tokens for plain English captions. Markup beyond a single tag, telephone numbers and smileys out of
@@ -56,7 +56,7 @@ _TOKEN = regex.compile(rf"""
 
 
 def ptb_tokens(caption: str) -> list[str]:
-    """The caption's words in lower case, without punctuation; none where it has no words."""
+    """Return the caption's words in lower case, without punctuation."""
     tokens = (token.lower() for token in _TOKEN.findall(caption.translate(_CHARACTERS)))
     return [token.translate(_BRACKETS) for token in tokens
             if token not in DROPPED and not regex.fullmatch(r"\.+|-{1,4}|''", token)]

@@ -1,114 +1,128 @@
-"""Retrieval recall where a model that matches has looked at the best of what the embeddings found."""
+"""Retrieval recall after a matching head has ordered the nearest candidates by cosine (ITM re-ranking)."""
 
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar, Literal
+from typing import BinaryIO, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxmm.config import require
-from jaxmm.evals.context import EvalContext, chosen_weights
-from jaxmm.evals.retrieval import PairEvaluator, Pairs, best_rank_of, chunks, embed_pairs
-from jaxmm.inference.batching import outputs
+from jaxmm.config import Evaluator, require
+from jaxmm.data.base import Source
+from jaxmm.evals.context import Arrays, EvalContext
+from jaxmm.evals.image_text_pairs import Pairs, check_pairs, check_ranks, chunks, embed_pairs, recall_names, recalls
 from jaxmm.inference.matching import make_image_encoder, match_pairs
 
 TIE = np.float32(1e-5)
-"""Scores closer than this are equal: what sums in float32, in another order, leave of logits."""
+"""Scores closer than this are equal: float32 logits differ by as much if they are summed in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reranking(PairEvaluator):
-    """Yields `i2t_itm_recall@k` and `t2i_itm_recall@k`: the matching head orders what is nearest by cosine.
+class Reranking(Evaluator):
+    """Measures `i2t_itm_recall@k` and `t2i_itm_recall@k`: the matching head orders the nearest by cosine.
 
-    What is not among the candidates comes behind all that are (Li et al. 2021, ALBEF, section 3.4, and BLIP's code).
+    Items that are not candidates rank behind all candidates (Li et al. 2021, ALBEF, section 3.4, and BLIP's code).
     """
 
+    pool: int | None = None
+    """N-way protocol: the images are cut in order into pools of this many, recalls are averaged over the pools, a
+    remainder is left out; None: all against all."""
+    captions: Literal["first", "all"] = "all"
+    """Texts of each image that take part."""
+    ks: tuple[int, ...] = (1, 5, 10)
+    """Ranks at which the recall is taken."""
     candidates: int = 16
-    """Nearest by cosine of each query that the head looks at. BLIP: 256 on COCO, 128 on Flickr30K."""
+    """Nearest items by cosine of each query that the head scores. BLIP: 256 on COCO, 128 on Flickr30K."""
     score: Literal["itm+itc", "itm"] = "itm+itc"
-    """What orders them: the logit of "belong together", with the cosine added as BLIP does, or alone."""
-    kind: ClassVar = "itm_"
-    asks: ClassVar = ("image", "text", "match")
+    """Order of the candidates: the logit of "belong together", with the cosine added as BLIP does, or alone."""
+    needs: ClassVar = ("embeds images", "embeds texts", "matches images and texts")
+    reads_text: ClassVar = True
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         super().__post_init__()
+        check_ranks(self.pool, self.ks)
         require(self.candidates >= max(self.ks), "evals.candidates", self.candidates,
                 f"at least the largest of evals.ks = {self.ks}")
 
-    def run(self, context: EvalContext) -> Iterator[tuple[str, float]]:
-        """Yields metric names and values."""
-        source, task, mesh = self.check(context), context.task, context.mesh
-        with tempfile.TemporaryFile() as file:
-            kept = Kept(file)
-            pairs = embed_pairs(self, source, context, lambda params, batches: kept.taken(
-                outputs(make_image_encoder(task, mesh), params, batches, mesh)))
-            seen = kept.array()
-            yield from self.recalls(self._ranks(pool, seen[i * len(pool.image):], context)
-                                    for i, pool in enumerate(self.pools(pairs)))
+    def validate(self, context: EvalContext, source: Source) -> None:
+        """Raise `ConfigError` if the source has no texts, or fewer images than a pool."""
+        check_pairs(self, source, self.pool)
 
-    def _ranks(self, pool: Pairs, seen: Float[np.ndarray, "n s c"], context: EvalContext
+    def names(self, source: Source) -> tuple[str, ...]:
+        """Return the names of the metrics."""
+        return recall_names(self.ks, "itm_")
+
+    def measure(self, context: EvalContext, source: Source) -> list[float]:
+        """Return the recalls."""
+        encoder = make_image_encoder(context.task, context.mesh)
+        with tempfile.TemporaryFile() as file:
+            spilled = SpilledTokens(file)
+            pairs = embed_pairs(self, context, source, self.captions,
+                                lambda batches: spilled.take(context.outputs(self, encoder, batches)))
+            tokens = spilled.array()
+            return recalls((self._ranks(pool, tokens[i * len(pool.image):], context)
+                            for i, pool in enumerate(pairs.pools(self.pool))), self.ks)
+
+    def _ranks(self, pool: Pairs, image_tokens: Float[np.ndarray, "n s c"], context: EvalContext
                ) -> tuple[Int[np.ndarray, "q"], Int[np.ndarray, "r"]]:
-        """The ranks of the pictures' texts and of the texts' pictures. A pair that both ask for is matched once."""
-        texts, i2t_cosine = nearest(pool.image, pool.text, self.candidates)
-        pictures, t2i_cosine = nearest(pool.text, pool.image, self.candidates)
+        """Return the ranks of images' texts and of texts' images. A pair in both lists of candidates is matched once.
+        """
+        texts, i2t_cosine = top_k(pool.image, pool.text, self.candidates)
+        images, t2i_cosine = top_k(pool.text, pool.image, self.candidates)
         n, m = len(pool.image), len(pool.text)
         number = np.concatenate([(np.arange(n)[:, None] * m + texts).ravel(),
-                                 (pictures * m + np.arange(m)[:, None]).ravel()])
+                                 (images * m + np.arange(m)[:, None]).ravel()])
         pairs, place = np.unique(number, return_inverse=True)
-        logits = match_pairs(context.task, chosen_weights(self, context), seen, pool.tokens, *np.divmod(pairs, m),
+        logits = match_pairs(context.task, context.weights_of(self), image_tokens, pool.tokens, *np.divmod(pairs, m),
                              context.mesh)[:, 1][place]
-        i2t, t2i = logits[:texts.size].reshape(texts.shape), logits[texts.size:].reshape(pictures.shape)
+        i2t, t2i = logits[:texts.size].reshape(texts.shape), logits[texts.size:].reshape(images.shape)
         if self.score == "itm+itc":
             i2t, t2i = i2t + i2t_cosine, t2i + t2i_cosine
-        return (best_rank_of(lambda rows: scattered(texts[rows], i2t[rows], m), pool.picture, pool.words, pool.right,
-                             TIE),
-                best_rank_of(lambda rows: scattered(pictures[rows], t2i[rows], n), pool.words, pool.picture,
-                             pool.right.T.tocsr(), TIE))
+        return pool.ranks(lambda rows: scatter_scores(texts[rows], i2t[rows], m),
+                          lambda rows: scatter_scores(images[rows], t2i[rows], n), TIE)
 
 
-class Kept:
-    """Pictures' tokens in a file: they are many times what the pictures are, and the system gives them the memory that
-    nobody else needs."""
+class SpilledTokens:
+    """Image tokens spilled to a memory-mapped temporary file; they are much larger than the images."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.dtype, self.shape = file, np.dtype(np.float32), (0, 0, 0)
 
-    def taken(self, found: Iterator[tuple[dict[str, np.ndarray], Any]]) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
-        """What is `found`, without `seen` [b s c], which is written down."""
-        for result, batch in found:
-            seen = result.pop("image_tokens")
-            self.file.write(seen.tobytes())
-            self.dtype, self.shape = seen.dtype, (self.shape[0] + len(seen), *seen.shape[1:])
+    def take(self, outputs: Iterator[tuple[Arrays, Arrays]]) -> Iterator[tuple[Arrays, Arrays]]:
+        """Yield `outputs` without `image_tokens` [b s c], which are written to the file."""
+        for result, batch in outputs:
+            tokens = result.pop("image_tokens")
+            self.file.write(tokens.tobytes())
+            self.dtype, self.shape = tokens.dtype, (self.shape[0] + len(tokens), *tokens.shape[1:])
             yield result, batch
 
     def array(self) -> Float[np.ndarray, "n s c"]:
-        """All of it."""
+        """Return all tokens, memory-mapped."""
         self.file.flush()
         return np.memmap(self.file, self.dtype, "r", shape=self.shape)
 
 
-def nearest(queries: Float[np.ndarray, "q e"], items: Float[np.ndarray, "m e"], count: int
-            ) -> tuple[Int[np.ndarray, "q k"], Float[np.ndarray, "q k"]]:
-    """The numbers of the `count` items (or all) with the highest products with each query, unordered; and these."""
+def top_k(queries: Float[np.ndarray, "q e"], items: Float[np.ndarray, "m e"], count: int
+          ) -> tuple[Int[np.ndarray, "q k"], Float[np.ndarray, "q k"]]:
+    """Return the numbers of the `count` items (or all) with the highest products with each query, unordered, and the
+    products."""
     count = min(count, len(items))
-    found = np.zeros((len(queries), count), np.int64), np.zeros((len(queries), count), np.float32)
+    numbers, products = np.zeros((len(queries), count), np.int64), np.zeros((len(queries), count), np.float32)
     for rows in chunks(len(queries), len(items)):
         similarity = queries[rows] @ items.T
         if count < len(items):
-            found[0][rows] = np.argpartition(-similarity, count - 1, axis=1)[:, :count]     # NaN comes last
+            numbers[rows] = np.argpartition(-similarity, count - 1, axis=1)[:, :count]     # NaN comes last
         else:
-            found[0][rows] = np.arange(count)
-        found[1][rows] = np.take_along_axis(similarity, found[0][rows], axis=1)
-    return found
+            numbers[rows] = np.arange(count)
+        products[rows] = np.take_along_axis(similarity, numbers[rows], axis=1)
+    return numbers, products
 
 
-def scattered(place: Int[np.ndarray, "q k"], score: Float[np.ndarray, "q k"], items: int) -> Float[np.ndarray, "q m"]:
-    """The scores at their places among `items`, below all others where there is none."""
+def scatter_scores(place: Int[np.ndarray, "q k"], score: Float[np.ndarray, "q k"], items: int
+                   ) -> Float[np.ndarray, "q m"]:
+    """Return the scores at their places among `items`, -inf elsewhere."""
     full = np.full((len(place), items), -np.inf, np.float32)
     np.put_along_axis(full, place, score, axis=1)
     return full
-
-

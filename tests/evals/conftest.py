@@ -1,4 +1,4 @@
-"""A linear model, its data in memory, and meshes, small enough for numpy to repeat every number."""
+"""A linear model, its data in memory, and meshes, small enough for numpy to compute every number again."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +17,7 @@ SIDE, EMBED, LENGTH, VOCABULARY, CLASSES = 4, 5, 6, 50, 7
 
 @dataclass(frozen=True)
 class MemorySource:
-    """Records in memory; a picture that is `bytes` is a broken one."""
+    """Records in memory; an image that is `bytes` is a broken one."""
 
     images: tuple
     captions: tuple = ()
@@ -40,27 +40,27 @@ class MemorySource:
 
 @dataclass(frozen=True)
 class LinearTask(Task):
-    """Embeds pictures and bags of tokens by one matrix each."""
+    """Embeds images and bags of tokens by one matrix each."""
 
     normalised: bool = True
     traced: ClassVar[list] = []
 
-    def pixels(self, batch):
+    def _unit(self, x):
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True) if self.normalised else x
+
+    def _pixels(self, batch):
         self.traced.append(batch["image"].shape)
         return batch["image"].reshape(len(batch["image"]), -1) / 255.0
 
     @property
     def embedder(self):
-        def unit(x):
-            return x / jnp.linalg.norm(x, axis=-1, keepdims=True) if self.normalised else x
-
-        return Embedder(features=lambda params, batch: self.pixels(batch) @ params["image"],
-                        image=lambda params, batch: unit(self.pixels(batch) @ params["image"]),
-                        text=lambda params, batch: unit(params["text"][batch["tokens"]].sum(axis=1)))
+        return Embedder(features=lambda params, batch: self._pixels(batch) @ params["image"],
+                        image=lambda params, batch: self._unit(self._pixels(batch) @ params["image"]),
+                        text=lambda params, batch: self._unit(params["text"][batch["tokens"]].sum(axis=1)))
 
     @property
     def classifier(self):
-        return Classifier(logits=lambda params, batch: self.pixels(batch) @ params["head"])
+        return Classifier(logits=lambda params, batch: self._pixels(batch) @ params["head"])
 
 
 class Letters:
@@ -72,7 +72,7 @@ class Letters:
 
 
 def numpy_outputs(params, source, texts=()):
-    """What `LinearTask` predicts, by numpy: features of the readable pictures, logits, and texts' embeddings."""
+    """Return what `LinearTask` computes: features of the readable images, logits, and texts' embeddings."""
     x = np.stack([image for image in source.images if not isinstance(image, bytes)])
     x = x.reshape(len(x), -1) / np.float32(255)
     t = params["text"][Letters()(list(texts))].sum(axis=1) if len(texts) else None

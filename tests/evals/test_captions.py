@@ -74,5 +74,5 @@ def test_scenes_tell_what_is_largest():
 def test_who_does_not_write_is_refused():
     source = MemorySource(images=tuple(tiny.pictures(2)), captions=(("a",), ("b",)))
     for model in (tiny.clip(), tiny.matcher()):
-        with pytest.raises(ConfigError, match="Captions asks for a model that writes"):
+        with pytest.raises(ConfigError, match=r"Captions needs a task that writes captions; .*embeds texts"):
             Captions().check(context(source, model))

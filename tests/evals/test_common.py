@@ -1,14 +1,17 @@
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
+from jaxmm.config import ConfigError, Evaluator, from_dict, to_dict
 from jaxmm.evals import KNN, LinearProbe, Retrieval, TopKAccuracy, ZeroShot
-from jaxmm.evals.context import accuracy, embed, spread
+from jaxmm.evals.accuracy import accuracy
+from jaxmm.evals.context import concatenate, evenly_spaced
 from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
-from tests.evals.conftest import SIDE, LinearTask, MemorySource
+from jaxmm.task import Task
+from tests.evals.conftest import SIDE, LinearTask, MemorySource, numpy_outputs
 
 
 def ragged(pictures, size):
@@ -29,7 +32,7 @@ def test_ragged_batches_are_exact_and_compile_once(mesh, params, pictures):
     assert size % (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]) == 0
     for _ in range(2):                                         # a second evaluation finds the compiled function
         fn = predict_fn(LinearTask(), ("features",), mesh)
-        result, batch = embed(fn, params, ragged(images, size), mesh)
+        result, batch = concatenate(outputs(fn, params, ragged(images, size), mesh))
     assert task.traced == [(size, SIDE, SIDE, 3)]
     expected = np.stack(images).reshape(19, -1) / 255.0 @ params["image"]
     np.testing.assert_allclose(result["features"], expected, rtol=1e-5, atol=1e-5)
@@ -71,9 +74,9 @@ def test_ties_and_nan_count_against_the_label():
     assert accuracy(scores, labels, (1, 2, 3)) == {1: 1 / 5, 2: 3 / 5, 3: 3 / 5}
 
 
-def test_spread_covers_both_ends_without_repeats():
-    assert spread(100, 3).tolist() == [0, 49, 99]
-    assert spread(2, 12).tolist() == [0, 1]
+def test_evenly_spaced_numbers_cover_both_ends_without_repeats():
+    assert evenly_spaced(100, 3).tolist() == [0, 49, 99]
+    assert evenly_spaced(2, 12).tolist() == [0, 1]
 
 
 def test_weights_chooses_the_average(context, params, pictures):
@@ -101,11 +104,47 @@ def test_impossible_evaluations_are_refused_before_anything_runs(evaluator, fiel
         evaluator.check(context(source, **fields))
 
 
-def test_a_task_without_the_prediction_is_named(context, pictures):
+def test_a_task_without_the_capability_is_told_what_it_has(context, pictures):
     class Other(LinearTask):
         classifier: ClassVar = None
-    with pytest.raises(ConfigError, match="'logits'; Other predicts features"):
-        TopKAccuracy().check(context(MemorySource(pictures(3)), task=Other()))
+
+    class Nothing(Task):
+        pass
+
+    source = MemorySource(pictures(3))
+    with pytest.raises(ConfigError, match=r"^TopKAccuracy needs a task that classifies images or judges a text about "
+                                          r"several images; Other embeds images, embeds texts$"):
+        TopKAccuracy().check(context(source, task=Other()))
+    with pytest.raises(ConfigError, match=r"^Retrieval needs a task that embeds images, embeds texts; Nothing offers "
+                                          r"nothing$"):
+        Retrieval().check(context(source, task=Nothing()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanScore(Evaluator):
+    """Measures the mean largest logit: an evaluator outside jaxmm."""
+
+    metric_names: ClassVar = ("largest", "count")
+    needs: ClassVar = ("classifies images",)
+
+    def measure(self, context, source):
+        logits = context.predictions(self, ("logits",), context.batches(self, source))
+        largest = np.concatenate([result["logits"].max(axis=1) for result, _ in logits])
+        return largest.mean(), len(largest)
+
+
+def test_an_evaluator_of_a_users_module_is_one_method(context, params, pictures):
+    source = MemorySource(pictures(5))
+    run = context(source, average={name: -value for name, value in params.items()})
+    logits = numpy_outputs(params, source)[1]
+    for weights, want in (("params", logits.max(axis=1).mean()), ("average", (-logits).max(axis=1).mean())):
+        evaluator = MeanScore(weights=weights, batch_size=2, prefix="mine")
+        metrics = dict(evaluator.run(run))
+        assert tuple(metrics) == evaluator.metrics(run) == ("mine/largest", "mine/count")
+        assert metrics == {"mine/largest": pytest.approx(want, rel=1e-5), "mine/count": 5}
+    with pytest.raises(ConfigError, match="MeanScore needs a task that classifies images; Task offers nothing"):
+        MeanScore().check(context(source, task=Task()))
+    assert from_dict(to_dict(MeanScore(batch_size=3))) == MeanScore(batch_size=3)
 
 
 @pytest.mark.parametrize("make", [

@@ -11,7 +11,7 @@ from PIL import Image
 from jaxmm.config import ConfigError, DataConfig
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals import EvalContext, Reranking, Retrieval
-from jaxmm.evals import retrieval as module
+from jaxmm.evals import image_text_pairs as module
 from jaxmm.inference.matching import match_pairs, pair_batches
 from jaxmm.models.blip import BLIP
 from tests.evals.conftest import MemorySource
@@ -148,8 +148,9 @@ def test_no_pairs_no_logits():
 
 
 def test_what_cannot_run_is_refused():
-    for model, message in ((tiny.clip(), "Reranking asks the task for 'match'; ContrastiveLearning predicts"),
-                           (tiny.captioner(), "Reranking asks the task for 'text'; Captioning predicts")):
+    wanted = "Reranking needs a task that embeds images, embeds texts, matches images and texts; "
+    for model, message in ((tiny.clip(), wanted + "ContrastiveLearning embeds images, embeds texts"),
+                           (tiny.captioner(), wanted + "Captioning .*writes captions")):
         with pytest.raises(ConfigError, match=message):
             Reranking().check(context(source(3), model=model))
     with pytest.raises(ConfigError, match=r"evals\.candidates is 8; wanted at least the largest of evals\.ks"):

@@ -92,7 +92,8 @@ def test_what_cannot_be_measured(source, tmp_path):
     captions = MemorySource(images=tuple(tiny.pictures(2)), captions=(("a",), ("b",)))
     captioner = replace(seen, task=tiny.CAPTIONER, params=tiny.captioner().params)
     for evaluator, where, message in (
-            (VQAAccuracy(answers=None), captioner, "asks for a model that answers; Captioning does not"),
+            (VQAAccuracy(answers=None), captioner,
+             "VQAAccuracy needs a task that answers questions; Captioning .*writes captions"),
             (VQAAccuracy(answers=None), context(captions), "source is 'memory'; wanted questions with answers"),
             (VQAAccuracy(), seen, "answers is 'train'; wanted a run that trains on questions"),
             (VQAAccuracy(answers=str(tmp_path / "none.txt")), seen, "one answer a line; it has none"),

@@ -32,7 +32,7 @@ def test_against_numpy(mesh, context, params, pictures):
 
 def test_each_template_weighs_the_same_whatever_the_length_of_its_embedding(context, params, pictures):
     ctx = context(MemorySource(pictures(2)), task=LinearTask(normalised=False))
-    weights = class_embeddings(("x", "y"), TEMPLATES, params, ctx, batch_size=4)
+    weights = class_embeddings(ZeroShot(templates=TEMPLATES, batch_size=4), ctx, ("x", "y"))
     _, _, t = numpy_outputs(params, ctx.val, [template.format("y") for template in TEMPLATES])
     np.testing.assert_allclose(weights[1], unit(unit(t).mean(axis=0)), rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(weights, axis=1), 1, rtol=1e-6)
