@@ -38,6 +38,7 @@ from jaxmm.capfilt.bootstrap import CapFiltConfig, Runs, on
 from jaxmm.capfilt.merge import merge, merged_source
 from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import SELECTED, Folder, begin, select, write_captions, write_scores
+from jaxmm.capfilt.synthetic_captions import CaptionOptions
 from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import InitConfig, TrainConfig
 from jaxmm.data.scenes import plain, scene_of, true_captions
@@ -105,7 +106,8 @@ def seed_results(config: CapFiltConfig, seed: int, out: Path, arms: list[str]) -
             trained(role, run, config.human, init=True)
         texts = "shared-texts" if arm.shared else "texts" if arm.decoding is None else "beam-texts"
         folder = begin(out / texts, config.web, config.human)
-        write_captions(folder, [str(out / min(roles))], decoding=arm.decoding or config.decoding, seed=seed)
+        options = CaptionOptions(decoding=arm.decoding or config.decoding, seed=seed)
+        write_captions(folder, [str(out / min(roles))], options)
         write_scores(folder, str(out / max(roles)))
         select(folder, arm.rule)
         runs.note(f"{name}-texts", truths(folder, arm.rule))

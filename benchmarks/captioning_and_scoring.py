@@ -65,7 +65,7 @@ def prepare(folder: Path, count: int) -> None:
 def ours(folder: Path, loop: int):
     """Return ({way: run}, a function that returns the probabilities of the images' own texts)."""
     from jaxmm.capfilt.scoring import score_shard
-    from jaxmm.capfilt.synthetic_captions import caption_shard
+    from jaxmm.capfilt.synthetic_captions import CaptionOptions, caption_shard
     from jaxmm.data.sources.registry import open_source
     from jaxmm.inference.generate import Decoding
     from jaxmm.inference.model import load
@@ -76,7 +76,7 @@ def ours(folder: Path, loop: int):
     decoding = Decoding(sample=True, top_p=0.9, min_length=1 + TOKENS, max_length=1 + TOKENS)
 
     def run():
-        return score_shard(source, caption_shard(source, [captioner], decoding=decoding), matcher)
+        return score_shard(source, caption_shard(source, [captioner], CaptionOptions(decoding=decoding)), matcher)
 
     def check():
         return score_shard(source, caption_shard(source, []), matcher)["itm"].tolist()

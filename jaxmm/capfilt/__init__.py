@@ -1,5 +1,5 @@
-"""CapFilt (Li et al. 2022, section 3.3): synthetic captions for pictures from the web, and a filter for both kinds.
+"""CapFilt (Li et al. 2022, section 3.3): synthetic captions for web images, and a filter for both kinds of texts.
 
-`caption.py`, `score.py`, `select.py`, `merge.py` are the stages, each of one shard; `stages.py` runs them over all;
-`bootstrap.py` is the whole procedure from nothing to a better model.
+The stages, each of one shard, are in `synthetic_captions.py`, `scoring.py`, `selection.py` and `merge.py`. `stages.py`
+runs them over all shards; `bootstrap.py` runs the whole procedure, training included.
 """

@@ -1,8 +1,7 @@
-"""The whole of it: pre-train, fine-tune a captioner and a filter, make the data better, pre-train anew on it.
+"""Run the whole procedure: pre-train, fine-tune a captioner and a filter, improve the data, pre-train again on it.
 
-Li et al. 2022, section 3.3 and figure 3: the captioner and the filter begin from the same pre-trained model and are
-fine-tuned each by itself; the new model begins from nothing. With `rounds` above 1 the new model is the next round's
-beginning.
+Li et al. 2022, section 3.3 and figure 3: captioner and filter start from the same pre-trained model and are fine-tuned
+separately; the new model starts from scratch. With `rounds` above 1 the next round starts from the new model.
 """
 
 import json
@@ -17,11 +16,11 @@ from rich.table import Table
 
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.html_report import write_report
-from jaxmm.capfilt.manifest import agree
+from jaxmm.capfilt.manifest import record_facts
 from jaxmm.capfilt.merge import merge, merged_source
 from jaxmm.capfilt.selection import Rule
-from jaxmm.capfilt.stages import SIZE, begin, select, write_captions, write_scores
-from jaxmm.capfilt.synthetic_captions import NUCLEUS
+from jaxmm.capfilt.stages import SHARD_RECORDS, begin, select, write_captions, write_scores
+from jaxmm.capfilt.synthetic_captions import NUCLEUS, CaptionOptions
 from jaxmm.checkpoints import whole_steps
 from jaxmm.config import InitConfig, TrainConfig, to_dict
 from jaxmm.hosts.startup import barrier
@@ -35,51 +34,56 @@ STATE = "bootstrap.json"
 
 @dataclass(frozen=True, kw_only=True)
 class CapFiltConfig:
-    """A bootstrap. `data.train` of its runs is filled in."""
+    """A bootstrap: three training recipes, whose `data.train` is filled in, and the options of the stages."""
 
     pretrain: TrainConfig
-    """Of the first model, on the web's and people's texts, and of the new ones, on the merged data."""
+    """Pre-training of the first model, on web texts and human captions, and of the new ones, on the merged data."""
     captioner: TrainConfig
-    """Fine-tuning for writing, on people's texts."""
+    """Fine-tuning of the captioner, on human captions."""
     filter: TrainConfig
-    """Fine-tuning for comparing and matching, on people's texts."""
+    """Fine-tuning of the filter, on human captions."""
     web: str = "scenes:web"
-    """Pictures with noisy texts, a source."""
+    """Source of images with noisy texts."""
     human: str = "scenes:train"
-    """Pictures with texts that people wrote, a source."""
+    """Source of images with human captions."""
     human_weight: int = 1
-    """How often a record of people counts in an epoch."""
+    """Times that each human record counts per epoch."""
     decoding: Decoding = field(default_factory=lambda: NUCLEUS)
-    """How captions are written."""
+    """Search or sampling of the captions' tokens."""
     captions: int = 1
-    """Synthetic captions a picture."""
+    """Synthetic captions per image."""
     rule: Rule = field(default_factory=Rule)
-    """Which texts stay."""
+    """Rule of which texts stay."""
     rounds: int = 1
-    """How often the data is made better."""
-    shard_records: int = SIZE
-    """Records in a shard, of a source that has none of its own."""
+    """Number of times that the data is improved."""
+    shard_records: int = SHARD_RECORDS
+    """Records per shard, if the source has no shards of its own."""
     seed: int = 0
-    """Of what captioners draw. The runs have seeds of their own."""
+    """Seed of the captions. The training runs have seeds of their own."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self)
         for name in ("human_weight", "rounds", "shard_records"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        require(self.captions >= 0, "captions", self.captions, "0 or more")
+        self.caption_options  # noqa: B018  (checks its ranges)
+
+    @property
+    def caption_options(self) -> CaptionOptions:
+        """Options of the synthetic captions."""
+        return CaptionOptions(captions=self.captions, decoding=self.decoding, seed=self.seed)
 
 
 def bootstrap(config: CapFiltConfig, out: Path, *, say: Callable[[str], Any] = print) -> dict[str, dict[str, float]]:
-    """Runs `config` in `out`, from where it was left; the metrics of every run by its name, {} when asked to stop.
+    """Run `config` in `out`, or continue it, and return the metrics of every run by its name; {} if asked to stop.
 
-    `out/pretrain` is the first model; `out/round-1` holds `captioner`, `filter`, `data` (a CapFilt folder) and `model`,
-    the new one; and so on. Raises `ConfigError` where `out` holds another bootstrap (the number of rounds may change),
-    and what training and the stages raise.
+    `out/pretrain` is the first model; `out/round-1` has `captioner`, `filter`, `data` (a CapFilt folder) and `model`,
+    the new one; and so on. Raise `ConfigError` if `out` has another bootstrap (the number of rounds may change), and
+    whatever training and the stages raise.
     """
     for run in (config.pretrain, config.captioner, config.filter):
-        learning_rate(run.optimizer, run.steps)      # what the last run would refuse is refused before the first
-    agree(out, free=("rounds",), **to_dict(config))
+        learning_rate(run.optimizer, run.steps)      # a recipe that cannot run is refused before the first one runs
+    record_facts(out, free=("rounds",), **to_dict(config))
     state = Runs(out)
     data_dir = config.pretrain.data.data_dir
     both = f"{config.web} + {config.human_weight}*{config.human}"
@@ -93,8 +97,7 @@ def bootstrap(config: CapFiltConfig, out: Path, *, say: Callable[[str], Any] = p
             if not state.run(f"{here}/{role}", replace(recipe, init=InitConfig(source=str(last))), say):
                 return {}
         folder = begin(out / here / "data", config.web, config.human, size=config.shard_records, data_dir=data_dir)
-        write_captions(folder, [str(out / here / "captioner")], decoding=config.decoding, captions=config.captions,
-                       seed=config.seed)
+        write_captions(folder, [str(out / here / "captioner")], config.caption_options)
         write_scores(folder, str(out / here / "filter"))
         select(folder, config.rule)
         merged = merge(folder)
@@ -108,19 +111,19 @@ def bootstrap(config: CapFiltConfig, out: Path, *, say: Callable[[str], Any] = p
 
 
 def on(recipe: TrainConfig, source: str) -> TrainConfig:
-    """`recipe`, trained on `source`."""
+    """Return `recipe` with `source` to train on."""
     return replace(recipe, data=replace(recipe.data, train=source))
 
 
 class Runs:
-    """The training runs in a folder: those that are done are not done again."""
+    """The training runs in a folder; finished ones are not repeated."""
 
     def __init__(self, out: Path):
         self.out, self.path = out, out / STATE
         self.metrics: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def run(self, name: str, recipe: TrainConfig, say: Callable[[str], Any]) -> bool:
-        """Trains `recipe` in the folder `name`; False where it was asked to stop."""
+        """Train `recipe` in the folder `name`. Return False if it was asked to stop."""
         if name in self.metrics:
             return True
         say(f"== {name}: {recipe.steps:,} steps on {recipe.data.train}")
@@ -132,14 +135,14 @@ class Runs:
         return True
 
     def note(self, name: str, metrics: Mapping[str, float]) -> None:
-        """Writes down what was measured under `name`."""
+        """Record the metrics of the run `name`."""
         self.metrics[name] = {key: float(value) for key, value in metrics.items()}
         if jax.process_index() == 0:
             write_atomically(self.path, json.dumps(self.metrics, indent=2) + "\n")
 
 
 def print_metrics(metrics: dict[str, dict[str, float]]) -> None:
-    """A table: models side by side, the first one and those that were trained on better data."""
+    """Print a table of the first model beside those that were trained on improved data."""
     models = [name for name in metrics if name == "pretrain" or name.endswith("/model")]
     table = Table("metric", *models)
     for key in metrics[models[-1]]:

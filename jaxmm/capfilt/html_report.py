@@ -1,4 +1,4 @@
-"""The report of a CapFilt folder: what was noise, what stays, how captions differ, and pictures to look at."""
+"""Write the report of a CapFilt folder: noise, texts that stay, diversity of the captions, and examples."""
 
 import itertools
 from collections import Counter
@@ -13,34 +13,34 @@ from jaxmm.capfilt.selection import REASONS
 from jaxmm.capfilt.stages import SELECTED, Folder
 from jaxmm.capfilt.tables import Texts, totals
 from jaxmm.data.images import decode
-from jaxmm.evals.context import spread
+from jaxmm.evals.context import evenly_spaced
 from jaxmm.pages import write_page
 from jaxmm.training.report import histogram
 
 ORIGINS = ("web", "synthetic", "human")
 SIDE = 160
-"""Pixels of a picture in the report, at most."""
+"""Most pixels of the longer side of an image in the report."""
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """How texts differ from each other."""
+    """Measures of how much texts differ from each other."""
 
     texts: int
     distinct: float
-    """Share of texts that are there once, each counted once."""
+    """Share of distinct texts."""
     words: float
-    """Mean length."""
+    """Mean words per text."""
     vocabulary: int
-    """Distinct words."""
+    """Number of distinct words."""
     distinct_1: float
     """Distinct words over all words (Li et al. 2016, "A diversity-promoting objective function")."""
     distinct_2: float
-    """The same of pairs of words that follow each other."""
+    """Distinct pairs of adjacent words over all such pairs."""
 
 
 def diversity(texts: Iterable[str]) -> Diversity:
-    """Of `texts`, their words being what white space parts, in lower case."""
+    """Return the diversity of `texts`; words are split at white space, in lower case."""
     count, different, single, double = 0, set(), Counter(), Counter()
     for text in texts:
         words = text.lower().split()
@@ -49,55 +49,60 @@ def diversity(texts: Iterable[str]) -> Diversity:
         single.update(words)
         double.update(itertools.pairwise(words))
 
-    def share(found: Counter) -> float:
-        return len(found) / max(found.total(), 1)
+    def share(counts: Counter) -> float:
+        return len(counts) / max(counts.total(), 1)
 
     return Diversity(count, len(different) / max(count, 1), single.total() / max(count, 1), len(single), share(single),
                      share(double))
 
 
 def measure(shards: Sequence[Texts]) -> dict[str, Any]:
-    """What the report says in numbers: by origin the `texts`, the `kept` ones, `noise` (the share that was dropped),
-    `diversity` of all and of those kept, `reasons`; `pictures`, `bad` by reason, and `left`, pictures with a text."""
-    pictures, bad = totals(shards)
-    found: dict[str, Any] = {"pictures": pictures, "bad": dict(bad.most_common()), "origins": {}, "left": 0}
+    """Return the numbers of the report.
+
+    `origins` has for each origin the counts `texts` and `kept`, `noise` (the share that is dropped), `diversity` of all
+    and of the kept texts, and counts by `reasons`. `pictures` is the number of images, `left` that of images that keep
+    a text, and `bad` that of bad records by reason.
+    """
+    images, bad = totals(shards)
+    measured: dict[str, Any] = {"pictures": images, "bad": dict(bad.most_common()), "origins": {}, "left": 0}
     for shard in shards:
         record, kept = np.asarray(shard.columns["record"], np.int64), np.asarray(shard.columns["kept"], bool)
-        found["left"] += len(np.unique(record[kept]))
+        measured["left"] += len(np.unique(record[kept]))
     for origin in ORIGINS:
-        rows = [(text, kept, why) for shard in shards for text, kept, why, each in zip(
-            *(shard.columns[name] for name in ("text", "kept", "why", "origin")), strict=True) if each == origin]
+        rows = [(text, kept, why) for shard in shards for text, kept, why, own in zip(
+            *(shard.columns[name] for name in ("text", "kept", "why", "origin")), strict=True) if own == origin]
         if rows:
             kept = [text for text, stays, _ in rows if stays]
-            found["origins"][origin] = {
+            measured["origins"][origin] = {
                 "texts": len(rows), "kept": len(kept), "noise": 1 - len(kept) / len(rows),
                 "reasons": dict(Counter(why for *_, why in rows).most_common()),
                 "diversity": {"all": diversity(text for text, *_ in rows), "kept": diversity(kept)}}
-    return found
+    return measured
 
 
 def write_report(folder: Folder, examples: int = 24) -> Path:
-    """Writes `report.html` from what was selected; returns its path."""
+    """Write `report.html` from the selected texts and return its path."""
     shards = folder.tables(SELECTED)
     scores = {name: {origin: np.concatenate([shard[name][shard["origin"] == origin] for shard in shards])
                      for origin in ORIGINS} for name in ("itm", "itc")}
-    drawn = [(label, [name for name, each in scores[key].items() if len(each)],
-              histogram({name: each for name, each in scores[key].items() if len(each)}, label))
-             for key, label in (("itm", "probability that text and picture belong together"), ("itc", "cosine"))
-             if any(np.isfinite(each).any() for each in scores[key].values())]
+    drawn = []
+    for key, label in (("itm", "probability that text and image belong together"), ("itc", "cosine")):
+        values = {origin: score for origin, score in scores[key].items() if len(score)}
+        if any(np.isfinite(score).any() for score in values.values()):
+            drawn.append((label, list(values), histogram(values, label)))
     manifest = folder.manifest
     return write_page(
         folder.path / "report.html", "capfilt/report.html.jinja", title=folder.path.resolve().name, kind="CapFilt",
         measured=measure(shards), reasons=REASONS, drawn=drawn, rule=manifest.get("rule", {}),
         least=manifest.get("least"), manifest=manifest, examples=list(_examples(folder, shards, examples)),
-        named=[each for shard in shards for each in shard.examples][:20])
+        named=[example for shard in shards for example in shard.examples][:20])
 
 
 def _examples(folder: Folder, shards: Sequence[Texts], count: int) -> Iterable[tuple[np.ndarray, list[dict]]]:
-    """Pictures of the web, spread over all, with their texts and what became of them."""
+    """Yield evenly spaced images of the web with the rows of their texts."""
     web = [i for i, shard in enumerate(folder.shards) if shard.origin == "web"]
     places = [(i, record) for i in web for record in sorted(set(shards[i].columns["record"]))]
-    for place in spread(len(places), count):
+    for place in evenly_spaced(len(places), count):
         i, record = places[place]
         columns = shards[i].columns
         rows = [{name: columns[name][j] for name in ("text", "origin", "itm", "itc", "kept", "why")}

@@ -1,4 +1,4 @@
-"""What a folder was made from, so that two runs are never mixed in it."""
+"""Record what a folder is made from, so that two runs are never mixed in it."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ NAME = "manifest.json"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What is known so far; {} before the first stage. Raises `ConfigError`."""
+    """Return the facts recorded so far; {} before the first stage. Raise `ConfigError` if they cannot be read."""
     path = folder / NAME
     if not path.exists():
         return {}
@@ -28,10 +28,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not what CapFilt writes: {error}") from None
 
 
-def agree(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict[str, Any]:
-    """Adds `facts` to the manifest and returns all of it. Those in `free` may change.
+def record_facts(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict[str, Any]:
+    """Add `facts` to the manifest and return all of it.
 
-    Raises `ConfigError` where a fact is another than before.
+    Raise `ConfigError` if a fact differs from the recorded one and is not in `free`.
     """
     known = read_manifest(folder)
     facts = json.loads(json.dumps(facts))
@@ -47,7 +47,7 @@ def agree(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict[str, A
 
 
 def model_digest(model: Model) -> str:
-    """Of everything that decides what a model says: parameters, architecture, pictures, words."""
+    """Return the digest of everything that determines a model's outputs: task, parameters, preprocessing, tokenizer."""
     parts = [to_dict(model.task), to_dict(model.image)]
     if model.tokenizer is not None:
         parts.append(model.tokenizer.fingerprint)

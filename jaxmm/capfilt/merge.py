@@ -1,6 +1,6 @@
-"""The fourth stage: what stays, and people's texts, as one TFDS data set (Li et al. 2022, section 3.3).
+"""The fourth stage: write what stays and the human captions as a TFDS data set (Li et al. 2022, section 3.3).
 
-`merged/` has the splits `web` and `human`: a picture a record, with all of its texts that stay.
+`merged/` has the splits `web` and `human`, with one image per record and all of its texts that stay.
 """
 
 import json
@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
 from jaxmm.atomic import write_atomically
-from jaxmm.capfilt.stages import SELECTED, VERSION, Folder, Shard
+from jaxmm.capfilt.stages import SELECTED, VERSION, Folder, Shard, progress_bar
 from jaxmm.capfilt.tables import Texts, digest, file_digest, read_texts
 from jaxmm.data import images
 from jaxmm.data.bad_records import read_record
@@ -27,11 +26,11 @@ MERGED, NOTES = "merged", "merged.json"
 
 
 def merge(folder: Folder) -> Path:
-    """Writes the data set, which replaces one of an earlier selection; returns where it is.
+    """Write the data set, in place of one of an earlier selection, and return its folder.
 
-    Raises `DataError` where nothing stays of a split.
+    Raise `DataError` if nothing stays of a split.
     """
-    folder.wanted(SELECTED)
+    folder.require_stage(SELECTED)
     dest = folder.path / MERGED
     made = {shard.name: _made_from(folder, shard) for shard in folder.shards}
     if _read(dest / NOTES) == made:
@@ -45,8 +44,7 @@ def merge(folder: Folder) -> Path:
     features = picture_features(origins=tfds.features.Sequence(tfds.features.Text()))
     mine = folder.shards[jax.process_index()::jax.process_count()]
     todo = [shard for shard in mine if _read(_note(part, shard)).get("made_from") != made[shard.name]]
-    with tqdm(total=sum(len(shard.source) for shard in todo), desc=MERGED, unit=" pictures", mininterval=1.0,
-              dynamic_ncols=True, disable=None if todo and jax.process_index() == 0 else True) as bar:
+    with progress_bar(MERGED, todo) as bar:
         for shard in todo:
             heartbeat("merging")
             _note(part, shard).unlink(missing_ok=True)
@@ -69,15 +67,15 @@ def merge(folder: Folder) -> Path:
 
 
 def merged_source(merged: Path, human_weight: int = 1) -> str:
-    """The source that a recipe trains on: a record of people counts `human_weight` times in an epoch."""
+    """Return the source to train on, in which each human record counts `human_weight` times per epoch."""
     splits = json.loads((merged / "dataset_info.json").read_text())["splits"]
     weight = {"web": "", "human": "" if human_weight == 1 else f"{human_weight}*"}
-    names = sorted((each["name"] for each in splits), reverse=True)
+    names = sorted((split["name"] for split in splits), reverse=True)
     return " + ".join(f"{weight[name]}tfds:{merged}:{name}" for name in names)
 
 
 def _examples(shard: Shard, texts: Texts) -> Iterator[dict[str, Any]]:
-    """The pictures of a shard that keep a text. Raises `DataError` for one that cannot be read any more."""
+    """Yield the images of a shard that keep a text. Raise `DataError` for one that cannot be read any more."""
     kept = np.asarray(texts.columns["kept"], bool)
     record = np.asarray(texts.columns["record"], np.int64)
     for number in np.unique(record[kept]).tolist():
@@ -103,7 +101,7 @@ def _note(part: Path, shard: Shard) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a note says; {} where there is none that is whole."""
+    """Return the contents of a note; {} if there is no complete one."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):

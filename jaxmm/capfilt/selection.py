@@ -1,4 +1,4 @@
-"""The third stage: which texts stay (Li et al. 2022, section 3.3). No model is needed: scores are there."""
+"""The third stage: select the texts that stay, by their scores (Li et al. 2022, section 3.3). No model is needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,30 +13,30 @@ REASONS = {
     "human": "human texts are not filtered",
     "good": "its score is high enough",
     "low": "its score is too low",
-    "not best": "others of its picture score higher",
-    "repeated": "its picture has it already",
+    "not best": "others of its image score higher",
+    "repeated": "its image has it already",
     "origin": "texts of its origin are not wanted",
 }
-"""Why a text stays or goes."""
+"""Reasons why a text stays or goes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Which texts stay. Of a picture all, some or none may; a picture without texts goes. Human texts always stay."""
+    """Rule of which texts stay. Human captions always do; an image that keeps no text is dropped."""
 
     score: Literal["itm", "itc"] = "itm"
-    """itm: the probability that text and picture belong together; itc: their cosine."""
+    """itm: the probability that text and image belong together; itc: their cosine."""
     threshold: float | None = 0.5
-    """Least score of what stays; the authors' is 0.5. None: any."""
+    """Lowest score that stays; the authors' is 0.5. None: any."""
     quantile: float | None = None
-    """In place of `threshold`: this share of all texts goes, those with the lowest scores."""
+    """Share of all texts that goes, those with the lowest scores; takes the place of `threshold`."""
     best: int | None = None
-    """Of each picture so many of those that are left, the highest scores first; None: all."""
+    """Most texts per image, those with the highest scores; None: all."""
     origins: tuple[Literal["web", "synthetic"], ...] = ("web", "synthetic")
-    """Texts that may stay."""
+    """Origins of texts that may stay."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self, "rule")
         require(self.quantile is None or 0 <= self.quantile < 1, "rule.quantile", self.quantile,
                 "0 or more, below 1, or None")
@@ -46,31 +46,31 @@ class Rule:
 
 
 def cutoff(rule: Rule, shards: Sequence[Texts]) -> float | None:
-    """The least score of what stays, from the texts of all shards."""
+    """Return the lowest score that stays, from the texts of all shards."""
     if rule.quantile is None:
         return rule.threshold
-    scores = [each[rule.score][_wanted(rule, each)] for each in shards]
+    scores = [texts[rule.score][_is_wanted(rule, texts)] for texts in shards]
     scores = np.concatenate(scores) if scores else np.zeros(0)
     scores = scores[np.isfinite(scores)]
     return float(np.quantile(scores, rule.quantile)) if len(scores) else None
 
 
 def select_texts(texts: Texts, rule: Rule, least: float | None) -> Texts:
-    """`texts` with two columns more: `kept`, and `why`, a key of `REASONS`.
+    """Return `texts` with two more columns: `kept`, and `why`, a key of `REASONS`.
 
-    A text that the filter did not score stays only where no score is asked for. Among equal scores the first stays.
+    A text without a score stays only if `least` is None. Among equal scores the first stays.
     """
     origin, score = texts["origin"], texts[rule.score]
     why = np.full(len(texts), "good", object)
     if least is not None:
         why[~(score >= least)] = "low"
-    why[~_wanted(rule, texts)] = "origin"
-    seen: set[tuple[int, str]] = set()
-    for i, each in enumerate(zip(texts.columns["record"], texts.columns["text"], strict=True)):
-        if why[i] == "good" and each in seen:
+    why[~_is_wanted(rule, texts)] = "origin"
+    kept_texts: set[tuple[int, str]] = set()
+    for i, text in enumerate(zip(texts.columns["record"], texts.columns["text"], strict=True)):
+        if why[i] == "good" and text in kept_texts:
             why[i] = "repeated"
         elif why[i] == "good":
-            seen.add(each)
+            kept_texts.add(text)
     if rule.best is not None:
         order = np.lexsort((-np.nan_to_num(score, nan=-np.inf), texts["record"]))
         order = order[why[order] == "good"]
@@ -79,8 +79,8 @@ def select_texts(texts: Texts, rule: Rule, least: float | None) -> Texts:
         why[order[place >= rule.best]] = "not best"
     why[origin == "human"] = "human"
     kept = (why == "good") | (why == "human")
-    return Texts({**texts.columns, "kept": kept, "why": why.tolist()}, texts.pictures, texts.bad, texts.examples)
+    return Texts({**texts.columns, "kept": kept, "why": why.tolist()}, texts.images, texts.bad, texts.examples)
 
 
-def _wanted(rule: Rule, texts: Texts) -> np.ndarray:
+def _is_wanted(rule: Rule, texts: Texts) -> np.ndarray:
     return np.isin(texts["origin"], rule.origins)

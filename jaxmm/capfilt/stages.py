@@ -1,9 +1,9 @@
-"""The stages over all shards: what is done stays done, a shard is whole or not there, hosts share the shards.
+"""Run the stages over all shards: finished shards stay, and hosts share the work.
 
-A folder holds `manifest.json`, `captions/`, `scores/`, `selected/` (a Parquet file a shard: `web-00000.parquet`, ...),
-`merged/` (a TFDS data set) and `report.html`. Every stage may be killed and started again, on any number of hosts: what
-comes out is the same bytes. Under `jax.distributed` host h of H takes every H-th shard and waits for the others at the
-end of a stage.
+A folder has `manifest.json`, `captions/`, `scores/`, `selected/` (one Parquet file per shard: `web-00000.parquet`,
+...), `merged/` (a TFDS data set) and `report.html`. Every stage may be killed and started again, on any number of
+hosts, and gives the same bytes. Under `jax.distributed` host h of H takes every H-th shard, and waits for the others at
+the end of a stage.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,31 +17,28 @@ from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 from jaxmm import hosts
-from jaxmm.capfilt import scoring as score
-from jaxmm.capfilt import synthetic_captions as caption
-from jaxmm.capfilt.manifest import NAME, agree, model_digest, read_manifest
-from jaxmm.capfilt.scoring import score_shard
+from jaxmm.capfilt.image_batches import BATCH
+from jaxmm.capfilt.manifest import NAME, model_digest, read_manifest, record_facts
+from jaxmm.capfilt.scoring import check_filter, score_shard
 from jaxmm.capfilt.selection import Rule, cutoff, select_texts
-from jaxmm.capfilt.synthetic_captions import NUCLEUS, caption_shard
+from jaxmm.capfilt.synthetic_captions import DEFAULTS, CaptionOptions, Done, caption_shard, check_captioner
 from jaxmm.capfilt.tables import Texts, digest, file_digest, made_from, read_texts, write_texts
 from jaxmm.config import ConfigError, require, to_dict
 from jaxmm.data.base import Source
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import shards
 from jaxmm.hosts.startup import barrier
-from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import load
 
 VERSION = 1
-"""Of what the stages write; another one is made anew."""
-SIZE = 1000
-"""Records in a shard, of a source that has none of its own."""
+"""Version of what the stages write; shards of another version are written again."""
+SHARD_RECORDS = 1000
+"""Records per shard, if the source has no shards of its own."""
 STAGES = CAPTIONS, SCORES, SELECTED = "captions", "scores", "selected"
-
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of the web's pictures, or of people's."""
+    """A shard of the web's images, or of those with human captions."""
 
     name: str
     origin: str
@@ -50,153 +47,158 @@ class Shard:
 
 @dataclass(frozen=True)
 class Folder:
-    """A CapFilt folder and the data that it is about."""
+    """A CapFilt folder and its data."""
 
     path: Path
     data_dir: str | None = None
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What it was made from. Raises `ConfigError` where nothing was begun."""
-        known = read_manifest(self.path)
-        require("web" in known, "out", str(self.path), "a folder that `jaxmm capfilt caption` or `run` began")
-        return known
+        """Facts recorded so far. Raises `ConfigError` if there is no run in this folder."""
+        facts = read_manifest(self.path)
+        require("web" in facts, "out", str(self.path), "a folder that `jaxmm capfilt caption` or `run` began")
+        return facts
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """All of them, in order."""
-        found = []
+        """All shards, in order."""
+        parts = []
         for origin in ("web", "human"):
             if self.manifest.get(origin):
                 source = open_source(self.manifest[origin], data_dir=self.data_dir)
-                found += [Shard(f"{origin}-{i:05d}", origin, each)
-                          for i, each in enumerate(shards(source, self.manifest["shard_records"]))]
-        return found
+                parts += [Shard(f"{origin}-{i:05d}", origin, part)
+                          for i, part in enumerate(shards(source, self.manifest["shard_records"]))]
+        return parts
 
     def table(self, stage: str, shard: Shard) -> Path:
-        """The file of a shard."""
+        """Return the file of a shard."""
         return self.path / stage / f"{shard.name}.parquet"
 
     def tables(self, stage: str, columns: Sequence[str] | None = None) -> list[Texts]:
-        """All of a stage. Raises `ConfigError` where some are missing."""
-        self.wanted(stage)
+        """Read all files of a stage. Raise `ConfigError` if some are missing."""
+        self.require_stage(stage)
         return [read_texts(self.table(stage, shard), columns) for shard in self.shards]
 
-    def wanted(self, stage: str) -> None:
-        """Raises `ConfigError` where a stage is not done."""
+    def require_stage(self, stage: str) -> None:
+        """Raise `ConfigError` if a stage is not finished."""
         missing = [shard.name for shard in self.shards if not self.table(stage, shard).exists()]
         require(not missing, "out", str(self.path), f"a folder with all of {stage}/: {len(missing)} of "
                 f"{len(self.shards)} shards are missing, the first {', '.join(missing[:1])}")
 
 
-def begin(path: Path, web: str, human: str | None, *, size: int = SIZE, data_dir: str | None = None) -> Folder:
-    """A new folder, or one of the same data. Raises `ConfigError`, `DataError`."""
+def begin(path: Path, web: str, human: str | None, *, size: int = SHARD_RECORDS, data_dir: str | None = None) -> Folder:
+    """Return a new folder, or one of the same data. Raise `ConfigError` or `DataError`."""
     require(size > 0, "shard_records", size, "a positive number")
-    agree(path, version=VERSION, web=web, human=human, shard_records=size)
+    record_facts(path, version=VERSION, web=web, human=human, shard_records=size)
     barrier("begin")
     hosts.wait_for_path("out", path / NAME)
     return Folder(path, data_dir)
 
 
-def write_captions(
-    folder: Folder, captioners: Sequence[str], *, decoding: Decoding = NUCLEUS, captions: int = 1, seed: int = 0,
-    prompt: str | None = None,
-) -> int:
-    """The first stage; how many shards this host wrote. `captioners` are what `jaxmm.load` takes."""
-    facts = agree(folder.path, captioners=list(captioners), decoding=to_dict(decoding), captions=captions, seed=seed,
-                  prompt=prompt)
-    mesh, models, known = local_mesh(), [], facts.get("captioner_digests")
+def write_captions(folder: Folder, captioners: Sequence[str], options: CaptionOptions = DEFAULTS) -> int:
+    """Run the first stage and return how many shards this host wrote. `captioners` are what `jaxmm.load` takes."""
+    decoding = to_dict(options.decoding)
+    facts = record_facts(folder.path, captioners=list(captioners), decoding=decoding, captions=options.captions,
+                         seed=options.seed, prompt=options.prompt)
+    mesh, models = local_mesh(), []
 
-    def made(shard: Shard, digests: list[str]) -> str:
-        written = [digests, to_dict(decoding), captions, seed, prompt] if shard.origin == "web" else []
-        return digest(VERSION, shard.source.fingerprint, written)
+    def digest_of(shard: Shard, digests: list[str]) -> str:
+        generated = [digests, decoding, options.captions, options.seed, options.prompt] if shard.origin == "web" else []
+        return digest(VERSION, shard.source.fingerprint, generated)
 
-    def load_all() -> list[str]:
+    def load_models() -> list[str]:
         models.extend(load(name, mesh=mesh) for name in captioners)
         for name, model in zip(captioners, models, strict=True):
-            caption.check_captioner(model, name, decoding, captions, prompt)
+            check_captioner(model, name, options)
         digests = [model_digest(model) for model in models]
-        agree(folder.path, captioner_digests=digests)
+        record_facts(folder.path, captioner_digests=digests)
         return digests
 
-    def work(shard: Shard, done) -> Texts:
-        return caption_shard(shard.source, models if shard.origin == "web" else (), decoding=decoding,
-                             captions=captions, seed=seed, prompt=prompt, origin=shard.origin, mesh=mesh, done=done)
+    def write(shard: Shard, done: Done) -> Texts:
+        return caption_shard(shard.source, models if shard.origin == "web" else (), options, origin=shard.origin,
+                             mesh=mesh, done=done)
 
-    return _run(folder, CAPTIONS, made, known, load_all, work)
+    return _run_stage(folder, CAPTIONS, digest_of, facts.get("captioner_digests"), load_models, write)
 
 
 def write_scores(folder: Folder, filter: str) -> int:
-    """The second stage; how many shards this host wrote. `filter` is what `jaxmm.load` takes."""
-    folder.wanted(CAPTIONS)
-    facts = agree(folder.path, filter=filter)
+    """Run the second stage and return how many shards this host wrote. `filter` is what `jaxmm.load` takes."""
+    folder.require_stage(CAPTIONS)
+    facts = record_facts(folder.path, filter=filter)
     mesh, models = local_mesh(), []
 
-    def made(shard: Shard, own: str) -> str:
-        return digest(VERSION, file_digest(folder.table(CAPTIONS, shard)), own)
+    def digest_of(shard: Shard, filter_digest: str) -> str:
+        return digest(VERSION, file_digest(folder.table(CAPTIONS, shard)), filter_digest)
 
-    def load_it() -> str:
+    def load_model() -> str:
         models.append(load(filter, mesh=mesh))
-        score.check_filter(models[0], filter)
-        own = model_digest(models[0])
-        agree(folder.path, filter_digest=own)
-        return own
+        check_filter(models[0], filter)
+        filter_digest = model_digest(models[0])
+        record_facts(folder.path, filter_digest=filter_digest)
+        return filter_digest
 
-    def work(shard: Shard, done) -> Texts:
+    def write(shard: Shard, done: Done) -> Texts:
         return score_shard(shard.source, read_texts(folder.table(CAPTIONS, shard)), models[0], mesh=mesh, done=done)
 
-    return _run(folder, SCORES, made, facts.get("filter_digest"), load_it, work)
+    return _run_stage(folder, SCORES, digest_of, facts.get("filter_digest"), load_model, write)
 
 
 def select(folder: Folder, rule: Rule) -> int:
-    """The third stage, without a model; how many shards this host wrote. The rule may be another than before."""
-    folder.wanted(SCORES)
+    """Run the third stage, without a model, and return how many shards this host wrote. The rule may be a new one."""
+    folder.require_stage(SCORES)
     least = rule.threshold
     if rule.quantile is not None:
         least = cutoff(rule, folder.tables(SCORES, ["key", "origin", rule.score]))
-    agree(folder.path, free=("rule", "least"), rule=to_dict(rule), least=least)
+    record_facts(folder.path, free=("rule", "least"), rule=to_dict(rule), least=least)
 
-    def made(shard: Shard, _) -> str:
+    def digest_of(shard: Shard, _) -> str:
         return digest(VERSION, file_digest(folder.table(SCORES, shard)), to_dict(rule), least)
 
-    def work(shard: Shard, done) -> Texts:
+    def write(shard: Shard, done: Done) -> Texts:
         texts = select_texts(read_texts(folder.table(SCORES, shard)), rule, least)
-        done(texts.pictures)
+        done(texts.images)
         return texts
 
-    return _run(folder, SELECTED, made, "no model", str, work)
+    return _run_stage(folder, SELECTED, digest_of, "no model", str, write)
 
 
-def _run(folder: Folder, stage: str, made: Callable[[Shard, Any], str], known: Any, prepare: Callable[[], Any],
-         work: Callable[[Shard, Callable[[int], Any]], Texts]) -> int:
-    """This host's shards of a stage that are not there yet. `known` is what `prepare`, which loads the models, is
-    expected to return; None: nobody knows yet."""
-    mine = folder.shards[jax.process_index()::jax.process_count()]
-    todo = [shard for shard in mine
-            if known is None or made_from(folder.table(stage, shard)) != made(shard, known)]
+def _run_stage(folder: Folder, stage: str, digest_of: Callable[[Shard, Any], str], known: Any,
+               load_models: Callable[[], Any], write: Callable[[Shard, Done], Texts]) -> int:
+    """Write this host's shards of a stage that are not finished.
+
+    A shard is finished if its file was made from `digest_of` the shard and the digests of the models. `known` are the
+    digests of an earlier run, or None. `load_models` is called if there is work, and returns the digests of now.
+    """
+    own = folder.shards[jax.process_index()::jax.process_count()]
+    todo = [shard for shard in own
+            if known is None or made_from(folder.table(stage, shard)) != digest_of(shard, known)]
     hosts.heartbeat(stage)
     if todo:
-        known = prepare()
-        todo = [shard for shard in todo if made_from(folder.table(stage, shard)) != made(shard, known)]
-    with tqdm(total=sum(len(shard.source) for shard in todo), desc=stage, unit=" pictures", mininterval=1.0,
-              dynamic_ncols=True, disable=None if todo and jax.process_index() == 0 else True) as bar:
+        known = load_models()
+        todo = [shard for shard in todo if made_from(folder.table(stage, shard)) != digest_of(shard, known)]
+    with progress_bar(stage, todo) as bar:
         def done(count: int) -> None:
             hosts.heartbeat(stage)
             bar.update(count)
 
         for shard in todo:
-            write_texts(folder.table(stage, shard), work(shard, done), made(shard, known))
+            write_texts(folder.table(stage, shard), write(shard, done), digest_of(shard, known))
     barrier(stage)
     return len(todo)
 
 
+def progress_bar(name: str, todo: Sequence[Shard]) -> tqdm:
+    """Return a progress bar over the images of the shards `todo`, which only the first host shows."""
+    return tqdm(total=sum(len(shard.source) for shard in todo), desc=name, unit=" images", mininterval=1.0,
+                dynamic_ncols=True, disable=None if todo and jax.process_index() == 0 else True)
+
+
 def local_mesh() -> Mesh | None:
-    """This host's devices, each with its share of the pictures; None: there is one."""
+    """Return a mesh of this host's devices, over which batches are cut; None if there is one."""
     devices = jax.local_devices()
     if len(devices) == 1:
         return None
-    if caption.PICTURES % len(devices):
-        raise ConfigError(f"this host has {len(devices)} devices; wanted a divisor of {caption.PICTURES}")
+    if BATCH % len(devices):
+        raise ConfigError(f"this host has {len(devices)} devices; expected a divisor of {BATCH}")
     return jax.make_mesh((len(devices), 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3,
                          devices=devices)
-

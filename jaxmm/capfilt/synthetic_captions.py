@@ -1,117 +1,144 @@
-"""The first stage: synthetic captions beside those from the web (Li et al. 2022, section 3.3).
+"""The first stage: generate captions beside those from the web (Li et al. 2022, section 3.3).
 
-What is written for a picture depends on the seed and the picture's key, never on what else is in the shard, on the
-number of hosts or on restarts.
+The captions of an image depend on the seed and the image's key only, not on the rest of the shard, the number of hosts
+or restarts.
 """
 
 import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmm.capfilt.image_batches import Picture, filled, grouped, placed, read_pictures
-from jaxmm.capfilt.tables import WRITTEN, Texts
-from jaxmm.config import require
+from jaxmm.capfilt.image_batches import BATCH, WebImage, grouped, padded, read_images
+from jaxmm.capfilt.tables import CAPTIONED, Texts
 from jaxmm.data.base import Source
 from jaxmm.inference.captioning import make_caption_fn, prompt_tokens
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import Model
+from jaxmm.task import capabilities
+from jaxmm.validation import check_types, require
 
 NUCLEUS = Decoding(sample=True, top_p=0.9, min_length=5, max_length=20)
-"""As the paper's captioner writes (section 4.2)."""
-PICTURES = 16
-"""Pictures that are captioned at a time."""
+"""Decoding of the paper's captioner (section 4.2)."""
 EXAMPLES = 5
-"""Records that cannot be used and are named, a shard."""
+"""Most records per shard that are named as unusable."""
 
 Done = Callable[[int], Any]
-"""Told how many pictures more are done."""
+"""Callback that receives the number of images finished since the last call."""
 
 
-def check_captioner(model: Model, name: str, decoding: Decoding, captions: int, prompt: str | None) -> None:
-    """Raises `ConfigError` for a model that does not write, or that cannot write so many captions."""
-    decoder = model.task.decoder
-    require(model.task.writes_captions, "captioner", name,
-            "a model that writes captions, such as Salesforce/blip-image-captioning-base")
-    require(captions >= 0, "captions", captions, "0 or more")
-    require(decoding.sample or captions <= decoding.beams, "captions", captions,
-            f"at most decoding.beams = {decoding.beams} without decoding.sample")
-    given = given_tokens(model, prompt)
-    require(given.shape[1] < decoding.max_length <= decoder.longest, "decoding.max_length",
-            decoding.max_length, f"above the prompt's {given.shape[1]} tokens, at most the model's "
-            f"{decoder.longest} positions")
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions:
+    """Options of the synthetic captions."""
+
+    captions: int = 1
+    """Synthetic captions per image and captioner."""
+    decoding: Decoding = field(default_factory=lambda: NUCLEUS)
+    """Search or sampling of the tokens; default: nucleus sampling with p = 0.9."""
+    prompt: str | None = None
+    """Beginning of every caption; default: that of the captioner's training."""
+    seed: int = 0
+    """Seed of the sampling. An image's captions depend on it and on the image's key only."""
+
+    def __post_init__(self):
+        """Check ranges."""
+        check_types(self)
+        require(self.captions >= 0, "captions", self.captions, "0 or more")
+        require(self.decoding.sample or self.captions <= self.decoding.beams, "captions", self.captions,
+                f"at most decoding.beams = {self.decoding.beams} without decoding.sample")
 
 
-def given_tokens(model: Model, prompt: str | None) -> np.ndarray:
-    """[1 p], what every caption begins with; `prompt` None: as in training."""
-    prompt = model.task.decoder.prompt if prompt is None else prompt
-    model.tokenize([])  # says what is missing
+DEFAULTS = CaptionOptions()
+
+
+def check_captioner(model: Model, name: str, options: CaptionOptions) -> None:
+    """Raise `ConfigError` for a model that does not write captions, or none as long as `options` asks for."""
+    offered = capabilities(model.task)
+    require("writes captions" in offered, "captioner", name,
+            "a model that writes captions, such as Salesforce/blip-image-captioning-base; this one "
+            f"{', '.join(offered) or 'offers nothing'}")
+    decoding, longest, given = options.decoding, model.task.decoder.longest, prompt_of(model, options).shape[1]
+    require(given < decoding.max_length <= longest, "decoding.max_length", decoding.max_length,
+            f"above the prompt's {given} tokens, at most the model's {longest} positions")
+
+
+def prompt_of(model: Model, options: CaptionOptions) -> np.ndarray:
+    """Return the tokens that every caption begins with, [1 p]."""
+    prompt = model.task.decoder.prompt if options.prompt is None else options.prompt
+    model.tokenize([])  # raises if the vocabulary is missing
     return prompt_tokens(model.tokenizer, prompt, model.task.decoder)
 
 
-def caption_shard(
-    source: Source, captioners: Sequence[Model], *, decoding: Decoding = NUCLEUS, captions: int = 1, seed: int = 0,
-    prompt: str | None = None, origin: str = "web", mesh: Mesh | None = None, done: Done = lambda count: None,
-) -> Texts:
-    """The texts of every picture of `source` that can be decoded: its own, then `captions` by each captioner.
+def caption_shard(source: Source, captioners: Sequence[Model], options: CaptionOptions = DEFAULTS, *,
+                  origin: str = "web", mesh: Mesh | None = None, done: Done = lambda count: None) -> Texts:
+    """Return the texts of every image of `source` that can be decoded: its own, then those of each captioner.
 
-    Captions that are drawn are independent of each other; with beams they are the best. Without captioners, the
-    pictures' own texts alone.
+    Sampled captions are independent of each other; with beams they are the best ones. Without captioners, only the
+    images' own texts are returned.
     """
-    columns: dict[str, list] = {name: [] for name in WRITTEN}
+    columns: dict[str, list] = {name: [] for name in CAPTIONED}
     bad: Counter[str] = Counter()
     examples: list[tuple[str, str]] = []
 
-    def refuse(key, reason):
+    def skip(key, reason):
         bad[reason] += 1
         examples.append((key, reason))
         done(1)
 
-    def add(picture, text, origin, captioner, score):
-        row = picture.record, picture.key, picture.image_id, text, origin, captioner, score
-        for name, value in zip(WRITTEN, row, strict=True):
+    def add(image, text, origin, captioner, score):
+        row = image.record, image.key, image.image_id, text, origin, captioner, score
+        for name, value in zip(CAPTIONED, row, strict=True):
             columns[name].append(value)
 
-    models = captioners if captions else ()
-    prepare = [model.prepare for model in models]
-    pictures = 0
-    for group in grouped(read_pictures(source, prepare, refuse), PICTURES):
-        written = [_write(model, i, group, decoding, captions, seed, prompt, mesh) for i, model in enumerate(models)]
-        for row, picture in enumerate(group):
-            for text in picture.texts:
-                add(picture, text, origin, None, None)
-            for number, found in enumerate(written):
-                told = set()
-                for text, score in found[row]:
-                    if text and text not in told:
-                        add(picture, text, "synthetic", number, score)
-                        told.add(text)
-        pictures += len(group)
+    models = captioners if options.captions else ()
+    images = 0
+    for group in grouped(read_images(source, [model.prepare for model in models], skip)):
+        generated = [_generate(model, number, group, options, mesh) for number, model in enumerate(models)]
+        for row, image in enumerate(group):
+            for text in image.texts:
+                add(image, text, origin, None, None)
+            for number, captions in enumerate(generated):
+                for text, score in _distinct(captions[row]):
+                    add(image, text, "synthetic", number, score)
+        images += len(group)
         done(len(group))
-    return Texts(columns, pictures, dict(sorted(bad.items())), examples[:EXAMPLES])
+    return Texts(columns, images, dict(sorted(bad.items())), examples[:EXAMPLES])
 
 
-def _write(model: Model, number: int, group: Sequence[Picture], decoding: Decoding, captions: int, seed: int,
-           prompt: str | None, mesh: Mesh | None) -> list[list[tuple[str, float]]]:
-    """The captions of each picture with their scores."""
-    each, best = (captions, 1) if decoding.sample else (1, captions)
-    given = given_tokens(model, prompt)
-    fn = make_caption_fn(model.task, decoding, seed, mesh)
-    rows = [draw_number(group[min(i, len(group) - 1)].key, number, j)
-            for i, j in itertools.product(range(PICTURES), range(each))]
-    found = fn(model.params, placed({"image": filled(group, number, PICTURES), "row": np.asarray(rows, np.int32),
-                                     "prompt": np.repeat(given, len(rows), axis=0)}, mesh))
-    tokens = np.asarray(found["tokens"])[:, :best].reshape(PICTURES, captions, -1)[:len(group), :, given.shape[1]:]
-    scores = np.asarray(found["score"])[:, :best].reshape(PICTURES, captions)
+def _generate(model: Model, number: int, group: Sequence[WebImage], options: CaptionOptions, mesh: Mesh | None
+              ) -> list[list[tuple[str, float]]]:
+    """Return the captions of each image with their scores."""
+    draws, best = (options.captions, 1) if options.decoding.sample else (1, options.captions)
+    prompt = prompt_of(model, options)
+    generate = make_caption_fn(model.task, options.decoding, options.seed, mesh)
+    keys = [image.key for image in group] + [group[-1].key] * (BATCH - len(group))
+    rows = [draw_number(key, number, draw) for key, draw in itertools.product(keys, range(draws))]
+    inputs = (padded({"image": np.stack([image.views[number] for image in group])}, BATCH, mesh)
+              | padded({"row": np.asarray(rows, np.int32), "prompt": np.repeat(prompt, len(rows), axis=0)}, len(rows),
+                       mesh))
+    result = generate(model.params, inputs)
+    shape = BATCH, options.captions
+    tokens = np.asarray(result["tokens"])[:, :best].reshape(*shape, -1)[:len(group), :, prompt.shape[1]:]
+    scores = np.asarray(result["score"])[:, :best].reshape(shape)
     return [[(model.tokenizer.decode(text), float(score)) for text, score in zip(texts, row, strict=True)]
             for texts, row in zip(tokens, scores, strict=False)]
 
 
+def _distinct(captions: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Return the captions that are not empty, the first of those with the same text."""
+    scores = {}
+    for text, score in captions:
+        if text:
+            scores.setdefault(text, score)
+    return list(scores.items())
+
+
 def draw_number(key: str, captioner: int, caption: int) -> int:
-    """31 bits that say what is drawn for a caption of a picture."""
+    """Return the 31-bit number that decides what is sampled for a caption of an image."""
     name = f"{key}\0{captioner}\0{caption}".encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little") >> 1

@@ -14,25 +14,24 @@ from jaxmm.capfilt.bootstrap import CapFiltConfig
 from jaxmm.capfilt.merge import merge as merge_kept
 from jaxmm.capfilt.merge import merged_source
 from jaxmm.capfilt.selection import Rule
-from jaxmm.capfilt.synthetic_captions import NUCLEUS
+from jaxmm.capfilt.synthetic_captions import DEFAULTS, CaptionOptions
 from jaxmm.cli.parsing import with_recipe
 from jaxmm.compiling import use_compilation_cache
 from jaxmm.hosts.startup import HostsConfig, distributed
-from jaxmm.inference.generate import Decoding
 from jaxmm.terminal import print_json, print_table
 from jaxmm.validation import require
 
 FlatRule = Annotated[Rule, tyro.conf.arg(name="")]
+FlatOptions = Annotated[CaptionOptions, tyro.conf.arg(name="")]
 Models = tuple[str, ...]
 RULE = Rule()
 HOSTS = HostsConfig()
 
 
 def run(
-    captioner: Models, filter: str, web: str, out: Path, human: str | None = None, captions: int = 1,
-    decoding: Decoding = NUCLEUS, prompt: str | None = None, seed: int = 0, rule: FlatRule = RULE,
-    human_weight: int = 1, shard_records: int = stages.SIZE, data_dir: str | None = None,
-    hosts: HostsConfig = HOSTS,
+    captioner: Models, filter: str, web: str, out: Path, human: str | None = None, options: FlatOptions = DEFAULTS,
+    rule: FlatRule = RULE, human_weight: int = 1, shard_records: int = stages.SHARD_RECORDS,
+    data_dir: str | None = None, hosts: HostsConfig = HOSTS,
 ) -> None:
     """Caption, score, select and merge, and write the report.
 
@@ -44,10 +43,7 @@ def run(
         web: Source of images with noisy texts: tars:GLOB, parquet:GLOB, tfds:FOLDER:SPLIT and others.
         out: Folder of everything.
         human: Source of images with human captions; they are scored, and all stay.
-        captions: Synthetic captions per image and captioner.
-        decoding: Search or sampling of the tokens. Default: nucleus sampling with p = 0.9.
-        prompt: Beginning of every caption. Default: that of the captioner's training.
-        seed: Seed of the sampling. An image's captions depend on it and on the image's key alone.
+        options: Options of the synthetic captions.
         rule: Rule of which texts stay.
         human_weight: Times that each human record counts in the source that is printed at the end.
         shard_records: Records per shard, if the source has no shards.
@@ -55,16 +51,15 @@ def run(
         hosts: Processes that work together; `out` is then a folder that all of them share.
     """
     with distributed(hosts, out, name="out"):
-        caption(captioner, web, out, human, captions, decoding, prompt, seed, shard_records, data_dir, hosts)
+        caption(captioner, web, out, human, options, shard_records, data_dir, hosts)
         score(filter, out, data_dir, hosts)
         select(out, rule, data_dir, hosts)
         merge(out, human_weight, data_dir, hosts)
 
 
 def caption(
-    captioner: Models, web: str, out: Path, human: str | None = None, captions: int = 1, decoding: Decoding = NUCLEUS,
-    prompt: str | None = None, seed: int = 0, shard_records: int = stages.SIZE, data_dir: str | None = None,
-    hosts: HostsConfig = HOSTS,
+    captioner: Models, web: str, out: Path, human: str | None = None, options: FlatOptions = DEFAULTS,
+    shard_records: int = stages.SHARD_RECORDS, data_dir: str | None = None, hosts: HostsConfig = HOSTS,
 ) -> None:
     """Write synthetic captions beside the web's texts: the first stage.
 
@@ -75,20 +70,16 @@ def caption(
         web: Source of images with noisy texts.
         out: Folder of everything.
         human: Source of images with human captions.
-        captions: Synthetic captions per image and captioner.
-        decoding: Search or sampling of the tokens. Default: nucleus sampling with p = 0.9.
-        prompt: Beginning of every caption. Default: that of the captioner's training.
-        seed: Seed of the sampling.
+        options: Options of the synthetic captions.
         shard_records: Records per shard, if the source has no shards.
         data_dir: Folder of prepared TFDS data sets.
         hosts: Processes that work together.
     """
-    require(len(captioner) > 0 or captions == 0, "captioner", captioner, "one or more")
+    require(len(captioner) > 0 or options.captions == 0, "captioner", captioner, "one or more")
     use_compilation_cache()
     with distributed(hosts, out, name="out"):
         folder = stages.begin(out, web, human, size=shard_records, data_dir=data_dir)
-        print_shards(out / stages.CAPTIONS, stages.write_captions(
-            folder, captioner, decoding=decoding, captions=captions, seed=seed, prompt=prompt))
+        print_shards(out / stages.CAPTIONS, stages.write_captions(folder, captioner, options))
 
 
 def score(filter: str, out: Path, data_dir: str | None = None, hosts: HostsConfig = HOSTS) -> None:

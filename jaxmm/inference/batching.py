@@ -1,7 +1,10 @@
-"""Run a compiled function over batches on a mesh."""
+"""Run a compiled function over batches on a mesh; decode ahead of it, and pad what it takes."""
 
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -86,3 +89,21 @@ def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | 
 
 def _is_here(value: Any) -> bool:
     return not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated
+
+
+def decode_ahead(items: Iterable[Any], decode: Callable[[Any], Any], ahead: int) -> Iterator[tuple[Any, Future]]:
+    """Yield (item, future of `decode(item)`) in order, while threads decode up to `ahead` items in advance."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pending: deque[tuple[Any, Future]] = deque()
+        for item in items:
+            pending.append((item, pool.submit(decode, item)))
+            if len(pending) >= ahead:
+                yield pending.popleft()
+        yield from pending
+
+
+def pad_batch(batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """Return `batch` with its last row repeated up to `size` rows, and `mask`, which is False for the repetitions."""
+    count = len(next(iter(batch.values())))
+    padded = {name: np.concatenate([rows, np.repeat(rows[-1:], size - count, axis=0)]) for name, rows in batch.items()}
+    return padded | {"mask": np.arange(size) < count}

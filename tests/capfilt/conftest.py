@@ -7,24 +7,25 @@ import pytest
 from jaxmm.capfilt.merge import merge
 from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import begin, select, write_captions, write_scores
+from jaxmm.capfilt.synthetic_captions import CaptionOptions
 from jaxmm.inference.generate import Decoding
 from tests.data import crawl
 from tests.pretrained import tiny
 
-DRAWN = Decoding(sample=True, top_p=0.9, max_length=9)
+SAMPLED = Decoding(sample=True, top_p=0.9, max_length=9)
 MEDIAN = Rule(threshold=None, quantile=0.5)
 
 
-def run(out, data, models, *, decoding=DRAWN, captions=2, rule=MEDIAN):
+def run(out, data, models):
     folder = begin(out, f"tars:{data}/*.tar", f"captions:{data}/human.jsonl", size=4)
-    written = (write_captions(folder, [str(models / "captioner")], decoding=decoding, captions=captions),
-               write_scores(folder, str(models / "filter")), select(folder, rule))
+    written = (write_captions(folder, [str(models / "captioner")], CaptionOptions(decoding=SAMPLED, captions=2)),
+               write_scores(folder, str(models / "filter")), select(folder, MEDIAN))
     merge(folder)
     return folder, written
 
 
 def contents(out):
-    """Digest of every file but what names the folder."""
+    """Return the digest of every file but the report, which names the folder."""
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(out.rglob("*")) if path.is_file() and path.name != "report.html"}
 
@@ -52,6 +53,6 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory, data, models):
-    """(the folder, shards written by each stage)"""
-    return run(tmp_path_factory.mktemp("whole") / "out", data, models)
+def finished(tmp_path_factory, data, models):
+    """A folder of all stages, and the number of shards that each stage wrote."""
+    return run(tmp_path_factory.mktemp("finished") / "out", data, models)

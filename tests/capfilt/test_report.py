@@ -14,8 +14,8 @@ def test_diversity_by_hand():
     assert astuple(diversity([])) == (0, 0.0, 0.0, 0, 0.0, 0.0)
 
 
-def test_it_counts_what_the_tables_hold(whole):
-    folder, _ = whole
+def test_it_counts_what_the_tables_hold(finished):
+    folder, _ = finished
     shards = folder.tables(SELECTED)
     found = measure(shards)
     columns = {name: [value for shard in shards for value in shard.columns[name]] for name in ("origin", "kept")}
@@ -28,8 +28,8 @@ def test_it_counts_what_the_tables_hold(whole):
     assert found["pictures"] == 18 + 16 - 5 + 3 + 6
 
 
-def test_the_page_shows_pictures_and_why_texts_go(whole):
-    folder, _ = whole
+def test_the_page_shows_pictures_and_why_texts_go(finished):
+    folder, _ = finished
     page = write_report(folder, examples=5).read_text()
     assert page.count("data:image/webp") == 5 and "its score is too low" in page and "truncated" in page
     assert "synthetic" in page and str(folder.manifest["captioner_digests"][0]) in page

@@ -6,21 +6,21 @@ from jaxmm.capfilt.tables import SCORED, Texts
 from jaxmm.config import ConfigError
 
 
-def texts(seed=0, pictures=23):
-    """Of each picture up to four texts, some of them the same, some without a score."""
+def texts(seed=0, images=23):
+    """Return up to four texts per image, some of them the same, some without a score."""
     rng = np.random.default_rng(seed)
-    record = np.sort(rng.integers(0, pictures, 61))
+    record = np.sort(rng.integers(0, images, 61))
     columns = {name: [None] * len(record) for name in SCORED}
     columns |= {"record": record.tolist(), "key": [f"k{i}" for i in record],
                 "text": [f"t{i}" for i in rng.integers(0, 3, len(record))],
                 "origin": rng.choice(["web", "synthetic", "human"], len(record)).tolist(),
                 "itm": rng.integers(0, 9, len(record)).astype(np.float32) / 8,
                 "itc": np.where(rng.random(len(record)) < 0.2, np.nan, rng.random(len(record))).astype(np.float32)}
-    return Texts(columns, pictures, {"empty": 2}, [("k9", "empty")])
+    return Texts(columns, images, {"empty": 2}, [("k9", "empty")])
 
 
 def plain(table, rule, least):
-    """As `select_texts`, one text after the other."""
+    """Return the reasons of `select_texts`, one text after the other."""
     rows = [dict(zip(table.columns, row, strict=True)) for row in zip(*table.columns.values(), strict=True)]
     for i, row in enumerate(rows):
         score = row[rule.score]
@@ -47,15 +47,15 @@ def plain(table, rule, least):
     Rule(), Rule(threshold=None), Rule(score="itc", threshold=0.3), Rule(best=1), Rule(best=2, threshold=None),
     Rule(origins=("synthetic",)), Rule(origins=("web",), best=1), Rule(score="itc", threshold=None, best=1)], ids=repr)
 def test_it_is_what_the_rule_says(rule):
-    seen = set()
+    reasons = set()
     for seed in range(5):
         table = texts(seed)
-        found = select_texts(table, rule, rule.threshold)
-        assert found.columns["why"] == plain(table, rule, rule.threshold)
-        assert found.columns["kept"].tolist() == [why in ("good", "human") for why in found.columns["why"]]
-        assert (found.pictures, found.bad, found.examples) == (table.pictures, table.bad, table.examples)
-        seen |= set(found.columns["why"])
-    assert {"good", "human"} <= seen <= set(REASONS)
+        selected = select_texts(table, rule, rule.threshold)
+        assert selected.columns["why"] == plain(table, rule, rule.threshold)
+        assert selected.columns["kept"].tolist() == [why in ("good", "human") for why in selected.columns["why"]]
+        assert (selected.images, selected.bad, selected.examples) == (table.images, table.bad, table.examples)
+        reasons |= set(selected.columns["why"])
+    assert {"good", "human"} <= reasons <= set(REASONS)
 
 
 def test_a_quantile_counts_the_texts_that_may_stay():

@@ -17,12 +17,13 @@ from jaxmm.capfilt import stages
 from jaxmm.capfilt.merge import merge, merged_source
 from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import CAPTIONS, SCORES, SELECTED, begin, select, write_captions, write_scores
+from jaxmm.capfilt.synthetic_captions import CaptionOptions
 from jaxmm.config import ConfigError
 from jaxmm.data.base import DataError
 from jaxmm.data.images import decode
 from jaxmm.data.sources.registry import open_source
 from jaxmm.inference.generate import Decoding
-from tests.capfilt.conftest import MEDIAN, contents, run
+from tests.capfilt.conftest import MEDIAN, SAMPLED, contents, run
 from tests.data import crawl
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,8 @@ def picture(row):
     return decode(row["shard"].source[row["record"]]["image"])
 
 
-def test_texts_are_the_webs_the_captioners_and_peoples(whole):
-    found = list(rows(whole[0], CAPTIONS))
+def test_texts_are_the_webs_the_captioners_and_peoples(finished):
+    found = list(rows(finished[0], CAPTIONS))
     own = {row["key"]: row["text"] for row in found if row["origin"] == "web"}
     assert own["00000/000000007"] == "picture 7" and own["00001/cmyk"] == "a clock"
     assert len(own["00001/long_text"]) <= 2000 and "00001/no_text" not in own
@@ -55,7 +56,7 @@ def test_texts_are_the_webs_the_captioners_and_peoples(whole):
 @pytest.mark.parametrize("decoding, captions", [(Decoding(max_length=9), 1), (Decoding(beams=3, max_length=9), 2)])
 def test_captions_are_the_captioners(tmp_path, data, models, decoding, captions):
     folder = begin(tmp_path, f"tars:{data}/00002.tar", None)
-    write_captions(folder, [str(models / "captioner")] * 2, decoding=decoding, captions=captions)
+    write_captions(folder, [str(models / "captioner")] * 2, CaptionOptions(decoding=decoding, captions=captions))
     found = [row for row in rows(folder, CAPTIONS) if row["origin"] == "synthetic"]
     model = jaxmm.load(models / "captioner")
     for captioner in (0, 1):
@@ -69,24 +70,22 @@ def test_captions_are_the_captioners(tmp_path, data, models, decoding, captions)
                                        atol=1e-5)
 
 
-def test_what_is_drawn_depends_on_the_key_alone(tmp_path, data, models, whole):
+def test_what_is_drawn_depends_on_the_key_alone(tmp_path, data, models, finished):
     """Other shards, other neighbours, another number of texts: the same captions."""
     folder = begin(tmp_path, f"tars:{data}/0000[02].tar", None)
-    write_captions(folder, [str(models / "captioner")], decoding=Decoding(sample=True, top_p=0.9, max_length=9),
-                   captions=2)
+    write_captions(folder, [str(models / "captioner")], CaptionOptions(decoding=SAMPLED, captions=2))
     again = {(row["key"], row["text"]) for row in rows(folder, CAPTIONS)}
-    before = {(row["key"], row["text"]) for row in rows(whole[0], CAPTIONS)
+    before = {(row["key"], row["text"]) for row in rows(finished[0], CAPTIONS)
               if row["key"].startswith(("00000/", "00002/"))}
     assert again == before and len({text for _, text in again}) > 20
     other = begin(tmp_path / "seed", f"tars:{data}/00002.tar", None)
-    write_captions(other, [str(models / "captioner")], decoding=Decoding(sample=True, top_p=0.9, max_length=9),
-                   captions=2, seed=1)
+    write_captions(other, [str(models / "captioner")], CaptionOptions(decoding=SAMPLED, captions=2, seed=1))
     assert not {(row["key"], row["text"]) for row in rows(other, CAPTIONS) if row["origin"] == "synthetic"} & before
 
 
-def test_scores_are_the_filters(whole, models):
+def test_scores_are_the_filters(finished, models):
     model = jaxmm.load(models / "filter")
-    found = list(rows(whole[0], SCORES))
+    found = list(rows(finished[0], SCORES))
     for row in found[::7]:
         image, text = [picture(row)], [row["text"]]
         np.testing.assert_allclose(row["itm"], model.match(image, text)[0, 0], atol=1e-6)
@@ -94,8 +93,8 @@ def test_scores_are_the_filters(whole, models):
     assert len({row["itm"] for row in found}) > len(found) / 2
 
 
-def test_the_merged_data_is_what_stays(whole):
-    folder, _ = whole
+def test_the_merged_data_is_what_stays(finished):
+    folder, _ = finished
     merged = folder.path / "merged"
     kept: dict[str, list[str]] = {}
     for row in rows(folder, SELECTED):
@@ -111,8 +110,8 @@ def test_the_merged_data_is_what_stays(whole):
     assert all(decode(web[i]["image"]).tobytes() == ids[web[i]["image_id"]] for i in range(len(web)))
 
 
-def test_what_is_done_is_not_done_again(whole, data, models, monkeypatch):
-    folder, written = whole
+def test_what_is_done_is_not_done_again(finished, data, models, monkeypatch):
+    folder, written = finished
     assert written == (5, 5, 5)      # three tars, two runs of at most four of people's records
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
     monkeypatch.setattr(stages, "load", None)
@@ -120,9 +119,9 @@ def test_what_is_done_is_not_done_again(whole, data, models, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
 
 
-def test_another_rule_asks_no_model(whole, tmp_path, monkeypatch):
+def test_another_rule_asks_no_model(finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    shutil.copytree(whole[0].path, out)
+    shutil.copytree(finished[0].path, out)
     monkeypatch.setattr(stages, "load", None)
     folder = stages.Folder(out)
     before = len(open_source(f"tfds:{merge(folder)}:web"))
@@ -131,15 +130,15 @@ def test_another_rule_asks_no_model(whole, tmp_path, monkeypatch):
     assert 0 < after < before
     select(folder, MEDIAN)
     merge(folder)
-    assert contents(out) == contents(whole[0].path)
+    assert contents(out) == contents(finished[0].path)
 
 
-def test_runs_are_not_mixed(whole, tmp_path, data, models):
+def test_runs_are_not_mixed(finished, tmp_path, data, models):
     out = tmp_path / "out"
-    shutil.copytree(whole[0].path, out)
+    shutil.copytree(finished[0].path, out)
     folder, captioner = stages.Folder(out), str(models / "captioner")
     with pytest.raises(ConfigError, match=r"holds a run of something else.*\n  seed was 0 and is 1"):
-        write_captions(folder, [captioner], decoding=Decoding(sample=True, top_p=0.9, max_length=9), captions=2, seed=1)
+        write_captions(folder, [captioner], CaptionOptions(decoding=SAMPLED, captions=2, seed=1))
     with pytest.raises(ConfigError, match="web was"):
         begin(out, "scenes:tiny/web", f"captions:{data}/human.jsonl", size=4)
     moved = tmp_path / "filter"
@@ -166,14 +165,14 @@ def test_what_cannot_be_done_is_said_first(tmp_path, data, models):
     folder = begin(tmp_path / "a", f"tars:{data}/00002.tar", None)
     with pytest.raises(ConfigError, match=r"captions/: 1 of 1 shards are missing, the first web-00000"):
         write_scores(folder, str(models / "filter"))
-    with pytest.raises(ConfigError, match=r"captioner is .*wanted a BLIP that writes"):
+    with pytest.raises(ConfigError, match=r"captioner is .*a model that writes captions.* this one .*matches images"):
         write_captions(folder, [str(models / "filter")])
     folder = begin(tmp_path / "b", f"tars:{data}/00002.tar", None)
     with pytest.raises(ConfigError, match=r"captions is 2; wanted at most decoding.beams = 1"):
-        write_captions(folder, [str(models / "captioner")], decoding=Decoding(max_length=9), captions=2)
+        write_captions(folder, [str(models / "captioner")], CaptionOptions(decoding=Decoding(max_length=9), captions=2))
     folder = begin(tmp_path / "c", f"tars:{data}/00002.tar", None)
     write_captions(folder, [str(models / "captioner")])
-    with pytest.raises(ConfigError, match=r"filter is .*wanted a BLIP that matches"):
+    with pytest.raises(ConfigError, match=r"filter is .*a model that matches images.* this one .*writes captions"):
         write_scores(folder, str(models / "captioner"))
     with pytest.raises(ConfigError, match=r"a folder that `jaxmm capfilt caption` or `run` began"):
         stages.Folder(tmp_path / "d").tables(CAPTIONS)
@@ -196,22 +195,22 @@ def process(out, data, models, **environment):
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | {name: str(value) for name, value in environment.items()})
 
 
-def test_killed_again_and_again_it_ends_as_if_undisturbed(whole, tmp_path, data, models):
+def test_killed_again_and_again_it_ends_as_if_undisturbed(finished, tmp_path, data, models):
     """Every process dies at its seventh write that counts, whatever the stage."""
     out, deaths = tmp_path / "out", 0
     while (ended := process(out, data, models, KILLED_AT=7)).wait() == -signal.SIGKILL:
         deaths += 1
         assert deaths < 20
     assert ended.returncode == 0, ended.stderr.read()
-    assert deaths >= 5 and contents(out) == contents(whole[0].path)
+    assert deaths >= 5 and contents(out) == contents(finished[0].path)
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_write_the_same_bytes(whole, tmp_path, data, models, count):
+def test_several_processes_write_the_same_bytes(finished, tmp_path, data, models, count):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     started = [process(tmp_path / "out", data, models, HOSTS=count, HOST=i, ADDRESS=address) for i in range(count)]
     for each in started:
         assert each.wait(timeout=240) == 0, each.stderr.read()
-    assert contents(tmp_path / "out") == contents(whole[0].path)
+    assert contents(tmp_path / "out") == contents(finished[0].path)
