@@ -1,4 +1,4 @@
-"""Prompts that name a class, and their embeddings, for zero-shot classification (CLIP, arXiv:2103.00020, section 3.1)."""
+"""Prompts that name a class, and their embeddings, for zero-shot classification (CLIP, section 3.1)."""
 
 from collections.abc import Sequence
 

@@ -24,10 +24,10 @@ from jaxmm.data.sources.nlvr import cleaned
 from jaxmm.data.sources.vqa import clean_question
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
-from jaxmm.evals.zero_shot import TEMPLATES, unit
 from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, make_rank_fn
 from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn, predictions
 from jaxmm.inference.captioning import CAPTIONS, make_caption_fn, prompt_tokens
+from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.matching import make_image_encoder, match_pairs, power_of_two
 from jaxmm.pretrained.io.files import FileError
@@ -147,8 +147,7 @@ class Model:
         if classifier is None and embedder is not None and embedder.text is not None:
             if not labels:
                 raise ValueError("labels is empty; wanted names of classes, such as ['a cat', 'a dog']")
-            prompts = [template.replace("{}", label) for label in labels for template in templates]
-            text = unit(self.encode_text(prompts).reshape(len(labels), len(templates), -1).mean(axis=1))
+            text = class_means(self.encode_text(class_prompts(labels, templates)), len(labels))
             logits = np.asarray(embedder.scale(self.params)) * self.encode_image(pictures, on_error=on_error) @ text.T
         else:
             if labels is not None:
