@@ -4,7 +4,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -14,7 +16,7 @@ from jaxmm.compiling import cache_folder
 from jaxmm.config import TrainConfig
 from jaxmm.planning import pareto as searching
 from jaxmm.planning.chips import open_topology
-from jaxmm.planning.pareto import Found, Planner
+from jaxmm.planning.pareto import Planner, Trial
 from jaxmm.planning.plan import Plan, make_plan, sharding_lines, trace
 from jaxmm.terminal import print_json, print_table
 
@@ -39,7 +41,7 @@ class PlanOptions:
     """Remat policies to search. Default: none, cheap and full."""
     parts: tuple[int, ...] = ()
     """Numbers of microbatches to search. Default: 1 and 4."""
-    remedies: bool = True
+    suggestions: Annotated[bool, tyro.conf.arg(aliases=("--remedies",))] = True
     """Look for changes that fit, if the recipe does not."""
     shardings: bool = False
     """Print the sharding of every array of the state and the batch, and compile nothing."""
@@ -74,8 +76,8 @@ def plan(options: PlanOptions, config: TrainConfig) -> int:
         print_json(made.to_json())
     else:
         show(made)
-    if not made.fits and options.remedies:
-        _repair(options, config, topology, planned)
+    if not made.fits and options.suggestions:
+        _suggest(options, config, topology, planned)
     return 0 if made.fits else 3
 
 
@@ -93,19 +95,19 @@ def _search(options: PlanOptions, config: TrainConfig, topology, planned: Planne
     return 0 if fitting else 3
 
 
-def _repair(options: PlanOptions, config: TrainConfig, topology, planned: Planner) -> None:
-    changes = searching.remedies(config, topology)
+def _suggest(options: PlanOptions, config: TrainConfig, topology, planned: Planner) -> None:
+    changes = searching.suggestions(config, topology)
     if not options.json:
         print(f"looking for changes that fit, of {len(changes)}", file=sys.stderr)
     with tqdm(total=len(changes), unit=" recipes", desc="compiling", file=sys.stderr, dynamic_ncols=True) as bar:
-        fitting = searching.repair(config, topology, planned, on_plan=_on_plan(bar, options.json))
+        fitting = searching.suggest(config, topology, planned, on_plan=_on_plan(bar, options.json))
     if not options.json:
         print_plans("these fit, each compiled" if fitting else "none of the changes fits", fitting)
 
 
-def _on_plan(bar: tqdm, json: bool) -> Callable[[Found], None]:
+def _on_plan(bar: tqdm, json: bool) -> Callable[[Trial], None]:
     """Return the function that counts a plan, and prints it as JSON."""
-    def on_plan(result: Found) -> None:
+    def on_plan(result: Trial) -> None:
         bar.update()
         if json:
             print_json(result.plan.to_json() | {"flags": result.flags})
@@ -157,11 +159,11 @@ def show(made: Plan) -> None:
         console.print("The estimate is the compiler's count of cycles, including loops; no chip has run it.")
 
 
-def print_plans(title: str, results: Sequence[Found]) -> None:
+def print_plans(title: str, results: Sequence[Trial]) -> None:
     """Print a table of changes to the recipe and what each needs."""
     print(title)
     print_table(("options", "per chip", "XLA's estimate", "images/s", "of peak"), (
         (row.flags or "(the recipe as it is)", gib(row.plan.peak_bytes),
          f"{row.plan.estimated_step_seconds * 1e3:,.0f} ms" if row.plan.estimated_step_seconds else "",
-         f"{row.pictures_per_second:,.0f}" if row.pictures_per_second else "",
+         f"{row.images_per_second:,.0f}" if row.images_per_second else "",
          f"{row.plan.estimated_utilization:.0%}" if row.plan.estimated_utilization else "") for row in results))

@@ -19,7 +19,7 @@ TILE = 1024
 
 
 @dataclass(frozen=True)
-class Found:
+class Trial:
     """A compiled variant of a recipe."""
 
     config: TrainConfig
@@ -28,7 +28,7 @@ class Found:
     """Command-line options that make this variant of the recipe; empty for the recipe itself."""
 
     @property
-    def pictures_per_second(self) -> float | None:
+    def images_per_second(self) -> float | None:
         """Speed by the compiler's estimate; None if there is no estimate."""
         seconds = self.plan.estimated_step_seconds
         return self.plan.batch_size / seconds if seconds else None
@@ -80,7 +80,7 @@ def _meshes(config: TrainConfig, topology: Topology) -> list[MeshConfig]:
     return [MeshConfig(fsdp=size, tensor=tensor) for size in sizes]
 
 
-def remedies(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
+def suggestions(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
     """Return changes that need less memory, from the cheapest: more FSDP shards, a blockwise loss, remat, microbatches;
     then all of these at once; last a smaller batch, which is another recipe."""
     meshes = [mesh for mesh in _meshes(config, topology) if mesh.fsdp > config.mesh.fsdp]
@@ -102,22 +102,22 @@ def remedies(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
     return list(dict.fromkeys(change for change in changes if change != config))
 
 
-def repair(
+def suggest(
     config: TrainConfig, topology: Topology, plan: Planner, *, wanted: int = 3,
-    on_plan: Callable[[Found], None] = lambda trial: None,
-) -> list[Found]:
-    """Compile the changes of `remedies` until `wanted` of them fit, and return these, fastest first.
+    on_plan: Callable[[Trial], None] = lambda trial: None,
+) -> list[Trial]:
+    """Compile the changes of `suggestions` until `wanted` of them fit, and return these, fastest first.
 
     `on_plan` is called with every compiled change.
     """
-    fitting: list[Found] = []
-    for trial in _plans(config, remedies(config, topology), topology, plan):
+    fitting: list[Trial] = []
+    for trial in _plans(config, suggestions(config, topology), topology, plan):
         on_plan(trial)
         if trial.plan.fits:
             fitting.append(trial)
         if len(fitting) == wanted:
             break
-    return sorted(fitting, key=lambda trial: -(trial.pictures_per_second or 0))
+    return sorted(fitting, key=lambda trial: -(trial.images_per_second or 0))
 
 
 def candidates(
@@ -142,8 +142,8 @@ def candidates(
 
 def search(
     config: TrainConfig, configs: Iterable[TrainConfig], topology: Topology, plan: Planner,
-    on_plan: Callable[[Found], None] = lambda trial: None,
-) -> list[Found]:
+    on_plan: Callable[[Trial], None] = lambda trial: None,
+) -> list[Trial]:
     """Compile all `configs`; `on_plan` is called with every result."""
     trials = []
     for trial in _plans(config, configs, topology, plan):
@@ -152,20 +152,20 @@ def search(
     return trials
 
 
-def _plans(base, configs, topology, plan) -> Iterator[Found]:
+def _plans(base, configs, topology, plan) -> Iterator[Trial]:
     """Yield the plans of the configurations that can run."""
     for config in configs:
         try:
-            yield Found(config, plan(config, topology), flags(base, config))
+            yield Trial(config, plan(config, topology), flags(base, config))
         except ConfigError:
             continue
 
 
-def pareto(trials: Iterable[Found]) -> list[Found]:
+def pareto(trials: Iterable[Trial]) -> list[Trial]:
     """Return the Pareto front of the trials that fit (estimated images/s against memory), fastest first."""
-    fitting = sorted((trial for trial in trials if trial.plan.fits and trial.pictures_per_second),
-                     key=lambda trial: (-trial.pictures_per_second, trial.plan.peak_bytes))
-    front: list[Found] = []
+    fitting = sorted((trial for trial in trials if trial.plan.fits and trial.images_per_second),
+                     key=lambda trial: (-trial.images_per_second, trial.plan.peak_bytes))
+    front: list[Trial] = []
     for trial in fitting:
         if not front or trial.plan.peak_bytes < front[-1].plan.peak_bytes:
             front.append(trial)

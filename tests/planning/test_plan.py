@@ -88,7 +88,7 @@ def test_a_recipe_that_does_not_fit_and_a_change_that_does(tmp_path):
     topology, tried = replace(large, chip=chip), []
     made = make_plan(config, topology, tmp_path)
     assert not made.fits and made.missing_bytes == made.peak_bytes - chip.hbm_bytes > 0
-    [fitting] = search.repair(config, topology, lambda *recipe: make_plan(*recipe, tmp_path), wanted=1,
+    [fitting] = search.suggest(config, topology, lambda *recipe: make_plan(*recipe, tmp_path), wanted=1,
                               on_plan=tried.append)
     assert fitting.plan.fits and fitting is tried[-1] and not any(trial.plan.fits for trial in tried[:-1])
     assert fitting.flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat")
@@ -99,7 +99,7 @@ def test_suggestions_end_with_the_first_that_fits(eight):
         return planned(1.0, 60, fits=search.remat_of(config) == "full")
 
     tried = []
-    fitting = search.repair(recipe(64), eight, plan, wanted=1, on_plan=tried.append)
+    fitting = search.suggest(recipe(64), eight, plan, wanted=1, on_plan=tried.append)
     assert fitting == [tried[-1]] and fitting[0].plan.fits and not any(trial.plan.fits for trial in tried[:-1])
     assert "remat full" in fitting[0].flags and len(tried) > 1
 
@@ -150,7 +150,7 @@ def planned(seconds, peak, fits=True, batch=100):
 
 
 def test_the_pareto_front():
-    trials = [search.Found(recipe(), planned(*figures), name) for name, figures in {
+    trials = [search.Trial(recipe(), planned(*figures), name) for name, figures in {
         "fast": (1.0, 40), "as fast, larger": (1.0, 45), "slow and large": (2.0, 44), "slow and small": (3.0, 10),
         "does not fit": (0.5, 60, False)}.items()]
     assert [trial.flags for trial in search.pareto(trials)] == ["fast", "slow and small"]
@@ -158,7 +158,7 @@ def test_the_pareto_front():
 
 def test_suggestions_begin_with_the_cheapest_and_end_with_another_batch(eight):
     config = recipe(64)
-    flags = [search.flags(config, change) for change in search.remedies(config, eight)]
+    flags = [search.flags(config, change) for change in search.suggestions(config, eight)]
     assert flags[0] == "--mesh.fsdp 4" and "--task.tile 1024" in flags and "--microbatches 2" in flags
     assert "--task.model.vision.transformer.remat full --task.model.text.transformer.remat full" in flags
     assert "--data.batch_size" in flags[-1] and "--data.batch_size" not in flags[0]
@@ -167,7 +167,7 @@ def test_suggestions_begin_with_the_cheapest_and_end_with_another_batch(eight):
 
 def test_suggestions_for_a_task_without_a_stack_of_layers(eight):
     assert search.remat_of(LINEAR) is None
-    changes = [search.flags(LINEAR, change) for change in search.remedies(LINEAR, eight)]
+    changes = [search.flags(LINEAR, change) for change in search.suggestions(LINEAR, eight)]
     assert changes and not any("remat" in flags for flags in changes)
 
 
@@ -216,5 +216,5 @@ def test_the_command(command):
 def test_the_command_says_what_is_wrong(command):
     status, _, err = command("--topology", "v5e:2")
     assert status == 2 and err.startswith("error: topology is 'v5e:2'")
-    status, text, _ = command("--topology", "h100:8", "--shardings", "--json")
+    status, text, _ = command("--topology", "h100:8", "--no-remedies", "--shardings", "--json")
     assert status == 0 and json.loads(text.splitlines()[0])["path"].startswith("state/")
