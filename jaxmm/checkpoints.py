@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxmm.atomic import write_atomically
@@ -80,6 +79,8 @@ def read_weights(folder: Path, part: str, like: Any, step: int | None = None) ->
     saved = {name: shape for name, (shape, _) in _notes(chosen)["shapes"].items() if name.startswith(f"{part}/")}
     wanted = {f"{part}/{name}": list(leaf.shape) for name, leaf in named_leaves(like)}
     _check_shapes(chosen, saved, wanted)
+    import orbax.checkpoint as ocp  # a quarter of a second of import that loading published weights does without
+
     arguments = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(
         dtype=leaf.dtype, sharding=leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])), like)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
@@ -93,6 +94,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 2, best: bool = False):
         """Keeps the newest `keep`, and with `best` the one with the highest rating besides."""
+        import orbax.checkpoint as ocp
+
         self.folder, self.keep, self.best = folder.absolute(), keep, best  # Orbax takes no relative path
         self.folder.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -121,6 +124,8 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free")
+            import orbax.checkpoint as ocp
+
             self._orbax.save(target / "state", args=ocp.args.StandardSave(_as_dict(state)))
         notes = {"step": step, "data": data, "metric": None, "shapes": shapes(state)}
         self._pending = self._worker.submit(self._finish, target, notes)
@@ -152,6 +157,8 @@ class Checkpoints:
         folder = self.folder / str(step)
         notes = _notes(folder)
         _check_shapes(folder, notes["shapes"], shapes(like))
+        import orbax.checkpoint as ocp
+
         restored = self._orbax.restore(folder / "state", args=ocp.args.StandardRestore(_as_dict(like)))
         return State(**restored), notes["data"]
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import ftfy
 import numpy as np
 import regex
 import tokenizers
@@ -181,7 +180,9 @@ def _clean(text: str, limit: int, cleaning: Cleaning = "none") -> str:
     if not text.isascii():      # a lone surrogate cannot be encoded
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if cleaning in ("openai", "whitespace", "canonical"):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        from ftfy import fix_text  # imported by what cleans text only
+
+        text = html.unescape(html.unescape(fix_text(text)))
     if cleaning == "canonical":
         text = text.replace("_", " ")
     if cleaning not in ("none", "whitespace"):

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int32, UInt8
 from PIL import Image
-from scipy.special import expit
 
 from jaxmm.config import ImageConfig
 from jaxmm.data.images import BadImage, decode
@@ -238,6 +237,8 @@ class Model:
         if self.task.matcher is None:
             raise ValueError(f"{self._cannot()}; wanted one that matches images and texts, such as "
                              "Salesforce/blip-itm-base-coco")
+        from scipy.special import expit
+
         tokens, found = self.tokenize(texts), []
         batches = map(self._filled, self._pictures(pictures, on_error))
         for result, _ in outputs(make_image_encoder(self.task, self.mesh), self.params, batches, self.mesh):

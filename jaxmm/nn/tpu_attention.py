@@ -10,8 +10,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
@@ -87,6 +85,9 @@ def _run(kernel, name, results, heads, interpret, arrays, mask):
 
     `results` are the indices of the inputs whose shapes the outputs have.
     """
+    from jax.experimental import pallas as pl  # a fifth of a second of import that the other platforms do without
+    from jax.experimental.pallas import tpu as pltpu
+
     (b, t, d), s = arrays[0].shape, arrays[1].shape[1]
     width = d // heads
     count = heads_at_once(t, s, heads, width, arrays[0].dtype.itemsize)
