@@ -3,7 +3,7 @@
 import importlib.util
 
 EXTRAS = {
-    "train": ("grain", "jinja2", "matplotlib", "sklearn", "tensorboardX"),
+    "train": ("jinja2", "matplotlib", "sklearn", "tensorboardX"),
     "captions": ("pycocoevalcap",),
     "parity": ("torch", "transformers"),
     "tpu": ("libtpu",),

@@ -7,15 +7,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
+
+from jaxmm.optional import require_extra
 
 _MAX_TEXT = 180
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Writes one self-contained HTML file from a template beside this module; returns its path."""
+    require_extra("train", "an HTML page")
+    import jinja2
+
     environment = jinja2.Environment(loader=jinja2.PackageLoader("jaxmm", "."), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
     environment.filters |= {"number": number, "picture": picture, "cut": _cut, "lit": lit}

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from jaxmm.evals.ptb import ptb_tokens
+from jaxmm.optional import has_extra
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,11 @@ NEWEST_JAVA = 15
 
 @lru_cache(maxsize=1)
 def caption_metric_names() -> tuple[str, ...]:
-    """Return the metrics that can be measured here. Warn once about each of `meteor` and `spice` that cannot."""
+    """Return the metrics that can be measured here; warn once about those that cannot."""
+    if not has_extra("captions"):
+        log.warning("BLEU, ROUGE-L, CIDEr, METEOR and SPICE of captions are left out: pycocoevalcap is not installed; "
+                    "pip install 'jaxmm[captions]'")
+        return ()
     reasons = {"meteor": None, "spice": None}
     version = java_version()
     if version is None:
@@ -57,6 +62,9 @@ def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]])
     References without words and images without references do not count; values are NaN if no image counts. CIDEr is at
     most 10 and weighs words by how rare they are among these images: for a single image it is 0.
     """
+    names = caption_metric_names()
+    if not names:
+        return {}
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -65,7 +73,6 @@ def caption_metrics(written: Sequence[str], references: Sequence[Sequence[str]])
     for i, (text, texts) in enumerate(zip(written, references, strict=True)):
         if lines := [line for line in map(_line, texts) if line]:
             truth[i], guess[i] = lines, [_line(text)]
-    names = caption_metric_names()
     if not truth:
         return dict.fromkeys(names, float("nan"))
     values = [*Bleu(4).compute_score(truth, guess, verbose=0)[0], Rouge().compute_score(truth, guess)[0],

@@ -9,6 +9,7 @@ from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source
 from jaxmm.evals.context import EvalContext
 from jaxmm.evals.frozen_features import check_train, train_and_test
+from jaxmm.optional import require_extra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class KNN(Evaluator):
 def knn(train_x: np.ndarray, train_y: np.ndarray, x: np.ndarray, y: np.ndarray, *, k: int, temperature: float
         ) -> float:
     """Return the accuracy on features `x` [n, d] with labels `y` [n], by votes of the k nearest of `train_x`."""
+    require_extra("train", "the evaluator KNN")
     from sklearn.neighbors import KNeighborsClassifier  # takes a second, which only this evaluator needs
 
     if not (np.isfinite(train_x).all() and np.isfinite(x).all()):

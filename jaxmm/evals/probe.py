@@ -9,6 +9,7 @@ from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source
 from jaxmm.evals.context import EvalContext
 from jaxmm.evals.frozen_features import check_train, train_and_test
+from jaxmm.optional import require_extra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class LinearProbe(Evaluator):
 def probe(train_x: np.ndarray, train_y: np.ndarray, x: np.ndarray, y: np.ndarray, *, c: tuple[float, ...],
           max_iter: int) -> float:
     """Return the accuracy on features `x` [n, d] with labels `y` [n] of a regression fitted on the training data."""
+    require_extra("train", "the evaluator LinearProbe")
     from sklearn.linear_model import LogisticRegression  # takes a second, which only this evaluator needs
     from sklearn.model_selection import train_test_split
 

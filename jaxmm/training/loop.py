@@ -18,6 +18,7 @@ from jaxmm.data.pipeline import FaultCounter, TrainIterator, train_batches
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.evals.context import EvalContext
+from jaxmm.optional import require_extra
 from jaxmm.pretrained.warm_start import adopt, open_start, start_weights
 from jaxmm.sharding import host_share, make_mesh, place_batch, unsharded_dims, with_shardings
 from jaxmm.task import Task
@@ -66,6 +67,7 @@ def train(
     On SIGTERM or Ctrl-C the state is saved and {} is returned. Raises `ConfigError`, `DataError`, `CheckpointError` and
     `TrainError`.
     """
+    require_extra("train", "training")
     workdir = Path(workdir)
     primary = jax.process_index() == 0
     try:

@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from jaxmm.evals.context import CaptionExample, PredictionExample, RetrievalExample
 from jaxmm.pages import number, write_page
@@ -100,7 +96,9 @@ def panels(metrics: Series) -> list[dict[str, Any]]:
 
 def curves(series: Series) -> str:
     """An SVG of the curves over the steps, coloured by the page's style sheet; logarithmic where they span decades."""
-    def draw(axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    def draw(axes) -> None:
         finite = []
         for (_, points), color in zip(series.items(), _COLORS, strict=False):
             x, y = _thinned(points)
@@ -117,11 +115,13 @@ def curves(series: Series) -> str:
 
 def histogram(values: Mapping[str, np.ndarray], label: str) -> str:
     """An SVG of how each of `values` (numbers by name) is distributed: shares in 40 equal parts of their range."""
+    from matplotlib.ticker import PercentFormatter
+
     finite = {name: each[np.isfinite(each)] for name, each in values.items()}
     every = np.concatenate([*finite.values(), np.zeros(0)])
     edges = np.linspace(every.min(initial=0.0), max(every.max(initial=0.0), 1e-6), 41)
 
-    def draw(axes: Axes) -> None:
+    def draw(axes) -> None:
         for each, color in zip(finite.values(), _COLORS, strict=False):
             axes.stairs(np.histogram(each, edges)[0] / max(len(each), 1), edges, color=color, linewidth=1.6)
         axes.set_xlabel(label)
@@ -130,8 +130,11 @@ def histogram(values: Mapping[str, np.ndarray], label: str) -> str:
     return drawing(draw, f"distribution: {label}")
 
 
-def drawing(draw: Callable[[Axes], None], label: str) -> str:
+def drawing(draw: Callable[[Any], None], label: str) -> str:
     """An SVG of what `draw` draws, in the page's colours: `_COLORS` stand for those of the legend."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     style = {"svg.fonttype": "none", "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK,
              "ytick.color": _INK, "axes.edgecolor": _GRID, "axes.spines.top": False, "axes.spines.right": False,
              "svg.hashsalt": "jaxmm"}

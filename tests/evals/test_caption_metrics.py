@@ -82,3 +82,10 @@ def test_names_depend_on_java(java, caplog, monkeypatch):
     monkeypatch.setattr(module, "_spice_parser", lambda: True)
     java(8)
     assert caption_metric_names() == (*METRICS, "meteor", "spice")
+
+
+def test_without_the_extra_one_line_says_so(java, caplog, monkeypatch):
+    java(8)
+    monkeypatch.setattr(module, "has_extra", lambda extra: False)
+    assert caption_metrics(["a dog"], [["a dog"]]) == {} and caption_metric_names() == ()
+    assert len(caplog.records) == 1 and "pip install 'jaxmm[captions]'" in caplog.text

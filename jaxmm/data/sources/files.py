@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmm.data.base import EXTENSIONS, DataError, Record, find_pictures, fingerprint, read_text
+from jaxmm.optional import require_extra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
 
 def open_digits(spec: str, location: str, data_dir: str | None = None) -> Arrays:
     """scikit-learn's 1,797 scanned digits, 8 x 8 greys as uint8; every fifth of each class is the test split."""
+    require_extra("train", "the source digits")
     from sklearn.datasets import load_digits  # a second of import that the other sources do without
 
     if location not in ("train", "test"):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from PIL import Image
 
@@ -13,13 +12,14 @@ from jaxmm.data.bad_records import BadRecord
 from jaxmm.data.base import Source, record_key
 from jaxmm.data.sources.shards import printable
 from jaxmm.data.tools.checking import examine
+from jaxmm.optional import require_extra
 
 LARGEST = 320
 """Pixels of the longer side on the page."""
 LONGEST = 300
 """Letters of a caption that are shown."""
 
-_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+_PAGE = """\
 <!doctype html>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ source }}</title>
 <style>
@@ -37,7 +37,7 @@ figure { margin: 0; overflow-wrap: anywhere; } img { max-width: 100%; } small { 
 </figure>
 {% endfor %}
 </main>
-""")
+"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ def first(source: Source, count: int) -> list[Shown]:
 
 def write_html(title: str, records: Sequence[Shown], path: Path) -> None:
     """Writes one page with pictures and texts; nothing in it is loaded from elsewhere."""
+    require_extra("train", "an HTML page")
+    import jinja2
+
     from jaxmm.pages import picture
 
     def small(image: Image.Image) -> str:
@@ -65,7 +68,8 @@ def write_html(title: str, records: Sequence[Shown], path: Path) -> None:
         image.thumbnail((LARGEST, LARGEST))
         return picture(np.asarray(image))
 
-    write_atomically(path, _PAGE.render(source=title, records=records, picture=small))
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
+    write_atomically(path, page.render(source=title, records=records, picture=small))
 
 
 def _shown(source: Source, index: int) -> Shown:
