@@ -153,7 +153,7 @@ def test_a_whole_report_is_self_contained_and_escapes_what_people_wrote(tmp_path
     assert page.words.count(ATTACK) == 4 and f"“{ATTACK}”" in page.words  # found, truth, predicted
     assert "0.912" in page.words and "0.9124" in page.words and "-0.25" in page.words
     assert any(w.endswith("…") for w in page.words) and "jax 9.8.7" in page.words and "cpu, cpu" in page.words
-    assert "Classify · kind softmax · label smoothing 0 · mixup 0 · cutmix 0" in page.words
+    assert "Classification · kind softmax · label smoothing 0 · mixup 0 · cutmix 0" in page.words
     assert len(text) < 120_000
 
 
