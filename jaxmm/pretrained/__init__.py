@@ -1,1 +1,1 @@
-"""Published weights: the files that hold them, and the tables that name what is in them."""
+"""Published weights: formats, tables of parameter names, files, tokenizers, and warm starts."""

@@ -9,35 +9,35 @@ PARTS = ("query", "key", "value")
 
 
 def depth(tensors: Tensors, prefix: str) -> int:
-    """How many layers have names that begin with `prefix` and a number."""
+    """Count the layers whose names begin with `prefix` and a number."""
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in tensors if key.startswith(prefix))
 
 
 def norm(ours: str, theirs: str) -> list[Row]:
-    """A layer norm of torch's."""
+    """Return the rows of a torch layer norm."""
     return [Row(f"{ours}/scale", f"{theirs}.weight"), Row(f"{ours}/bias", f"{theirs}.bias")]
 
 
 def dense(ours: str, theirs: str, *, bias: bool = True) -> list[Row]:
-    """A linear layer of torch's."""
+    """Return the rows of a torch linear layer."""
     return [Row(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSED)] + ([Row(f"{ours}/bias", f"{theirs}.bias")]
                                                                       if bias else [])
 
 
 def projections(ours: str, theirs: Mapping[str, str]) -> list[Row]:
-    """Query, key and value as linear layers of their own."""
+    """Return the rows of query, key and value as separate linear layers."""
     return [row for name in PARTS for row in (Row(f"{ours}/{name}/kernel", f"{theirs[name]}.weight", linear()),
                                               Row(f"{ours}/{name}/bias", f"{theirs[name]}.bias", FLAT))]
 
 
 def packed(ours: str, weight: str, bias: str) -> list[Row]:
-    """Query, key and value as one linear layer, rows of the first before those of the second."""
+    """Return the rows of query, key and value as one linear layer, whose outputs follow each other."""
     return [row for part, name in enumerate(PARTS) for row in (
         Row(f"{ours}/{name}/kernel", weight, linear(), part, 3), Row(f"{ours}/{name}/bias", bias, FLAT, part, 3))]
 
 
 def out(ours: str, theirs: str) -> list[Row]:
-    """Attention's last projection, whose kernel [h k d] reads two dimensions."""
+    """Return the rows of attention's last projection, whose kernel is [h k d]."""
     return [Row(f"{ours}/out/kernel", f"{theirs}.weight", linear(2)), Row(f"{ours}/out/bias", f"{theirs}.bias")]
 
 
@@ -45,7 +45,7 @@ def layers(
     ours: str, theirs: str, *, attention: Mapping[str, str] | tuple[str, str], out_name: str, mlp: tuple[str, str],
     norms: tuple[str, str],
 ) -> list[Row]:
-    """A stack of layers: `theirs` is what comes before a layer's own names, with `{}` for its number.
+    """Return the rows of a stack of layers; `theirs` is the prefix of a layer's keys, with `{}` for its number.
 
     `attention` names query, key and value, or the weight and the bias of all three in one.
     """
@@ -61,7 +61,7 @@ def layers(
 
 
 def torch_map_head(ours: str, theirs: str, *, norm_name: str = "layernorm") -> list[Row]:
-    """Attention pooling with `torch.nn.MultiheadAttention` (SigLIP in transformers)."""
+    """Return the rows of attention pooling with `torch.nn.MultiheadAttention` (SigLIP in transformers)."""
     attention = f"{theirs}.attention"
     return [Row(f"{ours}/probe", f"{theirs}.probe", SAME),
             *packed(f"{ours}/attention", f"{attention}.in_proj_weight", f"{attention}.in_proj_bias"),

@@ -1,7 +1,7 @@
 """Checkpoint formats as data: rows of (our path, their key, invertible operation), used in both directions.
 
-What a checkpoint lacks, has too much of, or holds in another shape is found out from names and shapes alone, all of
-it, before any array is read; then each array goes to its place by itself.
+Names and shapes are checked first: one error lists everything that is missing, left over or of another shape. Then
+arrays are read and placed one by one.
 """
 
 import math
@@ -21,23 +21,23 @@ from jaxmm.sharding import named_leaves
 
 Shape = tuple[int, ...]
 SHOWN = 20
-"""Problems of a kind that a message lists."""
+"""Most problems of one kind that a message lists."""
 COLUMNS = 16
-"""Of a transposed matrix that are copied at a time: a cache line of fp32."""
+"""Columns of a transposed matrix that are copied at a time: a cache line of fp32."""
 READERS = 2
-"""Tensors that are read at a time, at most; each is in memory besides the result."""
+"""Most tensors that are read at a time; each takes memory beside the result."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """How an array of ours lies in a checkpoint."""
+    """The layout of one of our arrays in a checkpoint."""
 
     shape: Callable[[Shape], Shape]
-    """Theirs, of ours."""
+    """Their shape for ours."""
     read: Callable[[np.ndarray, Shape], np.ndarray]
-    """Theirs and our shape to ours."""
+    """Our array for theirs and our shape."""
     write: Callable[[np.ndarray], np.ndarray]
-    """Ours to theirs."""
+    """Their array for ours."""
 
 
 SAME = Op(lambda ours: ours, lambda x, ours: x, lambda x: x)
@@ -50,50 +50,50 @@ TRANSPOSED = Op(lambda ours: ours[::-1], lambda x, ours: x.T, lambda x: x.T)
 
 
 def linear(inputs: int = 1) -> Op:
-    """A kernel [*in *out], of whose dimensions the first `inputs` are read from, as torch's matrix [out in]."""
+    """Return the layout of a kernel [*in *out] with `inputs` input dimensions as torch's matrix [out in]."""
     def sizes(ours):
         return math.prod(ours[:inputs]), math.prod(ours[inputs:])
     return Op(lambda ours: sizes(ours)[::-1], lambda x, ours: x.T.reshape(ours), lambda x: x.reshape(sizes(x.shape)).T)
 
 
 def lead(ones: int) -> Op:
-    """An array behind `ones` dimensions of size 1."""
+    """Return the layout of an array after `ones` dimensions of size 1."""
     return Op(lambda ours: (1,) * ones + ours, lambda x, ours: x.reshape(ours),
               lambda x: x.reshape((1,) * ones + x.shape))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One of our arrays and where a checkpoint has it."""
+    """One of our arrays and its place in a checkpoint."""
 
     ours: str
-    """Our path. One of whose keys there is one a layer is stacked over layers."""
+    """Our path. If there is one key per layer, the array is stacked over layers."""
     theirs: str
     """Their key; `{}` stands for the number of a layer."""
     op: Op = SAME
     part: int = 0
     parts: int = 1
-    """Theirs is `parts` arrays one after the other along the first axis, and ours is number `part` of them."""
+    """Number of arrays along the first axis of theirs; ours is number `part` of them."""
     first: int = 0
-    """Their number of the first layer that has it."""
+    """Number of the first layer that has the key."""
 
     def keys(self, depth: int) -> list[str]:
-        """Their keys, one a layer where they have one a layer."""
+        """Return their keys for `depth` layers, or their one key."""
         return [self.theirs.format(self.first + i) for i in range(depth)] if self.layered else [self.theirs]
 
     @property
     def layered(self) -> bool:
-        """Whether each layer is an array of its own in the checkpoint."""
+        """True if the checkpoint has one array per layer."""
         return "{}" in self.theirs
 
 
 def read_params(
     tensors: Tensors, rows: Sequence[Row], like: Any, *, name: str, ignore: Iterable[str] = ()
 ) -> Any:
-    """Parameters shaped, typed and laid out as `like` (`ShapeDtypeStruct`s, with shardings or without).
+    """Read parameters with the shapes, dtypes and shardings, if any, of the `ShapeDtypeStruct`s `like`.
 
-    `ignore` holds regular expressions of keys that are known to be of no use. Raises `FileError`, which names `name`
-    and everything that is missing, left over or of another shape.
+    `ignore` holds regular expressions of keys without use. Raises `FileError` with `name` and everything that is
+    missing, left over or of another shape.
     """
     leaves = dict(named_leaves(like))
     _check(tensors, rows, leaves, name, [re.compile(pattern) for pattern in ignore])
@@ -103,7 +103,7 @@ def read_params(
     filled = {}
 
     def fill(group: list[Row]) -> None:
-        """Arrays that share a tensor are filled together, so that it is read once."""
+        """Fill the arrays that share tensors, so that each tensor is read once."""
         hosts = [_empty(leaves[row.ours]) for row in group]
         for layer, key in enumerate(group[0].keys(_depth(leaves, group[0]))):
             theirs = tensors[key].read()
@@ -125,7 +125,7 @@ def read_params(
 
 
 def write_tensors(params: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """What `read_params` would read: every tensor of the checkpoint, made when it is asked for.
+    """Return the tensors that `read_params` would read, computed on demand.
 
     Raises `FileError` for parameters that no row covers.
     """
@@ -183,23 +183,23 @@ def _check(tensors, rows, leaves, name, ignore) -> None:
             if key not in tensors:
                 missing.append(key)
             elif tensors[key].shape != shape:
-                misshapen.append(f"{key} {list(tensors[key].shape)}, wanted {list(shape)}")
+                misshapen.append(f"{key} {list(tensors[key].shape)}, expected {list(shape)}")
     left = [key for key in tensors if key not in known and not any(pattern.search(key) for pattern in ignore)]
-    problems = [_listed(what, found) for what, found in
-                (("missing", missing), ("of another shape", misshapen), ("left over", left)) if found]
+    problems = [_listed(kind, keys) for kind, keys in
+                (("missing", missing), ("of another shape", misshapen), ("left over", left)) if keys]
     if problems:
         raise FileError(f"{name} does not hold this model:\n  " + "\n  ".join(problems))
 
 
-def _listed(what: str, found: list[str]) -> str:
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return f"{len(found)} {what}: {', '.join(sorted(found)[:SHOWN])}{more}"
+def _listed(kind: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return f"{len(keys)} {kind}: {', '.join(sorted(keys)[:SHOWN])}{more}"
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, of which `target` is contiguous.
+    """Copy `source` into `target`, which is contiguous.
 
-    A transposed matrix goes a few columns at a time: numpy's copy of it misses the cache for every element.
+    A transposed matrix is copied a few columns at a time: numpy's copy of it misses the cache for every element.
     """
     if source.ndim > 1 and source.size > COLUMNS**2:
         for shape in ((len(source), -1), (-1, source.shape[-1])):
@@ -216,7 +216,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _empty(like: Any) -> np.ndarray:
-    """An array to fill. Aligned so that a CPU device takes it as it is, without a copy."""
+    """Return an array to fill, aligned so that a CPU device needs no copy of it."""
     dtype, align = np.dtype(like.dtype), 64
     count = math.prod(like.shape) * dtype.itemsize
     raw = np.empty(count + align, np.uint8)

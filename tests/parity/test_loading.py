@@ -41,7 +41,7 @@ def saved(model, folder):
     return load(folder)
 
 
-def seen(model):
+def inputs(model):
     """The pictures as torch's models take them, prepared by `model`."""
     return torch.from_numpy(np.array(model.task.pixels(jnp.asarray(PICTURES))).transpose(0, 3, 1, 2))
 
@@ -62,7 +62,8 @@ def predicted(model, name, **batch):
 def test_transformers_classifiers(kind, config, tmp_path, record_property):
     theirs = shaken(kind(config))
     ours = saved(theirs, tmp_path)
-    close(predicted(ours, "logits"), theirs(seen(ours)).logits, 1e-4, f"transformers {kind.__name__}", record_property)
+    close(predicted(ours, "logits"), theirs(inputs(ours)).logits, 1e-4, f"transformers {kind.__name__}",
+          record_property)
     assert ours.labels == tuple(config.id2label[i] for i in range(config.num_labels))
 
 
@@ -85,7 +86,8 @@ def test_transformers_other_files(kind, options, tmp_path):
 def test_transformers_vit_with_pooler(tmp_path, record_property):
     theirs = shaken(transformers.ViTModel(transformers.ViTConfig(**VISION)))
     ours = saved(theirs, tmp_path)
-    close(predicted(ours, "features"), theirs(seen(ours)).pooler_output, 1e-4, "transformers ViTModel", record_property)
+    close(predicted(ours, "features"), theirs(inputs(ours)).pooler_output, 1e-4, "transformers ViTModel",
+          record_property)
 
 
 def contrastive(kind):
@@ -103,7 +105,7 @@ def contrastive(kind):
 def test_transformers_two_towers(kind, tmp_path, record_property):
     theirs = shaken(contrastive(kind))
     ours = saved(theirs, tmp_path)
-    want = theirs(pixel_values=seen(ours), input_ids=torch.from_numpy(WORDS).long())
+    want = theirs(pixel_values=inputs(ours), input_ids=torch.from_numpy(WORDS).long())
     image, text = predicted(ours, "image"), predicted(ours, "text", tokens=WORDS)
     close(image, want.image_embeds, 2e-5, f"transformers {kind} pictures", record_property)
     close(text, want.text_embeds, 2e-5, f"transformers {kind} texts", record_property)
@@ -127,12 +129,12 @@ def test_what_is_saved_loads_in_transformers_with_the_same_tensors(kind, tmp_pat
     theirs = shaken(MODELS[kind]())
     ours = saved(theirs, tmp_path / "theirs")
     ours.save(tmp_path / "ours", format="transformers")
-    back, told = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    wanted, found = theirs.state_dict(), back.state_dict()
-    assert wanted.keys() == found.keys()
+    back, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    wanted, restored = theirs.state_dict(), back.state_dict()
+    assert wanted.keys() == restored.keys()
     for name, tensor in wanted.items():
-        assert torch.equal(tensor, found[name]), name
+        assert torch.equal(tensor, restored[name]), name
     one, other = theirs.config.to_dict(), back.config.to_dict()
     for name in ("hidden_act", "layer_norm_eps", "image_size", "patch_size", "id2label", "vision_config"):
         if name != "vision_config":
@@ -158,7 +160,7 @@ def test_what_does_not_fit_is_listed_whole(tmp_path):
         load(tmp_path)
     text = str(error.value)
     assert "1 missing: vit.layernorm.bias" in text and "1 left over: surprise" in text
-    assert "1 of another shape: vit.embeddings.cls_token [1, 1, 49], wanted [1, 1, 48]" in text
+    assert "1 of another shape: vit.embeddings.cls_token [1, 1, 49], expected [1, 1, 48]" in text
 
 
 @pytest.mark.parametrize("name, fields", [
@@ -178,12 +180,12 @@ def test_timm(name, fields, tmp_path, record_property):
     save_for_hf(theirs, tmp_path, model_config={"num_classes": classes}, safe_serialization=True)
     ours = load(tmp_path)
     got = predicted(ours, "logits" if classes else "features")
-    close(got, theirs(seen(ours)), 1e-4, f"timm {name}", record_property)
+    close(got, theirs(inputs(ours)), 1e-4, f"timm {name}", record_property)
     ours.save(tmp_path / "ours", format="timm")
     back = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True).eval()
-    wanted, found = theirs.state_dict(), back.state_dict()
-    assert wanted.keys() == found.keys() and all(torch.equal(wanted[key], found[key]) for key in wanted)
-    close(back(seen(ours)).numpy(), theirs(seen(ours)), 1e-6, f"timm {name}, saved", record_property)
+    wanted, restored = theirs.state_dict(), back.state_dict()
+    assert wanted.keys() == restored.keys() and all(torch.equal(wanted[key], restored[key]) for key in wanted)
+    close(back(inputs(ours)).numpy(), theirs(inputs(ours)), 1e-6, f"timm {name}, saved", record_property)
     assert load(tmp_path / "ours").config == ours.config
 
 
@@ -226,7 +228,7 @@ def test_open_clip(change, tmp_path, record_property):
     shown = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "shortest", "size": SIDE}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": described, "preprocess_cfg": shown}))
     ours = load(tmp_path)
-    image, text = (theirs.encode_image(seen(ours), normalize=True),
+    image, text = (theirs.encode_image(inputs(ours), normalize=True),
                    theirs.encode_text(torch.from_numpy(WORDS).long(), normalize=True))
     close(predicted(ours, "image"), image, 2e-5, f"open_clip {sorted(change)} pictures", record_property)
     close(predicted(ours, "text", tokens=WORDS), text, 2e-5, f"open_clip {sorted(change)} texts", record_property)
@@ -236,10 +238,10 @@ def test_open_clip(change, tmp_path, record_property):
     back = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
     back.load_state_dict(load_file(tmp_path / "ours" / "open_clip_model.safetensors"))
     back.eval()
-    close(np.asarray(back.encode_image(seen(ours), normalize=True)), image, 1e-6, "open_clip, saved", record_property)
+    close(np.asarray(back.encode_image(inputs(ours), normalize=True)), image, 1e-6, "open_clip, saved", record_property)
     if change == {"quick_gelu": True}:  # OpenAI's own files have the same names, and no configuration
         torch.save(theirs.state_dict(), tmp_path / "ViT.pt")
-        archive = torch.jit.trace(Archive(theirs), (seen(ours), torch.from_numpy(WORDS).long()), check_trace=False)
+        archive = torch.jit.trace(Archive(theirs), (inputs(ours), torch.from_numpy(WORDS).long()), check_trace=False)
         torch.jit.save(archive.half(), tmp_path / "ViT-archive.pt")
         for name, tolerance in (("ViT.pt", 2e-5), ("ViT-archive.pt", 5e-3)):      # an archive's weights are fp16
             openai = load(tmp_path / name)

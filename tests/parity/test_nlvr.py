@@ -21,7 +21,7 @@ WORDS[1, 6:] = 0
 
 
 def shapes():
-    """Of every tensor of the file, by its name."""
+    """Return the shape of every tensor in the file, by name."""
     def linear(name, inputs, outputs):
         return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
@@ -29,38 +29,38 @@ def shapes():
         return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
     see, read = "visual_encoder", "text_encoder"
-    found = {f"{see}.cls_token": (1, 1, SEEN), f"{see}.pos_embed": (1, 1 + (SIDE // PATCH) ** 2, SEEN),
+    tensors = {f"{see}.cls_token": (1, 1, SEEN), f"{see}.pos_embed": (1, 1 + (SIDE // PATCH) ** 2, SEEN),
              f"{see}.patch_embed.proj.weight": (SEEN, 3, PATCH, PATCH), f"{see}.patch_embed.proj.bias": (SEEN,),
              f"{read}.embeddings.word_embeddings.weight": (VOCABULARY, WIDTH),
              f"{read}.embeddings.position_embeddings.weight": (12, WIDTH)}
-    found |= norm(f"{see}.norm", SEEN) | norm(f"{read}.embeddings.LayerNorm", WIDTH)
+    tensors |= norm(f"{see}.norm", SEEN) | norm(f"{read}.embeddings.LayerNorm", WIDTH)
     for block in (f"{see}.blocks.{i}" for i in range(BLOCKS)):
-        found |= norm(f"{block}.norm1", SEEN) | norm(f"{block}.norm2", SEEN)
-        found |= linear(f"{block}.attn.qkv", SEEN, 3 * SEEN) | linear(f"{block}.attn.proj", SEEN, SEEN)
-        found |= linear(f"{block}.mlp.fc1", SEEN, MLP) | linear(f"{block}.mlp.fc2", MLP, SEEN)
+        tensors |= norm(f"{block}.norm1", SEEN) | norm(f"{block}.norm2", SEEN)
+        tensors |= linear(f"{block}.attn.qkv", SEEN, 3 * SEEN) | linear(f"{block}.attn.proj", SEEN, SEEN)
+        tensors |= linear(f"{block}.mlp.fc1", SEEN, MLP) | linear(f"{block}.mlp.fc2", MLP, SEEN)
     for i in range(LAYERS):
         layer = f"{read}.encoder.layer.{i}"
         for kind, inputs, number in (("attention.self", WIDTH, ""), ("crossattention.self", SEEN, "0"),
                                      ("crossattention.self", SEEN, "1")):
-            found |= linear(f"{layer}.{kind}{number}.query", WIDTH, WIDTH)
-            found |= linear(f"{layer}.{kind}{number}.key", inputs, WIDTH)
-            found |= linear(f"{layer}.{kind}{number}.value", inputs, WIDTH)
-            found |= linear(f"{layer}.{kind.split('.')[0]}.output.dense{number}", WIDTH, WIDTH)
+            tensors |= linear(f"{layer}.{kind}{number}.query", WIDTH, WIDTH)
+            tensors |= linear(f"{layer}.{kind}{number}.key", inputs, WIDTH)
+            tensors |= linear(f"{layer}.{kind}{number}.value", inputs, WIDTH)
+            tensors |= linear(f"{layer}.{kind.split('.')[0]}.output.dense{number}", WIDTH, WIDTH)
         if i >= 6:
-            found |= linear(f"{layer}.crossattention.output.merge_layer", 2 * WIDTH, WIDTH)
+            tensors |= linear(f"{layer}.crossattention.output.merge_layer", 2 * WIDTH, WIDTH)
         for name in ("attention.output", "crossattention.output", "output"):
-            found |= norm(f"{layer}.{name}.LayerNorm", WIDTH)
-        found |= linear(f"{layer}.intermediate.dense", WIDTH, MLP) | linear(f"{layer}.output.dense", MLP, WIDTH)
-    return found | linear("cls_head.0", WIDTH, WIDTH) | linear("cls_head.2", WIDTH, 2)
+            tensors |= norm(f"{layer}.{name}.LayerNorm", WIDTH)
+        tensors |= linear(f"{layer}.intermediate.dense", WIDTH, MLP) | linear(f"{layer}.output.dense", MLP, WIDTH)
+    return tensors | linear("cls_head.0", WIDTH, WIDTH) | linear("cls_head.2", WIDTH, 2)
 
 
 def weights():
     made = torch.Generator().manual_seed(0)
-    found = {name: torch.randn(shape, generator=made) * 0.1 for name, shape in shapes().items()}
-    for name, value in found.items():
+    tensors = {name: torch.randn(shape, generator=made) * 0.1 for name, shape in shapes().items()}
+    for name, value in tensors.items():
         if "orm" in name and name.endswith("weight"):
             value.add_(1)
-    return found
+    return tensors
 
 
 def linear(w, name, x):

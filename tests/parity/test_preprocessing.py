@@ -19,16 +19,16 @@ PROCESSORS = {"clip": "CLIPImageProcessorPil", "siglip": "SiglipImageProcessorPi
 
 def photographs():
     """Two photographs from a package that is installed, whole and in parts of many shapes, grey and small."""
-    found = []
+    images = []
     for array in load_sample_images().images:
         image = Image.fromarray(array)
-        found += [image, image.rotate(90, expand=True), image.crop((10, 20, 310, 120)), image.crop((0, 0, 101, 333)),
+        images += [image, image.rotate(90, expand=True), image.crop((10, 20, 310, 120)), image.crop((0, 0, 101, 333)),
                   image.resize((60, 41)), image.crop((5, 5, 229, 229)), image.crop((0, 0, 257, 256)),
                   image.convert("L").convert("RGB")]
         data = io.BytesIO()
         image.save(data, "JPEG", quality=60)
-        found.append(Image.open(io.BytesIO(data.getvalue())).convert("RGB"))
-    return found
+        images.append(Image.open(io.BytesIO(data.getvalue())).convert("RGB"))
+    return images
 
 
 @pytest.mark.parametrize("family", PROCESSORS)

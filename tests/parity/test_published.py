@@ -74,7 +74,7 @@ def same_tree(ours, config_init):
 
 
 def close(ours, theirs, tolerance, name, record_property):
-    """Whether the largest absolute difference is below `tolerance`; the figure is shown at the end."""
+    """Check that the largest absolute difference is below `tolerance`, and show it at the end."""
     difference = float(np.abs(np.asarray(ours) - theirs.numpy()).max())
     record_property(f"{name}, largest absolute difference", f"{difference:.1e}")
     assert difference < tolerance

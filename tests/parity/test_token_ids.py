@@ -1,4 +1,4 @@
-"""Token ids against the published tokenizers, on 5,000 strings that people and machines write."""
+"""Token ids against the published tokenizers, on 5,000 strings as people and machines write them."""
 
 import json
 import random
@@ -33,18 +33,18 @@ PIECES = {
 def strings(count=5000, seed=0):
     """Mixtures of all kinds, a few empty, of one character, or of 10,000."""
     rng = random.Random(seed)
-    found = ["", " ", "a", "a" * 10_000, "word " * 2000, "中" * 10_000, "🦄" * 2500, "<|endoftext|>" * 100]
-    found += [chr(rng.choice([c for c in range(0x20, 0x3000) if unicodedata.category(chr(c)) != "Cn"]))
+    texts = ["", " ", "a", "a" * 10_000, "word " * 2000, "中" * 10_000, "🦄" * 2500, "<|endoftext|>" * 100]
+    texts += [chr(rng.choice([c for c in range(0x20, 0x3000) if unicodedata.category(chr(c)) != "Cn"]))
               for _ in range(400)]
-    while len(found) < count:
+    while len(texts) < count:
         kinds = rng.sample(list(PIECES), rng.randint(1, 3))
         parts = [rng.choice(PIECES[rng.choice(kinds)]) for _ in range(rng.randint(1, 12))]
-        found.append(rng.choice(["", " ", " ", "  "]).join(parts))
-    return found
+        texts.append(rng.choice(["", " ", " ", "  "]).join(parts))
+    return texts
 
 
 def same(ours, theirs, texts, name, record_property):
-    """Whether all rows of ids are the same; names the first that is not."""
+    """Check that all rows of ids are the same, and print the first three that differ."""
     different = np.flatnonzero((ours != theirs).any(axis=1))
     record_property(f"{name}, texts with other ids", f"{len(different)} of {len(texts)}")
     for i in different[:3]:

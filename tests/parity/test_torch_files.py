@@ -27,12 +27,12 @@ def bits(array):
 
 def same(path, wanted):
     """The file holds these tensors under these names, to the bit."""
-    found = open_tensors(path)
-    assert list(found) == list(wanted)
+    tensors = open_tensors(path)
+    assert list(tensors) == list(wanted)
     for name, tensor in wanted.items():
-        array = found[name].read()
-        assert array.shape == found[name].shape == tuple(tensor.shape)
-        assert str(array.dtype) == str(found[name].dtype) == str(tensor.dtype).removeprefix("torch.")
+        array = tensors[name].read()
+        assert array.shape == tensors[name].shape == tuple(tensor.shape)
+        assert str(array.dtype) == str(tensors[name].dtype) == str(tensor.dtype).removeprefix("torch.")
         assert array.flags.c_contiguous and array.flags.writeable and array.flags.aligned
         raw = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
         np.testing.assert_array_equal(bits(array), raw, err_msg=name)
@@ -104,9 +104,9 @@ def test_state_dicts_with_an_optimizer(tmp_path, zipped, wrapper):
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
     state = model.state_dict()
-    whole = state if wrapper is None else {"epoch": 3, "optimizer": optimizer.state_dict(), wrapper: state}
+    content = state if wrapper is None else {"epoch": 3, "optimizer": optimizer.state_dict(), wrapper: state}
     wanted = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    same(save(whole, tmp_path / "x", zipped), wanted)
+    same(save(content, tmp_path / "x", zipped), wanted)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -119,12 +119,12 @@ def test_torchscript(tmp_path, trace, half):
         script = script.half() if half else script
         torch.jit.save(script, tmp_path / "x")
         theirs = torch.jit.load(tmp_path / "x").state_dict()
-    found = open_tensors(tmp_path / "x")
-    assert {"proj", "resblocks.1.attn.in_proj_weight", "resblocks.0.mlp.c_fc.bias", "input_resolution"} <= set(found)
-    same(tmp_path / "x", {name: theirs[name] for name in found})
-    assert set(found) == set(theirs)
-    assert found["proj"].dtype == (np.float16 if half else np.float32)
-    np.testing.assert_array_equal(found["input_resolution"].read(), np.array(224), strict=True)
+    tensors = open_tensors(tmp_path / "x")
+    assert {"proj", "resblocks.1.attn.in_proj_weight", "resblocks.0.mlp.c_fc.bias", "input_resolution"} <= set(tensors)
+    same(tmp_path / "x", {name: theirs[name] for name in tensors})
+    assert set(tensors) == set(theirs)
+    assert tensors["proj"].dtype == (np.float16 if half else np.float32)
+    np.testing.assert_array_equal(tensors["input_resolution"].read(), np.array(224), strict=True)
 
 
 def test_without_crc(tmp_path):
@@ -146,7 +146,7 @@ def test_what_we_write_is_read_by_torch(tmp_path):
     safetensors.torch.save_file(values, tmp_path / "theirs")
     assert (tmp_path / "theirs").read_bytes() == (tmp_path / "st").read_bytes()
     same(tmp_path / "theirs", {name: values[name] for name in open_tensors(tmp_path / "theirs")})
-    assert all(isinstance(each, Tensor) for each in open_tensors(tmp_path / "st").values())
+    assert all(isinstance(entry, Tensor) for entry in open_tensors(tmp_path / "st").values())
 
 
 @FORMATS

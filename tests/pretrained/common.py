@@ -1,4 +1,4 @@
-"""What the tests of checkpoint files share."""
+"""Shared by the tests of checkpoint files."""
 
 import time
 
@@ -12,8 +12,8 @@ def refused(path, *words, read=False):
     with pytest.raises(FileError) as caught:
         tensors = open_tensors(path)
         if read:
-            for each in tensors.values():
-                each.read()
+            for entry in tensors.values():
+                entry.read()
     assert time.thread_time() - start < 3
     message = str(caught.value)
     assert str(path) in message and len(message) < 3000

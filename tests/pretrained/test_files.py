@@ -26,18 +26,18 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 def arrays(path):
     result = {}
-    for name, each in open_tensors(path).items():
-        array = result[name] = each.read()
-        assert array.shape == each.shape and array.dtype == each.dtype and array.nbytes == each.nbytes
+    for name, entry in open_tensors(path).items():
+        array = result[name] = entry.read()
+        assert array.shape == entry.shape and array.dtype == entry.dtype and array.nbytes == entry.nbytes
         assert array.flags.c_contiguous and array.flags.writeable and array.flags.aligned
-        assert not np.shares_memory(array, each.read())
+        assert not np.shares_memory(array, entry.read())
     return result
 
 
-def same(found, wanted):
-    assert sorted(found) == sorted(wanted)
+def same(tensors, wanted):
+    assert sorted(tensors) == sorted(wanted)
     for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, strict=True)
+        np.testing.assert_array_equal(tensors[name], array, strict=True)
 
 
 def lazy(values):
@@ -101,8 +101,8 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path):
         write_safetensors(tmp_path / "x", values)
         assert tracemalloc.get_traced_memory()[1] < 1.5 * size
         tracemalloc.reset_peak()
-        for each in open_tensors(tmp_path / "x").values():
-            each.read()
+        for entry in open_tensors(tmp_path / "x").values():
+            entry.read()
         assert tracemalloc.get_traced_memory()[1] < 1.5 * size
     finally:
         tracemalloc.stop()

@@ -43,13 +43,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
         for name, commit in COMMIT.items():
             files = server.files[name]
             if path in (f"/api/models/{repository}/revision/{name}", f"/api/models/{repository}/revision/{commit}"):
-                told = {"id": repository, "modelId": repository, "sha": commit, "private": False, "tags": [],
+                result = {"id": repository, "modelId": repository, "sha": commit, "private": False, "tags": [],
                         "siblings": [{"rfilename": file} for file in files]}
-                return self.reply(200, json.dumps(told).encode(), {"Content-Type": "application/json"}, body)
+                return self.reply(200, json.dumps(result).encode(), {"Content-Type": "application/json"}, body)
             if path in (f"/api/models/{repository}/tree/{name}", f"/api/models/{repository}/tree/{commit}"):
-                told = [{"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                result = [{"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                         for file, data in files.items()]
-                return self.reply(200, json.dumps(told).encode(), {"Content-Type": "application/json"}, body)
+                return self.reply(200, json.dumps(result).encode(), {"Content-Type": "application/json"}, body)
             for file, data in files.items():
                 if path in (f"/{repository}/resolve/{commit}/{file}", f"/{repository}/resolve/{name}/{file}"):
                     return self.reply(200, data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"',
@@ -100,24 +100,24 @@ def hub(files, tmp_path):
 
 
 def test_a_repository_is_loaded_cached_and_there_offline(hub):
-    told, asked = hub()
-    assert told["parameters"] == tiny.clip().parameters
-    assert told["ids"] == tiny.TOKENIZER(["a red circle"]).tolist()
+    result, asked = hub()
+    assert result["parameters"] == tiny.clip().parameters
+    assert result["ids"] == tiny.TOKENIZER(["a red circle"]).tolist()
     assert any("model.safetensors" in path for path in asked)
     assert not any(name in path for path in asked for name in ("resolve/" + COMMIT["main"] + "/pytorch", "msgpack",
                                                                "README"))
     again, asked = hub()
-    assert again == told
+    assert again == result
     offline, asked = hub(HF_HUB_OFFLINE="1")
-    assert offline == told and not asked
+    assert offline == result and not asked
 
 
 def test_revisions_tokens_and_what_is_not_there(hub):
-    told, _ = hub(revision="v2")
-    assert "error" in told      # of its weights only a pickle is left, which here is none
+    result, _ = hub(revision="v2")
+    assert "error" in result      # of its weights only a pickle is left, which here is none
     hub.server.token = "secret"
-    told, _ = hub(HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
-    assert "some/model cannot be downloaded from the hub" in told["error"]
+    result, _ = hub(HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
+    assert "some/model cannot be downloaded from the hub" in result["error"]
     assert hub(HF_TOKEN="secret")[0]["parameters"] == tiny.clip().parameters
     hub.server.token = None
     assert "other/model cannot be downloaded from the hub" in hub("other/model")[0]["error"]

@@ -44,7 +44,7 @@ def mlp_shapes(name):
 
 
 def tower(kind, prefix="", stacked=False, **more):
-    """Names and shapes of a picture tower."""
+    """Names and shapes of a image tower."""
     return {f"{prefix}embedding/kernel": (PATCH, PATCH, 3, WIDTH), f"{prefix}embedding/bias": (WIDTH,),
             **stack(kind, f"{prefix}Transformer", stacked), **more}
 
@@ -131,7 +131,7 @@ def fp64(arrays, wrapper):
     return {name.removeprefix(wrapper): array.astype(np.float64) for name, array in arrays.items()}
 
 
-def pictures():
+def images():
     return np.random.default_rng(2).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
 
 
@@ -142,11 +142,11 @@ def test_vit(name, tmp_path, record_property):
     np.savez(tmp_path / "vit.npz", **arrays)
     model = load(tmp_path / "vit.npz")
     a = fp64(arrays, wrapper)
-    tokens = see(a, pictures() / 127.5 - 1, kind)
+    tokens = see(a, images() / 127.5 - 1, kind)
     pooled = tokens[:, 0] if "cls" in a else tokens.mean(axis=1)
     if "pre_logits/kernel" in a:
         pooled = np.tanh(dense(a, "pre_logits", pooled))
-    got = model.task.classifier.logits(model.params, {"image": jnp.asarray(pictures())})
+    got = model.task.classifier.logits(model.params, {"image": jnp.asarray(images())})
     difference = np.abs(got - dense(a, "head", pooled)).max()
     record_property(f"npz {name}, largest absolute difference", f"{difference:.1e}")
     assert difference < 1e-4
@@ -164,13 +164,13 @@ def test_siglip(wrapper, tmp_path, record_property):
     np.savez(tmp_path / "siglip.npz", **arrays)
     model = load(tmp_path / "siglip.npz")
     a = fp64(arrays, wrapper)
-    tokens = see(a, pictures() / 127.5 - 1, "big_vision", "img/")
+    tokens = see(a, images() / 127.5 - 1, "big_vision", "img/")
     y = attention(a, f"{pool}/MultiHeadDotProductAttention_0", np.tile(a[f"{pool}/probe"], (3, 1, 1)), tokens)
     image = unit((y + mlp(a, f"{pool}/MlpBlock_0", layer_norm(a, f"{pool}/LayerNorm_0", y)))[:, 0])
     ids = np.random.default_rng(3).integers(0, VOCABULARY, (3, LENGTH)).astype(np.int32)
     words = encode(a, "txt/Encoder_0", "big_vision", a["txt/Embed_0/embedding"][ids] + a["txt/pos_embedding"])
     text = unit(dense(a, "txt/head", words[:, -1]))
-    for name, want, batch in (("image", image, {"image": jnp.asarray(pictures())}),
+    for name, want, batch in (("image", image, {"image": jnp.asarray(images())}),
                               ("text", text, {"tokens": jnp.asarray(ids)})):
         difference = np.abs(predictions(model.task)[name](model.params, batch) - want).max()
         record_property(f"npz SigLIP {name}, largest absolute difference", f"{difference:.1e}")

@@ -36,10 +36,10 @@ WRITERS = pytest.mark.parametrize("write", [torch_zip, torch_legacy])
 
 
 def arrays(path):
-    result = {name: each.read() for name, each in open_tensors(path).items()}
-    for name, each in open_tensors(path).items():
+    result = {name: entry.read() for name, entry in open_tensors(path).items()}
+    for name, entry in open_tensors(path).items():
         array = result[name]
-        assert array.shape == each.shape and array.dtype == each.dtype
+        assert array.shape == entry.shape and array.dtype == entry.dtype
         assert array.flags.c_contiguous and array.flags.writeable and array.flags.aligned
     return result
 
@@ -53,13 +53,13 @@ def test_tensors_of_nested_containers(tmp_path, write):
         "list": sequence(tensor((1,), (1,)), whole(1)), "device": call("torch", "device", text("cpu")),
         "dtype": glob("torch", "float16"), "size": call("torch", "Size", tup(whole(2))),
     })
-    found = arrays(write(tmp_path / "x.bin", body, {"0": SIX.tobytes()}))
+    tensors = arrays(write(tmp_path / "x.bin", body, {"0": SIX.tobytes()}))
     square = SIX.reshape(2, 3)
     wanted = {"w": square, "turned": square.T, "column": square[:, 1], "scalar": SIX[5], "none_of": square[:0],
               "p": SIX[3:], "deep.a.b": SIX[2:3], "list.0": SIX[:1]}
-    assert list(found) == list(wanted)
+    assert list(tensors) == list(wanted)
     for name, array in wanted.items():
-        np.testing.assert_array_equal(found[name], array, strict=True)
+        np.testing.assert_array_equal(tensors[name], array, strict=True)
 
 
 @WRITERS
@@ -70,8 +70,8 @@ def test_dtypes(tmp_path, write, kind, dtype):
     values = np.array([1, 0, 1, 1, 0, 1]).astype(dtype)
     options = {"itemsize": values.itemsize} if write is torch_legacy else {}
     body = mapping({"x": tensor(source=storage(kind))})
-    found = arrays(write(tmp_path / "x.pt", body, {"0": values.tobytes()}, **options))
-    np.testing.assert_array_equal(found["x"], values.reshape(2, 3), strict=True)
+    tensors = arrays(write(tmp_path / "x.pt", body, {"0": values.tobytes()}, **options))
+    np.testing.assert_array_equal(tensors["x"], values.reshape(2, 3), strict=True)
 
 
 def test_dtypes_that_only_untyped_storages_hold(tmp_path):
@@ -120,10 +120,10 @@ def test_torchscript_modules_are_walked_by_their_attributes(tmp_path):
             "torch.jit._pickle", "build_intlist", sequence(whole(1), whole(2)))}),
         "blocks": module("Sequential", {"0": block, "1": block})})
     files = {"archive/code/__torch__.py": b"import os; os.abort()", "archive/constants.pkl": pickled(tup())}
-    found = arrays(torch_zip(tmp_path / "x", body, {"0": SIX.tobytes(), "1": np.int64(224).tobytes()}, extra=files))
-    assert list(found) == ["input_resolution", "visual.proj", "blocks.0.weight", "blocks.1.weight"]
-    np.testing.assert_array_equal(found["input_resolution"], np.array(224), strict=True)
-    np.testing.assert_array_equal(found["blocks.1.weight"], SIX.reshape(2, 3))
+    tensors = arrays(torch_zip(tmp_path / "x", body, {"0": SIX.tobytes(), "1": np.int64(224).tobytes()}, extra=files))
+    assert list(tensors) == ["input_resolution", "visual.proj", "blocks.0.weight", "blocks.1.weight"]
+    np.testing.assert_array_equal(tensors["input_resolution"], np.array(224), strict=True)
+    np.testing.assert_array_equal(tensors["blocks.1.weight"], SIX.reshape(2, 3))
 
 
 class Evil:
@@ -317,10 +317,10 @@ def test_a_flipped_bit_in_a_storage_is_found(tmp_path):
 
 def test_a_file_that_shrinks_after_it_was_opened(tmp_path):
     path = torch_legacy(tmp_path / "x", mapping({"w": tensor()}), {"0": SIX.tobytes()})
-    found = open_tensors(path)
+    tensors = open_tensors(path)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(FileError, match="changed since"):
-        found["w"].read()
+        tensors["w"].read()
 
 
 def test_headers_of_legacy_files(tmp_path):

@@ -109,7 +109,7 @@ def test_every_problem_is_listed_and_nothing_is_read():
     text = str(error.value)
     assert text.startswith("model.safetensors does not hold this model")
     assert "2 missing: blocks.1.norm1.bias, cls_token" in text and "1 left over: ema" in text
-    assert "1 of another shape: pos_embed [1, 11, 24], wanted [1, 10, 24]" in text and "buffer" not in text
+    assert "1 of another shape: pos_embed [1, 11, 24], expected [1, 10, 24]" in text and "buffer" not in text
 
 
 def test_a_table_and_a_model_that_do_not_agree_are_named():
