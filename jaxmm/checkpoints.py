@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from jax.experimental import multihost_utils
 
 from jaxmm.atomic import write_atomically
 from jaxmm.sharding import named_leaves
-from jaxmm.training.state import State
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def digests(folder: Path) -> dict[str, str]:
     return result
 
 
-def shapes(state: State) -> dict[str, list]:
+def shapes(state: Any) -> dict[str, list]:
     """Shape and dtype of every array, by path."""
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(_as_dict(state))}
 
@@ -107,9 +107,10 @@ class Checkpoints:
         """Steps of the whole checkpoints, oldest first."""
         return whole_steps(self.folder)
 
-    def save(self, state: State, data: Any) -> None:
+    def save(self, state: Any, data: Any) -> None:
         """Starts saving `state` and the data iterator's state `data` (JSON); returns when the arrays are copied.
 
+        `state` is a dataclass of trees of arrays with a field `step`.
         Raises `CheckpointError` when this save, or the one before it, fails.
         """
         self.wait()
@@ -144,7 +145,7 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def restore(self, like: State) -> tuple[State, Any] | None:
+    def restore(self, like: Any) -> tuple[Any, Any] | None:
         """The newest whole checkpoint, laid out as `like` (arrays or shapes with shardings), and its data state.
 
         None when there is no checkpoint at all. A damaged one is named, set aside as `STEP.damaged`, and the one
@@ -160,7 +161,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         restored = self._orbax.restore(folder / "state", args=ocp.args.StandardRestore(_as_dict(like)))
-        return State(**restored), notes["data"]
+        return replace(like, **restored), notes["data"]
 
     def _newest(self) -> int | None:
         """The newest undamaged step, found by the first host and told to the others."""
@@ -269,8 +270,8 @@ def _notes(folder: Path) -> dict[str, Any]:
     return notes
 
 
-def _as_dict(state: State) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in ("step", "params", "opt", "extra", "average", "skips")}
+def _as_dict(state: Any) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in fields(state)}
 
 
 def _check_shapes(folder: Path, found: dict[str, list], wanted: dict[str, list]) -> None:
