@@ -15,7 +15,7 @@ Plan on v5e:4x4 (16 chips): fits in 11.26 GiB of 15.75 GiB per chip, 2,160 image
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Captions
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import vit
 from jaxmm.tasks.image_captioning import Captioning
 

@@ -17,7 +17,7 @@ Plan on v5e:4x8 (32 chips): fits in 11.56 GiB of 15.75 GiB per chip, 2,027 image
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import Reranking, Retrieval
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import vit
 from jaxmm.tasks.blip_pretraining import BLIPPretraining
 

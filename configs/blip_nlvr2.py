@@ -16,7 +16,7 @@ Plan on v5e:4x8 (32 chips): fits in 10.27 GiB of 15.75 GiB per chip, 2,080 image
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import TopKAccuracy
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import vit
 from jaxmm.tasks.pair_classification import PairClassification
 

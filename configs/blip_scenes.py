@@ -12,7 +12,7 @@ from jaxmm.config import CheckpointConfig, DataConfig, ImageConfig, OptimizerCon
 from jaxmm.evals import Captions, Reranking, Retrieval
 from jaxmm.inference.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.blip_pretraining import BLIPPretraining

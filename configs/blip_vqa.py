@@ -14,7 +14,7 @@ minutes on two CPU cores (AMD EPYC); 0.966 after a quarter of the steps.
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import VQAAccuracy
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.question_answering import QuestionAnswering

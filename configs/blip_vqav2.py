@@ -16,7 +16,7 @@ Plan on v5e:4x8 (32 chips): fits in 13.06 GiB of 15.75 GiB per chip, 1,396 image
 from jaxmm.config import DataConfig, ImageConfig, InitConfig, OptimizerConfig, TokenizerConfig, TrainConfig
 from jaxmm.evals import VQAAccuracy
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import vit
 from jaxmm.tasks.question_answering import QuestionAnswering
 

@@ -335,6 +335,7 @@ class TrainConfig:
 
 
 RENAMED = {
+    "jaxmm.models.med.MedConfig": "jaxmm.models.med_config.MedConfig",
     "jaxmm.generate.Decoding": "jaxmm.inference.generate.Decoding",
     "jaxmm.tasks.blip.BLIPPretraining": "jaxmm.tasks.blip_pretraining.BLIPPretraining",
     "jaxmm.tasks.caption.Captioning": "jaxmm.tasks.image_captioning.Captioning",

@@ -10,7 +10,9 @@ import numpy as np
 from jaxmm.inference.generate import Decoding, generate
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med import Med, MedConfig, MedLayer
+from jaxmm.models.med import Med
+from jaxmm.models.med_config import MedConfig
+from jaxmm.models.med_layer import MedLayer
 from jaxmm.models.vit import ViT
 from jaxmm.nn.attention import causal_mask
 from jaxmm.nn.pixels import CLIP
@@ -56,19 +58,19 @@ def ours(config: BLIPConfig, params: Any, pictures: np.ndarray, tokens: np.ndarr
     if config.answer is not None:
         question, tokens = _sides(tokens)
         found |= _named("question", _grounded(config, params, question, seen))
-        seen = jax.jit(lambda p, x: module.apply({"params": p}, question, x, train=False, method=BLIP.read))(
-            params, seen)
+        seen = jax.jit(lambda p, x: module.apply(
+            {"params": p}, question, x, train=False, method=BLIP.encode_text_with_image))(params, seen)
         found["question states"] = seen
     elif text.encoder:
         both = (tokens != text.pad_id)[:, None, None, :]
         out = jax.jit(lambda p: module.apply({"params": p}, pictures, tokens, train=False))(params)
         found |= _named("text", _layers(text, params["text"], tokens, both, None, MedLayer.encode))
         if config.embed_dim:
-            found |= {"image embedding": out["image"], "text embedding": out["text"],
-                      "similarities": out["image"] @ out["text"].T}
+            found |= {"image embedding": out.image, "text embedding": out.text,
+                      "similarities": out.image @ out.text.T}
         found |= _named("matching", _grounded(config, params, tokens, seen))
         if config.matching:
-            found["matching logits"] = out["match"]
+            found["matching logits"] = out.match_logits
     if text.decoder or config.answer is not None:
         found |= _writing(config, params, tokens, seen)
     return found
@@ -87,7 +89,7 @@ def _writing(config: BLIPConfig, params: Any, tokens, seen) -> dict[str, jax.Arr
     text = getattr(config, name)
     there = tokens != text.pad_id
     mask = causal_mask(tokens.shape[1]) & there[:, None, None, :]
-    logits = jax.jit(lambda p: module.apply({"params": p}, tokens, seen, train=False, method=BLIP.write))(params)
+    logits = jax.jit(lambda p: module.apply({"params": p}, tokens, seen, train=False, method=BLIP.decode))(params)
     return (_named("writing", _layers(text, params[name], tokens, mask, seen, MedLayer.decode))
             | {"token logits": logits, "loss": language_loss(logits, tokens, there, SMOOTHING)}
             | {name: _written(config, params, seen, tokens, beams) for name, beams in SEARCHES.items()})

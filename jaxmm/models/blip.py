@@ -1,12 +1,15 @@
-"""BLIP (Li et al. 2022): a picture encoder, and a text transformer that encodes, matches, writes and compares."""
+"""BLIP (Li et al. 2022): an image encoder, and a text transformer that encodes, matches, decodes and judges pairs."""
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.models.clip import normalise
-from jaxmm.models.med import Context, Med, MedConfig
+from jaxmm.models.med import Med
+from jaxmm.models.med_config import MedConfig
+from jaxmm.models.med_layer import Context
 from jaxmm.models.vit import ViT, ViTConfig, vit
 from jaxmm.nn.precision import widened
 from jaxmm.validation import check_types, require
@@ -14,29 +17,29 @@ from jaxmm.validation import check_types, require
 
 @dataclass(frozen=True, kw_only=True)
 class BLIPConfig:
-    """Which parts there are. The defaults are those of pre-training, base."""
+    """The parts of a BLIP. The defaults are those of pre-training, base."""
 
     vision: ViTConfig
     text: MedConfig = field(default_factory=MedConfig)
     answer: MedConfig | None = None
-    """A decoder that sees what the image-grounded encoder made of a question, for answers (section 4.4); None: none."""
+    """Decoder of answers, which reads the states of the image-grounded encoder on a question (section 4.4)."""
     embed_dim: int | None = 256
-    """e, the size of the space in which pictures and texts are compared; None: they are not."""
+    """e, size of the space in which images and texts are compared; None: they are not."""
     matching: bool = True
-    """Whether there is a head that tells whether picture and text belong together."""
+    """True if there is a head that tells whether image and text belong together."""
     temperature: float | None = 0.07
     """Initial value of the learned temperature; None: there is none, as in files for inference."""
     encode_token: bool = True
-    """Whether [ENC] takes the place of the first token where a text is read with a picture, as in training. False:
-    [CLS] stays, as in transformers and in the authors' class for matching."""
+    """True if [ENC] replaces the first token of texts that are read with an image, as in training. False: [CLS] stays,
+    as in transformers and in the authors' class for matching."""
 
     def __post_init__(self):
-        """Checks that the parts fit each other."""
+        """Check that the parts fit each other."""
         check_types(self)
         require(not self.vision.classes, "vision.classes", self.vision.classes, "None: a tower has no head")
         width = self.vision.transformer.width
         require(self.text.context_width == width, "text.context_width", self.text.context_width,
-                f"the picture encoder's width = {width}")
+                f"the image encoder's width = {width}")
         require(self.text.encoder or not (self.matching or self.embed_dim or self.answer), "text.encoder", False,
                 "True, for embed_dim, matching or answer")
         require(not self.pair or not (self.matching or self.embed_dim or self.answer or self.temperature),
@@ -67,13 +70,34 @@ class BLIPConfig:
         return self.decoder_name and getattr(self, self.decoder_name)
 
 
+class BLIPOutput(NamedTuple):
+    """Outputs of all parts of a BLIP; None for those that it does not have."""
+
+    image: Float[Array, "b e"] | None = None
+    """Image embeddings, of length 1."""
+    text: Float[Array, "b e"] | None = None
+    """Text embeddings, of length 1."""
+    match_logits: Float[Array, "b 2"] | None = None
+    """Logits of "do not belong together" and "belong together"."""
+    pair_logits: Float[Array, "b 2"] | None = None
+    """Logits of "false" and "true"."""
+    token_logits: Float[Array, "b t v"] | None = None
+    """Logits of the token after each one."""
+    image_attention: Float[Array, "l i h n n"] | None = None
+    """Attention weights of the image encoder; i is b, or 2b for pairs."""
+    encoder_attention: Float[Array, "l b h t n"] | None = None
+    """Cross-attention weights of the image-grounded encoder; None for pairs."""
+    decoder_attention: Float[Array, "l b h t m"] | None = None
+    """Cross-attention weights of the decoder, over image tokens or a question's states."""
+
+
 class BLIP(nn.Module):
-    """The parts of a `BLIPConfig`; a method for each thing they do."""
+    """The parts of a `BLIPConfig`, with a method for each mode."""
 
     config: BLIPConfig
 
     def setup(self):
-        """Declares the parts."""
+        """Declare the parts."""
         config = self.config
         self.vision = ViT(config.vision)
         self.text = Med(config.text)
@@ -90,80 +114,109 @@ class BLIP(nn.Module):
         if config.temperature is not None:
             self.temperature = self.param("temperature", nn.initializers.constant(config.temperature), ())
 
-    def see(self, image: Float[Array, "b H W 3"], *, train: bool) -> Float[Array, "b n c"]:
-        """A picture's tokens behind the last norm, which everything else looks at; computed once for all of it."""
-        return self.vision(image, train=train).tokens
+    def encode_image(self, images: Float[Array, "b H W 3"], *, train: bool) -> Float[Array, "b n c"]:
+        """Return the image tokens behind the last norm, which all other parts read."""
+        return self.vision(images, train=train).tokens
 
-    def see_two(self, image: Float[Array, "b 2 H W 3"], *, train: bool
-                ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
-        """The tokens of the first and of the second pictures, which are encoded as one batch of twice as many."""
-        b = len(image)
-        seen = self.see(image.reshape(2 * b, *image.shape[2:]), train=train)
-        seen = seen.reshape(b, 2, *seen.shape[1:])
-        return seen[:, 0], seen[:, 1]
+    def encode_image_pair(self, images: Float[Array, "b 2 H W 3"], *, train: bool
+                          ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """Return the image tokens of the first and of the second images, encoded as one batch of 2b."""
+        b = len(images)
+        image_tokens = self.encode_image(images.reshape(2 * b, *images.shape[2:]), train=train)
+        image_tokens = image_tokens.reshape(b, 2, *image_tokens.shape[1:])
+        return image_tokens[:, 0], image_tokens[:, 1]
 
-    def embed_image(self, seen: Float[Array, "b n c"]) -> Float[Array, "b e"]:
-        """Pictures in the shared space, length 1, fp32."""
-        return normalise(self.vision_projection(widened(seen[:, 0])))
+    def embed_image(self, images: Float[Array, "b H W 3"], *, train: bool) -> Float[Array, "b e"]:
+        """Return image embeddings in the shared space, of length 1, fp32."""
+        return self.project_image(self.encode_image(images, train=train))
+
+    def project_image(self, image_tokens: Float[Array, "b n c"]) -> Float[Array, "b e"]:
+        """Return image embeddings in the shared space, of length 1, fp32, from image tokens."""
+        return normalise(self.vision_projection(widened(image_tokens[:, 0])))
 
     def embed_text(self, tokens: Int[Array, "b t"], *, train: bool) -> Float[Array, "b e"]:
-        """Texts in the shared space, length 1, fp32: the unimodal encoder."""
-        first = self.text.encode(tokens, train=train)[:, 0]
-        return normalise(self.text_projection(widened(first)))
+        """Return text embeddings in the shared space, of length 1, fp32, by the unimodal encoder."""
+        return normalise(self.text_projection(widened(self.text.encode(tokens, train=train)[:, 0])))
 
-    def read(
-        self, tokens: Int[Array, "b t"], seen: Context, *, train: bool, mask: Bool[Array, "b t"] | None = None,
+    def encode_text_with_image(
+        self, tokens: Int[Array, "b t"], image_tokens: Context, *, train: bool, mask: Bool[Array, "b t"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Texts read in view of pictures, or of two each: the image-grounded encoder.
+        """Return the states of the image-grounded encoder, of texts with one image each, or two.
 
-        A text is read with the picture of its own row, or with fewer pictures than texts, as many texts in turn with
-        each.
+        Row r of `tokens` reads image r * images // b. `mask` is False for tokens to ignore; None: padding is ignored.
         """
         mask = tokens != self.config.text.pad_id if mask is None else mask
-        if self.config.encode_token:
-            tokens = tokens.at[:, 0].set(self.config.text.encode_id)
-        return self.text.encode(tokens, seen, train=train, mask=mask)
+        return self.text.encode(self._with_encode_token(tokens), image_tokens, train=train, mask=mask)
 
-    def match(self, tokens: Int[Array, "b t"], seen: Float[Array, "r n c"], *, train: bool) -> Float[Array, "b 2"]:
-        """Logits of "do not belong together" and "belong together", fp32, of texts with the pictures of `read`."""
-        read = self.read(tokens, seen, train=train)
-        return self.matching_head(widened(read[:, 0]))
+    def _with_encode_token(self, tokens):
+        return tokens.at[:, 0].set(self.config.text.encode_id) if self.config.encode_token else tokens
 
-    def compare(
+    def match(self, tokens: Int[Array, "b t"], image_tokens: Float[Array, "r n c"], *, train: bool
+              ) -> Float[Array, "b 2"]:
+        """Return the logits of "do not belong together" and "belong together", fp32.
+
+        Row r of `tokens` reads image r * images // b.
+        """
+        states = self.encode_text_with_image(tokens, image_tokens, train=train)
+        return self.matching_head(widened(states[:, 0]))
+
+    def classify_pair(
         self, tokens: Int[Array, "b t"], first: Float[Array, "b n c"], second: Float[Array, "b n c"], *, train: bool,
     ) -> Float[Array, "b 2"]:
-        """Logits of "false" and "true" of what each text says of two pictures, fp32 (section 4.5)."""
-        read = self.read(tokens, (first, second), train=train)
-        return self.pair_head(nn.relu(self.pair_hidden(widened(read[:, 0]))))
+        """Return the logits of "false" and "true" for each text about two images, fp32 (section 4.5)."""
+        states = self.encode_text_with_image(tokens, (first, second), train=train)
+        return self.pair_head(nn.relu(self.pair_hidden(widened(states[:, 0]))))
 
-    def write(
+    def decode(
         self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, train: bool,
         context_mask: Bool[Array, "b n"] | None = None,
     ) -> Float[Array, "b t v"]:
-        """Logits of the token after each, fp32: the image-grounded decoder, or that of answers."""
-        decoder = getattr(self, self.config.decoder_name)
-        return decoder.decode(tokens, context, train=train, context_mask=context_mask)
+        """Return the logits of the token after each one, fp32: the image-grounded decoder, or that of answers."""
+        return self._decoder.decode(tokens, context, train=train, context_mask=context_mask)
 
-    def __call__(self, image: Float[Array, "b *p H W 3"], tokens: Int[Array, "b t"], *, train: bool
-                 ) -> dict[str, Array]:
-        """Everything that the parts do, of pictures (where they are compared, two each) and texts side by side."""
-        if self.config.pair:
-            return {"compare": self.compare(tokens, *self.see_two(image, train=train), train=train)}
-        config, seen = self.config, self.see(image, train=train)
-        found: dict[str, Array] = {}
+    @property
+    def _decoder(self) -> Med:
+        return getattr(self, self.config.decoder_name)
+
+    def __call__(self, images: Float[Array, "b *p H W 3"], tokens: Int[Array, "b t"], *, train: bool,
+                 attention: bool = False) -> BLIPOutput:
+        """Run every part on images (two each, for pairs) and the texts of the same rows.
+
+        `attention` requests the attention weights too, without dropout, which costs a second pass through the text
+        transformer.
+        """
+        config = self.config
+        if config.pair:
+            out = BLIPOutput(pair_logits=self.classify_pair(tokens, *self.encode_image_pair(images, train=train),
+                                                            train=train))
+            return self._with_attention(out, images, tokens, None, None) if attention else out
+        image_tokens = self.encode_image(images, train=train)
+        image = text = match_logits = token_logits = None
+        context = image_tokens
         if config.embed_dim:
-            found |= {"image": self.embed_image(seen), "text": self.embed_text(tokens, train=train)}
+            image, text = self.project_image(image_tokens), self.embed_text(tokens, train=train)
         if config.matching:
-            found["match"] = self.match(tokens, seen, train=train)
+            match_logits = self.match(tokens, image_tokens, train=train)
         if config.reads_questions:
-            seen = self.read(tokens, seen, train=train)
+            context = self.encode_text_with_image(tokens, image_tokens, train=train)
         if config.decoder is not None:
-            found["logits"] = self.write(tokens, seen, train=train)
-        return found
+            token_logits = self.decode(tokens, context, train=train)
+        out = BLIPOutput(image, text, match_logits, None, token_logits)
+        return self._with_attention(out, images, tokens, image_tokens, context) if attention else out
+
+    def _with_attention(self, out, images, tokens, image_tokens, context):
+        images = images.reshape(-1, *images.shape[-3:])
+        weights = {"image_attention": self.vision(images, train=False, attention=True).attention}
+        if self.config.text.encoder and not self.config.pair:
+            weights["encoder_attention"] = self.text.cross_attention_weights(
+                self._with_encode_token(tokens), image_tokens, causal=False)
+        if self.config.decoder is not None:
+            weights["decoder_attention"] = self._decoder.cross_attention_weights(tokens, context, causal=True)
+        return out._replace(**weights)
 
 
 def blip(size: str = "base", *, image_size: int = 224, stack: dict | None = None, **overrides) -> BLIPConfig:
-    """BLIP base or large (its picture encoder; the text transformer is BERT base in both).
+    """Return the configuration of BLIP base or large (the image encoder; the text transformer is BERT base in both).
 
     `stack` holds fields of both towers' `TransformerConfig`, `overrides` fields of `BLIPConfig`.
     """
@@ -174,5 +227,3 @@ def blip(size: str = "base", *, image_size: int = 224, stack: dict | None = None
     if stack:
         text = replace(text, transformer=replace(text.transformer, **stack))
     return BLIPConfig(**{"vision": vision, "text": text} | overrides)
-
-

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023): a picture tower and a text tower in one space."""
+"""CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023): an image tower and a text tower with one shared space."""
 
 import math
 from dataclasses import dataclass
@@ -20,26 +20,26 @@ from jaxmm.nn.transformer import Stack, TransformerConfig, layer_norm
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """A text tower. The defaults are CLIP's; SigLIP's reads both ways, has no mask and pools the last position."""
+    """A text tower. The defaults are CLIP's; SigLIP's is bidirectional, has no mask and pools the last position."""
 
     transformer: TransformerConfig
     vocab_size: int | None = 49_408
-    """None: as many as the tokenizer of the run has."""
+    """Number of token ids; None: that of the run's tokenizer."""
     context_length: int = 77
-    """Tokens of a text, padding included."""
+    """Tokens per text, padding included."""
     causal: bool = True
-    """Whether a token sees only what comes before it."""
+    """True if a token attends only to itself and those before it."""
     pad_id: int | None = None
-    """Tokens of this id are hidden from attention and from mean pooling; None: every position is seen, as in CLIP
-    (whose causal mask hides what follows the end) and SigLIP (trained so)."""
+    """Id of tokens that are hidden from attention and from mean pooling; None: there is none, as in CLIP (whose causal
+    mask hides what follows the end) and SigLIP (trained without a mask)."""
     pool: Literal["argmax", "eos", "last", "first", "mean", "map"] = "argmax"
-    """argmax: the position of the largest id, CLIP's end token; eos: the first position of `eos_id`; last: the last
-    position (SigLIP); first; mean of the positions that are not padding; map: attention pooling."""
+    """Vector that represents the text. argmax: at the largest id, CLIP's end token; eos: at the first `eos_id`; last:
+    at the last position (SigLIP); first: at the first; mean: the mean without padding; map: attention pooling."""
     eos_id: int | None = None
-    """The end token that `eos` looks for; None: as the tokenizer of the run has it."""
+    """End token, for the pool `eos`; None: that of the run's tokenizer."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self, "text")
         require(self.vocab_size is None or self.vocab_size > 0, "text.vocab_size", self.vocab_size, "positive")
         require(self.context_length > 0, "text.context_length", self.context_length, "a positive number of tokens")
@@ -53,30 +53,43 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    """Two towers, the size of the space they share, and the loss's learned scale and bias."""
+    """Two towers, the size of their shared space, and the loss's learned scale and bias."""
 
     vision: ViTConfig
     text: TextConfig
     embed_dim: int = 512
     """e, the size of the shared space."""
     vision_projection: bool = True
-    """SigLIP takes the pooled picture as it is."""
+    """True if the pooled image is projected; SigLIP takes it as it is."""
     text_projection_bias: bool = False
-    """SigLIP's text projection has a bias."""
+    """True if the text projection has a bias, as in SigLIP."""
     logit_scale: float = math.log(1 / 0.07)
     """Initial logarithm of the temperature's inverse (ln 10 for SigLIP)."""
     logit_bias: float | None = None
     """Initial bias of the logits; None: none (-10 for SigLIP)."""
 
     def __post_init__(self):
-        """Checks that towers fit the space."""
+        """Check that the towers fit the shared space."""
         check_types(self)
         require(self.embed_dim > 0, "embed_dim", self.embed_dim, "a positive number")
         require(not self.vision.classes, "vision.classes", self.vision.classes, "None: a tower has no head")
         if not self.vision_projection:
             width = self.vision.pre_logits or self.vision.transformer.width
             require(self.embed_dim == width, "embed_dim", self.embed_dim,
-                    f"the picture tower's {width}, where there is no vision_projection")
+                    f"the image tower's {width}, without vision_projection")
+
+
+class TextOutput(NamedTuple):
+    """Outputs of a text tower; `hidden` and `attention` are None unless requested."""
+
+    tokens: Float[Array, "b t d"]
+    """Tokens behind the final norm."""
+    pooled: Float[Array, "b d"]
+    """One vector per text."""
+    hidden: Float[Array, "l b t d"] | None
+    """Tokens after each layer."""
+    attention: Float[Array, "l b h t t"] | None
+    """Attention weights of each layer."""
 
 
 class TextTower(nn.Module):
@@ -85,21 +98,27 @@ class TextTower(nn.Module):
     config: TextConfig
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "b t"], *, train: bool) -> Float[Array, "b d"]:
-        """The pooled vector of each text. Raises ValueError for texts longer than the position table."""
+    def __call__(self, tokens: Int[Array, "b t"], *, train: bool, hidden: bool = False, attention: bool = False
+                 ) -> TextOutput:
+        """Encode texts. Raise `ValueError` if they are longer than the position table."""
         config, width = self.config, self.config.transformer.width
-        b, length = tokens.shape
+        length = tokens.shape[1]
         if length > config.context_length:
             raise ValueError(f"texts are {length} tokens long; this model reads at most {config.context_length}")
         x = TokenEmbedding(config.vocab_size, width, name="tokens")(tokens)
         x = x + self.param("positions", nn.initializers.normal(0.01), (config.context_length, width))[:length]
-        seen = jnp.ones((b, length), bool) if config.pad_id is None else tokens != config.pad_id
-        mask = real = None if config.pad_id is None else seen[:, None, None, :]
+        valid = None if config.pad_id is None else tokens != config.pad_id
+        mask = padding_mask = None if valid is None else valid[:, None, None, :]
         if config.causal:
-            mask = causal_mask(length) if real is None else causal_mask(length) & real
+            mask = causal_mask(length) if padding_mask is None else causal_mask(length) & padding_mask
         x = nn.Dropout(config.transformer.dropout, deterministic=not train)(x)
-        x = Stack(config.transformer, name="encoder")(x.astype(config.transformer.dtype), mask, train=train).tokens
-        x = layer_norm(config.transformer, "norm")(x)
+        stack = Stack(config.transformer, name="encoder")(
+            x.astype(config.transformer.dtype), mask, train=train, hidden=hidden, attention=attention)
+        x = layer_norm(config.transformer, "norm")(stack.tokens)
+        return TextOutput(x, self._pool(x, tokens, valid, padding_mask, train), stack.hidden, stack.attention)
+
+    def _pool(self, x, tokens, valid, padding_mask, train):
+        config, (b, length) = self.config, tokens.shape
         match config.pool:
             case "argmax":
                 at = tokens.argmax(axis=1)
@@ -110,36 +129,45 @@ class TextTower(nn.Module):
             case "first":
                 at = jnp.zeros((b,), int)
             case "mean":
-                weights = (seen / seen.sum(axis=1, keepdims=True).clip(1)).astype(x.dtype)
+                valid = jnp.ones((b, length), bool) if valid is None else valid
+                weights = (valid / valid.sum(axis=1, keepdims=True).clip(1)).astype(x.dtype)
                 return jnp.einsum("btd,bt->bd", x, weights)
             case "map":
-                return MapHead(config.transformer, name="map_head")(x, real, train=train)
+                return MapHead(config.transformer, name="map_head")(x, padding_mask, train=train)
         return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
 
 
 class CLIPOutput(NamedTuple):
-    """Normalised embeddings, and the scale and bias that turn their products into logits."""
+    """Embeddings of length 1, the scale and bias of their logits, and the attention weights if requested."""
 
     image: Float[Array, "b e"]
     text: Float[Array, "b e"]
     logit_scale: Float[Array, ""]
     """exp of the parameter."""
     logit_bias: Float[Array, ""]
+    image_attention: Float[Array, "l b h n n"] | None
+    """Attention weights of the image tower."""
+    text_attention: Float[Array, "l b k t t"] | None
+    """Attention weights of the text tower, k heads."""
 
 
 def normalise(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
-    """Rows of length 1, in fp32."""
+    """Return the rows at length 1, in fp32."""
     x = widened(x)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 class CLIP(nn.Module):
-    """Two towers with projections into one space."""
+    """Two towers with projections into one space.
+
+    `encode_image` and `encode_text` return what the projections do, `embed_image` and `embed_text` return them at
+    length 1.
+    """
 
     config: CLIPConfig
 
     def setup(self):
-        """Declares the towers."""
+        """Declare the towers."""
         config = self.config
         self.vision = ViT(config.vision)
         self.text = TextTower(config.text)
@@ -155,29 +183,45 @@ class CLIP(nn.Module):
         if config.logit_bias is not None:
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(config.logit_bias), ())
 
-    def encode_image(self, image: Float[Array, "b H W c"], *, train: bool) -> Float[Array, "b e"]:
-        """Pictures in the shared space, not normalised, fp32."""
-        x = widened(self.vision(image, train=train).pooled)
-        return self.vision_projection(x) if self.config.vision_projection else x
+    def encode_image(self, images: Float[Array, "b H W c"], *, train: bool) -> Float[Array, "b e"]:
+        """Return image embeddings in the shared space, not normalised, fp32."""
+        return self._project_image(self.vision(images, train=train))
 
     def encode_text(self, tokens: Int[Array, "b t"], *, train: bool) -> Float[Array, "b e"]:
-        """Texts in the shared space, not normalised, fp32."""
-        return self.text_projection(widened(self.text(tokens, train=train)))
+        """Return text embeddings in the shared space, not normalised, fp32."""
+        return self._project_text(self.text(tokens, train=train))
 
-    def image_features(self, image: Float[Array, "b H W c"]) -> Float[Array, "b d"]:
-        """The pooled picture before the projection (what CLIP's linear probes read)."""
-        return widened(self.vision(image, train=False).pooled)
+    def embed_image(self, images: Float[Array, "b H W c"], *, train: bool) -> Float[Array, "b e"]:
+        """Return image embeddings in the shared space, of length 1, fp32."""
+        return normalise(self.encode_image(images, train=train))
+
+    def embed_text(self, tokens: Int[Array, "b t"], *, train: bool) -> Float[Array, "b e"]:
+        """Return text embeddings in the shared space, of length 1, fp32."""
+        return normalise(self.encode_text(tokens, train=train))
+
+    def image_features(self, images: Float[Array, "b H W c"], *, train: bool) -> Float[Array, "b d"]:
+        """Return the pooled image before the projection, which CLIP's linear probes read."""
+        return widened(self.vision(images, train=train).pooled)
+
+    def _project_image(self, vision):
+        return self.vision_projection(widened(vision.pooled)) if self.config.vision_projection else widened(
+            vision.pooled)
+
+    def _project_text(self, text):
+        return self.text_projection(widened(text.pooled))
 
     def __call__(
-        self, image: Float[Array, "b H W c"], tokens: Int[Array, "b t"], *, train: bool
+        self, images: Float[Array, "b H W c"], tokens: Int[Array, "b t"], *, train: bool, attention: bool = False,
     ) -> CLIPOutput:
-        """Normalised embeddings of both, with the logits' scale and bias."""
+        """Return the embeddings of both; `attention` requests the attention weights of both towers."""
         bias = jnp.zeros(()) if self.config.logit_bias is None else self.logit_bias
-        return CLIPOutput(normalise(self.encode_image(image, train=train)),
-                          normalise(self.encode_text(tokens, train=train)), jnp.exp(self.logit_scale), bias)
+        vision = self.vision(images, train=train, attention=attention)
+        text = self.text(tokens, train=train, attention=attention)
+        return CLIPOutput(normalise(self._project_image(vision)), normalise(self._project_text(text)),
+                          jnp.exp(self.logit_scale), bias, vision.attention, text.attention)
 
 
-# open_clip's and OpenAI's names: size/patch of the picture tower, picture side, text width, heads, layers, embed_dim
+# open_clip's and OpenAI's names: size/patch of the image tower, image side, text width, heads, layers, embed_dim
 CLIP_SIZES: dict[str, tuple[str, int, int, int, int, int]] = {
     "ViT-S-32": ("S/32", 224, 384, 6, 12, 384),
     "ViT-S-16": ("S/16", 224, 384, 6, 12, 384),
@@ -196,7 +240,7 @@ CLIP_SIZES: dict[str, tuple[str, int, int, int, int, int]] = {
 
 
 def clip(name: str, *, activation: str = "gelu", stack: dict | None = None, **overrides) -> CLIPConfig:
-    """A CLIP of one of open_clip's names; `activation="quick_gelu"` for OpenAI's own weights.
+    """Return the configuration of open_clip's `name`; `activation="quick_gelu"` for OpenAI's weights.
 
     `stack` holds fields of both towers' `TransformerConfig`, `overrides` fields of `CLIPConfig`.
     """
@@ -210,7 +254,7 @@ def clip(name: str, *, activation: str = "gelu", stack: dict | None = None, **ov
     return CLIPConfig(**{"vision": vision, "text": TextConfig(transformer=text), "embed_dim": embed_dim} | overrides)
 
 
-# picture tower, text tower, patch
+# image tower, text tower, patch
 SIGLIP_SIZES: dict[str, tuple[str, str, int]] = {
     "B/16": ("B", "B", 16),
     "L/16": ("L", "L", 16),
@@ -222,9 +266,9 @@ SIGLIP_SIZES: dict[str, tuple[str, str, int]] = {
 
 def siglip(name: str, *, image_size: int = 224, vocab_size: int | None = 32_000, context_length: int = 64,
            stack: dict | None = None, **overrides) -> CLIPConfig:
-    """A SigLIP of one of the published sizes (SigLIP 2: `vocab_size=256_000`).
+    """Return the configuration of a published SigLIP (SigLIP 2: `vocab_size=256_000`).
 
-    Pictures of So400m/14 are cut to a multiple of 14 beforehand: 384 becomes 378. `stack` holds fields of both
+    Images for So400m/14 are cropped to a multiple of 14: 384 becomes 378. `stack` holds fields of both
     towers' `TransformerConfig`, `overrides` fields of `CLIPConfig`.
     """
     require(name in SIGLIP_SIZES, "name", name, "one of " + ", ".join(SIGLIP_SIZES))

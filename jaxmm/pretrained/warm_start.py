@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxmm.config import ConfigError, InitConfig, require
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.embeddings import resize_positions
 from jaxmm.nn.transformer import TransformerConfig

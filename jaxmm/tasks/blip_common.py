@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Key
 from jaxmm.config import require
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med import Med, MedConfig, empty_cache
+from jaxmm.models.med import Med, empty_cache
+from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import Pixels
 from jaxmm.task import Batch, Decoder, Embedder, Matcher, Params
 
@@ -50,7 +51,7 @@ def blip_features(config: BLIPConfig, pixels: Pixels) -> Embedder:
     def features(params: Params, batch: Batch) -> Float[Array, "b d"]:
         image = pixels(batch["image"])
         image_tokens = BLIP(config).apply({"params": params}, image.reshape(-1, *image.shape[-3:]), train=False,
-                                          method=BLIP.see)
+                                          method=BLIP.encode_image)
         return image_tokens[:, 0].reshape(len(image), -1).astype(jnp.float32)
 
     return Embedder(image=features, features=features)
@@ -61,8 +62,7 @@ def blip_embedder(config: BLIPConfig, pixels: Pixels) -> Embedder:
     module = BLIP(config)
 
     def image(params: Params, batch: Batch) -> Float[Array, "b e"]:
-        image_tokens = module.apply({"params": params}, pixels(batch["image"]), train=False, method=BLIP.see)
-        return module.apply({"params": params}, image_tokens, method=BLIP.embed_image)
+        return module.apply({"params": params}, pixels(batch["image"]), train=False, method=BLIP.embed_image)
 
     def text(params: Params, batch: Batch) -> Float[Array, "b e"]:
         return module.apply({"params": params}, batch["tokens"], train=False, method=BLIP.embed_text)
@@ -77,10 +77,10 @@ def blip_matcher(config: BLIPConfig, pixels: Pixels) -> Matcher | None:
     module = BLIP(config)
 
     def encode(params: Params, batch: Batch) -> Float[Array, "b n c"]:
-        return module.apply({"params": params}, pixels(batch["image"]), train=False, method=BLIP.see)
+        return module.apply({"params": params}, pixels(batch["image"]), train=False, method=BLIP.encode_image)
 
     def embed(params: Params, image_tokens: Float[Array, "b n c"]) -> Float[Array, "b e"]:
-        return module.apply({"params": params}, image_tokens, method=BLIP.embed_image)
+        return module.apply({"params": params}, image_tokens, method=BLIP.project_image)
 
     def logits(params: Params, image_tokens: Float[Array, "b n c"], tokens: Array) -> Float[Array, "b g 2"]:
         found = module.apply({"params": params}, tokens.reshape(-1, tokens.shape[2]), image_tokens, train=False,
@@ -101,20 +101,20 @@ def blip_decoder(config: BLIPConfig, pixels: Pixels, prompt: str = "") -> Decode
         return med.apply({"params": params[name]}, *args, method=method)
 
     def encode(params: Params, batch: Batch) -> Float[Array, "b n c"]:
-        return module.apply({"params": params}, pixels(batch["image"]), train=False, method=BLIP.see)
+        return module.apply({"params": params}, pixels(batch["image"]), train=False, method=BLIP.encode_image)
 
     def read(params: Params, batch: Batch) -> tuple[Array, Array]:
         mask = batch["tokens"] != config.text.pad_id
         return module.apply({"params": params}, batch["tokens"], encode(params, batch), train=False, mask=mask,
-                            method=BLIP.read), mask
+                            method=BLIP.encode_text_with_image), mask
 
     def decode_step(params, tokens, position, cache, prepared, cache_mask, context_mask=None):
-        return run(params, Med.step, tokens, position, cache, prepared, cache_mask, context_mask)
+        return run(params, Med.decode_step, tokens, position, cache, prepared, cache_mask, context_mask)
 
     def attention(params: Params, batch: Batch, tokens: Array) -> Float[Array, "b t g g"]:
         image_tokens = encode(params, batch)
         weights = med.apply({"params": params[name]}, tokens.at[:, 0].set(text.decode_id), image_tokens, causal=True,
-                            method=Med.cross_attention)
+                            method=Med.cross_attention_weights)
         rows, columns = config.vision.grid
         # A token is written where the one before it is read.
         weights = weights.mean(axis=(0, 2))[:, :-1, -rows * columns:]
@@ -122,10 +122,10 @@ def blip_decoder(config: BLIPConfig, pixels: Pixels, prompt: str = "") -> Decode
 
     return Decoder(
         context=read if config.reads_questions else lambda params, batch: (encode(params, batch), None),
-        prepare=lambda params, context: run(params, Med.look, context),
+        prepare=lambda params, context: run(params, Med.cross_attention_cache, context),
         cache=lambda rows, length: empty_cache(text, rows, length),
         decode_step=decode_step,
-        logits=lambda params, tokens, prepared, context_mask=None: run(params, Med.follow, tokens, prepared,
+        logits=lambda params, tokens, prepared, context_mask=None: run(params, Med.decode_cached, tokens, prepared,
                                                                        context_mask),
         attention=None if config.reads_questions else attention,
         start_id=text.decode_id, end_id=text.end_id, pad_id=text.pad_id, longest=text.positions,

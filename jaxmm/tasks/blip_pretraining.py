@@ -18,7 +18,7 @@ from jaxmm.losses.contrastive import distilled_targets, equal_ids, positive_mask
 from jaxmm.losses.image_text_matching import hard_negatives, matching_loss
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.sharding import batch_devices, constrain_batch, constrain_replicated
@@ -130,8 +130,8 @@ class BLIPPretraining(Task):
         rngs = [{"dropout": key} for key in jax.random.split(dropout, 4)]
         variables = {"params": params}
         pixels = self.pixels(batch["image"])
-        seen = model.apply(variables, pixels, train=True, method=BLIP.see, rngs=rngs[0])
-        image = model.apply(variables, seen, method=BLIP.embed_image)
+        seen = model.apply(variables, pixels, train=True, method=BLIP.encode_image, rngs=rngs[0])
+        image = model.apply(variables, seen, method=BLIP.project_image)
         text = model.apply(variables, tokens, train=True, method=BLIP.embed_text, rngs=rngs[1])
 
         teacher = jax.lax.stop_gradient(jax.tree.map(
@@ -151,7 +151,7 @@ class BLIPPretraining(Task):
                    "temperature": params["temperature"], "alpha": jnp.asarray(alpha)}
         if self.model.text.decoder:
             written = tokens.at[:, 0].set(self.model.text.decode_id)
-            logits = model.apply(variables, written, seen, train=True, method=BLIP.write, rngs=rngs[3])
+            logits = model.apply(variables, written, seen, train=True, method=BLIP.decode, rngs=rngs[3])
             metrics["writing"] = language_loss(logits, written, written != self.model.text.pad_id, self.smoothing)
 
         extra = extra | self._enqueue(extra, taught_image, taught_text, batch) | {
@@ -163,8 +163,8 @@ class BLIPPretraining(Task):
         """The teacher's embeddings of the batch."""
         model, variables = BLIP(self.model), {"params": params | teacher}
         first, second = ({"dropout": key} for key in jax.random.split(rng))
-        seen = model.apply(variables, pixels, train=True, method=BLIP.see, rngs=first)
-        image = model.apply(variables, seen, method=BLIP.embed_image)
+        seen = model.apply(variables, pixels, train=True, method=BLIP.encode_image, rngs=first)
+        image = model.apply(variables, seen, method=BLIP.project_image)
         text = model.apply(variables, tokens, train=True, method=BLIP.embed_text, rngs=second)
         return jax.lax.stop_gradient((image, text))
 

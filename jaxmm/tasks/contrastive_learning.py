@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxmm.config import check_types, require
 from jaxmm.losses import contrastive as losses
 from jaxmm.losses.blockwise import Sigmoid, Softmax, blockwise_contrastive
-from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig, normalise
+from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.sharding import constrain_batch
@@ -115,14 +115,14 @@ class ContrastiveLearning(Task):
         module = self.module
 
         def image(params, batch):
-            return normalise(module.apply({"params": params}, self.pixels(batch["image"]), train=False,
-                                          method=CLIP.encode_image))
+            return module.apply({"params": params}, self.pixels(batch["image"]), train=False, method=CLIP.embed_image)
 
         def text(params, batch):
-            return normalise(module.apply({"params": params}, batch["tokens"], train=False, method=CLIP.encode_text))
+            return module.apply({"params": params}, batch["tokens"], train=False, method=CLIP.embed_text)
 
         def features(params, batch):
-            return module.apply({"params": params}, self.pixels(batch["image"]), method=CLIP.image_features)
+            return module.apply({"params": params}, self.pixels(batch["image"]), train=False,
+                                method=CLIP.image_features)
 
         return Embedder(image=image, text=text, features=features, text_length=self.model.text.needed_length,
                         scale=lambda params: jnp.exp(params["logit_scale"]),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxmm.config import check_types, require
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
@@ -59,13 +59,14 @@ class Captioning(Task):
 
     def loss(self, params, extra, batch, rng):
         """Cross-entropy of the tokens behind the prompt, over all texts of the batch."""
-        model, text = BLIP(self.model), self.model.text
+        module, text, variables = self.module, self.model.text, {"params": params}
         first, second = ({"dropout": key} for key in jax.random.split(rng))
-        seen = model.apply({"params": params}, self.pixels(batch["image"]), train=True, method=BLIP.see, rngs=first)
+        image_tokens = module.apply(variables, self.pixels(batch["image"]), train=True, method=BLIP.encode_image,
+                                    rngs=first)
         b, given = len(batch["tokens"]), self.prompt_ids or ()
         start = jnp.broadcast_to(jnp.asarray((text.decode_id, *given), jnp.int32), (b, 1 + len(given)))
         tokens = jnp.concatenate([start, batch["tokens"][:, 1:]], axis=1)
-        logits = model.apply({"params": params}, tokens, seen, train=True, method=BLIP.write, rngs=second)
+        logits = module.apply(variables, tokens, image_tokens, train=True, method=BLIP.decode, rngs=second)
         counts = (tokens != text.pad_id) & (jnp.arange(tokens.shape[1]) > len(given))
         loss = language_loss(logits, tokens, counts, self.smoothing)
         right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]

@@ -8,7 +8,7 @@ import jax
 from jaxmm.config import check_types, require
 from jaxmm.losses.classification import cross_entropy
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.task import Classifier, Embedder, Task, check_pairs
@@ -46,7 +46,7 @@ class PairClassification(Task):
     def encode(self, params, batch, rng):
         """Logits."""
         return BLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), batch["tokens"], train=True,
-                                      rngs={"dropout": rng})["compare"]
+                                      rngs={"dropout": rng}).pair_logits
 
     def objective(self, params, outputs, batch):
         """Cross-entropy, and accuracy."""
@@ -78,6 +78,6 @@ class PairClassification(Task):
         """Logits of false and true."""
         def logits(params, batch):
             return self.module.apply({"params": params}, self.pixels(batch["image"]), batch["tokens"],
-                                     train=False)["compare"]
+                                     train=False).pair_logits
 
         return Classifier(logits=logits, reads_text=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxmm.config import check_types, require
 from jaxmm.losses.language_modeling import token_losses
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
 from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
@@ -75,11 +75,11 @@ class QuestionAnswering(Task):
         def run(method, *args, rngs, **options):
             return model.apply({"params": params}, *args, train=True, method=method, rngs=rngs, **options)
 
-        seen = run(BLIP.see, self.pixels(batch["image"]), rngs=rngs[0])
-        states = run(BLIP.read, questions, seen, rngs=rngs[1])
+        seen = run(BLIP.encode_image, self.pixels(batch["image"]), rngs=rngs[0])
+        states = run(BLIP.encode_text_with_image, questions, seen, rngs=rngs[1])
         tokens = tokens.reshape(b * a, t).at[:, 0].set(answer.decode_id)
         there = jnp.repeat(questions != self.model.text.pad_id, a, axis=0)
-        logits = run(BLIP.write, tokens, jnp.repeat(states, a, axis=0), context_mask=there, rngs=rngs[2])
+        logits = run(BLIP.decode, tokens, jnp.repeat(states, a, axis=0), context_mask=there, rngs=rngs[2])
         counts = (tokens != answer.pad_id) & (weights.reshape(-1, 1) > 0)
         losses = token_losses(logits, tokens, counts, self.smoothing).sum(axis=1).reshape(b, a)
         right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]

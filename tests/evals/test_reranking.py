@@ -49,8 +49,8 @@ def pictures_and_texts(captions, first):
     def both(image, tokens):
         image = model.task.pixels(image)
         variables, apply = {"params": model.params}, BLIP(model.config).apply
-        seen = apply(variables, image, train=False, method=BLIP.see)
-        cosine = apply(variables, seen, method=BLIP.embed_image) @ apply(
+        seen = apply(variables, image, train=False, method=BLIP.encode_image)
+        cosine = apply(variables, seen, method=BLIP.project_image) @ apply(
             variables, tokens, train=False, method=BLIP.embed_text).T
         return apply(variables, tokens, seen, train=False, method=BLIP.match)[0], cosine[0, 0]
 

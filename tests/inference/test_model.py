@@ -217,7 +217,7 @@ def test_captions_are_what_the_decoder_writes_whatever_the_batch():
     pictures, decoding = tiny.pictures(5), Decoding(beams=2, max_length=9)
     captions = model.caption(pictures, decoding=decoding, top=2)
     seen = model.module.apply({"params": model.params}, model.task.pixels(jnp.asarray(model.preprocess(pictures))),
-                              train=False, method=BLIP.see)
+                              train=False, method=BLIP.encode_image)
     prompt = jnp.asarray([[tiny.MED.decode_id, *tiny.TOKENIZER(["a"])[0, 1:2].tolist()]] * 5, jnp.int32)
     want = generate(tiny.CAPTIONER.decoder, model.params, seen, prompt, jnp.full(5, 2),
                        jax.random.split(jax.random.key(0), 5), decoding)
@@ -246,10 +246,11 @@ def test_answers_are_what_the_decoder_writes_or_finds_likeliest():
     for i in (0, 2):      # each alone, without padding
         tokens = jnp.asarray(asked[i:i + 1, :(asked[i] != 0).sum()])
         seen = model.module.apply({"params": model.params}, model.task.pixels(jnp.asarray(images[i:i + 1])),
-                                  train=False, method=BLIP.see)
-        states = model.module.apply({"params": model.params}, tokens, seen, train=False, method=BLIP.read)
+                                  train=False, method=BLIP.encode_image)
+        states = model.module.apply({"params": model.params}, tokens, seen, train=False,
+                                    method=BLIP.encode_text_with_image)
         want = generate(model.task.decoder, model.params, states, jnp.full((1, 1), 2), jnp.ones(1, jnp.int32),
-                           jax.random.split(jax.random.key(0), 1), decoding)
+                        jax.random.split(jax.random.key(0), 1), decoding)
         told = [tiny.TOKENIZER.decode(row[1:]) for row in np.asarray(want.tokens[0])]
         assert [text for text, _ in written[i]] == told
         np.testing.assert_allclose([score for _, score in written[i]], want.score[0], atol=1e-4)
@@ -276,7 +277,7 @@ def test_captions_among_choices():
     pictures = tiny.pictures(3)
     found = model.caption(pictures, choices=choices, top=3)
     seen = model.module.apply({"params": model.params}, model.task.pixels(jnp.asarray(model.preprocess(pictures))),
-                              train=False, method=BLIP.see)
+                              train=False, method=BLIP.encode_image)
     candidates, given = candidate_tokens(tiny.TOKENIZER, choices, model.task.decoder, "a")
     want = rank(model.task.decoder, model.params, seen, jnp.asarray(candidates), given=given, top=3)
     assert given == 2

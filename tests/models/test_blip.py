@@ -10,7 +10,8 @@ import pytest
 
 from jaxmm.config import ConfigError
 from jaxmm.models.blip import BLIP, BLIPConfig, blip
-from jaxmm.models.med import Med, MedConfig, empty_cache
+from jaxmm.models.med import Med, empty_cache
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.sharding import named_leaves
@@ -62,7 +63,7 @@ def gradients(config):
 
     def total(params):
         out = BLIP(config).apply({"params": params}, images, TOKENS, train=True)
-        return sum(jnp.sin(leaf).sum() for leaf in out.values())
+        return sum(jnp.sin(leaf).sum() for leaf in out if leaf is not None)
 
     return jax.tree.leaves(jax.jit(jax.grad(total))(parameters(config, images)))
 
@@ -79,18 +80,18 @@ def test_every_mode(model):
     seen = reference.vit(p["vision"], image, config.vision)[0]
     got = apply(config, params, IMAGE, TOKENS, train=False, method=BLIP.__call__)
     w = p["vision_projection"]
-    np.testing.assert_allclose(got["image"], reference.unit(seen[:, 0] @ w["kernel"] + w["bias"]), atol=1e-5)
+    np.testing.assert_allclose(got.image, reference.unit(seen[:, 0] @ w["kernel"] + w["bias"]), atol=1e-5)
     w = p["text_projection"]
     text = reference.med(p["text"], tokens, config.text)[:, 0]
-    np.testing.assert_allclose(got["text"], reference.unit(text @ w["kernel"] + w["bias"]), atol=1e-5)
+    np.testing.assert_allclose(got.text, reference.unit(text @ w["kernel"] + w["bias"]), atol=1e-5)
     first = tokens.copy()
     first[:, 0] = config.text.encode_id
     read = reference.med(p["text"], first, config.text, seen, keep=tokens != 0)
     w = p["matching_head"]
-    np.testing.assert_allclose(got["match"], read[:, 0] @ w["kernel"] + w["bias"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got.match_logits, read[:, 0] @ w["kernel"] + w["bias"], rtol=1e-4, atol=1e-5)
     states = reference.med(p["text"], tokens, config.text, seen, causal=True)
     want = reference.language_head(p["text"], states, config.text)
-    np.testing.assert_allclose(got["logits"], want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got.token_logits, want, rtol=1e-4, atol=1e-4)
 
 
 def test_where_each_token_looks():
@@ -100,13 +101,13 @@ def test_where_each_token_looks():
         want: list = []
         reference.med(fp64(params)["text"], np.asarray(tokens), MED, seen, causal=causal, shares=want)
         got = Med(MED).apply({"params": params["text"]}, tokens, jnp.asarray(seen, jnp.float32), causal=causal,
-                             method=Med.cross_attention)
+                             method=Med.cross_attention_weights)
         np.testing.assert_allclose(got, np.stack(want), atol=1e-6)
 
 
 def test_texts_that_look_at_the_same_picture_in_turn():
     params = parameters(MODEL)
-    seen = apply(MODEL, params, IMAGE, train=False, method=BLIP.see)
+    seen = apply(MODEL, params, IMAGE, train=False, method=BLIP.encode_image)
     tokens = jnp.concatenate([TOKENS, TOKENS[::-1]])
     got = apply(MODEL, params, tokens, seen, train=False, method=BLIP.match)
     each = jnp.repeat(seen, 2, axis=0)
@@ -129,9 +130,9 @@ def test_each_mode_uses_its_own(change, decoder, encoder):
     before = apply(MODEL, params, IMAGE, TOKENS, train=False, method=BLIP.__call__)
     params["text"]["blocks"][change] = jax.tree.map(lambda x: x * 1.1, params["text"]["blocks"][change])
     after = apply(MODEL, params, IMAGE, TOKENS, train=False, method=BLIP.__call__)
-    assert (np.abs(after["logits"] - before["logits"]).max() > 1e-4) == decoder
-    assert (np.abs(after["match"] - before["match"]).max() > 1e-4) == encoder
-    assert (np.abs(after["text"] - before["text"]).max() > 1e-4) == (encoder and change != "cross_attention")
+    assert (np.abs(after.token_logits - before.token_logits).max() > 1e-4) == decoder
+    assert (np.abs(after.match_logits - before.match_logits).max() > 1e-4) == encoder
+    assert (np.abs(after.text - before.text).max() > 1e-4) == (encoder and change != "cross_attention")
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -147,32 +148,32 @@ def test_step_by_step_is_all_at_once(beams, encoder):
         jax.random.key(0)))
     whole = module.apply(params, tokens, jnp.repeat(context, beams, 0), train=False, method=Med.decode,
                          context_mask=jnp.repeat(context_mask, beams, 0))
-    sights = module.apply(params, context, method=Med.look)
+    sights = module.apply(params, context, method=Med.cross_attention_cache)
     cache = empty_cache(config, B * beams, 8)
 
     @jax.jit
     def step(tokens, at, cache):
         held = jnp.broadcast_to(jnp.arange(8) <= at, (B * beams, 8))
-        return module.apply(params, tokens, at, cache, sights, held, context_mask, method=Med.step)
+        return module.apply(params, tokens, at, cache, sights, held, context_mask, method=Med.decode_step)
 
     for at in range(T):
         logits, cache = step(tokens[:, at], jnp.asarray(at), cache)
         np.testing.assert_allclose(logits, whole[:, at], atol=1e-4)
     assert len(cache) == len(sights) == 3
-    assert cache[0][0].shape == (B * beams, 3, 8, 4) and sights[0].seen[0].shape == (B, 3, 4, 4)
+    assert cache[0][0].shape == (B * beams, 3, 8, 4) and sights[0].keys_values[0].shape == (B, 3, 4, 4)
 
 
 def test_padding_and_what_comes_later_are_not_seen():
     params = parameters(MODEL)
-    seen = apply(MODEL, params, IMAGE, train=False, method=BLIP.see)
-    first = apply(MODEL, params, TOKENS, seen, train=False, method=BLIP.write)
+    seen = apply(MODEL, params, IMAGE, train=False, method=BLIP.encode_image)
+    first = apply(MODEL, params, TOKENS, seen, train=False, method=BLIP.decode)
     changed = TOKENS.at[:, 3].set(7)
-    np.testing.assert_allclose(apply(MODEL, params, changed, seen, train=False, method=BLIP.write)[:, :3],
+    np.testing.assert_allclose(apply(MODEL, params, changed, seen, train=False, method=BLIP.decode)[:, :3],
                                first[:, :3], atol=1e-6)
     longer = jnp.pad(TOKENS, ((0, 0), (0, 2)))
-    for method in (BLIP.match, BLIP.write):
+    for method in (BLIP.match, BLIP.decode):
         one, other = (apply(MODEL, params, tokens, seen, train=False, method=method) for tokens in (TOKENS, longer))
-        np.testing.assert_allclose(other[:, :T] if method is BLIP.write else other, one, atol=1e-5)
+        np.testing.assert_allclose(other[:, :T] if method is BLIP.decode else other, one, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "cheap"}, {"scan": False}], ids=str)
@@ -214,12 +215,42 @@ def test_two_pictures_are_read_by_cross_attentions_of_their_own():
         x = reference.norm(layer["mlp_norm"], x + reference.mlp(layer["mlp"], x, "gelu"), stack.eps)
     hidden = np.maximum(x[:, 0] @ p["pair_hidden"]["kernel"] + p["pair_hidden"]["bias"], 0)
     want = hidden @ p["pair_head"]["kernel"] + p["pair_head"]["bias"]
-    got = apply(PAIR, params, PICTURES, TOKENS, train=False, method=BLIP.__call__)["compare"]
+    got = apply(PAIR, params, PICTURES, TOKENS, train=False, method=BLIP.__call__).pair_logits
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-    turned = apply(PAIR, params, PICTURES[:, ::-1], TOKENS, train=False, method=BLIP.__call__)["compare"]
+    turned = apply(PAIR, params, PICTURES[:, ::-1], TOKENS, train=False, method=BLIP.__call__).pair_logits
     assert np.abs(turned - got).max() > 1e-3
     for change in ({"scan": False}, {"remat": "cheap"}):
         assert_same_gradients(PAIR, change)
+
+
+def test_attention_weights():
+    """Handed out beside the outputs, which stay what they are."""
+    params = parameters(MODEL)
+    plain = apply(MODEL, params, IMAGE, TOKENS, train=False, method=BLIP.__call__)
+    out = apply(MODEL, params, IMAGE, TOKENS, train=False, attention=True, method=BLIP.__call__)
+    for one, other in zip(plain[:5], out[:5], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_allclose(one, other, atol=1e-5)
+    assert plain[5:] == (None, None, None)
+    want: list = []
+    p, first = fp64(params), TOKENS.at[:, 0].set(MED.encode_id)
+    image_tokens = reference.vit(p["vision"], np.asarray(IMAGE, np.float64), VISION)[0]
+    for causal, tokens in ((False, first), (True, TOKENS)):
+        reference.med(p["text"], np.asarray(tokens), MED, image_tokens, causal=causal, shares=want)
+    np.testing.assert_allclose(jnp.concatenate([out.encoder_attention, out.decoder_attention]), np.stack(want),
+                               atol=1e-5)
+    np.testing.assert_allclose(out.image_attention.sum(axis=-1), np.ones((3, B, 2, 5)), rtol=1e-5)
+
+
+def test_attention_weights_of_answers_and_pairs():
+    answers = replace(MODEL, text=replace(MED, decoder=False), embed_dim=None, matching=False, temperature=None,
+                      answer=replace(MED, encoder=False, context_width=12))
+    for config, images, shapes in ((answers, IMAGE, ((3, B, 2, 5, 5), (3, B, 3, T, 5), (3, B, 3, T, T))),
+                                   (PAIR, PICTURES, ((3, 2 * B, 2, 5, 5), None, None))):
+        out = jax.eval_shape(lambda params, images=images, config=config: BLIP(config).apply(
+            {"params": params}, images, TOKENS, train=False, attention=True), parameters(config, images))
+        assert tuple(None if leaf is None else leaf.shape for leaf in out[5:]) == shapes
 
 
 @pytest.mark.parametrize("build, message", [

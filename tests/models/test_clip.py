@@ -20,7 +20,7 @@ from jaxmm.models.clip import (
     normalise,
     siglip,
 )
-from jaxmm.models.vit import ViTConfig, vit
+from jaxmm.models.vit import ViT, ViTConfig, vit
 from jaxmm.nn.transformer import TransformerConfig
 from tests import reference
 from tests.reference import arrays, fp64
@@ -44,7 +44,7 @@ def text_params():
 
 @partial(jax.jit, static_argnums=2)
 def _pooled(params, tokens, config):
-    return {pool: TextTower(replace(config, pool=pool)).apply({"params": params}, tokens, train=False)
+    return {pool: TextTower(replace(config, pool=pool)).apply({"params": params}, tokens, train=False).pooled
             for pool in POOLS}
 
 
@@ -126,13 +126,30 @@ def test_methods_of_one_tower():
     embedded, words, features, both = jax.jit(lambda p: (
         model.apply({"params": p}, image, train=False, method=CLIP.encode_image),
         model.apply({"params": p}, TOKENS, train=False, method=CLIP.encode_text),
-        model.apply({"params": p}, image, method=CLIP.image_features),
+        model.apply({"params": p}, image, train=False, method=CLIP.image_features),
         model.apply({"params": p}, image, TOKENS, train=False)))(params)
     np.testing.assert_allclose(embedded, features @ params["vision_projection"]["kernel"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(normalise(embedded), both.image, rtol=1e-5)
     np.testing.assert_allclose(normalise(words), both.text, rtol=1e-5)
     assert features.shape == (3, 8) and embedded.shape == (3, 5)
     assert not np.allclose(np.linalg.norm(embedded, axis=1), 1, atol=0.1)
+
+
+def test_attention_weights():
+    config, image, params = setting("clip")
+    plain, out = jax.jit(lambda p: tuple(CLIP(config).apply({"params": p}, image, TOKENS, train=False, attention=asked)
+                                         for asked in (False, True)))(params)
+    np.testing.assert_allclose(out.image, plain.image, atol=1e-6)
+    np.testing.assert_allclose(out.text, plain.text, atol=1e-6)
+    assert plain.image_attention is plain.text_attention is None
+    vision = ViT(config.vision).apply({"params": params["vision"]}, image, train=False, attention=True)
+    np.testing.assert_allclose(out.image_attention, vision.attention, atol=1e-6)
+    stack, heads = config.text.transformer, config.text.transformer.heads
+    assert out.text_attention.shape == (stack.depth, 3, heads, 7, 7)
+    np.testing.assert_allclose(out.text_attention.sum(axis=-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(np.triu(out.text_attention[0, 0, 0], 1), 0)     # causal
+    text = TextTower(config.text).apply({"params": params["text"]}, TOKENS, train=False, hidden=True)
+    assert text.hidden.shape == (stack.depth, 3, 7, stack.width) and text.attention is None
 
 
 def test_normalise():
@@ -218,7 +235,7 @@ def test_bf16():
     (lambda: clip("ViT-Q"), "name is 'ViT-Q'; wanted one of ViT-S-32"),
     (lambda: siglip("Q/1"), "name is 'Q/1'; wanted one of B/16"),
     (lambda: replace(CONFIGS["clip"], embed_dim=0), "embed_dim is 0"),
-    (lambda: replace(CONFIGS["siglip"], embed_dim=9), "embed_dim is 9; wanted the picture tower's 8"),
+    (lambda: replace(CONFIGS["siglip"], embed_dim=9), "embed_dim is 9; wanted the image tower's 8"),
     (lambda: replace(CONFIGS["clip"], vision=replace(VISION, classes=3)), "vision.classes is 3"),
     (lambda: text(context_length=0), "text.context_length is 0"),
     (lambda: text(vocab_size=0), "text.vocab_size is 0")])

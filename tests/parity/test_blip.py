@@ -16,7 +16,7 @@ from jaxmm.inference.model import load
 from jaxmm.inference.parity import compare, golden_inputs
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP
 from jaxmm.nn.transformer import TransformerConfig
@@ -76,11 +76,11 @@ def test_captioning(tmp_path, record_property):
     """With the loss: what is -100 there does not count here, smoothing is that of their configuration."""
     config = BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), **NONE)
     theirs, params, module = pair(transformers.BlipForConditionalGeneration, config, tmp_path, label_smoothing=0.1)
-    seen = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.see)
+    seen = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
     want = theirs(pixel_values=torched(IMAGE.transpose(0, 3, 1, 2)), input_ids=torched(WORDS).long(),
                   attention_mask=MASK, labels=torched(WORDS).long().masked_fill(MASK == 0, -100))
     close(seen, want.image_embeds, 1e-4, "BLIP picture tokens", record_property)
-    logits = module.apply(params, jnp.asarray(WORDS), seen, train=False, method=BLIP.write)
+    logits = module.apply(params, jnp.asarray(WORDS), seen, train=False, method=BLIP.decode)
     there = WORDS != 0
     close(logits[there], want.logits[torched(there)], 1e-4, "BLIP caption logits", record_property)
     loss = language_loss(logits, jnp.asarray(WORDS), jnp.asarray(there), 0.1)
@@ -96,18 +96,18 @@ def test_matching(tmp_path, record_property):
     theirs, params, module = pair(transformers.BlipForImageTextRetrieval, config, tmp_path)
     ids, pixels = torched(WORDS).long(), torched(IMAGE.transpose(0, 3, 1, 2))
     got = module.apply(params, jnp.asarray(IMAGE), jnp.asarray(WORDS), train=False)
-    close(got["match"], theirs(ids, pixels, attention_mask=MASK).itm_score, 1e-4, "BLIP matching logits",
+    close(got.match_logits, theirs(ids, pixels, attention_mask=MASK).itm_score, 1e-4, "BLIP matching logits",
           record_property)
     cosine = theirs(ids, pixels, attention_mask=MASK, use_itm_head=False).itm_score
     alone = theirs.text_encoder(ids, attention_mask=MASK).last_hidden_state[:, 0]
-    close(got["text"], torch.nn.functional.normalize(theirs.text_proj(alone)), 2e-5, "BLIP text features",
+    close(got.text, torch.nn.functional.normalize(theirs.text_proj(alone)), 2e-5, "BLIP text features",
           record_property)
-    close(got["image"] @ got["text"].T, cosine, 2e-5, "BLIP cosines", record_property)
+    close(got.image @ got.text.T, cosine, 2e-5, "BLIP cosines", record_property)
     ids[:, 0] = 89      # what training read, and the switch reproduces
     other = BLIP(replace(config, encode_token=True)).apply(params, jnp.asarray(IMAGE), jnp.asarray(WORDS), train=False)
-    close(other["match"], theirs(ids, pixels, attention_mask=MASK).itm_score, 1e-4, "BLIP matching logits with [ENC]",
-          record_property)
-    assert np.abs(other["match"] - got["match"]).max() > 1e-3
+    close(other.match_logits, theirs(ids, pixels, attention_mask=MASK).itm_score, 1e-4,
+          "BLIP matching logits with [ENC]", record_property)
+    assert np.abs(other.match_logits - got.match_logits).max() > 1e-3
 
 
 # transformers gives question encoder and answer decoder one configuration, whose context is the picture's width
@@ -123,10 +123,10 @@ def test_answering(tmp_path, record_property):
     answers = RNG.integers(1, 86, (2, 5)).astype(np.int32)
     want = theirs(torched(WORDS).long(), torched(IMAGE.transpose(0, 3, 1, 2)), attention_mask=MASK,
                   decoder_input_ids=torched(answers).long(), decoder_attention_mask=torch.ones(2, 5).long())
-    seen = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.see)
-    states = module.apply(params, jnp.asarray(WORDS), seen, train=False, method=BLIP.read)
+    seen = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
+    states = module.apply(params, jnp.asarray(WORDS), seen, train=False, method=BLIP.encode_text_with_image)
     logits = module.apply(params, jnp.asarray(answers), states, train=False, context_mask=jnp.asarray(WORDS != 0),
-                          method=BLIP.write)
+                          method=BLIP.decode)
     for row, length in enumerate((WORDS != 0).sum(axis=1)):      # its decoder looks at what the mask hides
         decoder = theirs.text_decoder(input_ids=torched(answers[row:row + 1]).long(),
                                       encoder_hidden_states=torched(states[row:row + 1, :length]))
@@ -171,8 +171,8 @@ def test_answers_are_the_same_tokens(beams, tmp_path):
 
     @jax.jit
     def run(params):
-        seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.see)
-        states = module.apply(params, jnp.asarray(words), seen, train=False, method=BLIP.read)
+        seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.encode_image)
+        states = module.apply(params, jnp.asarray(words), seen, train=False, method=BLIP.encode_text_with_image)
         keys, decoding = jax.random.split(jax.random.key(0), count), replace(ANSWERS, beams=beams)
         return [generate(blip_decoder(ANSWERING, CLIP), params["params"], states, jnp.full((count, 1), 2),
                          jnp.ones(count, jnp.int32), keys, decoding, mask).tokens[:, 0]
@@ -268,7 +268,7 @@ def test_captions_are_the_same_tokens(options, tmp_path):
     image = RNG.standard_normal((count, SIDE, SIDE, 3), np.float32) * 3
     prompt = np.tile(np.array([[88, 5, 9]], np.int32), (count, 1))
     decoding = Decoding(max_length=14, **options)
-    seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.see)
+    seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.encode_image)
     run = jax.jit(lambda params, seen: generate(
         blip_decoder(config, CLIP), params, seen, jnp.asarray(prompt), jnp.full(count, 3),
         jax.random.split(jax.random.key(0), count), decoding))

@@ -125,7 +125,7 @@ def test_the_authors_file(tmp_path, record_property):
     assert (type(ours.task), ours.config.text.merge_from, ours.image.size) == (PairClassification, 6, SIDE)
     assert ours.labels == ("False", "True") and ours.params["text"]["merge"]["kernel"].shape == (2, 256, 128)
     got = jax.jit(lambda params: ours.module.apply({"params": params}, jnp.asarray(IMAGE), jnp.asarray(WORDS),
-                                                   train=False)["compare"])(ours.params)
+                                                   train=False).pair_logits)(ours.params)
     first, second = (torch.from_numpy(IMAGE[:, i].transpose(0, 3, 1, 2).copy()) for i in (0, 1))
     want = published(w, first, second, torch.from_numpy(WORDS).long())
     close(got, want, 1e-5, "Salesforce NLVR2 logits", record_property)

@@ -61,8 +61,8 @@ def test_captioning(tmp_path, record_property):
     ours = opened(renamed(model), tmp_path / "caption.pth")
     assert (ours.config.text.encoder, ours.config.embed_dim, ours.image.size) == (False, None, SIDE)
     assert (ours.config.text.decode_id, ours.config.text.encode_id) == (118, 119)
-    seen = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.see)
-    logits = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), seen, train=False, method=BLIP.write)
+    seen = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
+    logits = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), seen, train=False, method=BLIP.decode)
     want = model(pixel_values=pixels(), input_ids=ids(), attention_mask=MASK).logits
     close(logits[WORDS != 0], want[MASK.bool()], 1e-4, "Salesforce caption logits", record_property)
 
@@ -98,11 +98,11 @@ def test_pretraining_with_its_copies_and_queues(own, tmp_path, record_property):
     first[:, 0] = ours.config.text.encode_id
     got = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), jnp.asarray(WORDS), train=False)
     want = matching(first, pixels(), attention_mask=MASK).itm_score
-    close(got["match"], want, 1e-4, "Salesforce matching logits", record_property)
+    close(got.match_logits, want, 1e-4, "Salesforce matching logits", record_property)
     cosine = matching(ids(), pixels(), attention_mask=MASK, use_itm_head=False).itm_score
-    close(got["image"] @ got["text"].T, cosine, 2e-5, "Salesforce cosines", record_property)
+    close(got.image @ got.text.T, cosine, 2e-5, "Salesforce cosines", record_property)
     want = captioning(pixel_values=pixels(), input_ids=ids(), attention_mask=MASK).logits
-    close(got["logits"][WORDS != 0], want[MASK.bool()], 1e-4, "Salesforce language logits", record_property)
+    close(got.token_logits[WORDS != 0], want[MASK.bool()], 1e-4, "Salesforce language logits", record_property)
 
 
 @torch.no_grad()
@@ -110,8 +110,9 @@ def test_questions(tmp_path, record_property):
     model = theirs(transformers.BlipForQuestionAnswering)
     ours = opened(renamed(model), tmp_path / "vqa.pth")
     assert (ours.config.matching, ours.config.embed_dim, ours.config.answer.context_width) == (False, None, 128)
-    seen = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.see)
-    states = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), seen, train=False, method=BLIP.read)
+    seen = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
+    states = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), seen, train=False,
+                               method=BLIP.encode_text_with_image)
     first = ids()
     first[:, 0] = ours.config.text.encode_id
     theirs_states = model.text_encoder(
@@ -119,7 +120,7 @@ def test_questions(tmp_path, record_property):
         encoder_attention_mask=torch.ones(seen.shape[:2]).long()).last_hidden_state
     close(states[WORDS != 0], theirs_states[MASK.bool()], 1e-4, "Salesforce question states", record_property)
     logits = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS[:, :4]), states, train=False,
-                               method=BLIP.write)
+                               method=BLIP.decode)
     want = model.text_decoder(input_ids=ids()[:, :4], encoder_hidden_states=torched(states)).logits
     close(logits, want, 1e-4, "Salesforce answer logits", record_property)
 

@@ -97,10 +97,10 @@ def test_parts_of_a_pre_trained_blip_do_what_they_did(own, tmp_path):
             {"params": tree}, *args, train=False, method=method))(tree, *args)
 
     whole = dict(named_leaves(source.params))
-    seen = does(both, whole, BLIP.see, image)
+    seen = does(both, whole, BLIP.encode_image, image)
     captioner = replace(tiny.CAPTIONER, model=replace(tiny.CAPTIONER.model, text=replace(text, encoder=False)))
-    for task, method in ((captioner, BLIP.write), (tiny.MATCHER, BLIP.match), (both, BLIP.match), (both, BLIP.write),
-                         (tiny.ANSWERER, BLIP.read)):
+    for task, method in ((captioner, BLIP.decode), (tiny.MATCHER, BLIP.match), (both, BLIP.match), (both, BLIP.decode),
+                         (tiny.ANSWERER, BLIP.encode_text_with_image)):
         task = adopt(task, both, tiny.SIDE)
         given, anew = start_weights(InitConfig(source=str(tmp_path / "both")), task, MESH)
         want = does(both, whole, method, tokens, seen)

@@ -11,7 +11,7 @@ from jaxmm.data.tokenizers import make_tokenizer
 from jaxmm.inference.model import Model
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.clip import CLIPConfig, TextConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.blip_pretraining import BLIPPretraining

@@ -264,7 +264,7 @@ def test_all_of_one_picture():
     (total, (_, metrics)), slopes = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(
         params, extra, data, jax.random.key(0))
     module = BLIP(task.model)
-    logits = module.apply({"params": params}, task.pixels(data["image"]), data["tokens"], train=False)["match"]
+    logits = module.apply({"params": params}, task.pixels(data["image"]), data["tokens"], train=False).match_logits
     np.testing.assert_allclose(metrics["matching"], -jax.nn.log_softmax(logits)[:, 1].mean(), rtol=1e-5)
     assert np.isfinite(float(total)) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 

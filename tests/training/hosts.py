@@ -24,7 +24,7 @@ from jaxmm.data.base import DataError
 from jaxmm.evals import Captions, Retrieval, TopKAccuracy, caption_metrics
 from jaxmm.inference.generate import Decoding
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.blip_pretraining import BLIPPretraining

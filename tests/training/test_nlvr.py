@@ -12,7 +12,7 @@ from jaxmm.config import DataConfig, ImageConfig, MeshConfig, OptimizerConfig, T
 from jaxmm.evals import TopKAccuracy
 from jaxmm.inference.model import load
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.pair_classification import PairClassification

@@ -9,7 +9,8 @@ from dataclasses import replace
 from jaxmm.config import ImageConfig
 from jaxmm.data.sources.nlvr import CLASSES
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import TWINS, MedConfig, Part
+from jaxmm.models.med_config import MedConfig, Part
+from jaxmm.models.med_layer import PAIR_CROSS_ATTENTION
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.transformer import TransformerConfig
@@ -98,7 +99,7 @@ def pair_rows(first: int) -> list[Row]:
     name, rows = f"{layer}.crossattention", embedding_rows("text", "text_encoder.embeddings")
     for part in ("attention", "mlp"):
         rows += part_rows(f"text/blocks/{part}", layer, part)
-    for number, twin in enumerate(TWINS):
+    for number, twin in enumerate(PAIR_CROSS_ATTENTION):
         rows += layers.projections(f"text/blocks/{twin}", {key: f"{name}.self{number}.{key}" for key in layers.PARTS})
         rows += layers.out(f"text/blocks/{twin}", f"{name}.output.dense{number}")
     merge = [replace(row, first=first) for row in dense("text/merge", f"{name}.output.merge_layer")]

@@ -7,7 +7,7 @@ from typing import Any
 from jaxmm.config import ImageConfig
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.med import MedConfig
+from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
 from jaxmm.nn.pixels import Pixels
