@@ -48,13 +48,13 @@ def test_language_loss():
     logits = RNG.normal(size=(2, 5, 6)).astype(np.float32)
     tokens = np.array([[4, 2, 3, 1, 0], [4, 5, 1, 0, 0]])
     for smoothing in (0.0, 0.1):
-        each = np.zeros((2, 5))
+        expected = np.zeros((2, 5))
         for b in range(2):
             for t in range(1, 5):
                 if tokens[b, t] != 0:
-                    told = log_softmax(logits[b, t - 1], 0)
-                    each[b, t] = -(1 - smoothing) * told[tokens[b, t]] - smoothing * told.mean()
+                    log_p = log_softmax(logits[b, t - 1], 0)
+                    expected[b, t] = -(1 - smoothing) * log_p[tokens[b, t]] - smoothing * log_p.mean()
         args = jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(tokens != 0), smoothing
-        np.testing.assert_allclose(token_losses(*args), each, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(language_loss(*args), each.sum() / 5, rtol=1e-5)
+        np.testing.assert_allclose(token_losses(*args), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(language_loss(*args), expected.sum() / 5, rtol=1e-5)
     assert float(language_loss(jnp.asarray(logits), jnp.asarray(tokens), jnp.zeros((2, 5), bool))) == 0

@@ -1,4 +1,4 @@
-"""Losses in blocks equal the plain ones, in value and gradient, whatever the mesh and the tiles."""
+"""Blockwise losses equal the plain ones, in value and gradient, for any mesh and tile size."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def embeddings(*sizes):
 
 
 def ids(size, seed):
-    """Of which some are shared."""
+    """Draw ids, some of which are equal."""
     return jnp.asarray(np.random.default_rng(seed).integers(0, 30, (size, 2)) * [1, 0] + [0, 5], jnp.int32)
 
 
@@ -71,11 +71,11 @@ def test_blocks_are_the_plain_loss(kind, record_property):
     largest = 0.0
     for shape, tile in [*((shape, 4) for shape in MESHES), ((8, 1, 1), 1000), ((1, 1, 1), 7)]:
         with jax.set_mesh(mesh(shape)):
-            found = differentiated(lambda *x, tile=tile: blockwise_contrastive(
+            result = differentiated(lambda *x, tile=tile: blockwise_contrastive(
                 LOSSES[kind][0], *x[:2], IDS, *x[2:], tile=tile), (0, 1, 2, 3), *inputs)
-        np.testing.assert_allclose(found[0][0], brute, rtol=1e-6)
-        assert found[0][1]["accuracy"] == expected[0][1]["accuracy"] > 0
-        for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(result[0][0], brute, rtol=1e-6)
+        assert result[0][1]["accuracy"] == expected[0][1]["accuracy"] > 0
+        for one, other in zip(jax.tree.leaves(result[1]), jax.tree.leaves(expected[1]), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
             largest = max(largest, float(np.abs(one - other).max()))
     record_property(f"{kind} loss in blocks, largest difference of a gradient", f"{largest:.1e}")
@@ -83,11 +83,11 @@ def test_blocks_are_the_plain_loss(kind, record_property):
 
 def test_the_distilled_loss_in_blocks_is_the_plain_one():
     student, teacher, new, queue = embeddings(B, B, B, Q)
-    queued = jnp.concatenate([IDS[0][:5], jnp.full((Q - 5, 2), -9, jnp.int32)])      # five pictures are in the queue
+    queued = jnp.concatenate([IDS[0][:5], jnp.full((Q - 5, 2), -9, jnp.int32)])      # five images are in the queue
     positive = jnp.concatenate([positive_mask(IDS[0], None, B), (IDS[0][:, None] == queued[None]).all(-1)], axis=1)
     assert bool(positive[:, B:].any())
 
-    def whole(student, teacher, scale, alpha):
+    def plain(student, teacher, scale, alpha):
         columns = jnp.concatenate([new, queue])
         targets = distilled_targets(scale * teacher @ columns.T, positive, alpha)
         return soft_contrastive(scale * student @ columns.T, targets), {}
@@ -95,10 +95,10 @@ def test_the_distilled_loss_in_blocks_is_the_plain_one():
     def blocks(student, teacher, scale, alpha):
         keys = pair_keys((IDS[0],), jnp.arange(B)), pair_keys((queued,), jnp.full(Q, NOT_IN_BATCH))
         return blockwise_loss(Distilled, Anchors((student, teacher), keys[0]), Candidates((new, queue), keys), scale,
-                       jnp.zeros(()), alpha, tile=4)
+                              jnp.zeros(()), alpha, tile=4)
 
     inputs = student, teacher, jnp.float32(SCALE), jnp.float32(0.3)
-    expected = differentiated(whole, (0, 1), *inputs)
+    expected = differentiated(plain, (0, 1), *inputs)
     scaled = jax.grad(lambda s: soft_contrastive(s * student @ jnp.concatenate([new, queue]).T, distilled_targets(
         SCALE * teacher @ jnp.concatenate([new, queue]).T, positive, jnp.float32(0.3))))(SCALE)
     for shape in MESHES:
@@ -110,7 +110,7 @@ def test_the_distilled_loss_in_blocks_is_the_plain_one():
         assert float(np.abs(d_teacher).max()) == 0 == float(d_alpha)
 
 
-def test_no_place_is_nobody():
+def test_entries_outside_the_batch_match_nothing():
     keys = pair_keys((ids(3, 0),), jnp.arange(3)), pair_keys((ids(3, 1) + 1000,), jnp.full(3, NOT_IN_BATCH))
     assert keys[0].shape == (3, 2, 2)
     assert not (keys[0][:, None] == keys[1][None]).all(-1).any()
@@ -118,11 +118,11 @@ def test_no_place_is_nobody():
 
 
 def memory(loss, batch, devices):
-    """Bytes that a device needs for value and gradient, besides what goes in and out."""
-    where = jax.sharding.NamedSharding(mesh((devices, 1, 1)), jax.sharding.PartitionSpec("data"))
-    inputs = [jax.ShapeDtypeStruct((batch, 32), jnp.float32, sharding=where)] * 2
+    """Return the bytes per device for value and gradient, without inputs and outputs."""
+    sharding = jax.sharding.NamedSharding(mesh((devices, 1, 1)), jax.sharding.PartitionSpec("data"))
+    inputs = [jax.ShapeDtypeStruct((batch, 32), jnp.float32, sharding=sharding)] * 2
     with jax.set_mesh(mesh((devices, 1, 1))):
-        step = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=(None, (where, where)))
+        step = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=(None, (sharding, sharding)))
         return step.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -131,14 +131,14 @@ def test_memory_grows_with_a_device_share_alone(record_property):
         return blockwise_contrastive(Softmax, image, text, (None, None), jnp.float32(SCALE),
                                      jnp.float32(BIAS), tile=64)[0]
 
-    def whole(image, text):
+    def plain(image, text):
         return softmax_contrastive(contrastive_logits(image, text, jnp.float32(SCALE), jnp.float32(BIAS)),
                                    positive_mask(None, None, len(image)))
 
-    one, twice, wider = (memory(blocks, *size) for size in ((8192, 4), (16384, 4), (16384, 8)))
-    assert 1.6 < twice / one < 2.2 and 0.9 < wider / one < 1.1
-    assert memory(whole, 8192, 4) > 50 * one
-    record_property("softmax loss in blocks of 8,192 pairs on 4 devices, bytes a device", one)
+    one, double, wider = (memory(blocks, *size) for size in ((8192, 4), (16384, 4), (16384, 8)))
+    assert 1.6 < double / one < 2.2 and 0.9 < wider / one < 1.1
+    assert memory(plain, 8192, 4) > 50 * one
+    record_property("softmax loss in blocks of 8,192 pairs on 4 devices, bytes per device", one)
 
 
 def test_what_does_not_divide():

@@ -1,4 +1,4 @@
-"""cuDNN's attention as `attend` has it, computed here without a GPU, and compiled for several of them."""
+"""cuDNN's attention equals `attend`, computed here without a GPU, and compiles for several GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +27,21 @@ def test_it_is_attend(t, s):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_what_suits(monkeypatch):
+def test_what_is_supported(monkeypatch):
     monkeypatch.setattr("jaxmm.nn.gpu_attention.platform", lambda: "gpu")
     half = inputs(dtype=jnp.bfloat16)[0]
-    assert not is_supported(half, None)             # no GPU is here
+    assert not is_supported(half, None)             # there is no GPU
     monkeypatch.setattr("jaxmm.nn.gpu_attention._ampere", lambda: True)
     assert is_supported(half, None)
     assert not is_supported(half, causal_mask(7))
     assert not is_supported(half.astype(jnp.float32), None)
     assert not is_supported(half[..., :6], None)
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:8])):
-        assert not is_supported(half, None)         # 4 pictures, 8 devices
+        assert not is_supported(half, None)         # 4 images, 8 devices
 
 
-def test_each_gpu_attends_to_its_pictures(monkeypatch):
-    """The program that cuDNN is handed on 4 GPUs, of which none is here."""
+def test_each_gpu_attends_to_its_images(monkeypatch):
+    """Check the calls of cuDNN in a program lowered for 4 GPUs."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)

@@ -1,4 +1,4 @@
-"""The kernels, interpreted, compute what `attend` does; what they cannot do is left to XLA."""
+"""The interpreted kernels equal `attend`; what they do not support is left to XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -44,25 +44,25 @@ def test_causal_rows_and_bf16():
         np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), atol=0.04)
 
 
-def test_pictures_and_heads_are_spread_over_the_devices():
+def test_images_and_heads_are_sharded_over_the_devices():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     mask = jnp.asarray(SEEN)
     expected = plain(*inputs(), mask)
     with jax.set_mesh(mesh):
-        found = jax.jit(kernels)(*inputs(), mask)
-    for one, other in zip(found, expected, strict=True):
+        sharded = jax.jit(kernels)(*inputs(), mask)
+    for one, other in zip(sharded, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6)
         assert one.addressable_shards[0].data.size * 8 == one.size
 
 
-def test_some_heads_at_a_time_where_memory_is_short():
+def test_some_heads_at_a_time_if_memory_is_short():
     assert heads_at_once(257, 257, 16, 64, 2) == 16
-    few = heads_at_once(577, 577, 12, 64, 2)
-    assert 0 < few < 12 and few * 64 % 128 == 0
+    count = heads_at_once(577, 577, 12, 64, 2)
+    assert 0 < count < 12 and count * 64 % 128 == 0
     assert heads_at_once(2048, 2048, 12, 64, 2) == 0
 
 
-def test_a_picture_in_parts():
+def test_an_image_in_parts():
     """Heads of 64, two at a time, since twelve do not fit."""
     query, key, value, gradient = arrays(*[(1, 577, 4, 64)] * 4)
     assert heads_at_once(577, 577, 4, 64, 4) == 2
@@ -71,7 +71,7 @@ def test_a_picture_in_parts():
         np.testing.assert_allclose(one, other, atol=5e-6)
 
 
-def test_what_does_not_suit():
+def test_what_is_not_supported():
     query, key, *_ = inputs()
     assert is_supported(query, key, None) and is_supported(query, key, jnp.asarray(SEEN))
     assert not is_supported(query, key, jnp.ones((1, H, 1, S), bool))

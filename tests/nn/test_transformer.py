@@ -125,8 +125,8 @@ def test_remat_gives_the_same_gradient():
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * largest, err_msg=f"{remat} {scan}")
 
 
-def test_remat_saves_ever_less():
-    """How many values the backward pass keeps, layer by layer."""
+def test_stronger_remat_stores_less():
+    """Count the values that the backward pass stores."""
     x, params = setting()
 
     def saved(remat):

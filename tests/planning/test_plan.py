@@ -79,7 +79,7 @@ def test_a_plan_for_tpus(tmp_path, monkeypatch):
 @TPU
 @pytest.mark.long
 def test_a_recipe_that_does_not_fit_and_a_change_that_does(tmp_path):
-    """On chips with nine tenths of the needed memory, the missing bytes are reported, and a change is suggested.
+    """Plan for chips with nine tenths of the needed memory: the missing bytes are reported, a change is suggested.
 
     The batch is large because the activations of a small one fit into on-chip memory, and no change would help.
     """
