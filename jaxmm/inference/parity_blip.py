@@ -15,7 +15,7 @@ from jaxmm.models.med_config import MedConfig
 from jaxmm.models.med_layer import MedLayer
 from jaxmm.models.vit import ViT
 from jaxmm.nn.attention import causal_mask
-from jaxmm.nn.pixels import CLIP
+from jaxmm.nn.pixels import CLIP_PIXELS
 from jaxmm.tasks.blip_common import blip_decoder
 
 LENGTH, GIVEN, WRITTEN = 16, 4, 20
@@ -118,7 +118,7 @@ def _written(config: BLIPConfig, params: Any, seen, tokens, beams: int) -> jax.A
     decoding = Decoding(beams=beams, max_length=_longest(given, config.text.positions))
     keys = jax.random.split(jax.random.key(0), count)
     lengths = jnp.full(count, given)
-    decoder = blip_decoder(config, CLIP)
+    decoder = blip_decoder(config, CLIP_PIXELS)
     return jax.jit(lambda p: generate(decoder, p, seen, tokens[:, :given], lengths, keys, decoding).tokens)(
         params)[:, 0]
 

@@ -19,8 +19,7 @@ from jaxmm.losses.image_text_matching import hard_negatives, matching_loss
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med_config import MedConfig
-from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
-from jaxmm.nn.pixels import Pixels
+from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.sharding import batch_devices, constrain_batch, constrain_replicated
 from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
 from jaxmm.tasks.blip_common import (

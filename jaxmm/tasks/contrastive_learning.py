@@ -10,8 +10,7 @@ from jaxmm.config import check_types, require
 from jaxmm.losses import contrastive as losses
 from jaxmm.losses.blockwise import Sigmoid, Softmax, blockwise_contrastive
 from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
-from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
-from jaxmm.nn.pixels import Pixels
+from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.sharding import constrain_batch
 from jaxmm.task import Embedder, Task, check_pairs
 

@@ -10,8 +10,7 @@ from jaxmm.config import check_types, require
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med_config import MedConfig
-from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
-from jaxmm.nn.pixels import Pixels
+from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
 from jaxmm.tasks.blip_common import (
     blip_decoder,

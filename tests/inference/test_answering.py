@@ -10,7 +10,7 @@ import pytest
 from jaxmm.config import ConfigError
 from jaxmm.inference.answering import candidate_tokens, rank
 from jaxmm.models.blip import BLIP
-from jaxmm.nn.pixels import CLIP
+from jaxmm.nn.pixels import CLIP_PIXELS
 from jaxmm.tasks.blip_common import blip_decoder
 from tests import reference
 from tests.models.test_blip import MED, MODEL
@@ -52,7 +52,7 @@ def scores(config, params, context, candidates, mask, given, smoothing=0.0):
 def run(model, candidates=CANDIDATES, mask=MASK, **options):
     config, params, context = model
     return jax.jit(lambda params, context, candidates: rank(
-        blip_decoder(config, CLIP), params, context, candidates, mask, **options))(params, context, candidates)
+        blip_decoder(config, CLIP_PIXELS), params, context, candidates, mask, **options))(params, context, candidates)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -72,7 +72,7 @@ def test_what_else_is_there_does_not_matter(model, monkeypatch):
     np.testing.assert_array_equal(order[shuffled.index], whole.index)
     longer = jnp.pad(CANDIDATES, ((0, 0), (0, 2)))
     wider = jnp.pad(context, ((0, 0), (0, 3), (0, 0)), constant_values=9.0), jnp.pad(MASK, ((0, 0), (0, 3)))
-    alone = rank(blip_decoder(config, CLIP), params, context[1:2], CANDIDATES, MASK[1:2], top=7)
+    alone = rank(blip_decoder(config, CLIP_PIXELS), params, context[1:2], CANDIDATES, MASK[1:2], top=7)
     # three at a time, of seven
     monkeypatch.setattr("jaxmm.inference.answering.LOGITS_AT_ONCE", 3 * B * 7 * MED.vocab_size)
     for each in (run(model, longer, top=7), run((config, params, wider[0]), mask=wider[1], top=7), shuffled):

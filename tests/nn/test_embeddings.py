@@ -12,7 +12,7 @@ from jaxmm.nn.embeddings import (
     resize_positions,
     sincos_positions,
 )
-from jaxmm.nn.pixels import CLIP, IMAGENET, INCEPTION
+from jaxmm.nn.pixels import CLIP_PIXELS, IMAGENET, INCEPTION
 from tests import reference
 from tests.reference import arrays
 
@@ -120,7 +120,7 @@ def test_tokens():
 
 @pytest.mark.parametrize("pixels, white", [
     (INCEPTION, [1, 1, 1]), (IMAGENET, [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]),
-    (CLIP, [0.51854534 / 0.26862954, 0.5421725 / 0.26130258, 0.59178929 / 0.27577711])])
+    (CLIP_PIXELS, [0.51854534 / 0.26862954, 0.5421725 / 0.26130258, 0.59178929 / 0.27577711])])
 def test_pixels(pixels, white):
     image = jnp.full((1, 1, 2, 3), 255, jnp.uint8).at[0, 0, 1].set(51)
     out = jax.jit(pixels)(image)

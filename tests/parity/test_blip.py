@@ -18,7 +18,7 @@ from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
-from jaxmm.nn.pixels import CLIP
+from jaxmm.nn.pixels import CLIP_PIXELS
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained.families.transformers_blip import transformers_rows
 from jaxmm.pretrained.io.files import open_tensors
@@ -174,7 +174,7 @@ def test_answers_are_the_same_tokens(beams, tmp_path):
         seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.encode_image)
         states = module.apply(params, jnp.asarray(words), seen, train=False, method=BLIP.encode_text_with_image)
         keys, decoding = jax.random.split(jax.random.key(0), count), replace(ANSWERS, beams=beams)
-        return [generate(blip_decoder(ANSWERING, CLIP), params["params"], states, jnp.full((count, 1), 2),
+        return [generate(blip_decoder(ANSWERING, CLIP_PIXELS), params["params"], states, jnp.full((count, 1), 2),
                          jnp.ones(count, jnp.int32), keys, decoding, mask).tokens[:, 0]
                 for mask in (jnp.asarray(words != 0), None)]
 
@@ -270,7 +270,7 @@ def test_captions_are_the_same_tokens(options, tmp_path):
     decoding = Decoding(max_length=14, **options)
     seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.encode_image)
     run = jax.jit(lambda params, seen: generate(
-        blip_decoder(config, CLIP), params, seen, jnp.asarray(prompt), jnp.full(count, 3),
+        blip_decoder(config, CLIP_PIXELS), params, seen, jnp.asarray(prompt), jnp.full(count, 3),
         jax.random.split(jax.random.key(0), count), decoding))
     got = np.asarray(run(params["params"], seen).tokens[:, 0])
     # transformers takes the last token off what it is given

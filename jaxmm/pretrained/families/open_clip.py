@@ -8,8 +8,7 @@ from jaxmm.config import ImageConfig
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
-from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
-from jaxmm.nn.pixels import Pixels
+from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
 from jaxmm.pretrained.family import Checkpoint, Export, Family, known, unsupported

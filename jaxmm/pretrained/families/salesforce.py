@@ -12,7 +12,7 @@ from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med_config import MedConfig, Part
 from jaxmm.models.med_layer import PAIR_CROSS_ATTENTION
 from jaxmm.models.vit import ViTConfig
-from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
+from jaxmm.nn.pixels import CLIP_PIXELS
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
 from jaxmm.pretrained.families import timm

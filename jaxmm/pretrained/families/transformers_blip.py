@@ -9,8 +9,7 @@ from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.blip import BLIPConfig
 from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
-from jaxmm.nn.pixels import CLIP as CLIP_PIXELS
-from jaxmm.nn.pixels import Pixels
+from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.pretrained import layers
 from jaxmm.pretrained.families.transformers import (
     PREPROCESSOR,
