@@ -3,7 +3,8 @@
     jaxmm capfilt bootstrap --config configs/capfilt_scenes.py --out runs/capfilt
 
 A BLIP is pre-trained on all of it. A captioner and a filter are fine-tuned from it on the 2,000; they caption and
-filter the 4,000. A new BLIP trains on the result. `python -m benchmarks.capfilt` measures the effect of each part.
+filter the 4,000. A new BLIP trains on the result. `python -m benchmarks.capfilt_ablation` measures the effect of each
+part.
 """
 
 from jaxmm.capfilt.bootstrap import CapFiltConfig

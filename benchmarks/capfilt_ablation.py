@@ -1,6 +1,6 @@
 """The effect of each part of CapFilt on generated scenes with known truth: the arms of the paper's Tables 1, 2 and 4.
 
-    python -m benchmarks.capfilt [--quick] [--seeds 3] [--only none,both] [--out DIR] [--json FILE]
+    python -m benchmarks.capfilt_ablation [--quick] [--seeds 3] [--only none,both] [--out DIR] [--json FILE]
 
 The data of `configs/capfilt_scenes.py`: 4,000 images with web texts, 40 % of them correct, and 2,000 images with
 human captions. For each seed a BLIP is pre-trained on all of it (`none`), and a captioner and a filter are fine-tuned
