@@ -1,11 +1,11 @@
-"""Files that are whole or as they were."""
+"""Write files atomically."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` so that `path` holds either what it held or all of it, whatever happens."""
+    """Write `text` so that a crash leaves either the old file or the complete new one."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -16,13 +16,13 @@ _MAX_TEXT = 180
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Writes one self-contained HTML file from a template beside this module; returns its path."""
+    """Write one self-contained HTML file from a template in this folder; return its path."""
     require_extra("train", "an HTML page")
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.PackageLoader("jaxmm", "."), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.filters |= {"number": number, "picture": picture, "cut": _cut, "lit": lit}
+    environment.filters |= {"number": number, "data_uri": data_uri, "cut": _cut, "overlay": overlay}
     part = path.with_name(path.name + ".part")
     part.write_text(environment.get_template(template).render(**values), "utf-8")
     os.replace(part, path)
@@ -30,7 +30,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 
 def number(value: float | int, digits: int = 4) -> str:
-    """A value as a person reads it: a few digits, thousands separated, a dash for NaN."""
+    """Format a value for people: a few digits, thousands separators, a dash for NaN."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else str(value)
     if abs(value) >= 10_000:
@@ -38,18 +38,18 @@ def number(value: float | int, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
-def picture(pixels: np.ndarray) -> str:
-    """uint8 [h, w, 3] as a data URI."""
+def data_uri(pixels: np.ndarray) -> str:
+    """Return a uint8 [h, w, 3] image as a data URI."""
     out = io.BytesIO()
     image = Image.fromarray(pixels)
     image.save(out, "WEBP", lossless=max(image.size) <= 64, quality=85)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def lit(pixels: np.ndarray, look: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3], bright where `look` [g, g] is high and dark where it is low."""
+def overlay(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Brighten a uint8 [h, w, 3] image where the attention `weights` [g, g] are high, darken it where they are low."""
     height, width = pixels.shape[:2]
-    light = look - look.min()
+    light = weights - weights.min()
     light = Image.fromarray((255 * light / max(float(light.max()), 1e-12)).astype(np.uint8))
     light = np.asarray(light.resize((width, height), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
     return (pixels * (0.2 + 0.8 * light)).astype(np.uint8)

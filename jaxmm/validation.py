@@ -1,5 +1,4 @@
-"""Values that cannot be are refused where they are given, by a message that names the field, the value and what is
-allowed."""
+"""Config validation: errors name the field, the value and what is allowed."""
 
 import dataclasses
 import re
@@ -14,7 +13,7 @@ class ConfigError(ValueError):
 
 
 def require(condition: object, name: str, value: object, wanted: str) -> None:
-    """Raises `ConfigError` naming the field `name`, its `value` and what was `wanted`, unless `condition` is true."""
+    """Raise `ConfigError` with the field `name`, its `value` and what is `wanted`, unless `condition` is true."""
     if not condition:
         raise ConfigError(f"{name} is {value!r}; wanted {wanted}")
 
@@ -25,10 +24,10 @@ def count_steps(value: float, steps: int) -> int:
 
 
 def check_types(config: Any, name: str = "") -> None:
-    """Raises `ConfigError` where a field of the dataclass `config` holds what its annotation does not allow.
+    """Raise `ConfigError` if a field of the dataclass `config` has a value that its annotation does not allow.
 
-    The command line checks what is typed there; this is for recipes, which are Python. `name` comes before the
-    fields' names in messages.
+    The command line checks its own values; this is for recipes, which are Python. `name` is the prefix of the fields'
+    names in messages.
     """
     hints = typing.get_type_hints(type(config))
     for part in dataclasses.fields(config):
@@ -62,7 +61,7 @@ def _wanted(hint: Any) -> str:
 
 
 def check_patterns(name: str, patterns: Iterable[str]) -> None:
-    """Raises `ConfigError` where one of `patterns`, in the field `name`, is no regular expression."""
+    """Raise `ConfigError` if one of `patterns`, in the field `name`, is not a regular expression."""
     for pattern in patterns:
         try:
             re.compile(pattern)

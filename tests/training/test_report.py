@@ -12,7 +12,7 @@ from PIL import Image
 from jaxmm.config import DataConfig, Evaluator, TrainConfig, save_config
 from jaxmm.evals import CaptionExample, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.models.vit import vit
-from jaxmm.pages import lit, number, picture
+from jaxmm.pages import data_uri, number, overlay
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.report import curves, final_values, panels, read_metrics, summary, write_report
 
@@ -95,18 +95,18 @@ def test_long_curves_are_thinned_and_decades_are_logarithmic():
 
 
 def test_pictures_survive_the_page():
-    data = picture(PICTURE)
+    data = data_uri(PICTURE)
     kind, body = data.split(",", 1)
     assert kind == "data:image/webp;base64"
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(body))).convert("RGB")), PICTURE)
 
 
-def test_what_was_looked_at_is_lit():
+def test_overlay_is_bright_where_attention_is_high():
     white = np.full((8, 12, 3), 200, np.uint8)
-    light = lit(white, np.asarray([[1.0, 0.0], [0.5, 0.0]]))
+    light = overlay(white, np.asarray([[1.0, 0.0], [0.5, 0.0]]))
     assert light.shape == white.shape and light[0, 0, 0] == 200 and light[0, -1, 0] == light[-1, -1, 0] == 40
     assert 40 < light[-1, 0, 0] < 200
-    np.testing.assert_array_equal(lit(white, np.full((2, 2), 0.25)), 40)
+    np.testing.assert_array_equal(overlay(white, np.full((2, 2), 0.25)), 40)
 
 
 @pytest.mark.parametrize("value, text", [(0.91234, "0.9123"), (1e-5, "1e-05"), (12345.6, "12,346"), (3, "3"),

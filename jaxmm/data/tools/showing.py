@@ -61,12 +61,12 @@ def write_html(title: str, records: Sequence[Shown], path: Path) -> None:
     require_extra("train", "an HTML page")
     import jinja2
 
-    from jaxmm.pages import picture
+    from jaxmm.pages import data_uri
 
     def small(image: Image.Image) -> str:
         image = image.copy()
         image.thumbnail((LARGEST, LARGEST))
-        return picture(np.asarray(image))
+        return data_uri(np.asarray(image))
 
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
     write_atomically(path, page.render(source=title, records=records, picture=small))
