@@ -92,8 +92,12 @@ def known(table: Mapping[Any, Any], value: Any, name: str) -> Any:
     return table[value]
 
 
+def differing(values: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return `name = value` for every name whose value is not the expected one."""
+    return [f"{prefix}{name} = {values[name]!r}" for name, value in expected.items() if values[name] != value]
+
+
 def unsupported(config: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
     """Raise `FileError` with every field of `config` that differs from `expected`, if any does."""
-    odd = [f"{name} = {config[name]!r}" for name, value in expected.items() if config.get(name, value) != value]
-    if odd:
+    if odd := differing(expected | config, expected):
         raise FileError(f"{where} asks for what is not supported: {', '.join(odd)}")

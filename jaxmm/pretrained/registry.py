@@ -56,7 +56,7 @@ def open_checkpoint(
 
 
 def save_checkpoint(
-    folder: str | Path, *, format: Format, task: Task, params: Any, image: ImageConfig,
+    folder: str | Path, *, format: str, task: Task, params: Any, image: ImageConfig,
     labels: tuple[str, ...] | None = None, tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a new `folder` with configuration, preprocessing, vocabulary and weights in `format`.

@@ -11,7 +11,7 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.family import Checkpoint, Export, Family, known, unsupported
+from jaxmm.pretrained.family import Checkpoint, Export, Family, differing, known, unsupported
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
 from jaxmm.pretrained.table import CONV, Row
@@ -142,8 +142,7 @@ def write(task: Task, image: ImageConfig, labels: tuple[str, ...] | None, tokeni
     vision, text = config.vision, config.text
     expected = {"class_token": True, "position_class": True, "positions": "learned", "registers": 0,
                 "patch_bias": False, "pre_logits": None, "distillation_token": False}
-    odd = [f"vision.{name} = {getattr(vision, name)!r}" for name, value in expected.items()
-           if getattr(vision, name) != value]
+    odd = differing(vars(vision), expected, "vision.")
     pools = {ours: theirs for theirs, ours in (POOLS | TEXT_POOLS).items()}
     odd += [f"{name}.pool = {tower.pool!r}" for name, tower in (("vision", vision), ("text", text))
             if tower.pool not in pools]

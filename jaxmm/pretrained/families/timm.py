@@ -11,7 +11,7 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.family import Checkpoint, Export, Family, known, unsupported
+from jaxmm.pretrained.family import Checkpoint, Export, Family, differing, known, unsupported
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
 from jaxmm.pretrained.table import CONV, FLAT, Row, lead, linear
@@ -107,7 +107,7 @@ def write(task: Task, image: ImageConfig, labels: tuple[str, ...] | None, tokeni
                 "class_token": model.pool != "map", "position_class": True}
     if model.pool == "gap":
         del expected["class_token"]
-    odd = [f"{name} = {getattr(model, name)!r}" for name, value in expected.items() if getattr(model, name) != value]
+    odd = differing(vars(model), expected)
     if stack.eps != (1e-5 if model.pre_norm else 1e-6):
         odd.append(f"eps = {stack.eps}")
     if model.norm_pooled != (model.pool == "gap"):

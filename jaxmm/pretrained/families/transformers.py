@@ -14,7 +14,7 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, IMAGENET, INCEPTION, Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.family import Checkpoint, Export, Family, known, unsupported
+from jaxmm.pretrained.family import Checkpoint, Export, Family, differing, known, unsupported
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.io.hub import Files
 from jaxmm.pretrained.layers import dense, norm, torch_map_head
@@ -328,8 +328,7 @@ def write_preprocessor(image: ImageConfig, pixels: Pixels, model_type: str) -> d
 
 def _only(config: Any, **expected: Any) -> None:
     """Raise `FileError` with every field of `config` that the class in transformers cannot express, if any."""
-    odd = [f"{name} = {getattr(config, name)!r}" for name, value in expected.items() if getattr(config, name) != value]
-    if odd:
+    if odd := differing(vars(config), expected):
         raise FileError(f"transformers has no such {type(config).__name__}: {', '.join(odd)}")
 
 
