@@ -54,7 +54,7 @@ def pair(kind, config, tmp_path, **fields):
     theirs = shaken(kind(described))
     for name, parameter in theirs.named_parameters():
         if "word_embeddings" in name or ("crossattention" in name and parameter.ndim > 1):
-            parameter.data.mul_(8)      # so that it matters what is seen and what was written
+            parameter.data.mul_(8)      # so that the context and earlier tokens matter
         if name.endswith("bias"):
             parameter.data.sub_(0.9)
     theirs.save_pretrained(tmp_path)
@@ -76,11 +76,11 @@ def test_captioning(tmp_path, record_property):
     """With the loss: what is -100 there does not count here, smoothing is that of their configuration."""
     config = BLIPConfig(vision=TOWER, text=replace(MED, encoder=False), **NONE)
     theirs, params, module = pair(transformers.BlipForConditionalGeneration, config, tmp_path, label_smoothing=0.1)
-    seen = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
+    image_tokens = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
     want = theirs(pixel_values=torched(IMAGE.transpose(0, 3, 1, 2)), input_ids=torched(WORDS).long(),
                   attention_mask=MASK, labels=torched(WORDS).long().masked_fill(MASK == 0, -100))
-    close(seen, want.image_embeds, 1e-4, "BLIP picture tokens", record_property)
-    logits = module.apply(params, jnp.asarray(WORDS), seen, train=False, method=BLIP.decode)
+    close(image_tokens, want.image_embeds, 1e-4, "BLIP image tokens", record_property)
+    logits = module.apply(params, jnp.asarray(WORDS), image_tokens, train=False, method=BLIP.decode)
     there = WORDS != 0
     close(logits[there], want.logits[torched(there)], 1e-4, "BLIP caption logits", record_property)
     loss = language_loss(logits, jnp.asarray(WORDS), jnp.asarray(there), 0.1)
@@ -110,7 +110,7 @@ def test_matching(tmp_path, record_property):
     assert np.abs(other.match_logits - got.match_logits).max() > 1e-3
 
 
-# transformers gives question encoder and answer decoder one configuration, whose context is the picture's width
+# transformers gives question encoder and answer decoder one configuration, whose context is the image's width
 ANSWERING = BLIPConfig(vision=replace(TOWER, transformer=replace(STACKED, eps=1e-6)), encode_token=False,
                        text=replace(MED, decoder=False, context_width=48),
                        answer=replace(MED, encoder=False, context_width=48), **NONE)
@@ -123,8 +123,8 @@ def test_answering(tmp_path, record_property):
     answers = RNG.integers(1, 86, (2, 5)).astype(np.int32)
     want = theirs(torched(WORDS).long(), torched(IMAGE.transpose(0, 3, 1, 2)), attention_mask=MASK,
                   decoder_input_ids=torched(answers).long(), decoder_attention_mask=torch.ones(2, 5).long())
-    seen = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
-    states = module.apply(params, jnp.asarray(WORDS), seen, train=False, method=BLIP.encode_text_with_image)
+    image_tokens = module.apply(params, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
+    states = module.apply(params, jnp.asarray(WORDS), image_tokens, train=False, method=BLIP.encode_text_with_image)
     logits = module.apply(params, jnp.asarray(answers), states, train=False, context_mask=jnp.asarray(WORDS != 0),
                           method=BLIP.decode)
     for row, length in enumerate((WORDS != 0).sum(axis=1)):      # its decoder looks at what the mask hides
@@ -167,12 +167,12 @@ def test_answers_are_the_same_tokens(beams, tmp_path):
     want = theirs.generate(torched(words).long(), torched(image.transpose(0, 3, 1, 2)), num_beams=beams, min_length=1,
                            attention_mask=torched(words != 0).long(), max_length=10, do_sample=False)
     want = np.pad(want.numpy(), ((0, 0), (0, 10 - want.shape[1])))
-    assert len({tuple(row) for row in want}) > 1      # pictures and questions matter
+    assert len({tuple(row) for row in want}) > 1      # images and questions matter
 
     @jax.jit
     def run(params):
-        seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.encode_image)
-        states = module.apply(params, jnp.asarray(words), seen, train=False, method=BLIP.encode_text_with_image)
+        image_tokens = module.apply(params, jnp.asarray(image), train=False, method=BLIP.encode_image)
+        states = module.apply(params, jnp.asarray(words), image_tokens, train=False, method=BLIP.encode_text_with_image)
         keys, decoding = jax.random.split(jax.random.key(0), count), replace(ANSWERS, beams=beams)
         return [generate(blip_decoder(ANSWERING, CLIP_PIXELS), params["params"], states, jnp.full((count, 1), 2),
                          jnp.ones(count, jnp.int32), keys, decoding, mask).tokens[:, 0]
@@ -200,8 +200,8 @@ LAYERS = {"captions": ("vision", "writing"), "matching": ("vision", "text", "mat
 
 def test_golden_questions_have_no_padding():
     """Their decoder would look at it; answers have some, and hide it."""
-    pictures, tokens = golden_inputs(ANSWERING)
-    assert pictures.shape == (2, SIDE, SIDE, 3) and tokens.shape == (2, 32)
+    images, tokens = golden_inputs(ANSWERING)
+    assert images.shape == (2, SIDE, SIDE, 3) and tokens.shape == (2, 32)
     question, answer = tokens[:, :16], tokens[:, 16:]
     np.testing.assert_array_equal((question == MED.pad_id).sum(axis=1), [0, 0])
     np.testing.assert_array_equal((answer == MED.pad_id).sum(axis=1), [8, 0])
@@ -217,42 +217,42 @@ def test_folders_in_and_out(kind, tmp_path):
     names = ["[PAD]", "[UNK]", "[CLS]", "a", "picture", "of", *(f"w{i}" for i in range(81)), "[SEP]"]
     (tmp_path / "theirs" / "vocab.txt").write_text("\n".join(names) + "\n")
     rows, computed, library = compare(tmp_path / "theirs")
-    assert library == "transformers" and {row.name for row in rows} == {"picture tokens"} | set(PLACES[kind]) | {
+    assert library == "transformers" and {row.name for row in rows} == {"image tokens"} | set(PLACES[kind]) | {
         f"{part} layer {i + 1}" for part in LAYERS[kind] for i in range(3 - (part == "vision"))}
     assert all(row.largest <= (0 if row.name.startswith("ids") else 1e-4) for row in rows), rows
-    assert kind == "matching" or (computed["ids, 3 beams"][0] != computed["ids, 3 beams"][1]).any()      # by picture
+    assert kind == "matching" or (computed["ids, 3 beams"][0] != computed["ids, 3 beams"][1]).any()      # by image
     ours = load(tmp_path / "theirs")
     assert_same_bits(ours.params, params["params"])
-    pictures = [RNG.integers(0, 256, (SIDE + i, SIDE, 3), np.uint8) for i in range(5)]
+    images = [RNG.integers(0, 256, (SIDE + i, SIDE, 3), np.uint8) for i in range(5)]
     pixels = transformers.BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})(
-        [Image.fromarray(picture) for picture in pictures], return_tensors="pt")["pixel_values"]
+        [Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
     if kind == "captions":
         prompt = np.tile(np.array([[88, 3, 4, 5, 87]]), (5, 1))      # [DEC] a picture of [SEP]
         want = theirs.generate(pixel_values=pixels, input_ids=torched(prompt), max_length=12, num_beams=3, min_length=5)
         words = [" ".join(names[i] for i in row[4:].tolist() if i not in (0, 87)) for row in want]
-        captions = ours.caption(pictures, decoding=Decoding(beams=3, min_length=5, max_length=12), top=3)
-        assert [found[0][0] for found in captions] == words
-        assert all(len(found) == 3 and found[0][1] >= found[1][1] >= found[2][1] for found in captions)
+        captions = ours.caption(images, decoding=Decoding(beams=3, min_length=5, max_length=12), top=3)
+        assert [row[0][0] for row in captions] == words
+        assert all(len(row) == 3 and row[0][1] >= row[1][1] >= row[2][1] for row in captions)
     elif kind == "answers":
         question = "a picture of w3 w7"
         ids = torched(ours.tokenize([question])[:, :7]).long()      # without padding
         ids[:, 0] = 89
         want = theirs.generate(ids.repeat(5, 1), pixels, num_beams=3, max_length=10, min_length=1)
         words = [" ".join(names[i] for i in row[1:].tolist() if i not in (0, 87)) for row in want]
-        assert [found[0][0] for found in ours.answer(pictures, question)] == words
+        assert [row[0][0] for row in ours.answer(images, question)] == words
     else:
         texts = ["w3 a w7", "picture of w1 w2 w3", "w40"]
         ids = torched(ours.tokenize(texts)).long()
         ids[:, 0] = 89
         for i in range(5):
             score = theirs(ids, pixels[i:i + 1].repeat(3, 1, 1, 1), attention_mask=(ids != 0).long()).itm_score
-            np.testing.assert_allclose(ours.match(pictures[i:i + 1], texts)[0], score.softmax(1)[:, 1], atol=1e-5)
-        assert ours.similarity(pictures, texts).shape == (5, 3)
+            np.testing.assert_allclose(ours.match(images[i:i + 1], texts)[0], score.softmax(1)[:, 1], atol=1e-5)
+        assert ours.similarity(images, texts).shape == (5, 3)
     ours.save(tmp_path / "ours", format="transformers")
-    back, told = cls.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(told[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), told
-    wanted, found = theirs.state_dict(), back.state_dict()
-    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    back, info = cls.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    wanted, restored = theirs.state_dict(), back.state_dict()
+    assert wanted.keys() == restored.keys() and all(torch.equal(wanted[name], restored[name]) for name in wanted)
     again = load(tmp_path / "ours")
     assert (again.config, again.image, again.task.pixels) == (ours.config, ours.image, ours.task.pixels)
 
@@ -268,16 +268,16 @@ def test_captions_are_the_same_tokens(options, tmp_path):
     image = RNG.standard_normal((count, SIDE, SIDE, 3), np.float32) * 3
     prompt = np.tile(np.array([[88, 5, 9]], np.int32), (count, 1))
     decoding = Decoding(max_length=14, **options)
-    seen = module.apply(params, jnp.asarray(image), train=False, method=BLIP.encode_image)
-    run = jax.jit(lambda params, seen: generate(
-        blip_decoder(config, CLIP_PIXELS), params, seen, jnp.asarray(prompt), jnp.full(count, 3),
+    image_tokens = module.apply(params, jnp.asarray(image), train=False, method=BLIP.encode_image)
+    run = jax.jit(lambda params, image_tokens: generate(
+        blip_decoder(config, CLIP_PIXELS), params, image_tokens, jnp.asarray(prompt), jnp.full(count, 3),
         jax.random.split(jax.random.key(0), count), decoding))
-    got = np.asarray(run(params["params"], seen).tokens[:, 0])
+    got = np.asarray(run(params["params"], image_tokens).tokens[:, 0])
     # transformers takes the last token off what it is given
     want = theirs.generate(
         pixel_values=torched(image.transpose(0, 3, 1, 2)), input_ids=torched(np.pad(prompt, ((0, 0), (0, 1)))).long(),
         max_length=14, num_beams=decoding.beams, min_length=decoding.min_length, do_sample=False,
         length_penalty=decoding.length_penalty, repetition_penalty=decoding.repetition_penalty)
     want = np.pad(want.numpy(), ((0, 0), (0, 14 - want.shape[1])))
-    assert len({tuple(row) for row in want}) > 1      # pictures matter
+    assert len({tuple(row) for row in want}) > 1      # images matter
     np.testing.assert_array_equal(got, want)

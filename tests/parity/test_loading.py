@@ -42,7 +42,7 @@ def saved(model, folder):
 
 
 def inputs(model):
-    """The pictures as torch's models take them, prepared by `model`."""
+    """The images as torch's models take them, prepared by `model`."""
     return torch.from_numpy(np.array(model.task.pixels(jnp.asarray(PICTURES))).transpose(0, 3, 1, 2))
 
 
@@ -107,7 +107,7 @@ def test_transformers_two_towers(kind, tmp_path, record_property):
     ours = saved(theirs, tmp_path)
     want = theirs(pixel_values=inputs(ours), input_ids=torch.from_numpy(WORDS).long())
     image, text = predicted(ours, "image"), predicted(ours, "text", tokens=WORDS)
-    close(image, want.image_embeds, 2e-5, f"transformers {kind} pictures", record_property)
+    close(image, want.image_embeds, 2e-5, f"transformers {kind} images", record_property)
     close(text, want.text_embeds, 2e-5, f"transformers {kind} texts", record_property)
     scale, bias = np.exp(ours.params["logit_scale"]), ours.params.get("logit_bias", 0.0)
     close(scale * image @ text.T + bias, want.logits_per_image, 1e-4, f"transformers {kind} logits", record_property)
@@ -230,7 +230,7 @@ def test_open_clip(change, tmp_path, record_property):
     ours = load(tmp_path)
     image, text = (theirs.encode_image(inputs(ours), normalize=True),
                    theirs.encode_text(torch.from_numpy(WORDS).long(), normalize=True))
-    close(predicted(ours, "image"), image, 2e-5, f"open_clip {sorted(change)} pictures", record_property)
+    close(predicted(ours, "image"), image, 2e-5, f"open_clip {sorted(change)} images", record_property)
     close(predicted(ours, "text", tokens=WORDS), text, 2e-5, f"open_clip {sorted(change)} texts", record_property)
     ours.save(tmp_path / "ours", format="open_clip")
     config = json.loads((tmp_path / "ours" / "open_clip_config.json").read_text())["model_cfg"]
@@ -246,5 +246,5 @@ def test_open_clip(change, tmp_path, record_property):
         for name, tolerance in (("ViT.pt", 2e-5), ("ViT-archive.pt", 5e-3)):      # an archive's weights are fp16
             openai = load(tmp_path / name)
             assert openai.config == ours.config
-            close(predicted(openai, "image"), image, tolerance, f"OpenAI {name} pictures", record_property)
+            close(predicted(openai, "image"), image, tolerance, f"OpenAI {name} images", record_property)
             close(predicted(openai, "text", tokens=WORDS), text, tolerance, f"OpenAI {name} texts", record_property)

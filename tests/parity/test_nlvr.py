@@ -81,7 +81,7 @@ def attended(query, key, value, keep=None):
     return (scores.softmax(-1) @ heads(value)).transpose(1, 2).flatten(2)
 
 
-def seen(w, image):
+def encoded_image(w, image):
     x = torch.nn.functional.conv2d(image, w["visual_encoder.patch_embed.proj.weight"],
                                    w["visual_encoder.patch_embed.proj.bias"], stride=PATCH).flatten(2).transpose(1, 2)
     x = torch.cat([w["visual_encoder.cls_token"].expand(len(x), -1, -1), x], 1) + w["visual_encoder.pos_embed"]
@@ -94,7 +94,7 @@ def seen(w, image):
 
 def published(w, first, second, words):
     """The logits."""
-    pictures = seen(w, torch.cat([first, second])).split(len(first))
+    images = encoded_image(w, torch.cat([first, second])).split(len(first))
     keep, words = words != 0, words.clone()
     words[:, 0] = VOCABULARY - 1
     name = "text_encoder.embeddings"
@@ -110,7 +110,7 @@ def published(w, first, second, words):
         y = linear(w, f"{layer}.attention.output.dense", looked(x, x, f"{layer}.attention.self", keep))
         x = norm(w, f"{layer}.attention.output.LayerNorm", x + y, 1e-12)
         cross = f"{layer}.crossattention"
-        one, two = (linear(w, f"{cross}.output.dense{k}", looked(x, pictures[k], f"{cross}.self{k}")) for k in (0, 1))
+        one, two = (linear(w, f"{cross}.output.dense{k}", looked(x, images[k], f"{cross}.self{k}")) for k in (0, 1))
         y = (one + two) / 2 if i < 6 else linear(w, f"{cross}.output.merge_layer", torch.cat([one, two], -1))
         x = norm(w, f"{cross}.output.LayerNorm", x + y, 1e-12)
         y = linear(w, f"{layer}.output.dense", gelu(linear(w, f"{layer}.intermediate.dense", x)))

@@ -42,9 +42,9 @@ def test_processors(family, size, record_property):
     image, pixels, notes = read_preprocessor(theirs.to_dict(), vision, tiny.VIT.pixels, {"size": size, "resample": 3})
     assert not notes
     ours = tiny.Model(task=tiny.VIT.__class__(model=vision, pixels=pixels), params={}, image=image)
-    pictures = photographs()
-    want = np.stack([np.asarray(x) for x in theirs(pictures, return_tensors="np")["pixel_values"]])
-    got = np.asarray(pixels(jnp.asarray(ours.preprocess(pictures)))).transpose(0, 3, 1, 2)
+    images = photographs()
+    want = np.stack([np.asarray(x) for x in theirs(images, return_tensors="np")["pixel_values"]])
+    got = np.asarray(pixels(jnp.asarray(ours.preprocess(images)))).transpose(0, 3, 1, 2)
     std = np.asarray(pixels.std)[:, None, None]
     difference = float(np.abs((got - want) * std).max() * 255)
     record_property(f"{type(theirs).__name__} at {size}, largest difference of 255", f"{difference:.3f}")

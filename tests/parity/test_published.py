@@ -138,7 +138,7 @@ def tokens():
     return ids
 
 
-def pictures():
+def images():
     return RNG.standard_normal((3, 20, 20, 3), np.float32)
 
 
@@ -149,7 +149,7 @@ def compare(params, config, theirs, image, ids, record_property):
     with torch.no_grad():
         want = theirs(pixel_values=torch.tensor(image.transpose(0, 3, 1, 2)), input_ids=torch.tensor(ids).long())
     name = type(theirs).__name__
-    close(out.image, want.image_embeds, 2e-5, f"{name} pictures", record_property)
+    close(out.image, want.image_embeds, 2e-5, f"{name} images", record_property)
     close(out.text, want.text_embeds, 2e-5, f"{name} texts", record_property)
     logits = out.logit_scale * out.image @ out.text.T + out.logit_bias
     close(logits, want.logits_per_image, 1e-4, f"{name} logits", record_property)
@@ -177,7 +177,7 @@ def test_clip(record_property):
     config = CLIPConfig(
         vision=ViTConfig(transformer=stack, image_size=20, patch=5, pre_norm=True, patch_bias=False),
         text=TextConfig(transformer=stack, vocab_size=90, context_length=9, pool="eos", eos_id=89), embed_dim=32)
-    compare(params, config, theirs, pictures(), tokens(), record_property)
+    compare(params, config, theirs, images(), tokens(), record_property)
 
 
 def test_siglip(record_property):
@@ -213,4 +213,4 @@ def test_siglip(record_property):
         vision=ViTConfig(transformer=stack, image_size=20, patch=5, pool="map", class_token=False),
         text=TextConfig(transformer=stack, vocab_size=90, context_length=9, causal=False, pool="last"),
         embed_dim=WIDTH, vision_projection=False, text_projection_bias=True, logit_bias=-10.0)
-    compare(params, config, theirs, pictures(), tokens(), record_property)
+    compare(params, config, theirs, images(), tokens(), record_property)

@@ -61,8 +61,9 @@ def test_captioning(tmp_path, record_property):
     ours = opened(renamed(model), tmp_path / "caption.pth")
     assert (ours.config.text.encoder, ours.config.embed_dim, ours.image.size) == (False, None, SIDE)
     assert (ours.config.text.decode_id, ours.config.text.encode_id) == (118, 119)
-    seen = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
-    logits = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), seen, train=False, method=BLIP.decode)
+    image_tokens = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
+    logits = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), image_tokens, train=False,
+                               method=BLIP.decode)
     want = model(pixel_values=pixels(), input_ids=ids(), attention_mask=MASK).logits
     close(logits[WORDS != 0], want[MASK.bool()], 1e-4, "Salesforce caption logits", record_property)
 
@@ -110,14 +111,14 @@ def test_questions(tmp_path, record_property):
     model = theirs(transformers.BlipForQuestionAnswering)
     ours = opened(renamed(model), tmp_path / "vqa.pth")
     assert (ours.config.matching, ours.config.embed_dim, ours.config.answer.context_width) == (False, None, 128)
-    seen = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
-    states = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), seen, train=False,
+    image_tokens = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
+    states = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), image_tokens, train=False,
                                method=BLIP.encode_text_with_image)
     first = ids()
     first[:, 0] = ours.config.text.encode_id
     theirs_states = model.text_encoder(
-        input_ids=first, attention_mask=MASK, encoder_hidden_states=torched(seen),
-        encoder_attention_mask=torch.ones(seen.shape[:2]).long()).last_hidden_state
+        input_ids=first, attention_mask=MASK, encoder_hidden_states=torched(image_tokens),
+        encoder_attention_mask=torch.ones(image_tokens.shape[:2]).long()).last_hidden_state
     close(states[WORDS != 0], theirs_states[MASK.bool()], 1e-4, "Salesforce question states", record_property)
     logits = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS[:, :4]), states, train=False,
                                method=BLIP.decode)
