@@ -1,19 +1,21 @@
-"""Checkpoints that are whole or not there.
+"""Write and read checkpoints that are complete or not there.
 
 Orbax writes the arrays, asynchronously and sharded. When it is done, a manifest with the digest of every file is
 put beside them, and only a folder with a manifest counts: Orbax alone restores an array with a flipped bit without
-a word. Old checkpoints go only after the new one is whole.
+a warning. Old checkpoints are removed only after the new one is complete.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import math
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,14 +27,23 @@ from jaxmm.sharding import named_leaves
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+State = TypeVar("State")
+"""A dataclass of arrays that is a pytree and has a field `step`."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or none that can be read. The message names the folder."""
+    """A checkpoint cannot be written or read. The message names the folder."""
+
+
+def _orbax() -> Any:
+    """Return Orbax, a quarter of a second of import that loading published weights does without."""
+    import orbax.checkpoint as ocp
+
+    return ocp
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """BLAKE2b of every file under `folder`, by its path, but of the manifest."""
+    """Return the BLAKE2b digest of every file under `folder` but the manifest, by path."""
     result = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         with path.open("rb") as file:
@@ -40,34 +51,36 @@ def digests(folder: Path) -> dict[str, str]:
     return result
 
 
-def shapes(state: Any) -> dict[str, list]:
-    """Shape and dtype of every array, by path."""
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(_as_dict(state))}
+def shapes(state: State) -> dict[str, list]:
+    """Return shape and dtype of every array, by path."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in named_leaves(_fields(state))}
 
 
 def whole_steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in `folder`, oldest first."""
+    """Return the steps of the complete checkpoints in `folder`, oldest first."""
     return sorted(int(p.parent.name) for p in folder.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with the checkpoint in `folder`, or None."""
+    """Return a description of the damage to the checkpoint in `folder`, or None."""
     try:
-        wanted = _notes(folder)["files"]
+        expected = _read_manifest(folder)["files"]
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read: {error}"
-    found = digests(folder)
-    for name, digest in wanted.items():
-        if name not in found:
+    actual = digests(folder)
+    for name, digest in expected.items():
+        if name not in actual:
             return f"{name} is missing"
-        if found[name] != digest:
+        if actual[name] != digest:
             return f"{name} is not what was written"
     return None
 
 
 def read_weights(folder: Path, part: str, like: Any, step: int | None = None) -> Any:
-    """`part` ("params", "average") of the newest whole checkpoint in `folder`, or of that of `step`; nothing else is
-    read. Laid out as `like`. Raises `CheckpointError` where there is none, or it is damaged, or holds other arrays.
+    """Read `part` ("params", "average") of the checkpoint of `step` in `folder` (None: the newest), and nothing else.
+
+    The arrays are laid out as `like`. Raises `CheckpointError` if there is no such checkpoint, or it is damaged, or it
+    holds other arrays.
     """
     folder, steps = folder.absolute(), whole_steps(folder)
     if not steps or (step is not None and step not in steps):
@@ -76,11 +89,11 @@ def read_weights(folder: Path, part: str, like: Any, step: int | None = None) ->
     chosen = folder / str(steps[-1] if step is None else step)
     if damage := find_damage(chosen):
         raise CheckpointError(f"checkpoint {chosen} is damaged: {damage}")
-    saved = {name: shape for name, (shape, _) in _notes(chosen)["shapes"].items() if name.startswith(f"{part}/")}
+    saved = {name: shape for name, (shape, _) in _read_manifest(chosen)["shapes"].items()
+             if name.startswith(f"{part}/")}
     wanted = {f"{part}/{name}": list(leaf.shape) for name, leaf in named_leaves(like)}
     _check_shapes(chosen, saved, wanted)
-    import orbax.checkpoint as ocp  # a quarter of a second of import that loading published weights does without
-
+    ocp = _orbax()
     arguments = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(
         dtype=leaf.dtype, sharding=leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])), like)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
@@ -93,78 +106,70 @@ class Checkpoints:
     """The checkpoints of one run, in `folder/STEP/`."""
 
     def __init__(self, folder: Path, *, keep: int = 2, best: bool = False):
-        """Keeps the newest `keep`, and with `best` the one with the highest rating besides."""
-        import orbax.checkpoint as ocp
-
+        """Keep the newest `keep`, and with `best` also the one with the highest metric."""
         self.folder, self.keep, self.best = folder.absolute(), keep, best  # Orbax takes no relative path
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._orbax = _orbax().AsyncCheckpointer(_orbax().StandardCheckpointHandler())
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         self._primary = jax.process_index() == 0
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         return whole_steps(self.folder)
 
-    def save(self, state: Any, data: Any) -> None:
-        """Starts saving `state` and the data iterator's state `data` (JSON); returns when the arrays are copied.
+    def save(self, state: State, data: Any) -> None:
+        """Start saving `state` and the data iterator's state `data` (JSON); return when the arrays are copied.
 
-        `state` is a dataclass of trees of arrays with a field `step`.
         Raises `CheckpointError` when this save, or the one before it, fails.
         """
         self.wait()
-        step = int(state.step)
+        step = int(jax.device_get(state.step))
         target = self.folder / str(step)
         if step in self.steps():
             return
-        with _Telling(self, target):
+        with self._wrap_errors(target):
             if self._primary and target.exists():
                 shutil.rmtree(target)
-            needed = sum(leaf.nbytes for _, leaf in named_leaves(_as_dict(state)))
+            needed = sum(leaf.nbytes for _, leaf in named_leaves(_fields(state)))
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free")
-            import orbax.checkpoint as ocp
-
-            self._orbax.save(target / "state", args=ocp.args.StandardSave(_as_dict(state)))
+            self._orbax.save(target / "state", args=_orbax().args.StandardSave(_fields(state)))
         notes = {"step": step, "data": data, "metric": None, "shapes": shapes(state)}
         self._pending = self._worker.submit(self._finish, target, notes)
 
-    def rate(self, step: int, metric: float) -> None:
-        """Notes how good the checkpoint of `step` is (more is better), and forgets those it outdoes."""
+    def record_metric(self, step: int, metric: float) -> None:
+        """Record how good the checkpoint of `step` is (more is better), and remove those it outdoes."""
         self.wait()
         path = self.folder / str(step) / MANIFEST
         if self._primary and path.exists():
-            write_atomically(path, _sealed(_notes(path.parent) | {"metric": metric}))
-            self._forget()
+            write_atomically(path, _signed(_read_manifest(path.parent) | {"metric": metric}))
+            self._prune()
 
     def wait(self) -> None:
-        """Returns when the last save is whole. Raises `CheckpointError` if it failed."""
+        """Return when the last save is complete. Raises `CheckpointError` if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def restore(self, like: Any) -> tuple[Any, Any] | None:
-        """The newest whole checkpoint, laid out as `like` (arrays or shapes with shardings), and its data state.
+    def restore(self, like: State) -> tuple[State, Any] | None:
+        """Return the newest checkpoint, laid out as `like` (arrays or shapes with shardings), and its data state.
 
-        None when there is no checkpoint at all. A damaged one is named, set aside as `STEP.damaged`, and the one
-        before it is used. Raises `CheckpointError` when all are damaged, or when the newest holds other arrays
-        than `like`.
+        Returns None if there is no checkpoint at all. A damaged one is named, set aside as `STEP.damaged`, and the one
+        before it is used. Raises `CheckpointError` if all are damaged, or if the newest holds other arrays than `like`.
         """
         step = self._newest()
         if step is None:
             return None
         folder = self.folder / str(step)
-        notes = _notes(folder)
+        notes = _read_manifest(folder)
         _check_shapes(folder, notes["shapes"], shapes(like))
-        import orbax.checkpoint as ocp
-
-        restored = self._orbax.restore(folder / "state", args=ocp.args.StandardRestore(_as_dict(like)))
-        return replace(like, **restored), notes["data"]
+        restored = self._orbax.restore(folder / "state", args=_orbax().args.StandardRestore(_fields(like)))
+        return type(like)(**restored), notes["data"]
 
     def _newest(self) -> int | None:
-        """The newest undamaged step, found by the first host and told to the others."""
+        """Return the newest undamaged step: the first host looks for it and broadcasts it."""
         steps, chosen, damaged = self.steps(), None, []
         for step in reversed(steps) if self._primary else ():
             damage = self.damage(step)
@@ -179,19 +184,19 @@ class Checkpoints:
             (self.folder / str(step)).rename(aside)
             log.warning("going on from step %d; the damaged one is now %s", chosen, aside)
         if jax.process_count() > 1:
-            told = multihost_utils.broadcast_one_to_all(np.int64(-1 if chosen is None else chosen))
-            chosen = None if told < 0 else int(told)
+            common = multihost_utils.broadcast_one_to_all(np.int64(-1 if chosen is None else chosen))
+            chosen = None if common < 0 else int(common)
         if chosen is None and steps:
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged: {', '.join(map(str, steps))}; move "
                                   "the folder away to start from the beginning")
         return chosen
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the checkpoint of `step`, or None."""
+        """Return a description of the damage to the checkpoint of `step`, or None."""
         return find_damage(self.folder / str(step))
 
     def clean(self) -> None:
-        """Removes what interrupted saves left. Only for the run that holds the work folder."""
+        """Remove what interrupted saves left. Only for the run that has locked the workdir."""
         whole = {str(step) for step in self.steps()}
         for path in self.folder.iterdir():
             if self._primary and path.is_dir() and path.name not in whole and not path.name.endswith(".damaged"):
@@ -199,7 +204,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def close(self) -> None:
-        """Waits for the last save and ends the threads."""
+        """Wait for the last save and end the threads."""
         try:
             self.wait()
         finally:
@@ -207,21 +212,21 @@ class Checkpoints:
             self._orbax.close()
 
     def _finish(self, target: Path, notes: dict) -> None:
-        with _Telling(self, target):
+        with self._wrap_errors(target):
             self._orbax.wait_until_finished()
             if self._primary:
-                write_atomically(target / MANIFEST, _sealed(notes | {"files": digests(target)}))
+                write_atomically(target / MANIFEST, _signed(notes | {"files": digests(target)}))
         if self._primary:
-            self._forget()
+            self._prune()
 
-    def _forget(self) -> None:
-        """Removes whole checkpoints that are neither among the newest nor the best."""
+    def _prune(self) -> None:
+        """Remove complete checkpoints that are neither among the newest nor the best."""
         steps = self.steps()
         kept = set(steps[-self.keep:])
         if self.best:
             def metric(step):
                 try:
-                    value = _notes(self.folder / str(step))["metric"]
+                    value = _read_manifest(self.folder / str(step))["metric"]
                 except ValueError:  # damaged
                     value = None
                 return -math.inf if value is None or math.isnan(value) else value
@@ -229,54 +234,48 @@ class Checkpoints:
         for step in set(steps) - kept:
             folder = self.folder / str(step)
             try:
-                (folder / MANIFEST).unlink()  # first, so that a removal cut short leaves no whole one
+                (folder / MANIFEST).unlink()  # first, so that a removal cut short leaves no complete one
                 shutil.rmtree(folder)
             except OSError as error:
                 log.warning("the old checkpoint %s could not be removed: %s", folder, error)
 
-
-class _Telling:
-    """Turns whatever goes wrong in a save into one `CheckpointError`, and removes the half-written folder."""
-
-    def __init__(self, checkpoints: Checkpoints, target: Path):
-        self.checkpoints, self.target = checkpoints, target
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception):
-            shutil.rmtree(self.target, ignore_errors=True)
-            for left in self.target.parent.glob(f"{self.target.name}*tmp*"):
+    @contextlib.contextmanager
+    def _wrap_errors(self, target: Path) -> Iterator[None]:
+        """Turn an error of a save into one `CheckpointError`, and remove the half-written folder."""
+        try:
+            yield
+        except Exception as error:
+            shutil.rmtree(target, ignore_errors=True)
+            for left in target.parent.glob(f"{target.name}*tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
-            steps = self.checkpoints.steps()
+            steps = self.steps()
             last = f"the last whole checkpoint is of step {steps[-1]}" if steps else "there is no whole checkpoint yet"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"saving {self.target} failed: {reason}; {last}") from error
+            raise CheckpointError(f"saving {target} failed: {reason}; {last}") from error
 
 
-def _sealed(notes: dict[str, Any]) -> str:
-    """A manifest's text, with a digest of what it says."""
+def _signed(notes: dict[str, Any]) -> str:
+    """Return a manifest's text, with a digest of its contents."""
     notes = {name: value for name, value in notes.items() if name != "seal"}
     digest = hashlib.blake2b(json.dumps(notes, sort_keys=True).encode()).hexdigest()
     return json.dumps(notes | {"seal": digest})
 
 
-def _notes(folder: Path) -> dict[str, Any]:
-    """What the manifest in `folder` says. Raises ValueError when that is not what was written."""
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the contents of the manifest in `folder`. Raises ValueError if they are not what was written."""
     notes = json.loads((folder / MANIFEST).read_text())
-    if not isinstance(notes, dict) or _sealed(notes) != json.dumps(notes):
+    if not isinstance(notes, dict) or _signed(notes) != json.dumps(notes):
         raise ValueError("it is not what was written")
     return notes
 
 
-def _as_dict(state: Any) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in fields(state)}
+def _fields(state: State) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-def _check_shapes(folder: Path, found: dict[str, list], wanted: dict[str, list]) -> None:
-    problems = [f"{name}: the checkpoint has {found.get(name)}, this run {wanted.get(name)}"
-                for name in sorted(set(found) | set(wanted)) if found.get(name) != wanted.get(name)]
+def _check_shapes(folder: Path, saved: dict[str, list], wanted: dict[str, list]) -> None:
+    problems = [f"{name}: the checkpoint has {saved.get(name)}, this run {wanted.get(name)}"
+                for name in sorted(set(saved) | set(wanted)) if saved.get(name) != wanted.get(name)]
     if problems:
         more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise CheckpointError(f"checkpoint {folder} holds other arrays than this run:\n  "

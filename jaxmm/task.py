@@ -121,7 +121,7 @@ class Task:
     images_per_record: ClassVar[int] = 1
     decomposes: ClassVar[bool] = False
     """True if the loss of a batch is the mean of the losses of its parts."""
-    bounds: ClassVar[tuple[tuple[str, float, float], ...]] = ()
+    clamps: ClassVar[tuple[tuple[str, float, float], ...]] = ()
     """(path pattern, lowest, highest): limits that the optimizer clamps parameters to."""
 
     module: ClassVar[Any] = None

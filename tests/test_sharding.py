@@ -100,7 +100,7 @@ def test_moments_lie_where_their_parameters_lie(name):
     """Copies of a parameter anywhere in the optimizer's state get its spec."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = jax.eval_shape(SOFTMAX.init, jax.random.key(0))
-    optimizer = make_optimizer(OptimizerConfig(name=name, freeze=("^vision/patches/",)), params, 10, SOFTMAX.bounds)
+    optimizer = make_optimizer(OptimizerConfig(name=name, freeze=("^vision/patches/",)), params, 10, SOFTMAX.clamps)
     state = jax.eval_shape(optimizer.tx.init, params)
     wanted = {path: (leaf.shape, where.spec) for (path, leaf), where in zip(
         named_leaves(params), jax.tree.leaves(shardings(params, mesh)), strict=True)}

@@ -118,7 +118,7 @@ def trace(config: TrainConfig, topology: Topology) -> TracedStep:
     check_parts(config, mesh)
     bound = bind(config)
     params = jax.eval_shape(bound.task.init, jax.random.key(0))
-    optimizer = make_optimizer(config.optimizer, params, config.steps, bound.task.bounds)
+    optimizer = make_optimizer(config.optimizer, params, config.steps, bound.task.clamps)
     state = with_shardings(abstract_state(bound.task, optimizer), mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = batch_shapes(bound.task, config.data, mesh)

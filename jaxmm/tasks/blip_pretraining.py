@@ -66,7 +66,7 @@ class BLIPPretraining(Task):
     of one GPU), so that a device which holds them all looks at pictures of its own only. None: from the whole batch,
     for which every device gathers all pictures' tokens."""
     reads: ClassVar = ("image", "text")
-    bounds: ClassVar = ((r"^temperature$", 0.001, 0.5),)
+    clamps: ClassVar = ((r"^temperature$", 0.001, 0.5),)
 
     def __post_init__(self):
         """Checks that the model has the three modes, and ranges."""

@@ -38,7 +38,7 @@ class ContrastiveLearning(Task):
         require(self.tile is None or self.tile > 0, "task.tile", self.tile, "a positive number, or None")
 
     @property
-    def bounds(self):
+    def clamps(self):
         """CLIP's temperature stays within [1/100, 1] (section 2.5); SigLIP's is free."""
         return ((r"^logit_scale$", 0.0, math.log(100)),) if self.kind == "softmax" else ()
 

@@ -42,16 +42,16 @@ def join(tree: Any) -> Any:
 
 
 def value_and_grad(
-    task: Task, params: Params, extra: Any, batch: Batch, rng: Key[Array, ""], *, microbatches: int = 1, hold=None
+    task: Task, params: Params, extra: Any, batch: Batch, rng: Key[Array, ""], *, microbatches: int = 1, freeze=None
 ) -> tuple[tuple[Float[Array, ""], tuple[Any, Metrics]], Params]:
     """As `jax.value_and_grad(task.loss, has_aux=True)`, in `microbatches` parts one after the other.
 
-    `hold` is applied to the parameters inside the differentiated function (see `Optimizer.hold`).
+    `freeze` is applied to the parameters inside the differentiated function (see `Optimizer.stop_frozen_gradients`).
     """
-    hold = hold or (lambda tree: tree)
+    freeze = freeze or (lambda tree: tree)
     if microbatches == 1:
         def whole(params):
-            return task.loss(hold(params), extra, batch, rng)
+            return task.loss(freeze(params), extra, batch, rng)
         return jax.value_and_grad(whole, has_aux=True)(params)
 
     mixing, drawing = jax.random.split(rng)
@@ -59,12 +59,12 @@ def value_and_grad(
     parts = split(batch, microbatches), jax.random.split(drawing, microbatches)
 
     def encode(params, part, key):
-        return task.encode(hold(params), jax.tree.map(constrain_batch, part), key)
+        return task.encode(freeze(params), jax.tree.map(constrain_batch, part), key)
 
     if task.decomposes:
         def one(part):
             def loss(params):
-                return task.objective(hold(params), encode(params, *part), part[0])
+                return task.objective(freeze(params), encode(params, *part), part[0])
             return jax.value_and_grad(loss, has_aux=True)(params)
 
         shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
@@ -77,7 +77,7 @@ def value_and_grad(
         outputs = join(jax.lax.map(lambda part: encode(params, *part), parts))
 
     def objective(params, outputs):
-        return task.objective(hold(params), outputs, batch)
+        return task.objective(freeze(params), outputs, batch)
 
     (loss, metrics), (grads, cotangents) = jax.value_and_grad(objective, (0, 1), has_aux=True)(params, outputs)
 

@@ -26,7 +26,7 @@ class Optimizer:
     freeze: tuple[str, ...] = ()
     average: float | None = None
 
-    def hold(self, params: Any) -> Any:
+    def stop_frozen_gradients(self, params: Any) -> Any:
         """`params` with no gradient through the frozen ones, so that nothing is computed for them."""
         if not self.freeze:
             return params
@@ -68,11 +68,11 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def bound(bounds: tuple[tuple[str, float, float], ...]) -> optax.GradientTransformation:
+def clamp_params(clamps: tuple[tuple[str, float, float], ...]) -> optax.GradientTransformation:
     """Cuts updates so that parameters whose path matches a pattern stay within (lowest, highest)."""
     def update(updates, state, params):
         def cut(path, u, p):
-            for pattern, low, high in bounds:
+            for pattern, low, high in clamps:
                 if re.search(pattern, path_name(path)):
                     return jnp.clip(p + u, low, high) - p
             return u
@@ -137,7 +137,7 @@ def scale_by_layer(config: OptimizerConfig, params: Any) -> optax.GradientTransf
 
 
 def make_optimizer(
-    config: OptimizerConfig, params: Any, steps: int, bounds: tuple[tuple[str, float, float], ...] = ()
+    config: OptimizerConfig, params: Any, steps: int, clamps: tuple[tuple[str, float, float], ...] = ()
 ) -> Optimizer:
     """The chain: clip, precondition, decay, learning rate, per-layer factors, bounds; nothing for frozen parameters.
 
@@ -171,8 +171,8 @@ def make_optimizer(
     parts.append(optax.scale_by_learning_rate(schedule))
     if config.layer_decay or config.multipliers:
         parts.append(scale_by_layer(config, params))
-    if bounds:
-        parts.append(bound(bounds))
+    if clamps:
+        parts.append(clamp_params(clamps))
     tx = optax.chain(*parts)
     if config.freeze:
         labels = jax.tree.map(lambda held: "frozen" if held else "trained", frozen)

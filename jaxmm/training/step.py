@@ -27,7 +27,7 @@ def train_step(
     """
     rng = jax.random.fold_in(rng, state.step)
     (loss, (extra, metrics)), grads = value_and_grad(
-        task, state.params, state.extra, batch, rng, microbatches=microbatches, hold=optimizer.hold)
+        task, state.params, state.extra, batch, rng, microbatches=microbatches, freeze=optimizer.stop_frozen_gradients)
     updates, opt = optimizer.tx.update(grads, state.opt, state.params)
     params = optax.apply_updates(state.params, updates)
     average = state.average

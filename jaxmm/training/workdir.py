@@ -1,11 +1,14 @@
-"""What a work folder says of the run that was begun in it, so that no other run goes on there."""
+"""Lock a workdir, and record which run it holds, so that no other run continues there."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 
 from jaxmm.config import ConfigError, TrainConfig, differences, save_config, to_dict, with_current_names
@@ -16,16 +19,34 @@ from jaxmm.validation import count_steps
 
 FREE = ("steps", "microbatches", "log_every", "eval_every", "evals", "mesh", "checkpoint", "nonfinite", "max_skips",
         "data.val", "data.workers", "data.data_dir", "data.max_bad")
-"""What may be changed when a run goes on; anything else would make it another run."""
+"""Fields that may change when a run continues; anything else would make it another run."""
 
 SHARES = (("optimizer", "warmup"), ("optimizer", "cooldown"), ("task", "ramp"))
 """Fields that are a number of steps or a share of them."""
 
 
-def begun(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] | None:
-    """What `config.json` says of the run in `workdir`; None where none was begun.
+@contextlib.contextmanager
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Make `workdir` and, on the first host, lock it. Raises `ConfigError` if it cannot be written or is in use."""
+    lock = filelock.FileLock(workdir / ".lock")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise ConfigError(f"workdir is {str(workdir)!r}, which another run is writing to") from None
+    except OSError as error:
+        raise ConfigError(f"workdir is {str(workdir)!r}, which cannot be written: {error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
-    Refuses to go on with a run that was begun with another configuration.
+
+def read_run_config(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] | None:
+    """Return the contents of `config.json` in `workdir`; None if there is none.
+
+    Raises `ConfigError` if the run there has another configuration.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -49,8 +70,10 @@ def begun(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] 
     return notes
 
 
-def begin(config: TrainConfig, task: Task, workdir: Path, source: Source, tokenizer: Tokenizer | None) -> None:
-    """Writes `tokenizer/` and `config.json`: the recipe, the bound `task`, versions, devices."""
+def write_run_config(
+    config: TrainConfig, task: Task, workdir: Path, source: Source, tokenizer: Tokenizer | None
+) -> None:
+    """Write `tokenizer/` and `config.json`: the recipe, the bound `task`, versions, devices."""
     if tokenizer is not None and not (workdir / "tokenizer").exists():
         part = workdir / "tokenizer.part"
         tokenizer.save(part)

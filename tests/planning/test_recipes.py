@@ -32,7 +32,7 @@ def state(name):
     config = load_recipe(CONFIGS / f"{name}.py")
     task = bind(config).task
     params = jax.eval_shape(task.init, jax.random.key(0))
-    return config, abstract_state(task, make_optimizer(config.optimizer, params, config.steps, task.bounds))
+    return config, abstract_state(task, make_optimizer(config.optimizer, params, config.steps, task.clamps))
 
 
 def meshes(name):

@@ -102,10 +102,10 @@ def test_bf16(kind):
 
 
 def test_scale_is_held_between_1_and_100():
-    (pattern, low, high), = SOFTMAX.bounds
+    (pattern, low, high), = SOFTMAX.clamps
     assert pattern == "^logit_scale$" and math.exp(low) == 1
     np.testing.assert_allclose(math.exp(high), 100)
-    assert SIGMOID.bounds == ()                        # SigLIP's own goes beyond
+    assert SIGMOID.clamps == ()                        # SigLIP's own goes beyond
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def poison(config: TrainConfig, *steps: int) -> TrainConfig:
 def plain_optimizer(task: Task, average: float | None = None) -> Optimizer:
     """AdamW with everything that is usual."""
     config = OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup=0.0, schedule="cosine", average=average)
-    return make_optimizer(config, jax.eval_shape(task.init, jax.random.key(0)), 20, task.bounds)
+    return make_optimizer(config, jax.eval_shape(task.init, jax.random.key(0)), 20, task.clamps)
 
 
 def lines(workdir: Path, name: str | None = None) -> list:

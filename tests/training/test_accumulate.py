@@ -22,11 +22,11 @@ def test_split_and_join():
 
 
 @cache
-def run(name, microbatches, hold=None):
+def run(name, microbatches, freeze=None):
     task, batch = TASKS[name]
 
     def step(params, batch, rng):
-        return value_and_grad(task, params, {}, batch, rng, microbatches=microbatches, hold=hold)
+        return value_and_grad(task, params, {}, batch, rng, microbatches=microbatches, freeze=freeze)
     return jax.jit(step)(params(task), batch, jax.random.key(5))
 
 
@@ -60,13 +60,13 @@ def test_averaging_the_parts_losses_would_be_wrong():
 
 
 @pytest.mark.parametrize("name, frozen", [("classify with mixup", "patches"), ("softmax", "vision")])
-def test_hold(name, frozen):
+def test_frozen_parameters_get_no_gradient(name, frozen):
     """Frozen parameters get zeros, the others what they would get anyway."""
-    def hold(tree):
+    def freeze(tree):
         return tree | {frozen: jax.lax.stop_gradient(tree[frozen])}
 
     _, free = run(name, 2)
-    _, held = run(name, 2, hold)
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(held[frozen]))
+    _, partial = run(name, 2, freeze)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(partial[frozen]))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(free[frozen]))
-    close({k: v for k, v in held.items() if k != frozen}, {k: v for k, v in free.items() if k != frozen})
+    close({k: v for k, v in partial.items() if k != frozen}, {k: v for k, v in free.items() if k != frozen})

@@ -15,7 +15,8 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.blip_pretraining import BLIPPretraining
 from jaxmm.tasks.image_captioning import Captioning
-from jaxmm.training.loop import prepare, train
+from jaxmm.training.loop import train
+from jaxmm.training.setup import prepare
 from tests.training.common import assert_same_bits, clip_run, lines, restored
 
 pytestmark = pytest.mark.usefixtures("no_java")

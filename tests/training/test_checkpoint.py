@@ -117,7 +117,7 @@ def test_the_newest_and_the_best_are_kept(make):
     for step, metric in ((1, 0.2), (2, 0.9), (3, float("nan")), (4, 0.4), (5, 0.9), (6, None), (7, 0.1), (8, 0.3)):
         checkpoints.save(state(step), DATA)
         if metric is not None:
-            checkpoints.rate(step, metric)
+            checkpoints.record_metric(step, metric)
     checkpoints.wait()
     assert checkpoints.steps() == [5, 7, 8]                                # of two that are best, the newer
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["5", "7", "8"]

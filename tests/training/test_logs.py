@@ -4,7 +4,7 @@ import struct
 import numpy as np
 import pytest
 
-from jaxmm.training.logs import MetricLog, Watch, duration
+from jaxmm.training.logs import MetricLog, Progress, duration
 from tests.training.common import lines
 
 
@@ -76,7 +76,7 @@ def test_durations(seconds, text):
 def test_progress_names_loss_rate_and_time_left(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("jaxmm.training.logs.time.monotonic", lambda: clock[0])
-    watch = Watch(100, 32, 10)
+    watch = Progress(100, 32, 10)
     clock[0] = 50.0                                                        # the first step compiles and does not count
     watch.step(11, None)
     for step in range(12, 22):
@@ -84,8 +84,8 @@ def test_progress_names_loss_rate_and_time_left(capsys, monkeypatch):
         watch.step(step, 0.5)
     clock[0] += 1000
     watch.pause(1000.0)
-    assert watch.rate(21) == pytest.approx(0.5)
+    assert watch.steps_per_second(21) == pytest.approx(0.5)
     watch.close()
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "step 12/100: loss 0.5000, 16 pictures/s, 2 min 56 s left"
+    assert said[0] == "step 12/100: loss 0.5000, 16 images/s, 2 min 56 s left"
     assert said[-1].startswith("step 18/100")                              # no more than one in ten seconds

@@ -5,6 +5,7 @@ import signal
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import chex
 import filelock
 import jax
 import numpy as np
@@ -74,6 +75,23 @@ def test_a_work_folder_holds_what_it_should(whole):
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
     assert Checkpoints(whole / "checkpoints").steps() == [4, 8, 12]
     assert list(whole.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2)], ids=str)
+def test_the_loop_moves_nothing_between_host_and_devices_unasked(mesh, tmp_path, monkeypatch):
+    """And traces its step once."""
+    chex.clear_trace_counter()
+    plain, step = loop.Run.train_steps, jax.jit
+    traced = chex.assert_max_traces(n=1)
+
+    def guarded(run):
+        with jax.transfer_guard("disallow"):
+            return plain(run)
+
+    monkeypatch.setattr(loop.Run, "train_steps", guarded)
+    monkeypatch.setattr("jaxmm.training.step.jax.jit", lambda fn, **options: step(traced(fn), **options))
+    train(replace(LINEAR, mesh=mesh, steps=6, checkpoint=CheckpointConfig(every=2)), tmp_path)
+    assert lines(tmp_path)[-1]["step"] == 6
 
 
 def test_every_batch_is_seen_once_and_in_order(tmp_path):
