@@ -22,8 +22,10 @@ def read(files: Files, tensors: Tensors) -> Checkpoint:
     """Describe a folder that `Model.save(format="jaxmm")` wrote."""
     config = files.json(MODEL)
     try:
-        task, image, labels = (from_dict(config[name]) for name in ("task", "image", "labels"))
-    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        task, image, labels = (from_dict(config[name], files.folder / MODEL) for name in ("task", "image", "labels"))
+    except ConfigError as error:
+        raise FileError(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{files.folder / MODEL} is not what jaxmm writes: {error}") from None
     if not isinstance(task, Task) or not isinstance(image, ImageConfig):
         raise FileError(f"{files.folder / MODEL} describes no task with images")
@@ -55,8 +57,10 @@ def open_run(workdir: Path, step: str | None) -> Opened:
     """Open the newest complete checkpoint of a run, or that of `step`; its moving average if it keeps one."""
     try:
         saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        config, task = from_dict(saved["config"]), from_dict(saved["task"])
+        config, task = (from_dict(saved[name], workdir / "config.json") for name in ("config", "task"))
         labels = None if saved["classes"] is None else tuple(saved["classes"])
+    except ConfigError as error:  # names the file
+        raise FileError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(
             f"{workdir / 'config.json'} is not what a run writes: {type(error).__name__}: {error}") from None
