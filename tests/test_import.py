@@ -13,7 +13,9 @@ import jaxmm
 @pytest.mark.parametrize("code, absent", [
     ("import jaxmm", ("jax", "numpy")),
     ("from jaxmm.cli import main; main(['--help'])", ("jax", "numpy", "tyro")),
-    ("import jaxmm; jaxmm.load", ("jaxmm.cli", "tensorflow_datasets", "matplotlib", "sklearn", "pycocoevalcap")),
+    ("import jaxmm; jaxmm.load", (
+        "jaxmm.cli", "jaxmm.evals", "tensorflow_datasets", "pyarrow", "grain", "orbax", "ftfy", "scipy", "PIL.ImageDraw",
+        "jax.experimental.pallas", "matplotlib", "sklearn", "jinja2", "pycocoevalcap", "huggingface_hub", "rich.progress")),
 ], ids=["jaxmm", "help", "load"])
 def test_nothing_else_is_imported(code, absent):
     code += f"\nimport sys; print([name for name in {absent!r} if name in sys.modules], file=sys.stderr)"

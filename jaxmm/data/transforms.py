@@ -11,7 +11,6 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from jaxmm.config import ImageConfig
-from jaxmm.data.augment import rand_augment
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Box = tuple[int | float, int | float, int | float, int | float]
@@ -37,6 +36,8 @@ def train_image(
     if config.flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if config.randaugment_layers:
+        from jaxmm.data.augment import rand_augment  # Pillow's filters, which evaluation does without
+
         image = rand_augment(image, config.randaugment_layers, config.randaugment_magnitude, rng)
     return np.asarray(image)
 

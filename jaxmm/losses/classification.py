@@ -2,22 +2,27 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, Key, Num
 
 
 def soft_targets(labels: Int[Array, "b"], classes: int, smoothing: float = 0.0) -> Float[Array, "b c"]:
     """Return one-hot labels with `smoothing` of their mass spread over all classes (Szegedy et al. 2016, section 7)."""
+    import optax  # a tenth of a second of import that using a trained model does without
+
     return optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
 
 
 def cross_entropy(logits: Float[Array, "b c"], targets: Float[Array, "b c"]) -> Float[Array, ""]:
     """Return the mean softmax cross-entropy."""
+    import optax
+
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
 def sigmoid_cross_entropy(logits: Float[Array, "b c"], targets: Float[Array, "b c"]) -> Float[Array, ""]:
     """Return the mean over the batch of the sum over classes of binary cross-entropies (ImageNet-21k, AugReg)."""
+    import optax
+
     return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1).mean()
 
 
