@@ -1,5 +1,6 @@
 """`jaxmm train`, the same command as `run_train.py`."""
 
+import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ import jax
 from jaxmm import hosts
 from jaxmm.cli.parsing import with_recipe
 from jaxmm.compiling import use_compilation_cache
-from jaxmm.config import TrainConfig
+from jaxmm.config import TrainConfig, from_dict
 from jaxmm.hosts import HostsConfig
 from jaxmm.task import Task
 from jaxmm.training import loop
@@ -42,7 +43,8 @@ def train(options: TrainOptions, config: TrainConfig) -> None:
         workdir = options.workdir or new_workdir(options.config)
         if loop.train(config, workdir) and jax.process_index() == 0:
             print("what to do next:")
-            for purpose, line in next_commands(config.task, workdir):
+            task = from_dict(json.loads((workdir / "config.json").read_text())["task"])  # with classes and vocabulary
+            for purpose, line in next_commands(task, workdir):
                 print(f"  {purpose + ':':24}{line}")
 
 

@@ -11,6 +11,7 @@ from jaxmm import cli
 from jaxmm.checkpoints import MANIFEST
 from jaxmm.cli.train import next_commands, train
 from jaxmm.compiling import use_compilation_cache
+from jaxmm.config import save_config, to_dict
 from jaxmm.planning.shapes import bind
 from jaxmm.recipes import load_recipe
 from jaxmm.training import loop
@@ -111,6 +112,19 @@ def test_what_a_trained_model_can_do_is_said(config, commands, tmp_path, monkeyp
         assert line.startswith(f"jaxmm {command}") and line.endswith(f"--model {tmp_path}")
         assert cli.main(shlex.split(line)[1:]) in (1, 2)       # understood: it is the image that is not there
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_what_to_do_next_is_said_of_the_bound_task(recipe, tmp_path, monkeypatch, capsys):
+    """A recipe for any data set has no classes of its own."""
+    def trained(config, workdir):
+        workdir.mkdir()
+        save_config(config, workdir / "config.json", task=to_dict(bind(config).task))
+        return {"val/top1": 1.0}
+
+    monkeypatch.setattr(loop, "train", trained)
+    monkeypatch.setattr("jaxmm.cli.train.use_compilation_cache", lambda folder: None)
+    assert run_train.main(["--config", "vit_digits", "--workdir", str(tmp_path / "run")]) == 0
+    assert f"jaxmm classify IMAGES --model {tmp_path}/run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("args, words", [
