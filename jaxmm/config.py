@@ -1,7 +1,7 @@
-"""What a run is made of: frozen, keyword-only, validated dataclasses, written to the work folder as JSON.
+"""The configuration of a run: frozen, keyword-only, validated dataclasses, written to the workdir as JSON.
 
-A recipe (`configs/*.py`) is a file with `get_config() -> TrainConfig`; the command line overrides any field by
-its dotted name. A value that cannot be is refused here, before anything compiles.
+A recipe (`configs/*.py`) is a file with `get_config() -> TrainConfig`; the command line overrides any field by its
+dotted name. Invalid values are errors here, before anything compiles.
 """
 
 import contextlib
@@ -22,34 +22,34 @@ from jaxmm.validation import ConfigError, check_patterns, check_types, require
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How a picture of any size becomes a square of `size` x `size` RGB bytes."""
+    """Preprocessing of images of any size to squares of `size` x `size` RGB bytes."""
 
     size: int = 224
-    """Side in pixels of the square that the model sees."""
+    """Side of the square in pixels."""
     train_crop: Literal["random", "pad", "center", "squash"] = "random"
-    """random: random resized crop (Inception); pad: shift by up to an eighth of the side, as for CIFAR; center: the
-    evaluation crop; squash: resize both sides, no crop."""
+    """Crop in training. random: random resized crop (Inception); pad: shift by up to an eighth of the side, as for
+    CIFAR; center: the evaluation crop; squash: resize both sides, no crop."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the picture's area that a random crop covers, from and to."""
+    """Smallest and largest share of the image's area that a random crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of a random crop, from and to."""
+    """Smallest and largest aspect ratio (width over height) of a random crop."""
     flip: bool = True
-    """Mirror every second training picture. Not for pictures whose left and right mean something."""
+    """Flip half of the training images horizontally. Not for images whose left and right matter."""
     randaugment_layers: int = 0
-    """RandAugment: how many random operations follow each other (0: none)."""
+    """RandAugment: number of random operations per image (0: none)."""
     randaugment_magnitude: float = 10.0
-    """RandAugment: their strength on big_vision's scale, where 10 is the strongest of the paper and more goes on."""
+    """RandAugment: strength on big_vision's scale, on which 10 is the paper's strongest; more is allowed."""
     eval_crop: Literal["center", "center_floor", "squash"] = "center"
-    """center: shorter side to `eval_resize` x `size`, then the central square, an odd margin divided as torchvision
-    (OpenAI, open_clip, timm) does; center_floor: as transformers does; squash: resize both sides."""
+    """Crop in evaluation. center: shorter side to `eval_resize` x `size`, then the central square, with odd margins
+    divided like torchvision (OpenAI, open_clip, timm); center_floor: like transformers; squash: resize both sides."""
     eval_resize: float = 1.0
     """Shorter side (squash: both sides) before the central crop, as a multiple of `size` (ImageNet's usual 256/224 is
     1.143)."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """How pictures are resized; with antialiasing, as Pillow does it."""
+    """Interpolation of resized images, with Pillow's antialiasing."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self, "data.image")
         require(self.size > 0, "data.image.size", self.size, "a positive number of pixels")
         low, high = self.scale
@@ -64,22 +64,23 @@ class ImageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """Where the words' tokenizer comes from: published files, or trained on the training source's own text."""
+    """The text tokenizer: from published files, or trained on the text of the training source."""
 
     kind: Literal["train-wordpiece", "train-bpe", "clip", "bert", "file"] = "train-wordpiece"
-    """clip: OpenAI's byte-pair encoding; bert: WordPiece from a `vocab.txt`; file: any `tokenizer.json`."""
+    """Kind of tokenizer. clip: OpenAI's byte-pair encoding; bert: WordPiece from a `vocab.txt`; file: any
+    `tokenizer.json`."""
     file: str | None = None
-    """clip: `bpe_simple_vocab_16e6.txt.gz` or `tokenizer.json` or a folder with `vocab.json` and `merges.txt`; bert:
-    `vocab.txt`; file: `tokenizer.json`."""
+    """Vocabulary. clip: `bpe_simple_vocab_16e6.txt.gz` or `tokenizer.json` or a folder with `vocab.json` and
+    `merges.txt`; bert: `vocab.txt`; file: `tokenizer.json`."""
     vocab_size: int = 4096
-    """Largest vocabulary when one is trained, special tokens included."""
+    """Maximum vocabulary size if the tokenizer is trained, including special tokens."""
     context_length: int = 77
-    """Tokens a text is cut or padded to, begin and end tokens included."""
+    """Number of tokens that texts are cut or padded to, including begin and end tokens."""
     answer_length: int = 10
-    """Tokens an answer to a question is cut or padded to, likewise."""
+    """Number of tokens that answers to questions are cut or padded to, including begin and end tokens."""
 
     def __post_init__(self):
-        """Checks that published kinds name a file."""
+        """Check that published kinds name a file."""
         check_types(self, "data.tokenizer")
         for name in ("context_length", "answer_length"):
             require(getattr(self, name) >= 3, f"data.tokenizer.{name}", getattr(self, name), "3 or more")
@@ -90,30 +91,30 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train and validate on. A source is one string: `scenes:train`, `digits:train`, `folder:DIR`,
+    """Training and validation data. A source is one string: `scenes:train`, `digits:train`, `folder:DIR`,
     `captions:FILE.jsonl`, `coco:FILE.json[:SPLIT]`, `nlvr:FILE.json`, `tars:GLOB`, `parquet:GLOB`,
     `tfds:NAME:SPLIT`, `vqa:PLACE`."""
 
     train: str = "scenes:train"
-    """Source of the training pictures."""
+    """Source of the training images."""
     val: str | None = "scenes:val"
-    """Source of the held-out pictures; None: no evaluation."""
+    """Source of the held-out images; None: no evaluation."""
     batch_size: int = 64
-    """Pictures a step, over all devices and hosts."""
+    """Images per step, over all devices and hosts."""
     questions: int = 1
-    """Questions asked of each of them, which is encoded once, where the source has questions. From 2 on the others
-    are drawn from those about the same picture."""
+    """Questions per image, if the source has questions; the image is encoded once. From 2 on the others are drawn from
+    the questions about the same image."""
     workers: int = 0
-    """Processes that decode pictures (0: threads of this process). The order of the data does not depend on it."""
+    """Processes that decode images (0: threads of this process). The order of the data does not depend on it."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data sets; without it `TFDS_DATA_DIR`, else TFDS's own default."""
+    """Folder of prepared TFDS data sets. Default: `TFDS_DATA_DIR`, else TFDS's default."""
     max_bad: float = 0.05
-    """A run stops when more than this share of the records it met was unreadable."""
+    """Share of unreadable records above which a run stops."""
     image: ImageConfig = field(default_factory=ImageConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self, "data")
         for name in ("batch_size", "questions"):
             require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "a positive number")
@@ -123,64 +124,64 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """Where the parameters come from before the first step."""
+    """Initial parameters: from a trained model, or random."""
 
     source: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """A trained model, as `jaxmm.load` takes it: a repository of the hub, a folder, a file, a run's work folder. Its
-    architecture, pixel statistics and vocabulary take the place of the recipe's; position tables are resized to
-    `data.image.size`, heads start anew at zero. None: everything starts anew."""
+    """A trained model, as `jaxmm.load` takes it: a Hugging Face repository, a folder, a file, the workdir of a run. Its
+    architecture, mean and std, and vocabulary replace the recipe's; position tables are resized to `data.image.size`,
+    and heads start at zero. None: all parameters are random."""
     revision: str | None = None
-    """The hub's, or of a work folder the number of a step."""
+    """Revision of the Hugging Face repository, or the step of a workdir's checkpoint."""
     skip: tuple[str, ...] = ()
-    """Regular expressions of parameter paths that start anew all the same."""
+    """Regular expressions of parameter paths that are initialised randomly anyway."""
 
     def __post_init__(self):
-        """Checks regular expressions."""
+        """Check regular expressions."""
         check_types(self, "init")
         check_patterns("init.skip", self.skip)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The whole training recipe of the parameters, built into one optax chain by `training.optimizer`."""
+    """The optimizer, its schedule and per-parameter rules; `training.optimizer` builds one optax chain from it."""
 
     name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
-    """muon: Muon for the matrices inside the layers, AdamW for the rest. It learns what a small ViT has to make up from
-    little data, such as shapes, in a fraction of AdamW's steps."""
+    """Optimizer. muon: Muon for the matrices inside the layers, AdamW for the rest; a small ViT learns from little data
+    in a fraction of AdamW's steps."""
     learning_rate: float = 1e-3
-    """Peak of the schedule."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "exponential", "rsqrt", "linear", "constant"] = "cosine"
     warmup: float = 0.05
     """Linear warm-up from 0: a count of steps, or below 1 a share of all steps."""
     cooldown: float = 0.0
     """Linear decay to 0 at the end (for rsqrt and constant): a count of steps, or below 1 a share of all steps."""
     final: float = 0.0
-    """Where cosine, linear and exponential end, as a share of the peak; exponential: above 0."""
+    """Final learning rate of cosine, linear and exponential as a share of the peak; exponential: above 0."""
     weight_decay: float = 0.0
     """Decoupled, multiplied by the learning rate (AdamW of torch and optax)."""
     decay: str = r"/(kernel|embedding)$"
-    """Regular expression of the parameter paths that weight decay touches; the rest (biases, norms, scales, class
-    tokens, position tables) is left alone."""
+    """Regular expression of the parameter paths with weight decay; the rest (biases, norms, scales, class tokens,
+    position tables) has none."""
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.9
-    """SGD's and Muon's momentum."""
+    """Momentum of SGD and Muon."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the first moment."""
+    """Type of the first moment."""
     clip: float | None = 1.0
-    """Largest global norm of the gradient; None: no clipping."""
+    """Maximum global norm of the gradient; None: no clipping."""
     layer_decay: float | None = None
-    """Layer-wise learning-rate decay: each layer learns this factor slower than the one above it (BEiT, MAE)."""
+    """Layer-wise learning-rate decay: the factor between a layer's learning rate and that of the next (BEiT, MAE)."""
     multipliers: tuple[tuple[str, float], ...] = ()
-    """(regular expression, factor) on the learning rate; the first that matches a path counts."""
+    """(regular expression, factor) pairs for the learning rate; the first that matches a path is used."""
     freeze: tuple[str, ...] = ()
-    """Regular expressions of parameter paths that stay as they are: no update, no moments, no decay."""
+    """Regular expressions of frozen parameter paths: no update, no moments, no decay."""
     average: float | None = None
-    """Decay of an exponential moving average of the parameters, kept beside them for evaluators; None: none."""
+    """Decay of an exponential moving average of the parameters, for evaluators; None: no average."""
 
     def __post_init__(self):
-        """Checks ranges and regular expressions."""
+        """Check ranges and regular expressions."""
         check_types(self, "optimizer")
         require(self.learning_rate >= 0, "optimizer.learning_rate", self.learning_rate, "0 or more")
         require(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more")
@@ -202,17 +203,17 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices are arranged. The product is the number of devices used."""
+    """Device mesh. The product of the axes is the number of devices used."""
 
     data: int = -1
-    """Copies of the model, each with its share of the batch; -1: all devices that the other axes leave."""
+    """Data parallelism: copies of the model; -1: all devices that the other axes leave."""
     fsdp: int = 1
-    """Shares into which parameters and optimizer state are cut; the batch is cut over them too."""
+    """FSDP: shards of parameters and optimizer state; the batch is sharded over them too."""
     tensor: int = 1
-    """Devices over which heads and hidden units of one layer are spread."""
+    """Tensor parallelism: shards of the heads and MLP hidden units of a layer."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self, "mesh")
         require(self.data > 0 or self.data == -1, "mesh.data", self.data, "a positive number, or -1 for the rest")
         for name in ("fsdp", "tensor"):
@@ -221,17 +222,17 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved and which saves are kept."""
+    """When checkpoints are saved and which ones are kept."""
 
     every: int = 500
-    """Steps between saves; the last step is always saved."""
+    """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     best: str | None = None
-    """A metric such as `val/top1`: the checkpoint where it was highest (a loss: lowest) is kept besides."""
+    """A metric such as `val/top1`: the checkpoint where it is highest (a loss: lowest) is kept too."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self, "checkpoint")
         require(self.every > 0, "checkpoint.every", self.every, "a positive number of steps")
         require(self.keep > 0, "checkpoint.keep", self.keep, "a positive number")
@@ -301,31 +302,31 @@ class TrainConfig:
     """One training run."""
 
     task: Task
-    """What is learned: the model and its objective."""
+    """The model and its objective."""
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run."""
     seed: int = 0
-    """Of everything random: parameters, order of the data, augmentation, dropout."""
+    """Seed of everything random: parameters, order of the data, augmentation, dropout."""
     microbatches: int = 1
-    """Cut each batch into this many parts, one after the other: less memory, the same gradient."""
+    """Number of sequential parts of each batch: less memory, the same gradient."""
     data: DataConfig = field(default_factory=DataConfig)
     init: InitConfig = field(default_factory=InitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evals: tuple[Evaluator, ...] = ()
-    """Measured on `data.val` every `eval_every` steps and at the end."""
+    """Evaluators that run every `eval_every` steps and at the end."""
     log_every: int = 20
     """Steps between lines of `metrics.jsonl`."""
     eval_every: int | None = None
     """Steps between evaluations; None: only at the end."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop the run, or skip the step and leave the state as it was."""
+    """Reaction to a loss or gradient that is not finite: stop the run, or skip the step and keep the state."""
     max_skips: int = 10
-    """With `skip`: give up after this many in a row."""
+    """Number of consecutive skipped steps after which the run stops."""
 
     def __post_init__(self):
-        """Checks ranges and that the microbatches divide the batch."""
+        """Check ranges, and that the microbatches divide the batch."""
         check_types(self)
         for name in ("steps", "microbatches", "log_every", "max_skips"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
@@ -346,13 +347,13 @@ RENAMED = {
     "jaxmm.evals.classification.Classification": "jaxmm.evals.accuracy.TopKAccuracy",
     "jaxmm.evals.vqa.VQAAccuracy": "jaxmm.evals.vqa_accuracy.VQAAccuracy",
 }
-"""Types that older versions wrote under another name."""
+"""Current names of types in configurations that older versions wrote."""
 RECIPE = "recipe_"
-"""Begin of the names under which recipe files are imported; the file's name follows."""
+"""Prefix of the module names of imported recipe files."""
 
 
 def to_dict(value: Any) -> Any:
-    """A configuration as plain JSON values; a dataclass becomes its fields and a `type`."""
+    """Convert a configuration to plain JSON values; a dataclass becomes its fields and a `type`."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": f"{type(value).__module__}.{type(value).__qualname__}"} | fields
@@ -398,12 +399,12 @@ def _find_type(name: Any, where: str) -> type:
 
 
 def save_config(config: TrainConfig, path: Path, **notes: Any) -> None:
-    """Writes `config` and `notes` (versions, devices) to `path` as JSON."""
+    """Write `config` and `notes` (versions, devices) to `path` as JSON."""
     path.write_text(json.dumps({"config": to_dict(config)} | notes, indent=2) + "\n")
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Reads what `save_config` wrote."""
+    """Read a configuration that `save_config` wrote."""
     return from_dict(json.loads(path.read_text())["config"], path)
 
 
@@ -418,7 +419,7 @@ def with_current_names(value: Any) -> Any:
 
 
 def differences(old: Any, new: Any, *, free: Sequence[str] = (), name: str = "") -> list[str]:
-    """What is another in `new` than in `old`, two JSON values, a line a field; those in `free` may be another."""
+    """List the differences between two JSON values, one line per field, except for the fields in `free`."""
     if name in free:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
