@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -337,6 +337,7 @@ class TrainConfig:
 
 RENAMED = {
     "jaxmm.models.med.MedConfig": "jaxmm.models.med_config.MedConfig",
+    "jaxmm.capfilt.select.Rule": "jaxmm.capfilt.selection.Rule",
     "jaxmm.generate.Decoding": "jaxmm.inference.generate.Decoding",
     "jaxmm.tasks.blip.BLIPPretraining": "jaxmm.tasks.blip_pretraining.BLIPPretraining",
     "jaxmm.tasks.caption.Captioning": "jaxmm.tasks.image_captioning.Captioning",
@@ -410,12 +411,21 @@ def load_config(path: Path) -> TrainConfig:
 
 def with_current_names(value: Any) -> Any:
     """Replace the types that older versions wrote by their names of today, in plain JSON values."""
+    return _with_types(value, RENAMED)
+
+
+def with_first_names(value: Any) -> Any:
+    """Replace types by the names that the oldest version wrote, in plain JSON values, so that digests stay the same."""
+    return _with_types(value, {new: old for old, new in reversed(RENAMED.items())})
+
+
+def _with_types(value: Any, names: Mapping[str, str]) -> Any:
     if isinstance(value, list):
-        return [with_current_names(item) for item in value]
+        return [_with_types(item, names) for item in value]
     if not isinstance(value, dict):
         return value
-    value = {key: with_current_names(item) for key, item in value.items()}
-    return value | {"type": RENAMED.get(value["type"], value["type"])} if isinstance(value.get("type"), str) else value
+    value = {key: _with_types(item, names) for key, item in value.items()}
+    return value | {"type": names.get(value["type"], value["type"])} if isinstance(value.get("type"), str) else value
 
 
 def differences(old: Any, new: Any, *, free: Sequence[str] = (), name: str = "") -> list[str]:

@@ -16,13 +16,13 @@ from rich.table import Table
 
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.html_report import write_report
-from jaxmm.capfilt.manifest import record_facts
+from jaxmm.capfilt.manifest import plain, record_facts
 from jaxmm.capfilt.merge import merge, merged_source
 from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import SHARD_RECORDS, begin, select, write_captions, write_scores
 from jaxmm.capfilt.synthetic_captions import NUCLEUS, CaptionOptions
 from jaxmm.checkpoints import whole_steps
-from jaxmm.config import InitConfig, TrainConfig, to_dict
+from jaxmm.config import InitConfig, TrainConfig
 from jaxmm.hosts.startup import barrier
 from jaxmm.inference.generate import Decoding
 from jaxmm.training.loop import train
@@ -83,7 +83,7 @@ def bootstrap(config: CapFiltConfig, out: Path, *, say: Callable[[str], Any] = p
     """
     for run in (config.pretrain, config.captioner, config.filter):
         learning_rate(run.optimizer, run.steps)      # a recipe that cannot run is refused before the first one runs
-    record_facts(out, free=("rounds",), **to_dict(config))
+    record_facts(out, free=("rounds",), **plain(config))
     state = Runs(out)
     data_dir = config.pretrain.data.data_dir
     both = f"{config.web} + {config.human_weight}*{config.human}"

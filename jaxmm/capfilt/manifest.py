@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.tables import digest
-from jaxmm.config import ConfigError, differences, to_dict
+from jaxmm.config import ConfigError, differences, to_dict, with_first_names
 from jaxmm.inference.model import Model
 from jaxmm.sharding import named_leaves
 
@@ -46,9 +46,14 @@ def record_facts(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict
     return known | facts
 
 
+def plain(config: Any) -> Any:
+    """Return a configuration as JSON values that stay the same in later versions."""
+    return with_first_names(to_dict(config))
+
+
 def model_digest(model: Model) -> str:
     """Return the digest of everything that determines a model's outputs: task, parameters, preprocessing, tokenizer."""
-    parts = [to_dict(model.task), to_dict(model.image)]
+    parts = [plain(model.task), plain(model.image)]
     if model.tokenizer is not None:
         parts.append(model.tokenizer.fingerprint)
     for name, leaf in named_leaves(model.params):

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from jaxmm import hosts
 from jaxmm.capfilt.image_batches import BATCH
-from jaxmm.capfilt.manifest import NAME, model_digest, read_manifest, record_facts
+from jaxmm.capfilt.manifest import NAME, model_digest, plain, read_manifest, record_facts
 from jaxmm.capfilt.scoring import check_filter, score_shard
 from jaxmm.capfilt.selection import Rule, cutoff, select_texts
 from jaxmm.capfilt.synthetic_captions import DEFAULTS, CaptionOptions, Done, caption_shard, check_captioner
 from jaxmm.capfilt.tables import Texts, digest, file_digest, made_from, read_texts, write_texts
-from jaxmm.config import ConfigError, require, to_dict
+from jaxmm.config import ConfigError, require
 from jaxmm.data.base import Source
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import shards
@@ -97,7 +97,7 @@ def begin(path: Path, web: str, human: str | None, *, size: int = SHARD_RECORDS,
 
 def write_captions(folder: Folder, captioners: Sequence[str], options: CaptionOptions = DEFAULTS) -> int:
     """Run the first stage and return how many shards this host wrote. `captioners` are what `jaxmm.load` takes."""
-    decoding = to_dict(options.decoding)
+    decoding = plain(options.decoding)
     facts = record_facts(folder.path, captioners=list(captioners), decoding=decoding, captions=options.captions,
                          seed=options.seed, prompt=options.prompt)
     mesh, models = local_mesh(), []
@@ -149,10 +149,10 @@ def select(folder: Folder, rule: Rule) -> int:
     least = rule.threshold
     if rule.quantile is not None:
         least = cutoff(rule, folder.tables(SCORES, ["key", "origin", rule.score]))
-    record_facts(folder.path, free=("rule", "least"), rule=to_dict(rule), least=least)
+    record_facts(folder.path, free=("rule", "least"), rule=plain(rule), least=least)
 
     def digest_of(shard: Shard, _) -> str:
-        return digest(VERSION, file_digest(folder.table(SCORES, shard)), to_dict(rule), least)
+        return digest(VERSION, file_digest(folder.table(SCORES, shard)), plain(rule), least)
 
     def write(shard: Shard, done: Done) -> Texts:
         texts = select_texts(read_texts(folder.table(SCORES, shard)), rule, least)
