@@ -10,6 +10,8 @@ from jaxmm.cli import main
 from jaxmm.config import ConfigError, MeshConfig
 from jaxmm.data.sources.registry import open_source
 from jaxmm.recipes import load_recipe
+from tests.capfilt.conftest import SAMPLED
+from tests.pretrained import tiny
 
 RECIPE = Path(__file__).parents[2] / "configs" / "capfilt_scenes.py"
 
@@ -42,6 +44,44 @@ def recipe(tmp_path_factory):
                    **{name: smaller(getattr(whole, name)) for name in ("pretrain", "captioner", "filter")})
 
 
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Stand-in for training that saves tiny models; a list of (folder, start of its weights, source trained on)."""
+    runs = []
+
+    def train(config, workdir):
+        runs.append((str(workdir.relative_to(tmp_path)), config.init.source, config.data.train))
+        {"captioner": tiny.captioner, "filter": tiny.matcher}.get(workdir.name, tiny.matcher)().save(workdir)
+        return {"val": len(runs)}
+
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "whole_steps", lambda checkpoints: [3])
+    return runs
+
+
+def test_each_run_starts_from_the_model_and_the_data_before_it(recipe, tmp_path, trained):
+    said: list[str] = []
+    recipe = replace(recipe, rounds=2, decoding=SAMPLED, captions=2)
+    metrics = bootstrap(recipe, tmp_path, say=said.append)
+    first, both = tmp_path / "pretrain", f"{recipe.web} + 2*{recipe.human}"
+    new = [f"tfds:{tmp_path}/round-{i}/data/merged:web + 2*tfds:{tmp_path}/round-{i}/data/merged:human" for i in (1, 2)]
+    assert trained == [
+        ("pretrain", None, both),
+        ("round-1/captioner", str(first), recipe.human), ("round-1/filter", str(first), recipe.human),
+        ("round-1/model", None, new[0]),
+        ("round-2/captioner", f"{tmp_path}/round-1/model", recipe.human),
+        ("round-2/filter", f"{tmp_path}/round-1/model", recipe.human), ("round-2/model", None, new[1])]
+    assert metrics == {name: {"val": i + 1} for i, (name, *_) in enumerate(trained)} and len(said) == 9
+    for i in (1, 2):
+        data = tmp_path / f"round-{i}" / "data"
+        assert 0 < len(open_source(f"tfds:{data}/merged:web")) <= 80 and (data / "report.html").exists()
+        assert len(open_source(f"tfds:{data}/merged:human")) == 16
+    assert bootstrap(recipe, tmp_path) == metrics and len(trained) == 7
+    with pytest.raises(ConfigError, match=r"holds a run of something else.*\n  rule.quantile was 0.3 and is 0.4"):
+        bootstrap(replace(recipe, rule=replace(recipe.rule, quantile=0.4)), tmp_path)
+
+
+@pytest.mark.long
 def test_two_rounds_and_what_is_done_is_not_done_again(recipe, tmp_path, monkeypatch):
     """The second round with the models of the first, so that no more is trained than says something."""
     said: list[str] = []

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,13 @@ def test_what_is_done_is_not_done_again(finished, data, models, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
 
 
+def test_types_are_recorded_by_their_first_names(finished):
+    """Folders and digests of versions with other module names stay valid."""
+    manifest = finished[0].manifest
+    assert manifest["decoding"]["type"] == "jaxmm.generate.Decoding"
+    assert manifest["rule"]["type"] == "jaxmm.capfilt.select.Rule"
+
+
 def test_another_rule_asks_no_model(finished, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(finished[0].path, out)
@@ -195,22 +203,49 @@ def process(out, data, models, **environment):
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | {name: str(value) for name, value in environment.items()})
 
 
-def test_killed_again_and_again_it_ends_as_if_undisturbed(finished, tmp_path, data, models):
-    """Every process dies at its seventh write that counts, whatever the stage."""
-    out, deaths = tmp_path / "out", 0
-    while (ended := process(out, data, models, KILLED_AT=7)).wait() == -signal.SIGKILL:
-        deaths += 1
-        assert deaths < 20
-    assert ended.returncode == 0, ended.stderr.read()
-    assert deaths >= 5 and contents(out) == contents(finished[0].path)
+class Stopped(BaseException):
+    """Ends a run at a write, as a kill does."""
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("at, least", [(3, 10), (7, 5)])
+def test_stopped_again_and_again_it_ends_as_if_undisturbed(finished, tmp_path, data, models, monkeypatch, at, least):
+    """Every run ends at its third (seventh) write to disk, whatever the stage."""
+    out, writes, fsync, load = tmp_path / "out", 0, os.fsync, cache(jaxmm.load)
+
+    def counted(file):
+        nonlocal writes
+        fsync(file)
+        writes += 1
+        if writes == at:
+            raise Stopped
+
+    monkeypatch.setattr(os, "fsync", counted)
+    monkeypatch.setattr(stages, "load", lambda name, mesh: load(name))
+    stops = 0
+    while stops < 100:
+        writes = 0
+        try:
+            run(out, data, models)
+            break
+        except Stopped:
+            stops += 1
+    assert stops >= least and contents(out) == contents(finished[0].path)
+
+
+def test_killed_it_goes_on(finished, tmp_path, data, models):
+    """The process is killed at its seventeenth write to disk, among the scores."""
+    killed = process(tmp_path / "out", data, models, KILLED_AT=17)
+    assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
+    assert run(tmp_path / "out", data, models)[1][0] == 0
+    assert contents(tmp_path / "out") == contents(finished[0].path)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_several_processes_write_the_same_bytes(finished, tmp_path, data, models, count):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     started = [process(tmp_path / "out", data, models, HOSTS=count, HOST=i, ADDRESS=address) for i in range(count)]
-    for each in started:
-        assert each.wait(timeout=240) == 0, each.stderr.read()
+    for host in started:
+        assert host.wait(timeout=240) == 0, host.stderr.read()
     assert contents(tmp_path / "out") == contents(finished[0].path)

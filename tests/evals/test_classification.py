@@ -1,10 +1,12 @@
 import numpy as np
+import pytest
 
 from jaxmm.evals import PredictionExample, TopKAccuracy
 from tests.evals.conftest import CLASSES, MemorySource, numpy_outputs
 
 
-def test_against_numpy_on_any_mesh_with_a_broken_picture(mesh, context, params, pictures):
+@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True, ids=str)
+def test_against_numpy_over_devices_with_a_broken_image(mesh, context, params, pictures):
     images, labels = list(pictures(21)), tuple(np.random.default_rng(3).integers(0, CLASSES, 21).tolist())
     images[4] = b"not a picture"
     source = MemorySource(tuple(images), labels=labels, classes=tuple("abcdefg"))

@@ -57,6 +57,7 @@ def test_features_that_are_not_finite_are_not_scored():
     assert np.isnan(probe(np.full_like(x, np.inf), y, x, y, c=(1.0,), max_iter=10))
 
 
+@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True, ids=str)
 def test_both_read_frozen_features_of_the_two_sources(mesh, context, params, pictures):
     rng = np.random.default_rng(9)
     train, held_out = (MemorySource(pictures(n, n), labels=tuple(rng.integers(0, 3, n).tolist()), classes=tuple("abc"))

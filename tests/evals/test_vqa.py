@@ -57,46 +57,52 @@ def context(source, **fields):
                        tokenizer=tiny.TOKENIZER, **fields)
 
 
+def answers(**options):
+    """Return the model's answers, in the evaluator's batches of four, so that one program does for both."""
+    images, answer = tiny.pictures(5), tiny.answerer().answer
+    return [*answer(images[:4], QUESTIONS[:4], **options), answer(images[1:], QUESTIONS[1:], **options)[-1]]
+
+
 def test_chosen_from_a_list(source, tmp_path):
     (tmp_path / "answers.txt").write_text("\n".join([*CHOICES, "", "red"]))
-    evaluator = VQAAccuracy(answers=str(tmp_path / "answers.txt"), batch_size=2, examples=2)
-    seen = context(source)
-    got = dict(evaluator.run(seen))
-    found = tiny.answerer().answer(tiny.pictures(5), QUESTIONS, choices=CHOICES, top=3)
-    want = np.mean([accuracy_of(found[i][0][0], source.answers[i]) for i in range(4)])
-    assert got == {"val/vqa_accuracy": pytest.approx(want)} and tuple(got) == evaluator.metrics(seen)
-    assert [(each.truth, [text for text, _ in each.predictions]) for each in seen.examples] == [
-        ("a small red? — red", [text for text, _ in found[0]]), ("large? — ", [text for text, _ in found[4]])]
-    seen = context(source, train=source)
-    assert VQAAccuracy().choices(seen) == ["red", "a star", "two hearts", "blue"]
-    assert VQAAccuracy(limit=2).choices(seen) == ["red", "a star"]
-    some = dict(VQAAccuracy(batch_size=2, questions=2, examples=0).run(seen))
+    evaluator = VQAAccuracy(answers=str(tmp_path / "answers.txt"), batch_size=4, examples=2)
+    run = context(source)
+    got = dict(evaluator.run(run))
+    answered = answers(choices=CHOICES, top=3)
+    want = np.mean([accuracy_of(answered[i][0][0], source.answers[i]) for i in range(4)])
+    assert got == {"val/vqa_accuracy": pytest.approx(want)} and tuple(got) == evaluator.metrics(run)
+    assert [(example.truth, [text for text, _ in example.predictions]) for example in run.examples] == [
+        ("a small red? — red", [text for text, _ in answered[0]]), ("large? — ", [text for text, _ in answered[4]])]
+    run = context(source, train=source)
+    assert VQAAccuracy().choices(run) == ["red", "a star", "two hearts", "blue"]
+    assert VQAAccuracy(limit=2).choices(run) == ["red", "a star"]
+    some = dict(VQAAccuracy(batch_size=4, questions=2, examples=0).run(run))
     assert some["val/vqa_accuracy"] == pytest.approx(
-        np.mean([accuracy_of(found[i][0][0], source.answers[i]) for i in range(2)]))
+        np.mean([accuracy_of(answered[i][0][0], source.answers[i]) for i in range(2)]))
 
 
 def test_written_freely(source):
     decoding = Decoding(beams=2, max_length=6)
-    seen = context(source)
-    found = tiny.answerer().answer(tiny.pictures(5), QUESTIONS, decoding=decoding, top=2)
-    known = replace(source, answers=[(found[0][0][0],), ("x",), *source.answers[2:]])
-    got = dict(VQAAccuracy(answers=None, decoding=decoding, batch_size=4, examples=1).run(replace(seen, val=known)))
-    assert normalise_answer(found[0][0][0]) and got["val/vqa_accuracy"] == pytest.approx(
-        np.mean([accuracy_of(found[i][0][0], known.answers[i]) for i in range(4)]))
+    run = context(source)
+    answered = answers(decoding=decoding, top=2)
+    known = replace(source, answers=[(answered[0][0][0],), ("x",), *source.answers[2:]])
+    got = dict(VQAAccuracy(answers=None, decoding=decoding, batch_size=4, examples=1).run(replace(run, val=known)))
+    assert normalise_answer(answered[0][0][0]) and got["val/vqa_accuracy"] == pytest.approx(
+        np.mean([accuracy_of(answered[i][0][0], known.answers[i]) for i in range(4)]))
     assert got["val/vqa_accuracy"] >= 0.25
 
 
 def test_what_cannot_be_measured(source, tmp_path):
     (tmp_path / "none.txt").write_text("\n \n")
-    seen = context(source)
+    run = context(source)
     captions = MemorySource(images=tuple(tiny.pictures(2)), captions=(("a",), ("b",)))
-    captioner = replace(seen, task=tiny.CAPTIONER, params=tiny.captioner().params)
+    captioner = replace(run, task=tiny.CAPTIONER, params=tiny.captioner().params)
     for evaluator, where, message in (
             (VQAAccuracy(answers=None), captioner,
              "VQAAccuracy needs a task that answers questions; Captioning .*writes captions"),
             (VQAAccuracy(answers=None), context(captions), "source is 'memory'; wanted questions with answers"),
-            (VQAAccuracy(), seen, "answers is 'train'; wanted a run that trains on questions"),
-            (VQAAccuracy(answers=str(tmp_path / "none.txt")), seen, "one answer a line; it has none"),
-            (VQAAccuracy(answers=str(tmp_path / "no.txt")), seen, "no.txt': No such file")):
+            (VQAAccuracy(), run, "answers is 'train'; wanted a run that trains on questions"),
+            (VQAAccuracy(answers=str(tmp_path / "none.txt")), run, "one answer a line; it has none"),
+            (VQAAccuracy(answers=str(tmp_path / "no.txt")), run, "no.txt': No such file")):
         with pytest.raises(ConfigError, match=message):
             evaluator.check(where)

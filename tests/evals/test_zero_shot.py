@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from jaxmm.evals import ZeroShot
 from jaxmm.evals.zero_shot import class_embeddings
@@ -12,6 +13,7 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
+@pytest.mark.parametrize("mesh", [(2, 2, 2)], indirect=True, ids=str)
 def test_against_numpy(mesh, context, params, pictures):
     labels = tuple(np.random.default_rng(4).integers(0, 7, 13).tolist())
     source = MemorySource(pictures(13), labels=labels, classes=NAMES)
