@@ -24,6 +24,8 @@ from jaxmm.config import (
     load_config,
     save_config,
     to_dict,
+    with_current_names,
+    with_first_names,
 )
 from jaxmm.models.vit import vit
 from jaxmm.tasks.image_classification import Classification
@@ -198,3 +200,10 @@ def test_every_field_is_frozen_and_by_name_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MeshConfig().data = 3
     assert issubclass(configs.ConfigError, ValueError)
+
+
+def test_old_and_new_names_of_types_are_one_to_one():
+    old = [{"type": name, "inner": [{"type": "own.Task"}]} for name in configs.RENAMED]
+    new = with_current_names(old)
+    assert [value["type"] for value in new] == list(configs.RENAMED.values())
+    assert with_first_names(new) == old and with_current_names(new) == new
