@@ -94,11 +94,12 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
-    """Import a public name from its module."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'jaxmm' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"jaxmm.{_HOME[name]}"), name)
+if not TYPE_CHECKING:  # type checkers report unknown names
+    def __getattr__(name: str):
+        """Import a public name from its module."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'jaxmm' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"jaxmm.{_HOME[name]}"), name)
 
 
 def __dir__():
