@@ -31,7 +31,7 @@ def test_load_touches_no_device():
 def test_type_checkers_see_the_public_names():
     tree = ast.parse(Path(jaxmm.__file__).read_text())
     imports = {(node.module, alias.name, alias.asname) for branch in tree.body if isinstance(branch, ast.If)
-               for node in branch.body for alias in node.names}
+               for node in branch.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert imports == {(f"jaxmm.{module}", name, name) for name, module in jaxmm._HOME.items()}
     assert (Path(jaxmm.__file__).parent / "py.typed").exists()
 
