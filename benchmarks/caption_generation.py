@@ -144,9 +144,9 @@ def prepare(folder: Path) -> int:
     task = Captioning(model=replace(model, text=replace(model.text, encoder=False)))
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: 3 * leaf if path[-1].key == "kernel" else leaf, jax.jit(task.init)(jax.random.key(0)))
-    made = Model(task=task, params=params, image=ImageConfig(size=SIDE, eval_crop="squash"))
+    made = Model(task=task, params=params, preprocessing=ImageConfig(size=SIDE, eval_crop="squash"))
     made.save(folder, format="transformers")
-    return 4 * made.parameters
+    return 4 * made.num_parameters
 
 
 def agreed(workers: dict[str, Worker], request: str) -> None:

@@ -52,7 +52,7 @@ def prepare(folder: Path, count: int) -> None:
              "filter": BLIPPretraining(model=replace(full, text=replace(full.text, decoder=False)))}
     for seed, (name, task) in enumerate(tasks.items()):
         Model(task=task, params=jax.jit(task.init)(jax.random.key(seed)), tokenizer=tokenizer,
-              image=ImageConfig(size=SIDE, eval_crop="squash")).save(folder / name, format="transformers")
+              preprocessing=ImageConfig(size=SIDE, eval_crop="squash")).save(folder / name, format="transformers")
     rng, lines = np.random.default_rng(0), []
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)

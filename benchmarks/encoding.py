@@ -97,7 +97,8 @@ def prepare(args, folder: Path) -> None:
     (folder / "work.json").write_text(json.dumps({"pictures": pictures[::step][:args.count], "texts": texts}))
     task = ContrastiveLearning(model=clip("ViT-B-32", activation="quick_gelu"))
     tokenizer = make_tokenizer(TokenizerConfig(kind="clip", file=args.merges))
-    Model(task=task, params=jax.jit(task.init)(jax.random.key(0)), image=ImageConfig(), tokenizer=tokenizer).save(
+    params = jax.jit(task.init)(jax.random.key(0))
+    Model(task=task, params=params, preprocessing=ImageConfig(), tokenizer=tokenizer).save(
         folder / "model", format="transformers")
 
 

@@ -74,9 +74,9 @@ def write(name: str, folder: Path) -> int:
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) * np.float32(0.02),
                           jax.eval_shape(task.init, jax.random.key(0)))
-    model = Model(task=task, params=params, image=ImageConfig(size=task.model.vision.image_size))
+    model = Model(task=task, params=params, preprocessing=ImageConfig(size=task.model.vision.image_size))
     model.save(folder, format="transformers")
-    return 4 * model.parameters
+    return 4 * model.num_parameters
 
 
 def main():

@@ -121,7 +121,7 @@ def prepare(folder: Path) -> None:
     model = blip("base", image_size=SIDE, temperature=None)
     task = BLIPPretraining(model=replace(model, text=replace(model.text, decoder=False)))
     params = jax.jit(task.init)(jax.random.key(0))
-    Model(task=task, params=params, image=ImageConfig(size=SIDE, eval_crop="squash")).save(
+    Model(task=task, params=params, preprocessing=ImageConfig(size=SIDE, eval_crop="squash")).save(
         folder, format="transformers")
 
 

@@ -53,7 +53,7 @@ def plain(config: Any) -> Any:
 
 def model_digest(model: Model) -> str:
     """Return the digest of everything that determines a model's outputs: task, parameters, preprocessing, tokenizer."""
-    parts = [plain(model.task), plain(model.image)]
+    parts = [plain(model.task), plain(model.preprocessing)]
     if model.tokenizer is not None:
         parts.append(model.tokenizer.fingerprint)
     for name, leaf in named_leaves(model.params):

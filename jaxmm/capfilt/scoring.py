@@ -14,8 +14,8 @@ from jaxmm.capfilt.synthetic_captions import Done
 from jaxmm.capfilt.tables import Texts
 from jaxmm.config import require
 from jaxmm.data.base import DataError, Source
-from jaxmm.inference.batching import predict_fn
-from jaxmm.inference.matching import make_image_encoder, match_pairs, power_of_two
+from jaxmm.inference.batching import power_of_two, predict_fn
+from jaxmm.inference.matching import make_image_encoder, match_pairs
 from jaxmm.inference.model import Model
 from jaxmm.task import capabilities
 

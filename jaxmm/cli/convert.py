@@ -22,4 +22,4 @@ def convert(
     """
     model = load_model(source, revision=revision, tokenizer=tokenizer, dtype=dtype)
     model.save(dest, format=to)
-    print(f"{dest}: {model.parameters:,} parameters for {to}")
+    print(f"{dest}: {model.num_parameters:,} parameters for {to}")

@@ -1,7 +1,7 @@
 """Rank given texts by their likelihood under a decoder: answers to a question about an image, or captions."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.compiling import compile_prediction
 from jaxmm.data.tokenizers import Tokenizer
+from jaxmm.inference.batching import outputs, pad_to_power_of_two
 from jaxmm.inference.captioning import prompt_tokens
 from jaxmm.inference.generate import Decoding
 from jaxmm.losses.language_modeling import token_losses
@@ -98,3 +99,21 @@ def candidate_tokens(tokenizer: Tokenizer, choices: Sequence[str], decoder: Deco
     tokens = tokenizer.at_length(room + 1)(choices)[:, 1:]
     tokens = tokens[:, :1 + np.flatnonzero((tokens != tokenizer.pad_id).any(axis=0)).max()]
     return np.concatenate([np.repeat(start, len(tokens), axis=0), tokens], axis=1), start.shape[1]
+
+
+def choose_texts(
+    task: Task, params: Any, batches: Iterable[Mapping], tokenizer: Tokenizer, choices: Sequence[str], *, prompt: str,
+    top: int, shortlist: int, mesh: Mesh | None,
+) -> list[list[tuple[str, float]]]:
+    """Return the `top` likeliest (choice, log-probability) for each row of the batches (see `rank`), best first.
+
+    Raise `ValueError` for numbers that are not positive, or choices that are none.
+    """
+    if top < 1 or shortlist < 1:
+        raise ValueError(f"top is {top} and shortlist {shortlist}; wanted positive numbers")
+    candidates, given = candidate_tokens(tokenizer, choices, task.decoder, prompt)
+    ranked = partial(make_rank_fn(task, given, top, shortlist, 0.0, mesh), candidates=candidates)
+    padded = (pad_to_power_of_two(batch, mesh) for batch in batches)
+    return [[(choices[i], float(score)) for i, score in zip(*row, strict=True)]
+            for result, _ in outputs(ranked, params, padded, mesh)
+            for row in zip(result["index"], result["score"], strict=True)]

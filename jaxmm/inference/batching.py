@@ -26,7 +26,7 @@ def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
 
 
 def padded_batch_size(batch_size: int, mesh: Mesh | None) -> int:
-    """`batch_size` rounded up to a multiple of the devices that share a batch."""
+    """Return `batch_size` rounded up to a multiple of the devices that share a batch."""
     parts = math.prod(mesh.shape[a] for a in _batch_axes(mesh)) if mesh is not None else 1
     return -(-batch_size // parts) * parts
 
@@ -58,37 +58,46 @@ def predict_fn(task: Task, names: tuple[str, ...], mesh: Mesh | None) -> Callabl
 
 def outputs(fn: Callable, params: Any, batches: Iterable[Mapping], mesh: Mesh | None
             ) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
-    """(predictions, batch) for each of `batches`, both without the rows that `mask` leaves out.
+    """Yield (outputs of `fn`, batch) for each batch, both without the rows whose `mask` is False.
 
-    One batch is computed while the next is prepared. Arrays that `picture_batches` laid out over several hosts are left
-    out of what comes back.
+    One batch is computed while the next is prepared. Arrays that are sharded over several hosts are left out.
     """
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
     several = mesh is not None and not sharding.is_fully_addressable
 
-    def real(result, batch):
+    def to_host(result, batch):
         hosts.heartbeat("evaluating", blocking=True)
-        return tuple({k: np.asarray(v)[batch["mask"]] for k, v in arrays.items() if _is_here(v)}
+        return tuple({k: np.asarray(v)[batch["mask"]] for k, v in arrays.items() if _is_local(v)}
                      for arrays in (result, batch))
 
-    def placed(value):
+    def to_device(value):
         if several:
-            return put_global(np.asarray(value), sharding) if _is_here(value) else value
+            return put_global(np.asarray(value), sharding) if _is_local(value) else value
         return jax.device_put(value, sharding)
 
     pending = None
     for batch in batches:
         hosts.heartbeat("evaluating")
-        current = fn(params, {k: placed(batch[k]) for k in INPUTS if k in batch}), batch
+        current = fn(params, {k: to_device(batch[k]) for k in INPUTS if k in batch}), batch
         if pending is not None:
-            yield real(*pending)
+            yield to_host(*pending)
         pending = current
     if pending is not None:
-        yield real(*pending)
+        yield to_host(*pending)
 
 
-def _is_here(value: Any) -> bool:
+def _is_local(value: Any) -> bool:
     return not isinstance(value, jax.Array) or value.is_fully_addressable or value.is_fully_replicated
+
+
+def predict(task: Task, name: str, params: Params, batches: Iterable[Mapping], shapes: Mapping[str, Any],
+            mesh: Mesh | None) -> np.ndarray:
+    """Return `predictions(task)[name]` of all batches, concatenated; `shapes` of a batch matter if there are none."""
+    results = [result[name] for result, _ in outputs(predict_fn(task, (name,), mesh), params, batches, mesh)]
+    if results:
+        return np.concatenate(results)
+    row = jax.eval_shape(predictions(task)[name], params, shapes)
+    return np.zeros((0, *row.shape[1:]), np.float32)
 
 
 def decode_ahead(items: Iterable[Any], decode: Callable[[Any], Any], ahead: int) -> Iterator[tuple[Any, Future]]:
@@ -107,3 +116,13 @@ def pad_batch(batch: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarra
     count = len(next(iter(batch.values())))
     padded = {name: np.concatenate([rows, np.repeat(rows[-1:], size - count, axis=0)]) for name, rows in batch.items()}
     return padded | {"mask": np.arange(size) < count}
+
+
+def power_of_two(count: int) -> int:
+    """Return the next power of two, from `count` on."""
+    return 1 << (count - 1).bit_length()
+
+
+def pad_to_power_of_two(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, np.ndarray]:
+    """Return `batch` padded by `pad_batch`, so that batches of any size need only a few compiled programs."""
+    return pad_batch(batch, padded_batch_size(power_of_two(len(next(iter(batch.values())))), mesh))

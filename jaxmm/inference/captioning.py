@@ -1,6 +1,6 @@
 """Compiled functions that write captions and answers, and the attention maps of what was written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxmm.compiling import compile_prediction
 from jaxmm.data.tokenizers import Tokenizer
+from jaxmm.inference.batching import outputs, pad_to_power_of_two
 from jaxmm.inference.generate import Decoding, generate
 from jaxmm.task import Decoder, Task
 from jaxmm.tasks.image_captioning import prompt_ids
@@ -75,3 +76,32 @@ def word_attention_maps(tokenizer: Tokenizer, tokens: np.ndarray, attention: np.
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, decoder: Decoder) -> np.ndarray:
     """Return [1 p]: the decoder's start token, then the tokens of `prompt`."""
     return np.asarray([[decoder.start_id, *prompt_ids(tokenizer, prompt)]], np.int32)
+
+
+def write_texts(
+    task: Task, params: Any, batches: Iterable[Mapping], tokenizer: Tokenizer, *, prompt: str, decoding: Decoding,
+    top: int, seed: int, mesh: Mesh | None,
+) -> list[list[tuple[str, float]]]:
+    """Return the `top` best (text without `prompt`, score) for each row of the batches, best first.
+
+    Raise `ValueError` if there are fewer beams, or no room for a text behind the prompt.
+    """
+    if not 0 < top <= decoding.beams:
+        raise ValueError(f"top is {top}; wanted 1 to decoding.beams = {decoding.beams}")
+    start = prompt_tokens(tokenizer, prompt, task.decoder)
+    given = start.shape[1]
+    if given >= decoding.max_length:
+        raise ValueError(f"the prompt has {given} tokens; decoding.max_length = {decoding.max_length} leaves no room "
+                         "behind it")
+
+    def padded():
+        row = 0
+        for batch in batches:
+            count = len(batch["image"])
+            yield pad_to_power_of_two(batch | {"prompt": np.repeat(start, count, axis=0),
+                                               "row": np.arange(row, row + count, dtype=np.int32)}, mesh)
+            row += count
+
+    return [[(tokenizer.decode(ids[given:]), float(score)) for ids, score in zip(tokens[:top], scores, strict=False)]
+            for result, _ in outputs(make_caption_fn(task, decoding, seed, mesh), params, padded(), mesh)
+            for tokens, scores in zip(result["tokens"], result["score"], strict=True)]

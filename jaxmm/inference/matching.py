@@ -4,7 +4,7 @@ An image is encoded once for all of its texts, and the keys and values of its to
 them. Texts of similar length are batched together, cut behind their last token.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from jaxmm.compiling import compile_prediction
-from jaxmm.inference.batching import outputs, padded_batch_size
+from jaxmm.inference.batching import outputs, pad_to_power_of_two, padded_batch_size, power_of_two
 from jaxmm.task import Task
 
 TEXTS = 8
@@ -80,11 +80,6 @@ def pair_batches(
                    "mask": np.arange(start, start + size) < len(rows)}
 
 
-def power_of_two(count: int) -> int:
-    """Return the next power of two, from `count` on. Batches padded to it need only a few compiled programs."""
-    return 1 << (count - 1).bit_length()
-
-
 def match_pairs(
     task: Task, params: Any, image_tokens: Float[np.ndarray, "n s c"], tokens: Int[np.ndarray, "m t"],
     image: Int[np.ndarray, "p"], text: Int[np.ndarray, "p"], mesh: Mesh | None,
@@ -100,3 +95,17 @@ def match_pairs(
         valid = batch["pair"] >= 0
         logits[batch["pair"][valid]] = result["match"][valid]
     return logits
+
+
+def match_probabilities(task: Task, params: Any, batches: Iterable[Mapping], tokens: Int[np.ndarray, "m t"],
+                        mesh: Mesh | None) -> Float[np.ndarray, "n m"]:
+    """Return the probability that image and text belong together, of every image in `batches` with every text."""
+    from scipy.special import expit  # a third of a second that the other functions do without
+
+    padded, parts = (pad_to_power_of_two(batch, mesh) for batch in batches), [np.zeros((0, len(tokens)), np.float32)]
+    for result, _ in outputs(make_image_encoder(task, mesh), params, padded, mesh):
+        shape = len(result["image_tokens"]), len(tokens)
+        image, text = (index.ravel() for index in np.indices(shape))
+        logits = match_pairs(task, params, result["image_tokens"], tokens, image, text, mesh)
+        parts.append(expit(logits[:, 1] - logits[:, 0]).reshape(shape))
+    return np.concatenate(parts)

@@ -1,13 +1,11 @@
-"""A model with its own preprocessing and words: `jaxmm.load`, and what is done with what it returns."""
+"""A model with its preprocessing and tokenizer: `jaxmm.load`, and what can be done with the model that it returns."""
 
-import itertools
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,12 @@ from jaxmm.data.sources.nlvr import cleaned
 from jaxmm.data.sources.vqa import clean_question
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
-from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, make_rank_fn
-from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn, predictions
-from jaxmm.inference.captioning import CAPTIONS, make_caption_fn, prompt_tokens
+from jaxmm.inference.answering import ANSWERS, SHORTLIST, choose_texts
+from jaxmm.inference.batching import decode_ahead, pad_to_power_of_two, predict
+from jaxmm.inference.captioning import CAPTIONS, write_texts
 from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts
 from jaxmm.inference.generate import Decoding
-from jaxmm.inference.matching import make_image_encoder, match_pairs, power_of_two
+from jaxmm.inference.matching import match_probabilities
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.registry import Format, open_checkpoint, save_checkpoint
 from jaxmm.sharding import with_shardings
@@ -36,312 +34,265 @@ from jaxmm.task import Task, capabilities
 
 log = logging.getLogger(__name__)
 
-Picture = str | Path | Image.Image | np.ndarray
-"""A file, a PIL picture, or uint8 [h, w, 3]."""
-OnError = Callable[[Picture, Exception], None]
+ImageLike = str | Path | Image.Image | np.ndarray
+"""A file, a PIL image, or an array uint8 [h, w, 3]."""
+Images = ImageLike | Iterable[ImageLike]
+"""One image or several; an array [n, h, w, 3] is n images."""
+Batches = Iterator[dict[str, np.ndarray]]
+OnError = Callable[[ImageLike, Exception], None]
 ROUNDED = 16
-"""Tokens: texts are cut to multiples of it."""
+"""Tokens: texts are cut to multiples of it, so that there are few lengths."""
 BATCH = 64
-"""Pictures or texts that the device sees at once, at most. Fewer are filled up to a power of two, so that batches of
-any length meet a handful of compiled programs."""
+"""Most images or texts that the device computes at once. Fewer are padded to a power of two, so that batches of any
+length need only a few compiled programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """Parameters, the task whose records hold the pure functions that use them, the preprocessing and the tokenizer."""
+    """Parameters, the task whose records hold the pure functions that use them, the preprocessing and the tokenizer.
+
+    The methods take one image or text, or several, and return one row for each. An image that cannot be read raises
+    `BadImage` or `OSError`; methods with `on_error` hand it to that function instead, and leave it out.
+    """
 
     task: Task
     params: Any = field(repr=False)
-    image: ImageConfig
+    preprocessing: ImageConfig
     tokenizer: Tokenizer | None = field(default=None, repr=False)
     labels: tuple[str, ...] | None = None
     """Names of the classes of a classification head."""
     notes: tuple[str, ...] = ()
-    """What to know of the checkpoint it came from."""
+    """Remarks on the checkpoint that the model was loaded from."""
     mesh: Mesh | None = None
 
     @property
-    def config(self):
-        """The architecture: a `ViTConfig`, a `CLIPConfig` or a `BLIPConfig`."""
+    def config(self) -> Any:
+        """The architecture, such as a `ViTConfig`, a `CLIPConfig` or a `BLIPConfig`."""
         return self.task.model
 
     @property
-    def module(self):
-        """The Flax module, a pure function: `module.apply({"params": params}, image, ..., train=False)`."""
+    def module(self) -> Any:
+        """The Flax module, for `module.apply({"params": params}, task.pixels(images), ..., train=False)`."""
         return self.task.module
 
     @property
-    def parameters(self) -> int:
-        """How many numbers the parameters are."""
+    def num_parameters(self) -> int:
+        """Number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
-    def prepare(self, picture: Picture) -> UInt8[np.ndarray, "size size 3"]:
-        """One picture as the model was trained to see it. Raises `BadImage` or `OSError` for one that cannot be read.
-        """
-        if isinstance(picture, (str, Path)):
-            picture = Path(picture).read_bytes()
-        image = picture.convert("RGB") if isinstance(picture, Image.Image) else decode(picture)
+    def prepare(self, image: ImageLike) -> UInt8[np.ndarray, "size size 3"]:
+        """Decode and resize one image as the model expects it."""
+        if isinstance(image, (str, Path)):
+            image = Path(image).read_bytes()
+        image = image.convert("RGB") if isinstance(image, Image.Image) else decode(image)
         size = self.task.image_size
-        return eval_image(image, self.image)[:size, :size]  # what is left of a patch at the borders is not read
+        return eval_image(image, self.preprocessing)[:size, :size]  # part of a patch at the border is not read
 
-    def preprocess(self, pictures: Sequence[Picture]) -> UInt8[np.ndarray, "b size size 3"]:
-        """Pictures as the model was trained to see them. Raises `BadImage` for one that cannot be decoded."""
+    def preprocess(self, images: Images) -> UInt8[np.ndarray, "b size size 3"]:
+        """Decode and resize images as the model expects them; `task.pixels` then normalises them."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return np.stack(list(pool.map(self.prepare, pictures)))
+            return np.stack(list(pool.map(self.prepare, as_images(images))))
 
-    def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "b t"]:
-        """Texts as token ids, cut and padded as the model was trained to read them."""
+    def tokenize(self, texts: str | Sequence[str]) -> Int32[np.ndarray, "b t"]:
+        """Return texts as token ids, cut and padded as the model expects them."""
         if self.tokenizer is None:
             raise FileError("this model has no vocabulary; put bpe_simple_vocab_16e6.txt.gz, tokenizer.json, or "
                             "vocab.json with merges.txt beside its weights, or name one: load(..., tokenizer=FILE)")
-        return self.tokenizer(texts)
+        return self.tokenizer(as_texts(texts))
 
-    def encode_image(self, pictures: Iterable[Picture], *, on_error: OnError | None = None
-                     ) -> Float[np.ndarray, "b e"]:
-        """Pictures in the shared space at length 1; of a classifier, its pooled features as they are.
+    def encode_image(self, images: Images, *, on_error: OnError | None = None) -> Float[np.ndarray, "b e"]:
+        """Return image embeddings of length 1; of a model that embeds no texts, its features as they are."""
+        self._require(self.task.embedder, "embeds images")
+        return self._predict("image", self._batches(images, on_error))
 
-        A picture that cannot be read raises `BadImage` or OSError; with `on_error` it is handed there and left out.
+    def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "b e"]:
+        """Return text embeddings of length 1.
+
+        Texts of similar length are batched together, and cut if nothing behind their end token matters (CLIP).
         """
-        if self.task.embedder is None:
-            raise ValueError(f"{self._cannot()}; wanted one that embeds images")
-        return self._run("image", self._pictures(pictures, on_error))
-
-    def encode_text(self, texts: Sequence[str]) -> Float[np.ndarray, "b e"]:
-        """Texts in the shared space at length 1.
-
-        Where nothing behind the end token is seen (CLIP), texts of like length go together and are cut behind it.
-        """
-        if self.task.embedder is None or self.task.embedder.text is None:
-            raise ValueError(f"{self._cannot()}; wanted one that embeds texts: CLIP, SigLIP, or BLIP that matches")
+        embedder = self.task.embedder
+        self._require(embedder and embedder.text, "embeds texts: CLIP, SigLIP, or BLIP that matches")
         tokens = self.tokenize(texts)
         needed = self._needed(tokens)
         order = np.argsort(needed, kind="stable")
         chunks = (order[i:i + BATCH] for i in range(0, len(order), BATCH))
-        found = self._run("text", ({"tokens": tokens[chunk, :needed[chunk].max()]} for chunk in chunks))
-        return found[np.argsort(order)]
+        embeddings = self._predict("text", ({"tokens": tokens[chunk, :needed[chunk].max()]} for chunk in chunks))
+        return embeddings[np.argsort(order)]
 
     def _needed(self, tokens: Int32[np.ndarray, "b t"]) -> np.ndarray:
-        """How many tokens of each text its embedding depends on, rounded up so that there are few lengths."""
-        length = tokens.shape[1]
-        if self.task.embedder.text_length is None:
+        """Return how many tokens of each text its embedding depends on, rounded up."""
+        length, text_length = tokens.shape[1], self.task.embedder.text_length
+        if text_length is None:
             return np.full(len(tokens), length)
-        return np.minimum(length, -(-self.task.embedder.text_length(tokens) // ROUNDED) * ROUNDED)
+        return np.minimum(length, -(-text_length(tokens) // ROUNDED) * ROUNDED)
 
-    def similarity(self, pictures: Iterable[Picture], texts: Sequence[str]) -> Float[np.ndarray, "b c"]:
-        """The model's logits: scale x cosine, plus SigLIP's bias; of BLIP, the cosines."""
-        images, texts = self.encode_image(pictures), self.encode_text(texts)
-        scale, bias = (np.asarray(part(self.params)) for part in (self.task.embedder.scale, self.task.embedder.bias))
-        return scale * images @ texts.T + bias
+    def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[np.ndarray, "b c"]:
+        """Return the logits of every image with every text: scale x cosine + bias (of BLIP, the cosines)."""
+        image, text, embedder = self.encode_image(images), self.encode_text(texts), self.task.embedder
+        return np.asarray(embedder.scale(self.params)) * image @ text.T + np.asarray(embedder.bias(self.params))
 
     def classify(
-        self, pictures: Iterable[Picture], labels: Sequence[str] | None = None, *,
-        templates: Sequence[str] = TEMPLATES, top: int = 5, on_error: OnError | None = None,
+        self, images: Images, labels: Sequence[str] | None = None, *, templates: Sequence[str] = TEMPLATES,
+        top: int = 5, on_error: OnError | None = None,
     ) -> list[list[tuple[str, float]]]:
-        """The `top` likeliest (label, probability) of each picture, best first.
+        """Return the `top` likeliest (label, probability) of each image, best first.
 
-        With a head, among its own classes. CLIP and SigLIP choose among `labels`, each put into every one of
-        `templates` (CLIP, section 3.1); probabilities are a softmax over them. `on_error` as in `encode_image`.
+        A model with a head chooses among its own classes. Others that embed texts choose among `labels`, each put into
+        every one of `templates` (CLIP, section 3.1); the probabilities are a softmax over them.
         """
         embedder, classifier = self.task.embedder, self.task.classifier
         if classifier is None and embedder is not None and embedder.text is not None:
-            if not labels:
-                raise ValueError("labels is empty; wanted names of classes, such as ['a cat', 'a dog']")
+            if not labels or isinstance(labels, str):
+                raise ValueError(f"labels is {labels!r}; wanted a list of class names, such as ['a cat', 'a dog']")
             text = class_means(self.encode_text(class_prompts(labels, templates)), len(labels))
-            logits = np.asarray(embedder.scale(self.params)) * self.encode_image(pictures, on_error=on_error) @ text.T
+            logits = np.asarray(embedder.scale(self.params)) * self.encode_image(images, on_error=on_error) @ text.T
         else:
             if labels is not None:
                 raise ValueError(f"labels is given, but this model has a head for {self.task.classes} of its own")
-            if classifier is None or classifier.reads_text:
-                raise ValueError(f"{self._cannot()}; wanted one that classifies images, or two towers and labels")
-            logits = self._run("logits", self._pictures(pictures, on_error))
+            self._require(classifier and not classifier.reads_text, "classifies images, or two towers and labels")
+            logits = self._predict("logits", self._batches(images, on_error))
             labels = self.labels or [str(i) for i in range(logits.shape[1])]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         return [[(labels[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]] for row in shares]
 
     def caption(
-        self, pictures: Iterable[Picture], *, prompt: str | None = None, decoding: Decoding = CAPTIONS, top: int = 1,
-        seed: int = 0, choices: Sequence[str] | None = None, on_error: OnError | None = None,
+        self, images: Images, *, prompt: str | None = None, decoding: Decoding = CAPTIONS, top: int = 1, seed: int = 0,
+        choices: Sequence[str] | None = None, on_error: OnError | None = None,
     ) -> list[list[tuple[str, float]]]:
-        """The `top` best (caption, score) of each picture, best first.
+        """Return the `top` best (caption, score) of each image, best first.
 
-        Written behind `prompt` (None: the one that the model was trained with), which is not part of the result. The
-        score is the mean log-probability of a token, where `decoding.length_penalty` is 1. What is drawn depends on
-        `seed` and on a picture's number. Among `choices`, the score is the log-probability of the whole text.
+        Captions continue `prompt` (None: that of training), which is not part of the result. The score is the mean
+        log-probability per token if `decoding.length_penalty` is 1. Samples depend on `seed` and on the image's number
+        only. With `choices`, captions are chosen among them, and the score is the log-probability of the text.
         """
-        if not self.task.writes_captions:
-            raise ValueError(f"{self._cannot()}; wanted one that writes captions, such as "
-                             "Salesforce/blip-image-captioning-base")
+        self._require(self.task.writes_captions, "writes captions, such as Salesforce/blip-image-captioning-base")
         prompt = self.task.decoder.prompt if prompt is None else prompt
-        batches = self._pictures(pictures, on_error)
-        if choices is not None:
-            return self._chosen(batches, choices, prompt, top, max(1, len(choices)))
-        return self._written(batches, prompt, decoding, top, seed)
+        return self._decode(self._batches(images, on_error), prompt, decoding, top, seed, choices,
+                            max(1, len(choices or ())))
 
     def answer(
-        self, pictures: Iterable[Picture], questions: Sequence[str] | str, *, choices: Sequence[str] | None = None,
+        self, images: Images, questions: str | Sequence[str], *, choices: Sequence[str] | None = None,
         decoding: Decoding = ANSWERS, top: int = 1, shortlist: int = SHORTLIST,
     ) -> list[list[tuple[str, float]]]:
-        """The `top` best (answer, score) to each picture's question (one text: the same for all), best first.
+        """Return the `top` best (answer, score) to each image's question (one text: the same for all), best first.
 
-        Written freely, with scores as of captions; or chosen among `choices`, by the log-probability of the whole
-        answer, of which those `shortlist` are compared whose first token is likeliest (`inference.answering.rank`).
+        Scores are those of `caption`. With `choices`, the answers are chosen among them; only the `shortlist` whose
+        first token is likeliest are scored in full (see `inference.answering.rank`).
         """
-        if not self.task.answers_questions:
-            raise ValueError(f"{self._cannot()}; wanted one that answers questions, such as Salesforce/blip-vqa-base")
-        pictures = list(pictures)
-        asked = [questions] * len(pictures) if isinstance(questions, str) else questions
-        if len(asked) != len(pictures):
-            raise ValueError(f"there are {len(asked)} questions for {len(pictures)} pictures; wanted one for each")
-        cleaned = [clean_question(question) for question in asked]
-        if "" in cleaned:
-            raise ValueError(f"question {asked[cleaned.index('')]!r} has no words")
-        starts, tokens = itertools.count(0, BATCH), self.tokenize(cleaned)
-        batches = (batch | {"tokens": tokens[start:start + len(batch["image"])]}
-                   for start, batch in zip(starts, self._pictures(pictures), strict=False))
-        if choices is not None:
-            return self._chosen(batches, choices, "", top, shortlist)
-        return self._written(batches, "", decoding, top, 0)
+        self._require(self.task.answers_questions, "answers questions, such as Salesforce/blip-vqa-base")
+        images = list(as_images(images))
+        questions = [questions] * len(images) if isinstance(questions, str) else questions
+        if len(questions) != len(images):
+            raise ValueError(f"there are {len(questions)} questions for {len(images)} images; wanted one for each")
+        clean = [clean_question(question) for question in questions]
+        if "" in clean:
+            raise ValueError(f"question {questions[clean.index('')]!r} has no words")
+        tokens = self.tokenize(clean)
+        batches = (batch | {"tokens": tokens[BATCH * number:][:len(batch["image"])]}
+                   for number, batch in enumerate(self._batches(images)))
+        return self._decode(batches, "", decoding, top, 0, choices, shortlist)
 
-    def _written(self, batches: Iterable[dict[str, np.ndarray]], prompt: str, decoding: Decoding, top: int, seed: int
-                 ) -> list[list[tuple[str, float]]]:
-        if not 0 < top <= decoding.beams:
-            raise ValueError(f"top is {top}; wanted 1 to decoding.beams = {decoding.beams}")
-        given = prompt_tokens(self._words, prompt, self.task.decoder)
-        if given.shape[1] >= decoding.max_length:
-            raise ValueError(f"the prompt has {given.shape[1]} tokens; decoding.max_length = {decoding.max_length} "
-                             "leaves no room behind it")
-        fn, rows, texts = make_caption_fn(self.task, decoding, seed, self.mesh), itertools.count(), []
-        batches = ({"prompt": np.repeat(given, len(batch["image"]), axis=0),
-                    "row": np.asarray(list(itertools.islice(rows, len(batch["image"]))), np.int32)} | batch
-                   for batch in batches)
-        for result, _ in outputs(fn, self.params, map(self._filled, batches), self.mesh):
-            texts += [[(self._words.decode(row[given.shape[1]:]), float(score))
-                       for row, score in zip(tokens[:top], scores, strict=False)]
-                      for tokens, scores in zip(result["tokens"], result["score"], strict=True)]
-        return texts
+    def _decode(self, batches: Batches, prompt: str, decoding: Decoding, top: int, seed: int,
+                choices: Sequence[str] | None, shortlist: int) -> list[list[tuple[str, float]]]:
+        self.tokenize([])  # raises if there is no vocabulary
+        if choices is None:
+            return write_texts(self.task, self.params, batches, self.tokenizer, prompt=prompt, decoding=decoding,
+                               top=top, seed=seed, mesh=self.mesh)
+        return choose_texts(self.task, self.params, batches, self.tokenizer, choices, prompt=prompt, top=top,
+                            shortlist=shortlist, mesh=self.mesh)
 
-    def _chosen(self, batches: Iterable[dict[str, np.ndarray]], choices: Sequence[str], prompt: str, top: int,
-                shortlist: int) -> list[list[tuple[str, float]]]:
-        if top < 1 or shortlist < 1:
-            raise ValueError(f"top is {top} and shortlist {shortlist}; wanted positive numbers")
-        candidates, given = candidate_tokens(self._words, choices, self.task.decoder, prompt)
-        fn = partial(make_rank_fn(self.task, given, top, shortlist, 0.0, self.mesh), candidates=candidates)
-        return [[(choices[i], float(score)) for i, score in zip(*each, strict=True)]
-                for result, _ in outputs(fn, self.params, map(self._filled, batches), self.mesh)
-                for each in zip(result["index"], result["score"], strict=True)]
-
-    def match(self, pictures: Iterable[Picture], texts: Sequence[str], *, on_error: OnError | None = None
+    def match(self, images: Images, texts: str | Sequence[str], *, on_error: OnError | None = None
               ) -> Float[np.ndarray, "b c"]:
-        """The probability that each picture and each text belong together. A picture is encoded once for all texts."""
-        if self.task.matcher is None:
-            raise ValueError(f"{self._cannot()}; wanted one that matches images and texts, such as "
-                             "Salesforce/blip-itm-base-coco")
-        from scipy.special import expit
+        """Return the probability that image and text belong together, of every image with every text."""
+        self._require(self.task.matcher, "matches images and texts, such as Salesforce/blip-itm-base-coco")
+        return match_probabilities(self.task, self.params, self._batches(images, on_error), self.tokenize(texts),
+                                   self.mesh)
 
-        tokens, found = self.tokenize(texts), []
-        batches = map(self._filled, self._pictures(pictures, on_error))
-        for result, _ in outputs(make_image_encoder(self.task, self.mesh), self.params, batches, self.mesh):
-            shape = len(result["image_tokens"]), len(texts)
-            logits = match_pairs(self.task, self.params, result["image_tokens"], tokens,
-                                 *(place.ravel() for place in np.indices(shape)), self.mesh)
-            found.append(expit(logits[:, 1] - logits[:, 0]).reshape(shape))
-        return np.concatenate(found) if found else np.zeros((0, len(texts)), np.float32)
-
-    def compare(self, pairs: Sequence[tuple[Picture, Picture]], texts: Sequence[str]) -> Float[np.ndarray, "b"]:
-        """The probability that each text is true of the two pictures in its place. They are read as in NLVR2."""
-        if self.task.classifier is None or not self.task.classifier.reads_text:
-            raise ValueError(f"{self._cannot()}; wanted one that judges a text about two images, such as "
-                             "model_base_nlvr.pth")
+    def compare_pair(self, pairs: Sequence[tuple[ImageLike, ImageLike]], texts: Sequence[str]
+                     ) -> Float[np.ndarray, "b"]:
+        """Return the probability that each text is true of the pair of images in the same place, as in NLVR2."""
+        self._require(self.task.classifier and self.task.classifier.reads_text,
+                      "judges a text about two images, such as model_base_nlvr.pth")
         if len(pairs) != len(texts):
             raise ValueError(f"there are {len(pairs)} pairs and {len(texts)} texts; wanted a text for each")
         if not pairs:
             return np.zeros(0, np.float32)
-        tokens = self.tokenize([cleaned(text) for text in texts])
-        parts = [slice(start, start + BATCH // 2) for start in range(0, len(pairs), BATCH // 2)]
-        images = (self.preprocess([*itertools.chain(*pairs[part])]) for part in parts)
-        logits = self._run("logits", ({"image": image.reshape(-1, 2, *image.shape[1:]), "tokens": tokens[part]}
-                                      for image, part in zip(images, parts, strict=True)))
-        return np.asarray(jax.nn.softmax(logits)[:, 1])
-
-    def _cannot(self) -> str:
-        """Return the start of a message: what this model does, where it was asked for something else."""
-        return f"this model is a {type(self.task).__name__}, which {' and '.join(capabilities(self.task)) or 'trains'}"
-
-    @property
-    def _words(self) -> Tokenizer:
-        self.tokenize([])  # says what is missing
-        return self.tokenizer
+        tokens, size = self.tokenize([cleaned(text) for text in texts]), BATCH // 2
+        batches = ({"image": batch["image"].reshape(-1, 2, *batch["image"].shape[1:]),
+                    "tokens": tokens[size * number:][:len(batch["image"]) // 2]}
+                   for number, batch in enumerate(self._batches(list(chain(*pairs)))))
+        return np.asarray(jax.nn.softmax(self._predict("logits", batches))[:, 1])
 
     def save(self, folder: str | Path, *, format: Format = "jaxmm") -> None:
-        """Writes a new `folder` with configuration, preprocessing, vocabulary and weights, as `format` has them.
+        """Write a new `folder` with configuration, preprocessing, vocabulary and weights, in a library's `format`.
 
         `jaxmm` holds any model; `transformers`, `open_clip` and `timm` load theirs with nothing missing and nothing
-        left over. Raises `FileError` where that library computes no such model, or where the folder exists.
+        left over. Raise `FileError` if that library computes no such model, or if the folder exists.
         """
-        save_checkpoint(folder, format=format, task=self.task, params=self.params, image=self.image,
+        save_checkpoint(folder, format=format, task=self.task, params=self.params, image=self.preprocessing,
                         labels=self.labels, tokenizer=self.tokenizer)
 
-    def _pictures(
-        self, pictures: Iterable[Picture], on_error: OnError | None = None
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Batches, decoded while the device computes the one before."""
+    def _require(self, offered: Any, wanted: str) -> None:
+        """Raise `ValueError` unless the model has the capability `wanted`."""
+        if not offered:
+            can = ", ".join(capabilities(self.task)) or "can only be trained"
+            raise ValueError(f"this model is a {type(self.task).__name__}, which {can}; wanted one that {wanted}")
+
+    def _batches(self, images: Images, on_error: OnError | None = None) -> Batches:
+        """Yield batches, decoded while the device computes those before."""
         ready: list[np.ndarray] = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            pending: deque = deque()
+        for image, future in decode_ahead(as_images(images), self.prepare, 2 * BATCH):
+            try:
+                ready.append(future.result())
+            except (BadImage, OSError) as error:
+                if on_error is None:
+                    raise
+                on_error(image, error)
+            if len(ready) == BATCH:
+                yield {"image": np.stack(ready)}
+                ready.clear()
+        if ready:
+            yield {"image": np.stack(ready)}
 
-            def take():
-                picture, future = pending.popleft()
-                try:
-                    ready.append(future.result())
-                except (BadImage, OSError) as error:
-                    if on_error is None:
-                        raise
-                    on_error(picture, error)
-
-            for picture in pictures:
-                pending.append((picture, pool.submit(self.prepare, picture)))
-                while len(pending) >= 2 * BATCH or (len(pending) >= BATCH and pending[0][1].done()):
-                    take()
-                if len(ready) >= BATCH:
-                    yield {"image": np.stack(ready[:BATCH])}
-                    del ready[:BATCH]
-            while pending:
-                take()
-        for start in range(0, len(ready), BATCH):
-            yield {"image": np.stack(ready[start:start + BATCH])}
-
-    def _run(self, name: str, batches: Iterable[dict[str, np.ndarray]]) -> np.ndarray:
-        fn = predict_fn(self.task, (name,), self.mesh)
-        results = [result[name] for result, _ in outputs(fn, self.params, map(self._filled, batches), self.mesh)]
-        return np.concatenate(results) if results else np.zeros((0, *self._shape(name)), np.float32)
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of one row of the output `name`."""
-        side = self.task.image_size or self.image.size
-        batch = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
+    def _predict(self, name: str, batches: Batches) -> np.ndarray:
+        side = self.task.image_size or self.preprocessing.size
+        shapes = {"image": jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)}
         if self.tokenizer is not None:
-            batch["tokens"] = jax.ShapeDtypeStruct((1, self.tokenizer.context_length), np.int32)
-        return jax.eval_shape(predictions(self.task)[name], self.params, batch).shape[1:]
+            shapes["tokens"] = jax.ShapeDtypeStruct((1, self.tokenizer.context_length), np.int32)
+        padded = (pad_to_power_of_two(batch, self.mesh) for batch in batches)
+        return predict(self.task, name, self.params, padded, shapes, self.mesh)
 
-    def _filled(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        count = len(next(iter(batch.values())))
-        size = padded_batch_size(power_of_two(count), self.mesh)
-        filled = {name: np.concatenate([rows, np.repeat(rows[-1:], size - count, axis=0)])
-                  for name, rows in batch.items()}
-        return filled | {"mask": np.arange(size) < count}
+
+def as_images(images: Any) -> Iterable[ImageLike]:
+    """Return one image or several as an iterable of images. Raise `TypeError` for anything else."""
+    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim in (2, 3)):
+        return [images]
+    if isinstance(images, (bytes, dict)) or not isinstance(images, Iterable):
+        raise TypeError(f"images is of type {type(images).__name__}; wanted a file, a PIL image, an array uint8 "
+                        "[h, w, 3], or several")
+    return images
+
+
+def as_texts(texts: Any) -> list[str]:
+    """Return one text or several as a list. Raise `TypeError` for anything else."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts holds {text!r:.80}; wanted strings")
+    return texts
 
 
 def load(
     source: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None, revision: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> Model:
-    """A model, ready to use, from the hub (`openai/clip-vit-base-patch32`), a folder, a file, or a run's work folder.
+    """Load a model from the hub (`openai/clip-vit-base-patch32`), a folder, a file, or a run's workdir.
 
-    Parameters are laid out over `mesh` (default: one device). `dtype` ("float32", "bfloat16") is that of parameters
-    and activations; None: as the model was made. `revision` is the hub's, or of a work folder the number of a step.
-    `tokenizer` is a file or folder with the vocabulary, where it does not lie beside the weights. Raises `FileError`,
-    which lists all that does not fit.
+    Parameters are sharded over `mesh` (default: one device). `dtype` ("float32", "bfloat16") is that of parameters and
+    activations; None: that of the checkpoint. `revision` is the hub's, or the number of a step of a workdir.
+    `tokenizer` is a file or folder with the vocabulary, if it is not beside the weights. Raise `FileError`, which lists
+    everything that does not fit.
     """
     opened = open_checkpoint(source, revision=revision, tokenizer=tokenizer)
     for note in opened.notes:
@@ -351,5 +302,5 @@ def load(
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), like)
     if mesh is not None:
         like = with_shardings(like, mesh)
-    return Model(task=task, params=opened.read(like), image=opened.image, tokenizer=opened.tokenizer,
+    return Model(task=task, params=opened.read(like), preprocessing=opened.image, tokenizer=opened.tokenizer,
                  labels=opened.labels, notes=opened.notes, mesh=mesh)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxmm.data.transforms import eval_image
 from jaxmm.inference.answering import candidate_tokens, rank
 from jaxmm.inference.batching import predict_fn
 from jaxmm.inference.generate import Decoding, generate
-from jaxmm.inference.model import load
+from jaxmm.inference.model import as_images, as_texts, load
 from jaxmm.models.blip import BLIP
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.sharding import make_mesh, named_leaves
@@ -83,6 +84,27 @@ def test_pictures_may_be_files_pil_or_arrays(clip, tmp_path):
     assert (clip.encode_image([Image.fromarray(p) for p in arrays]) == want).all()
 
 
+def test_one_image_or_text_is_a_list_of_one(clip, vit, tmp_path):
+    path, = tiny.picture_files(tmp_path, 1)
+    array, = tiny.pictures(1)
+    want = clip.encode_image([array])
+    for one in (path, Path(path), Image.fromarray(array), array, array[None]):
+        assert (clip.encode_image(one) == want).all()
+    grey = np.full((9, 11), 7, np.uint8)
+    assert vit.classify(grey) == vit.classify([grey]) and len(vit.classify(grey)) == 1
+    assert (clip.encode_text("a red circle") == clip.encode_text(["a red circle"])).all()
+    assert (clip.tokenize("a red circle") == clip.tokenize(["a red circle"])).all()
+    with pytest.raises(ValueError, match=r"labels is 'a cat,a dog'; wanted a list of class names"):
+        clip.classify(array, "a cat,a dog")
+    for wrong in (b"bytes", {"image": array}, 3, None):
+        with pytest.raises(TypeError, match=r"images is of type \w+; wanted a file, a PIL image, an array"):
+            as_images(wrong)
+    with pytest.raises(TypeError, match="texts holds 3; wanted strings"):
+        as_texts(["a", 3])
+    with pytest.raises(BadImage, match=r"array float32\[17, 34, 3\]"):
+        clip.encode_image(array.astype(np.float32))
+
+
 def test_unreadable_pictures_are_handed_over(clip, tmp_path):
     paths = tiny.picture_files(tmp_path, 70)
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -108,7 +130,7 @@ def test_classify(clip, vit):
     want = jax.nn.softmax(np.exp(float(clip.params["logit_scale"])) * clip.encode_image(pictures) @ text.T, axis=1)
     for row, found in zip(np.asarray(want), clip.classify(pictures, labels, templates=["a {}"]), strict=True):
         assert {name: pytest.approx(share, abs=1e-5) for name, share in zip(labels, row, strict=True)} == dict(found)
-    with pytest.raises(ValueError, match="labels is empty"):
+    with pytest.raises(ValueError, match="labels is None; wanted a list of class names"):
         clip.classify(pictures)
     with pytest.raises(ValueError, match="a head for 5 of its own"):
         vit.classify(pictures, labels)
@@ -124,7 +146,7 @@ def test_what_is_saved_is_the_same_model(clip, format, tmp_path):
     pictures = tiny.pictures(3)
     saved_image = replace(tiny.IMAGE, **{"open_clip": {"eval_resize": 1.0}, "transformers": {
         "eval_crop": "center_floor"}}.get(format, {}))      # what they have a place for
-    assert (again.preprocess(pictures) == replace(clip, image=saved_image).preprocess(pictures)).all()
+    assert (again.preprocess(pictures) == replace(clip, preprocessing=saved_image).preprocess(pictures)).all()
     np.testing.assert_allclose(again.encode_text(texts), clip.encode_text(texts), atol=1e-6)
     with pytest.raises(FileError, match="exists; expected a new folder"):
         clip.save(tmp_path / "saved", format=format)
@@ -143,13 +165,13 @@ def test_the_file_of_the_whole_processor_says_how_pictures_are_prepared(clip, tm
     """Where transformers 5 writes it; it reads that file first too."""
     saved = tmp_path / "saved"
     clip.save(saved, format="transformers")
-    before, path = load(saved).image, saved / "preprocessor_config.json"
+    before, path = load(saved).preprocessing, saved / "preprocessor_config.json"
     told = {"image_processor": json.loads(path.read_text()) | {"resample": 2}}
     (saved / "processor_config.json").write_text(json.dumps(told))
-    assert load(saved).image == replace(before, interpolation="bilinear") != before
+    assert load(saved).preprocessing == replace(before, interpolation="bilinear") != before
     path.unlink()
     found = load(saved)
-    assert found.image == replace(before, interpolation="bilinear") and not found.notes
+    assert found.preprocessing == replace(before, interpolation="bilinear") and not found.notes
 
 
 def test_formats_refuse_what_they_cannot_hold(clip, vit, tmp_path):
@@ -180,7 +202,7 @@ def test_a_work_folder_is_a_model(tmp_path):
     config = clip_run(tmp_path / "data", steps=4)
     jaxmm.train(config, tmp_path / "run")
     model = load(tmp_path / "run")
-    assert model.tokenizer is not None and model.image == config.data.image
+    assert model.tokenizer is not None and model.preprocessing == config.data.image
     assert "the moving average of the parameters is used" in model.notes
     state = load(tmp_path / "run", revision="4")
     assert_same_bits(state.params, model.params)

@@ -254,7 +254,7 @@ def test_folders_in_and_out(kind, tmp_path):
     wanted, restored = theirs.state_dict(), back.state_dict()
     assert wanted.keys() == restored.keys() and all(torch.equal(wanted[name], restored[name]) for name in wanted)
     again = load(tmp_path / "ours")
-    assert (again.config, again.image, again.task.pixels) == (ours.config, ours.image, ours.task.pixels)
+    assert (again.config, again.preprocessing, again.task.pixels) == (ours.config, ours.preprocessing, ours.task.pixels)
 
 
 @pytest.mark.parametrize("options", [

@@ -122,7 +122,7 @@ def test_the_authors_file(tmp_path, record_property):
     w = weights()
     torch.save({"model": w | {"text_encoder.embeddings.position_ids": torch.arange(12)[None]}}, tmp_path / "nlvr.pth")
     ours = load(tmp_path / "nlvr.pth")
-    assert (type(ours.task), ours.config.text.merge_from, ours.image.size) == (PairClassification, 6, SIDE)
+    assert (type(ours.task), ours.config.text.merge_from, ours.preprocessing.size) == (PairClassification, 6, SIDE)
     assert ours.labels == ("False", "True") and ours.params["text"]["merge"]["kernel"].shape == (2, 256, 128)
     got = jax.jit(lambda params: ours.module.apply({"params": params}, jnp.asarray(IMAGE), jnp.asarray(WORDS),
                                                    train=False).pair_logits)(ours.params)

@@ -41,7 +41,7 @@ def test_processors(family, size, record_property):
     vision = tiny.VIT.model.__class__(transformer=tiny.STACK, image_size=size, patch=4)
     image, pixels, notes = read_preprocessor(theirs.to_dict(), vision, tiny.VIT.pixels, {"size": size, "resample": 3})
     assert not notes
-    ours = tiny.Model(task=tiny.VIT.__class__(model=vision, pixels=pixels), params={}, image=image)
+    ours = tiny.Model(task=tiny.VIT.__class__(model=vision, pixels=pixels), params={}, preprocessing=image)
     images = photographs()
     want = np.stack([np.asarray(x) for x in theirs(images, return_tensors="np")["pixel_values"]])
     got = np.asarray(pixels(jnp.asarray(ours.preprocess(images)))).transpose(0, 3, 1, 2)

@@ -59,7 +59,7 @@ def pixels():
 def test_captioning(tmp_path, record_property):
     model = theirs(transformers.BlipForConditionalGeneration)
     ours = opened(renamed(model), tmp_path / "caption.pth")
-    assert (ours.config.text.encoder, ours.config.embed_dim, ours.image.size) == (False, None, SIDE)
+    assert (ours.config.text.encoder, ours.config.embed_dim, ours.preprocessing.size) == (False, None, SIDE)
     assert (ours.config.text.decode_id, ours.config.text.encode_id) == (118, 119)
     image_tokens = ours.module.apply({"params": ours.params}, jnp.asarray(IMAGE), train=False, method=BLIP.encode_image)
     logits = ours.module.apply({"params": ours.params}, jnp.asarray(WORDS), image_tokens, train=False,

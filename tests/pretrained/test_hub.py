@@ -19,7 +19,7 @@ from jaxmm.pretrained.io.files import FileError
 from jaxmm.inference.model import load
 try:
     model = load(sys.argv[1], revision=sys.argv[2] or None)
-    print(json.dumps({"parameters": model.parameters, "ids": model.tokenize(["a red circle"]).tolist()}))
+    print(json.dumps({"parameters": model.num_parameters, "ids": model.tokenize(["a red circle"]).tolist()}))
 except FileError as error:
     print(json.dumps({"error": str(error)}))
 """
@@ -101,7 +101,7 @@ def hub(files, tmp_path):
 
 def test_a_repository_is_loaded_cached_and_there_offline(hub):
     result, asked = hub()
-    assert result["parameters"] == tiny.clip().parameters
+    assert result["parameters"] == tiny.clip().num_parameters
     assert result["ids"] == tiny.TOKENIZER(["a red circle"]).tolist()
     assert any("model.safetensors" in path for path in asked)
     assert not any(name in path for path in asked for name in ("resolve/" + COMMIT["main"] + "/pytorch", "msgpack",
@@ -118,7 +118,7 @@ def test_revisions_tokens_and_what_is_not_there(hub):
     hub.server.token = "secret"
     result, _ = hub(HF_HUB_DISABLE_IMPLICIT_TOKEN="1")
     assert "some/model cannot be downloaded from the hub" in result["error"]
-    assert hub(HF_TOKEN="secret")[0]["parameters"] == tiny.clip().parameters
+    assert hub(HF_TOKEN="secret")[0]["parameters"] == tiny.clip().num_parameters
     hub.server.token = None
     assert "other/model cannot be downloaded from the hub" in hub("other/model")[0]["error"]
     assert "some/model2" in hub("some/model2", HF_HUB_OFFLINE="1")[0]["error"]

@@ -177,4 +177,4 @@ def test_siglip(wrapper, tmp_path, record_property):
         assert difference < 2e-5
     assert float(model.params["logit_scale"]) == arrays[f"{wrapper}t"][0]
     assert float(model.params["logit_bias"]) == arrays[f"{wrapper}b"][0]
-    assert (model.image.eval_crop, model.task.kind) == ("squash", "sigmoid")
+    assert (model.preprocessing.eval_crop, model.task.kind) == ("squash", "sigmoid")

@@ -84,7 +84,7 @@ def test_blip_takes_a_picture_tower_and_its_own_kind(saved):
 def test_parts_of_a_pre_trained_blip_do_what_they_did(own, tmp_path):
     text = replace(tiny.MED, own=own)
     both = BLIPPretraining(model=replace(tiny.MATCHER.model, text=text))
-    source = Model(task=both, params=params(both), image=tiny.IMAGE, tokenizer=tiny.TOKENIZER)
+    source = Model(task=both, params=params(both), preprocessing=tiny.IMAGE, tokenizer=tiny.TOKENIZER)
     source.save(tmp_path / "both")
     image = jnp.asarray(np.random.default_rng(0).normal(size=(2, tiny.SIDE, tiny.SIDE, 3)), jnp.float32)
     tokens = jnp.asarray(tiny.TOKENIZER(["a small red circle", "two stars"]))
@@ -135,7 +135,7 @@ def test_answers_start_from_what_reads_and_writes(width, saved):
     tower = replace(tiny.TOWER, transformer=replace(tiny.TOWER.transformer, width=width, heads=2))
     text = replace(tiny.MED, context_width=width, own=("attention", "mlp"))
     pretraining = replace(tiny.MATCHER, model=replace(tiny.MATCHER.model, vision=tower, text=text, temperature=0.07))
-    trained = Model(task=pretraining, params=params(pretraining), image=tiny.IMAGE, tokenizer=tiny.TOKENIZER)
+    trained = Model(task=pretraining, params=params(pretraining), preprocessing=tiny.IMAGE, tokenizer=tiny.TOKENIZER)
     trained.save(saved / f"pretraining{width}")
     recipe = replace(tiny.ANSWERER, model=replace(tiny.ANSWERER.model, vision=tiny.TOWER, text=replace(
         tiny.ANSWERER.model.text, context_width=24)))

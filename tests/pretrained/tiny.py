@@ -36,11 +36,11 @@ LABELS = ("ant", "bee", "cat", "dog", "elk")
 
 
 def clip() -> Model:
-    return Model(task=CLIP, params=params(CLIP), image=IMAGE, tokenizer=TOKENIZER)
+    return Model(task=CLIP, params=params(CLIP), preprocessing=IMAGE, tokenizer=TOKENIZER)
 
 
 def vit() -> Model:
-    return Model(task=VIT, params=params(VIT), image=IMAGE, labels=LABELS)
+    return Model(task=VIT, params=params(VIT), preprocessing=IMAGE, labels=LABELS)
 
 
 MED = MedConfig(transformer=replace(STACK, width=16, heads=2, init="normal"), positions=24, context_width=24,
@@ -62,15 +62,15 @@ ANSWERER = QuestionAnswering(model=BLIPConfig(
 
 
 def captioner() -> Model:
-    return Model(task=CAPTIONER, params=params(CAPTIONER), image=IMAGE, tokenizer=TOKENIZER)
+    return Model(task=CAPTIONER, params=params(CAPTIONER), preprocessing=IMAGE, tokenizer=TOKENIZER)
 
 
 def answerer() -> Model:
-    return Model(task=ANSWERER, params=params(ANSWERER), image=IMAGE, tokenizer=TOKENIZER)
+    return Model(task=ANSWERER, params=params(ANSWERER), preprocessing=IMAGE, tokenizer=TOKENIZER)
 
 
 def matcher() -> Model:
-    return Model(task=MATCHER, params=params(MATCHER), image=IMAGE, tokenizer=TOKENIZER)
+    return Model(task=MATCHER, params=params(MATCHER), preprocessing=IMAGE, tokenizer=TOKENIZER)
 
 
 def pictures(count: int) -> list[np.ndarray]:

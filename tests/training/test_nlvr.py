@@ -63,12 +63,12 @@ def test_it_learns(run):
 def test_what_it_learned_is_asked_of_pictures(run):
     model = load(run[0])
     red, blue = map(colour, COLOURS)
-    found = model.compare([(red, blue), (blue, red), (red, blue)],
+    found = model.compare_pair([(red, blue), (blue, red), (red, blue)],
                           ["The left is red!", "the left is red", "the right is blue"])
     assert (found > 0.5).tolist() == [True, False, True] and found.shape == (3,)
     batch = {"image": model.preprocess([blue, red])[None], "tokens": model.tokenize(["the left is red"])}
     logits = jax.jit(model.task.classifier.logits)(model.params, batch)
     np.testing.assert_allclose(found[1], jax.nn.softmax(logits)[0, 1], rtol=1e-4)
-    assert model.encode_image([red]).shape == (1, 24) and model.compare([], []).shape == (0,)
+    assert model.encode_image([red]).shape == (1, 24) and model.compare_pair([], []).shape == (0,)
     with pytest.raises(ValueError, match="1 pairs and 2 texts"):
-        model.compare([(red, blue)], ["one", "two"])
+        model.compare_pair([(red, blue)], ["one", "two"])
