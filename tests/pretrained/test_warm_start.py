@@ -76,7 +76,7 @@ def test_blip_takes_a_picture_tower_and_its_own_kind(saved):
     assert adopt(tiny.VIT, tiny.CAPTIONER, tiny.SIDE).model.transformer == tiny.TOWER.transformer
     with pytest.raises(ConfigError, match=r"init\.from is 'BLIPPretraining'; wanted a ViT"):
         adopt(tiny.CAPTIONER, tiny.MATCHER, tiny.SIDE)
-    with pytest.raises(ConfigError, match=r"init\.from is 'Contrastive'"):
+    with pytest.raises(ConfigError, match=r"init\.from is 'ContrastiveLearning'"):
         adopt(tiny.CAPTIONER, tiny.CLIP, tiny.SIDE)
 
 
@@ -124,7 +124,7 @@ def test_two_pictures_are_read_as_one_was(saved):
                                           blocks["cross_attention"][part]["kernel"])
     with pytest.raises(ConfigError, match=r"init\.from is 'Captioning'; wanted a ViT"):
         adopt(tiny.PAIR, tiny.CAPTIONER, tiny.SIDE)
-    with pytest.raises(ConfigError, match=r"init\.from is 'NLVR'; wanted a ViT"):
+    with pytest.raises(ConfigError, match=r"init\.from is 'PairClassification'; wanted a ViT"):
         adopt(tiny.MATCHER, tiny.PAIR, tiny.SIDE)
 
 
