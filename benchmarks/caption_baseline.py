@@ -19,7 +19,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import RidgeCV
 
 from jaxmm.data.images import decode
-from jaxmm.data.pipeline import image_id, text_id
+from jaxmm.data.rows import image_id, text_id
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals.image_text_pairs import best_ranks, match_table
 

@@ -83,12 +83,12 @@ def prepare(args, folder: Path) -> None:
     import jax
 
     from jaxmm.config import ImageConfig, TokenizerConfig
-    from jaxmm.data.base import find_pictures
+    from jaxmm.data.base import find_images
     from jaxmm.data.tokenizers import make_tokenizer
     from jaxmm.inference.model import Model
     from jaxmm.models.clip import clip
     from jaxmm.tasks.contrastive_learning import ContrastiveLearning
-    pictures, text = find_pictures(args.pictures), Path(args.texts).read_text(encoding="utf-8")
+    pictures, text = find_images(args.pictures), Path(args.texts).read_text(encoding="utf-8")
     texts = ([row["caption"] for row in json.loads(text)["annotations"]] if args.texts.endswith(".json")
              else text.splitlines())[:args.count]
     if min(len(pictures), len(texts)) < args.count:

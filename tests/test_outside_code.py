@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmm.config import Evaluator
+from jaxmm.data import Source, register_source
 from jaxmm.data.base import fingerprint
-from jaxmm.data.sources import registry
 from jaxmm.task import Classifier, Task
 from tests.training.common import LINEAR
 
@@ -75,7 +75,7 @@ class MeanBrightness(Evaluator):
 
 
 @dataclass(frozen=True)
-class Grey:
+class Grey(Source):
     """Images of one grey each, whose label is 1 if they are bright."""
 
     name: str
@@ -97,7 +97,7 @@ class Grey:
         return {"key": str(index), "image": np.full((9, 9, 3), grey, np.uint8), "label": int(grey > 127)}
 
 
-registry.KINDS["grey"] = (lambda spec, location, data_dir: Grey(spec, int(location)), "COUNT")
+register_source("grey", lambda spec, location, data_dir: Grey(spec, int(location)), "COUNT")
 
 
 def get_config():
@@ -119,7 +119,7 @@ def run_module(name: str) -> ModuleType:
     ("recipe_own", r"load that recipe first: jaxmm\.recipes\.load_recipe\(Path\(.*/own\.py"),
     ("__main__", "at the top level of its module; run what defines it first")])
 def test_it_trains_resumes_loads_and_evaluates(where, advice, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "KINDS", dict(registry.KINDS))
+    monkeypatch.setattr(registry, "REGISTERED", {})
     name = "own_module" if where == "own_module" else "own"
     (tmp_path / f"{name}.py").write_text(CODE)
     monkeypatch.syspath_prepend(tmp_path)

@@ -19,7 +19,7 @@ from jaxmm.capfilt.tables import Texts, digest, file_digest, read_texts
 from jaxmm.data import images
 from jaxmm.data.bad_records import read_record
 from jaxmm.data.tools.importing import png
-from jaxmm.data.tools.writing import WORK, Written, finish, picture_features, shard_path, take_back, write_shard
+from jaxmm.data.tools.writing import WORK, Written, finish, image_features, shard_path, write_shard
 from jaxmm.hosts.startup import barrier, heartbeat
 
 MERGED, NOTES = "merged", "merged.json"
@@ -39,11 +39,10 @@ def merge(folder: Folder) -> Path:
     part = dest.with_name(MERGED + ".part")
     if jax.process_index() == 0:
         (part / WORK).mkdir(parents=True, exist_ok=True)
-        take_back(part)
     barrier("merge")
-    features = picture_features(origins=tfds.features.Sequence(tfds.features.Text()))
+    features = image_features(origins=tfds.features.Sequence(tfds.features.Text()))
     mine = folder.shards[jax.process_index()::jax.process_count()]
-    todo = [shard for shard in mine if _read(_note(part, shard)).get("made_from") != made[shard.name]]
+    todo = [shard for shard in mine if not _is_written(part, shard, made[shard.name])]
     with progress_bar(MERGED, todo) as bar:
         for shard in todo:
             heartbeat("merging")
@@ -90,6 +89,12 @@ def _examples(shard: Shard, texts: Texts) -> Iterator[dict[str, Any]]:
 
 def _made_from(folder: Folder, shard: Shard) -> str:
     return digest(VERSION, shard.source.fingerprint, file_digest(folder.table(SELECTED, shard)))
+
+
+def _is_written(part: Path, shard: Shard, made_from: str) -> bool:
+    """Return whether the shard exists in the work folder and was made from `made_from`."""
+    note = _read(_note(part, shard))
+    return note.get("made_from") == made_from and (not note["records"] or _path(part, shard).exists())
 
 
 def _path(part: Path, shard: Shard) -> Path:

@@ -10,8 +10,7 @@ from typing import Annotated
 from tqdm import tqdm
 
 from jaxmm.cli.parsing import positional
-from jaxmm.data.base import DataError, Source
-from jaxmm.data.sources.registry import open_source
+from jaxmm.data import DataError, Source, open_source
 from jaxmm.terminal import print_json, print_table
 
 Spec = Annotated[str, *positional("SOURCE")]
@@ -42,7 +41,7 @@ def import_data(
     with _progress(opened, shard_records, "importing") as on_shard:
         imported = import_source(opened, dest, split=split, workers=_workers(workers), shard_records=shard_records,
                                  on_shard=on_shard)
-    print(f"{dest}: {'' if imported.anew else 'there already, nothing to do: '}{summary(imported)}")
+    print(f"{dest}: {'there already, nothing to do: ' if imported.complete_before else ''}{summary(imported)}")
 
 
 def check_data(
@@ -120,7 +119,7 @@ def _workers(workers: int | None) -> int:
 @contextmanager
 def _progress(source: Source, shard_records: int, what: str):
     """Show a bar over the shards with records/s; yield the function that takes the record count of each shard."""
-    total = len(source.shards()) if hasattr(source, "shards") else -(-len(source) // shard_records)
+    total = len(source.shards()) or -(-len(source) // shard_records)
     done = 0
     with tqdm(total=total, desc=what, unit=" shards", dynamic_ncols=True, file=sys.stderr,
               disable=None if total > 1 else True) as bar:

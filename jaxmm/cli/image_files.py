@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from jaxmm.cli.parsing import positional
 from jaxmm.compiling import use_compilation_cache
-from jaxmm.data.base import find_pictures
+from jaxmm.data.base import find_images
 from jaxmm.inference import model
 from jaxmm.validation import ConfigError
 
@@ -65,7 +65,7 @@ def expand(images: Iterable[Path]) -> list[str]:
     for path in images:
         if not path.exists():
             raise ConfigError(f"image is {str(path)!r}, which does not exist")
-        paths += find_pictures(path) if path.is_dir() else [str(path)]
+        paths += find_images(path) if path.is_dir() else [str(path)]
     if not paths:
         raise ConfigError(f"image is {', '.join(map(str, images))!r}, a folder without images")
     return paths

@@ -6,13 +6,13 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 GREY = (128, 128, 128)
-"""Fills what a rotation, shear or shift uncovers, and the cut-out square."""
+"""The colour of areas that a rotation, shear or shift uncovers, and of the cut-out square."""
 
 Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 
 
 def rand_augment(image: Image.Image, layers: int, magnitude: float, rng: np.random.Generator) -> Image.Image:
-    """Applies `layers` operations, each drawn uniformly from `OPERATIONS`, at `magnitude` (10 is a level of 1)."""
+    """Apply `layers` operations, each drawn uniformly from `OPERATIONS`, at `magnitude` (10 is a level of 1)."""
     for operation in rng.integers(len(OPERATIONS), size=layers).tolist():
         image = _OPERATIONS[operation](image, magnitude / 10, rng)
     return image
@@ -23,7 +23,7 @@ def _signed(value: float, rng: np.random.Generator) -> float:
 
 
 def _enhance(kind) -> Operation:
-    """Factor 0.1 at level 0, 1.9 at level 1; 1 is the picture itself."""
+    """Return an operation with factor 0.1 at level 0 and 1.9 at level 1; factor 1 changes nothing."""
     return lambda image, level, rng: kind(image).enhance(0.1 + 1.8 * level)
 
 
@@ -82,7 +82,7 @@ OPERATIONS: dict[str, Operation] = {
     "cutout": _cutout,                    # a square of up to 80 x 80 pixels of 224, centred anywhere
     "solarize_add": _solarize_add,        # dark pixels (below 128) get 0 to 110 brighter
 }
-"""Every operation by name: `(picture, level, rng) -> picture`. Level 0 does not mean "no change": posterize keeps no
+"""Every operation by name: `(image, level, rng) -> image`. Level 0 does not mean "no change": posterize keeps no
 bit then, solarize inverts everything and the four enhancers are at 0.1 (so in the published code, and kept)."""
 
 _OPERATIONS = tuple(OPERATIONS.values())

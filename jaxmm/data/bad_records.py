@@ -1,17 +1,17 @@
-"""Records that cannot be used: why, how many, and when they are too many."""
+"""Name the reasons why records cannot be used, count them, and stop a run that meets too many."""
 
 from collections import Counter
 from typing import Any
 
 import numpy as np
 
-from jaxmm.data.base import DataError, Record, Source, record_key
+from jaxmm.data.base import DataError, Record, Source
 
 Batch = dict[str, np.ndarray]
 
 REASONS = ("empty", "not an image", "too large", "truncated", "corrupt", "unreadable", "no text", "no label",
            "no answer", "no image")
-"""Why a record can be unusable. `fault` in a batch is 1 + the number in this list, 0 for a good record."""
+"""Reasons why a record cannot be used. `fault` in a batch is 1 + the position in this list, 0 for a good record."""
 
 
 class BadRecord(Exception):
@@ -26,7 +26,7 @@ class BadRecord(Exception):
 
 
 def read_record(source: Source, index: int) -> Record:
-    """A record; whatever goes wrong, but for want of memory, is a `BadRecord`."""
+    """Read a record. Raises `BadRecord` for every error but `MemoryError`."""
     try:
         return source[index]
     except (BadRecord, MemoryError):
@@ -36,45 +36,46 @@ def read_record(source: Source, index: int) -> Record:
 
 
 class FaultCounter:
-    """Counts the bad records that batches met, by reason, and stops a run that met too many.
+    """Counts the bad records in batches, by reason, and stops a run that meets too many.
 
-    `counts` (by reason), `seen` and `examples` (the first few as (key, reason)) are for reports.
+    `counts` (by reason), `records` (all) and `examples` (the first few as (key, reason)) are for reports.
     """
 
     def __init__(self, source: Source, max_bad: float, *, least: int = 200, keep: int = 5):
         self.source, self.max_bad, self.least, self.keep = source, max_bad, least, keep
-        self.seen = 0
+        self.records = 0
         self.counts: Counter[str] = Counter()
         self.examples: list[tuple[str, str]] = []
 
     def update(self, batch: Batch) -> None:
-        """Adds a batch; raises `DataError` when more than `max_bad` of at least `least` records were bad."""
-        self.seen += int((batch["mask"] | (batch["fault"] > 0)).sum()) if "mask" in batch else len(batch["fault"])
+        """Add a batch. Raises `DataError` if more than a share `max_bad` of at least `least` records were bad."""
+        real = batch["mask"] | (batch["fault"] > 0) if "mask" in batch else np.ones_like(batch["fault"], bool)
+        self.records += int(real.sum())
         for row in np.flatnonzero(batch["fault"]):
             reason = REASONS[int(batch["fault"][row]) - 1]
             self.counts[reason] += 1
             if len(self.examples) < self.keep:
-                self.examples.append((record_key(self.source, int(batch["drawn"][row])), reason))
-        if self.seen >= self.least and self.bad > self.max_bad * self.seen:
+                self.examples.append((self.source.key(int(batch["drawn"][row])), reason))
+        if self.records >= self.least and self.bad > self.max_bad * self.records:
             raise DataError(f"{self.summary()}; data.max_bad allows a share of {self.max_bad}")
 
     def get_state(self) -> dict[str, Any]:
-        """What `set_state` takes, as plain JSON values."""
-        return {"seen": self.seen, "counts": dict(self.counts), "examples": list(self.examples)}
+        """Return the counts as plain JSON values, for `set_state`."""
+        return {"seen": self.records, "counts": dict(self.counts), "examples": list(self.examples)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on counting from what `get_state` gave."""
-        self.seen, self.counts = state["seen"], Counter(state["counts"])
+        """Continue from the counts that `get_state` returned."""
+        self.records, self.counts = state["seen"], Counter(state["counts"])
         self.examples = [tuple(example) for example in state["examples"]]
 
     @property
     def bad(self) -> int:
-        """How many records were bad."""
+        """The number of bad records."""
         return self.counts.total()
 
     def summary(self) -> str:
-        """One line for people."""
-        text = f"source {self.source.name!r}: {self.bad} of {self.seen} records were bad"
+        """Return the counts as one line of text."""
+        text = f"source {self.source.name!r}: {self.bad} of {self.records} records were bad"
         if not self.bad:
             return text
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())

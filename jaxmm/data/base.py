@@ -1,87 +1,147 @@
-"""Define what a data source is: records by number, their keys, texts and errors."""
+"""Define what a data source is: records by number, with keys, texts and errors."""
 
 import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
+
+import numpy as np
 
 Record = dict[str, Any]
 """Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]; or a tuple of two such), `image_id` (str; without
-one, pictures of the same bytes count as the same), `texts` (tuple of str: all captions of the picture), `label` (int),
+one, images of the same bytes count as the same), `texts` (tuple of str: all captions of the image), `label` (int),
 `question` (str) with `answers` (tuple of str, repeats counted)."""
-
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
 
 class DataError(ValueError):
-    """Data that cannot be used: the message says what was given, what was wanted and where."""
+    """Data that cannot be used: the message says what was given, what was expected and where."""
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Records by number. Must pickle, because worker processes read it too.
+class Source:
+    """Records by number.
 
-    May have `key(i)` and `texts(i)`, which answer without reading the picture; `pictures`, how many a record has (1);
-    `vary(record, rng)`, a record as training sees it, changed by chance; and `shards()`, the sources that make it up,
-    of which each reads its index when it is first needed, and may have `fault`, what is wrong with it as a whole.
+    To define one, subclass this, set `name` and `fingerprint`, and write `__len__` and `__getitem__`. The other members
+    have defaults. A source must pickle, because worker processes read it too.
     """
 
     name: str
-    classes: tuple[str, ...] | None
+    """The spec that opens this source; messages use it."""
     fingerprint: str
+    """A digest that changes with the list of records. A run does not resume with another one."""
+    classes: tuple[str, ...] | None = None
+    """Names of the labels; None: records have no label."""
+    images_per_record: int = 1
+    most_answers: int = 0
+    """The largest number of different answers to one question; 0: records have no questions with answers."""
+    grades_captions: bool = False
+    """True if `is_true` and `names_largest` can grade a caption."""
+    fault: str | None = None
+    """The reason why the file of this source is damaged or cannot be read."""
 
     def __len__(self) -> int:
-        """How many records there are; at least one."""
+        """Return the number of records, at least one."""
+        raise NotImplementedError
 
     def __getitem__(self, index: int) -> Record:
-        """Reads one record; any exception counts as a record that cannot be read."""
+        """Read one record. Any exception but `MemoryError` counts as a record that cannot be used."""
+        raise NotImplementedError
 
+    def key(self, index: int) -> str:
+        """Return the name of a record, also of one that cannot be read."""
+        try:
+            return self[index]["key"]
+        except Exception:  # reading may fail in any way
+            return f"{self.name}#{index}"
 
-def record_key(source: Source, index: int) -> str:
-    """The name of a record, also of one that cannot be read."""
-    if hasattr(source, "key"):
-        return source.key(index)
-    try:
-        return source[index]["key"]
-    except Exception:
-        return f"{source.name}#{index}"
+    def texts(self, index: int) -> tuple[str, ...]:
+        """Return all captions of a record, or its question and answers; override it to avoid reading the image."""
+        return self[index].get("texts", ())
+
+    def answers(self, index: int) -> tuple[str, ...]:
+        """Return all answers to the question of a record, repeats counted."""
+        return self[index].get("answers", ())
+
+    def others(self, index: int, count: int, rng: np.random.Generator) -> list[tuple[str, tuple[str, ...]]]:
+        """Return `count` more questions about the image of a record, with all answers to each.
+
+        By default they are the record's own question, repeated.
+        """
+        record = self[index]
+        return [(record["question"], record["answers"])] * count
+
+    def vary(self, record: Record, rng: np.random.Generator) -> Record:
+        """Return `record` changed at random, as training sees it."""
+        return record
+
+    @property
+    def varies(self) -> bool:
+        """True if `vary` changes records."""
+        return type(self).vary is not Source.vary
+
+    @property
+    def image_id_scope(self) -> str | None:
+        """The name under which an `image_id` means one image; None if it is a digest of the image's content.
+
+        Images of two sources with the same `image_id` are the same image only if the scopes are equal.
+        """
+        return self.name
+
+    def shards(self) -> tuple["Source", ...]:
+        """Return the sources that this one consists of; () if it is not divided.
+
+        Each reads its index at first use.
+        """
+        return ()
+
+    def is_true(self, index: int, caption: str) -> bool:
+        """Return whether `caption` is true of the image of a record."""
+        raise NotImplementedError
+
+    def names_largest(self, index: int, caption: str) -> bool:
+        """Return whether `caption` names the largest object of the image of a record."""
+        raise NotImplementedError
 
 
 def record_texts(source: Source, index: int) -> tuple[str, ...]:
-    """All captions of a record that are not blank, without reading its picture where the source can."""
-    texts = source.texts(index) if hasattr(source, "texts") else source[index].get("texts", ())
-    return tuple(text for text in texts if text.strip())
+    """Return all captions of a record that are not blank."""
+    return tuple(text for text in source.texts(index) if text.strip())
+
+
+def digest(parts: Iterable[bytes], size: int = 16) -> str:
+    """Return the BLAKE2b digest of `parts`, one after the other, as 2 x `size` hex digits."""
+    state = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
 
 
 def fingerprint(parts: Iterable[object]) -> str:
-    """A short digest of what a source lists, to notice at resume that it changed."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(str(part).encode(errors="surrogatepass") + b"\0")
-    return digest.hexdigest()
+    """Return a short digest of what a source lists, to notice at resume that it changed."""
+    return digest((str(part).encode(errors="surrogatepass") + b"\0" for part in parts), size=8)
 
 
-def find_pictures(folder: str | Path) -> list[str]:
-    """The sorted paths of all pictures in `folder` and the folders in it, by their names' ends."""
-    return sorted(os.path.join(where, file) for where, _, names in os.walk(folder) for file in names
+def find_images(folder: str | Path) -> list[str]:
+    """Return the sorted paths of all image files in `folder` and its subfolders, chosen by file extension."""
+    return sorted(os.path.join(parent, file) for parent, _, names in os.walk(folder) for file in names
                   if file.lower().endswith(EXTENSIONS) and not file.startswith("."))
 
 
 def read_text(spec: str, location: str) -> str:
-    """The text of a file of the source `spec`. Raises `DataError`."""
+    """Return the text of a file of the source `spec`. Raises `DataError`."""
     try:
         return Path(location).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise DataError(f"source {spec!r}: cannot read {location}: {error.strerror}") from None
 
 
-def image_folder(file: Path, picture: str) -> Path | None:
-    """The folder of COCO's pictures: beside the annotations, or beside the folder that they are in."""
+def image_folder(file: Path, image: str) -> Path | None:
+    """Return the folder that `image` is relative to: near the annotations in `file`, as COCO is laid out."""
     folder = file.resolve().parent
     for candidate in (folder, folder / "images", *_folders(folder), folder.parent, *_folders(folder.parent)):
-        if (candidate / picture).is_file():
+        if (candidate / image).is_file():
             return candidate
     return None
 

@@ -1,4 +1,4 @@
-"""Encoded pictures to RGB, the way a person sees them; what cannot be decoded is named, never guessed."""
+"""Decode images to RGB, the way a person sees them; report what cannot be decoded, never guess."""
 
 import io
 from typing import Any
@@ -10,10 +10,10 @@ from jaxmm.data.bad_records import BadRecord
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 90_000_000
-"""Larger pictures are refused on their header alone (a 100 kB PNG can hold a gigapixel)."""
+"""The largest size that is decoded; the header decides (a PNG of 100 kB can have a gigapixel)."""
 
 _ORIENTATION = 0x0112
-_UPRIGHT = {  # EXIF orientation -> what turns the stored picture into the seen one
+_UPRIGHT = {  # EXIF orientation -> the operation that turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -25,26 +25,26 @@ _UPRIGHT = {  # EXIF orientation -> what turns the stored picture into the seen 
 
 
 class BadImage(BadRecord):
-    """A picture that cannot be decoded: empty, not an image, too large, truncated or corrupt."""
+    """An image that cannot be decoded: empty, not an image, too large, truncated or corrupt."""
 
 
 def decode(data: bytes | np.ndarray) -> Image.Image:
-    """Turns an encoded JPEG, PNG, WebP or GIF (its first frame), or uint8 pixels, into an upright RGB picture.
+    """Decode a JPEG, PNG, WebP or GIF (its first frame), or uint8 pixels, to an upright RGB image.
 
-    16-bit grey is scaled, CMYK converted, transparency laid on white, EXIF orientation applied. Raises `BadImage`.
+    16-bit grey is scaled, CMYK converted, transparency becomes white, EXIF orientation is applied. Raises `BadImage`.
     """
     return read(data)[0]
 
 
 def read(data: bytes | np.ndarray) -> tuple[Image.Image, bool]:
-    """What `decode` gives, and whether any reader sees the same in `data`: an upright 8-bit RGB JPEG or PNG."""
+    """Decode an image; also return True if every reader sees the same: an upright 8-bit RGB JPEG or PNG."""
     if isinstance(data, np.ndarray):
         return _from_array(data), False
     image = _open(data)
     try:
         image.load()
-        seen = _upright(image, to_rgb(image))
-        return seen, seen is image and _is_plain(image, data)
+        upright = _upright(image, to_rgb(image))
+        return upright, upright is image and _is_plain(image, data)
     except MemoryError:
         raise
     except Exception as error:  # damaged bytes make the decoders raise nearly anything
@@ -52,7 +52,7 @@ def read(data: bytes | np.ndarray) -> tuple[Image.Image, bool]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded picture of any mode as 8-bit RGB."""
+    """Convert a loaded image of any mode to 8-bit RGB."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -60,7 +60,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         deep = np.clip(np.asarray(image, np.float64), 0, 65535)
         return Image.fromarray(np.rint(deep / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
-        image = ImageChops.invert(image)  # Pillow takes every CMYK JPEG for Adobe's, which store them inverted
+        image = ImageChops.invert(image)  # Pillow inverts every CMYK JPEG, as only Adobe's need
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getextrema()[3] != (255, 255):
@@ -70,19 +70,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_plain(image: Image.Image, data: bytes) -> bool:
-    if image.format == "PNG":  # Pillow makes 8 bits of 16; byte 24 has how many a sample has
+    if image.format == "PNG":  # Pillow reduces 16 bits to 8; byte 24 is the depth
         return data[24] == 8 and not getattr(image, "is_animated", False)
     return image.format in ("JPEG", "MPO")
 
 
 def _open(data: bytes) -> Image.Image:
-    """Reads the header and refuses what should not be decoded."""
+    """Read the header and refuse what should not be decoded."""
     if not data:
         raise BadImage("empty", "0 bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise BadImage("not an image", f"begins with {data[:12]!r}; wanted JPEG, PNG, WebP or GIF") from None
+        raise BadImage("not an image", f"begins with {data[:12]!r}; expected JPEG, PNG, WebP or GIF") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too large", str(error)) from None
     except MemoryError:
@@ -95,19 +95,19 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _upright(source: Image.Image, image: Image.Image) -> Image.Image:
-    """Turns `image` by the EXIF orientation of the `source` it was made from."""
+    """Rotate or flip `image` by the EXIF orientation of `source`, from which it was made."""
     if not any(key in source.info for key in ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")):
         return image
     try:
         orientation: Any = source.getexif().get(_ORIENTATION)
-    except Exception:  # garbage in the metadata does not spoil the pixels
+    except Exception:  # invalid metadata does not affect the pixels
         return image
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (1, 3)):
-        raise BadImage("not an image", f"array {pixels.dtype}{list(pixels.shape)}; wanted uint8 [h, w, 3]")
+        raise BadImage("not an image", f"array {pixels.dtype}{list(pixels.shape)}; expected uint8 [h, w, 3]")
     if pixels.size == 0:
         raise BadImage("empty", f"array of shape {list(pixels.shape)}")
     if pixels.ndim == 3 and pixels.shape[2] == 1:

@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them, and their results in order."""
+"""Run worker processes that end with the process that started them, and return their results in order."""
 
 import multiprocessing
 import os
@@ -13,16 +13,16 @@ from typing import Any
 
 
 def start_worker(worker: int, workers: int) -> None:
-    """Leaves Ctrl-C to the main process, which ends its workers, and ends with it when it is killed."""
+    """Leave Ctrl-C to the main process, which ends its workers, and end this process when that one is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
 
 
 def in_order(run: Callable[[Any], Any], inputs: Sequence[Any], workers: int) -> Iterator[Any]:
-    """`run` of each input, in their order, by that many processes (spawned), or by this one where one is enough.
+    """Yield `run(input)` of each input, in order, from `workers` spawned processes, or from this one if 1 is enough.
 
-    `run`, which each worker gets once, and the inputs must pickle. Whatever ends this early, such as Ctrl-C, ends the
-    workers at once. Raises `OSError` where one is killed.
+    `run`, which each worker gets once, and the inputs must pickle. An early end, such as Ctrl-C, ends the workers at
+    once. Raises `OSError` if one is killed.
     """
     workers = min(workers, len(inputs))
     if workers <= 1:
@@ -34,8 +34,8 @@ def in_order(run: Callable[[Any], Any], inputs: Sequence[Any], workers: int) -> 
     waiting = deque()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (run,)) as pool:
         try:
-            for given in inputs:
-                waiting.append(pool.submit(_run, given))
+            for value in inputs:
+                waiting.append(pool.submit(_run, value))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -48,11 +48,11 @@ def in_order(run: Callable[[Any], Any], inputs: Sequence[Any], workers: int) -> 
             raise
 
 
-_running: list[Callable[[Any], Any]] = []  # in a worker: what it runs, which may hold all of a source
+_running: list[Callable[[Any], Any]] = []  # the function of a worker, which may contain a source
 
 
-def _run(given: Any) -> Any:
-    return _running[0](given)
+def _run(value: Any) -> Any:
+    return _running[0](value)
 
 
 def _start(run: Callable[[Any], Any]) -> None:
@@ -62,14 +62,14 @@ def _start(run: Callable[[Any], Any]) -> None:
 
 
 def _ignore_warnings() -> None:
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # on what it repairs in pictures; what it cannot raises
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about images that it repairs; it raises for others
 
 
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
 
     def watch():
-        parent.join()  # by its pipe, which tells also that it ended before this began
+        parent.join()  # by its pipe, which also works if it ended before
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,12 +1,10 @@
-"""Words into token ids: CLIP's and BERT's published vocabularies, any `tokenizer.json`, or one trained here.
+"""Encode texts as token ids: with CLIP's or BERT's vocabulary, any `tokenizer.json`, or a vocabulary trained here.
 
-Everything is encoded by the `tokenizers` library. Text is data only: what looks like a special token in it is split
-into ordinary ones, but for the tokenizers of published checkpoints that only encode, which do as they were published
-(`literal`).
+The `tokenizers` library does the encoding. Text is data only: special tokens written out in a text are split into
+ordinary ones. Tokenizers of published checkpoints that do otherwise have `literal`.
 """
 
 import gzip
-import hashlib
 import html
 import json
 import re
@@ -24,26 +22,27 @@ from jaxtyping import Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxmm.config import ConfigError, TokenizerConfig
+from jaxmm.data.base import digest
 
 Cleaning = Literal["none", "openai", "whitespace", "canonical", "siglip", "lower"]
-"""What is done to a text before it is encoded.
+"""Cleaning of a text before it is encoded.
 
-openai: mojibake and HTML entities repaired, white space collapsed, lower case (CLIP); whitespace: the same, but the
-case stays (open_clip with other vocabularies); canonical: openai without punctuation (open_clip's SigLIP, CLIPA);
-siglip: lower case without punctuation (SigLIP in big_vision and transformers); lower: lower case (SigLIP 2).
+openai: repair mojibake and HTML entities, collapse white space, lower case (CLIP); whitespace: the same, without lower
+case (open_clip with other vocabularies); canonical: openai without punctuation (open_clip's SigLIP, CLIPA); siglip:
+lower case without punctuation (SigLIP in big_vision and transformers); lower: lower case (SigLIP 2).
 """
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_CLIP_MERGES = 49152 - 256 - 2      # lines of OpenAI's file that are used, after its header
+_CLIP_MERGES = 49152 - 256 - 2      # lines in use of OpenAI's file, after its header
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Turns texts into rows of `context_length` ids: `bos_id`, the text's, `eos_id`, then `pad_id`.
+    """Encodes texts as rows of `context_length` ids: `bos_id`, the text's ids, `eos_id`, then `pad_id`.
 
-    A text that is too long loses its end; `eos_id` always stays. Of a very long one only the first 128 characters
-    per token of context are read.
+    A text that is too long is cut; `eos_id` always stays. Of a very long text only the first 128 characters per token
+    of context are read.
     """
 
     backend: tokenizers.Tokenizer
@@ -53,23 +52,23 @@ class Tokenizer:
     eos_id: int
     cleaning: Cleaning = "none"
     literal: tuple[str, ...] = ()
-    """Special tokens that, written out in a text, become what they name, as published tokenizers have it."""
+    """Special tokens that are encoded as such if they are written out in a text, as some published tokenizers do."""
 
     def __post_init__(self):
-        """Takes over truncation and padding, and keeps special tokens out of the reach of text."""
+        """Turn off the backend's truncation and padding, and the encoding of special tokens in texts."""
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = not self.literal or self.cleaning == "openai"
 
     def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "b t"]:
-        """Ids of `texts`, cut and padded to `context_length`."""
+        """Encode `texts`, cut and padded to `context_length`."""
         if isinstance(texts, str):
-            raise TypeError(f"texts is the string {texts[:40]!r}; wanted a list of strings")
+            raise TypeError(f"texts is the string {texts[:40]!r}; expected a list of strings")
         cleaned = [_clean(text, 128 * self.context_length, self.cleaning) for text in texts]
         if len(cleaned) < 64:      # the batch call starts threads
             encoded = [self.backend.encode(text, add_special_tokens=False).ids for text in cleaned]
         else:
-            encoded = [each.ids for each in self.backend.encode_batch_fast(cleaned, add_special_tokens=False)]
+            encoded = [encoding.ids for encoding in self.backend.encode_batch_fast(cleaned, add_special_tokens=False)]
         if self.literal and self.cleaning == "openai":
             encoded = [self._encode_literal(text) if any(name in text for name in self.literal) else ids
                        for text, ids in zip(cleaned, encoded, strict=True)]
@@ -82,49 +81,48 @@ class Tokenizer:
         return out
 
     def _encode_literal(self, text: str) -> list[int]:
-        """As OpenAI's pattern has it: a special token counts where a word could begin, not behind other signs."""
-        words = regex.compile("|".join([*map(regex.escape, self.literal), CLIP_WORDS]))
+        """Encode like OpenAI's pattern: a special token counts if a word could begin there, not after punctuation."""
+        pattern = regex.compile("|".join([*map(regex.escape, self.literal), CLIP_WORDS]))
         ids, start = [], 0
-        for found in words.finditer(text):
-            if found[0] in self.literal:
-                ids += self.backend.encode(text[start:found.start()], add_special_tokens=False).ids
-                ids.append(self.backend.token_to_id(found[0]))
-                start = found.end()
+        for match in pattern.finditer(text):
+            if match[0] in self.literal:
+                ids += self.backend.encode(text[start:match.start()], add_special_tokens=False).ids
+                ids.append(self.backend.token_to_id(match[0]))
+                start = match.end()
         return ids + self.backend.encode(text[start:], add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int] | Int32[np.ndarray, " t"]) -> str:
-        """The text of one row of ids, up to its first `eos_id`, without special tokens."""
+        """Decode one row of ids, up to its first `eos_id`, without special tokens."""
         ids = [int(i) for i in ids]
         if ids and ids[0] == self.bos_id:
             ids = ids[1:]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        else:      # cut off before its end: what is left of the padding has no meaning
+        else:      # it was cut before its end; trailing padding means nothing
             while ids and ids[-1] == self.pad_id:
                 ids.pop()
         return self.backend.decode(ids, skip_special_tokens=True).strip()
 
     def at_length(self, length: int) -> "Tokenizer":
-        """The same for texts of another length; a copy, because other threads may be reading with this one."""
+        """Return a copy with another `context_length`; other threads may use this one."""
         return _rebuild(self.backend.to_str(), self._settings() | {"context_length": length})
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """The largest id + 1."""
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that decides which ids a text has."""
-        parts = self.backend.to_str() + json.dumps(self._settings())
-        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+        """A digest of everything that determines the ids of a text."""
+        return digest([self.backend.to_str().encode(), json.dumps(self._settings()).encode()])
 
     def _settings(self) -> dict[str, Any]:
         names = ("context_length", "pad_id", "bos_id", "eos_id", "cleaning", "literal")
         return {name: getattr(self, name) for name in names}
 
     def save(self, folder: str | Path) -> None:
-        """Writes `tokenizer.json` (as the `tokenizers` library does) and `tokenizer_settings.json` into `folder`."""
+        """Write `tokenizer.json` (as the `tokenizers` library does) and `tokenizer_settings.json` into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=False), encoding="utf-8")
@@ -132,14 +130,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Reads what `save` wrote."""
+        """Read the tokenizer that `save` wrote."""
         folder = Path(folder)
         try:
             settings = json.loads((folder / "tokenizer_settings.json").read_text())
             settings["literal"] = tuple(settings["literal"])
             return cls(_from_json(folder / "tokenizer.json"), **settings)
         except Exception as error:      # the library raises bare Exceptions
-            raise ValueError(f"{folder} holds no tokenizer that `Tokenizer.save` wrote: {error}") from error
+            raise ValueError(f"{folder} has no tokenizer that `Tokenizer.save` wrote: {error}") from error
 
     def __reduce__(self):
         return _rebuild, (self.backend.to_str(), self._settings())
@@ -150,8 +148,7 @@ def _rebuild(backend: str, settings: dict[str, Any]) -> Tokenizer:
 
 
 def make_tokenizer(config: TokenizerConfig, texts: Iterable[str] | None = None) -> Tokenizer:
-    """The tokenizer that `config` names; the kinds `train-*` are trained on `texts`, and the same ones always give
-    the same tokenizer."""
+    """Return the tokenizer that `config` names. The kinds `train-*` are trained on `texts`, deterministically."""
     if config.kind.startswith("train-"):
         corpus = [_clean(text, 128 * config.context_length) for text in texts or ()]
         if not any(corpus):
@@ -166,7 +163,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str] | None = None) 
             backend, special = read(path)
         except Exception as error:      # the library raises bare Exceptions
             reason = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"data.tokenizer.file is {config.file!r}; wanted a file for kind {config.kind!r}, but "
+            raise ConfigError(f"data.tokenizer.file is {config.file!r}; expected a file for kind {config.kind!r}, but "
                               f"reading it failed: {reason}") from error
     return Tokenizer(backend, config.context_length, **special, cleaning="openai" if config.kind == "clip" else "none")
 
@@ -193,7 +190,7 @@ def _clean(text: str, limit: int, cleaning: Cleaning = "none") -> str:
 
 
 def read_clip(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
-    """OpenAI's merges, or the vocabulary and merges that others made of them."""
+    """Read OpenAI's merges, or a vocabulary and merges that were derived from them."""
     if path.is_dir() and (path / "vocab.json").exists():
         vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
         merges = _merges((path / "merges.txt").read_text(encoding="utf-8"))
@@ -215,7 +212,7 @@ def read_clip(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(tokenizers.Regex(CLIP_WORDS), behavior="removed", invert=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    space = "\u0120"      # what a space is called among the byte letters
+    space = "\u0120"      # the byte letter of a space
     backend.decoder = decoders.Sequence([decoders.Replace("</w>", space), decoders.ByteLevel()])
     return backend, {"pad_id": 0, "bos_id": bos, "eos_id": eos}
 
@@ -228,13 +225,13 @@ def _merges(text: str) -> list[tuple[str, str]]:
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's letter for each byte, printable bytes first: the order of CLIP's vocabulary."""
+    """Return GPT-2's letter for each byte, printable bytes first: the order of CLIP's vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
 
 
 def read_bert(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
-    """WordPiece over lower-cased words without accents, as BERT base uncased."""
+    """Read a vocabulary of BERT: WordPiece over lower-case words without accents."""
     names = path.read_text(encoding="utf-8").split("\n")
     vocab = {name.rstrip("\r"): i for i, name in enumerate(names) if name.rstrip("\r")}
     missing = [name for name in _BERT_SPECIAL if name not in vocab]
@@ -257,17 +254,17 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def read_file(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
-    """Any `tokenizer.json`; what it puts around a text tells its begin and end tokens."""
+    """Read any `tokenizer.json`; its begin and end tokens are those that it puts around a text."""
     backend = _from_json(path)
     padding = backend.padding
     backend.no_truncation()
     backend.no_padding()
     bare = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
-    starts = [i for i in range(len(whole) - len(bare) + 1) if whole[i:i + len(bare)] == bare]
-    before, after = (whole[:starts[0]], whole[starts[0] + len(bare):]) if bare and starts else ([], [])
+    full = backend.encode("a", add_special_tokens=True).ids
+    starts = [i for i in range(len(full) - len(bare) + 1) if full[i:i + len(bare)] == bare]
+    before, after = (full[:starts[0]], full[starts[0] + len(bare):]) if bare and starts else ([], [])
     if len(before) > 1 or len(after) > 1:
-        raise ValueError(f"it puts the ids {before} and {after} around a text; wanted at most one before and after")
+        raise ValueError(f"it puts the ids {before} and {after} around a text; expected at most one before and after")
 
     def known(*names: str) -> int | None:
         return next((i for name in names if (i := backend.token_to_id(name)) is not None), None)
@@ -280,7 +277,7 @@ def read_file(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
 
 
 def read_sentencepiece(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, int | None]]:
-    """A `.model` of the SentencePiece library whose algorithm is Unigram (T5's and SigLIP's)."""
+    """Read a `.model` of the SentencePiece library with the Unigram algorithm (T5, SigLIP)."""
     from sentencepiece import sentencepiece_model_pb2 as protocol
     proto = protocol.ModelProto.FromString(path.read_bytes())
     if proto.trainer_spec.model_type != protocol.TrainerSpec.UNIGRAM:
@@ -308,7 +305,7 @@ def _train_wordpiece(corpus: list[str], size: int) -> tokenizers.Tokenizer:
         counts.update(backend.normalizer.normalize_str(text))
     ordered = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
     letters = sorted(ordered[: (size - len(_BERT_SPECIAL)) // 3])      # rarer ones become [UNK]
-    # The trainer numbers the "##" letters in the order of a hash map unless they are there before.
+    # The trainer numbers "##" letters in the order of a hash map unless they are special tokens.
     fixed = [*_BERT_SPECIAL, *("##" + c for c in letters)]
     backend.train_from_iterator(corpus, trainers.WordPieceTrainer(
         vocab_size=size, special_tokens=fixed, initial_alphabet=letters, limit_alphabet=len(letters),
@@ -317,9 +314,9 @@ def _train_wordpiece(corpus: list[str], size: int) -> tokenizers.Tokenizer:
 
 
 def _train_bpe(corpus: list[str], size: int) -> tokenizers.Tokenizer:
-    """Over bytes, so that nothing is unknown; needs a vocabulary of 260 or more."""
+    """Train BPE over bytes, so that nothing is unknown; it needs a vocabulary of 260 or more."""
     if size < 256 + len(_BERT_SPECIAL):
-        raise ConfigError(f"data.tokenizer.vocab_size is {size}; wanted 260 or more for kind 'train-bpe'")
+        raise ConfigError(f"data.tokenizer.vocab_size is {size}; expected 260 or more for kind 'train-bpe'")
 
     def around(model: models.Model) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer(model)

@@ -1,7 +1,7 @@
-"""PIL pictures of any size to uint8 squares, on the host; mean and standard deviation are applied on the device.
+"""Transform PIL images of any size to uint8 squares, on the host; the device normalises by mean and deviation.
 
-A crop is resized straight from the picture (`Image.resize(size, box=...)`), so that no more than the crop is ever
-made: the shorter side of a 1 x 10,000 picture at 224 would be 224 x 2,240,000 pixels.
+A crop is resized directly from the image (`Image.resize(size, box=...)`), so that only the crop is computed: resizing
+the shorter side of a 1 x 10,000 image to 224 would make 224 x 2,240,000 pixels.
 """
 
 import math
@@ -14,20 +14,20 @@ from jaxmm.config import ImageConfig
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 Box = tuple[int | float, int | float, int | float, int | float]
-"""Left, top, right, bottom in pixels of the picture."""
+"""Left, top, right, bottom in pixels of the image."""
 
 
 def train_image(
     image: Image.Image, config: ImageConfig, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Random crop, flip and RandAugment as `config` says; all chance comes from `rng`."""
+    """Apply the random crop, flip and RandAugment of `config`; `rng` is the only source of randomness."""
     size, method = config.size, FILTERS[config.interpolation]
     if config.train_crop == "random":
         image = _resize(image, size, method, random_box(image.size, config.scale, config.ratio, rng))
     elif config.train_crop == "pad":
         shift = size // 8
         left, top = rng.integers(-shift, shift + 1, size=2).tolist()
-        # what lies outside the picture comes out black
+        # pixels outside the image become black
         image = center_crop(image, size, method=method).crop((left, top, left + size, top + size))
     elif config.train_crop == "center":
         image = center_crop(image, size, config.eval_resize, method)
@@ -43,7 +43,7 @@ def train_image(
 
 
 def eval_image(image: Image.Image, config: ImageConfig) -> UInt8[np.ndarray, "size size 3"]:
-    """The central square, or the whole picture squashed, as `config` says."""
+    """Resize and take the central square, or squash the image, as `config` says."""
     size, method = config.size, FILTERS[config.interpolation]
     if config.eval_crop != "squash":
         return np.asarray(center_crop(image, size, config.eval_resize, method,
@@ -56,9 +56,9 @@ def eval_image(image: Image.Image, config: ImageConfig) -> UInt8[np.ndarray, "si
 def random_box(
     image_size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """Inception's random resized crop: uniform share of the area, log-uniform aspect ratio; ten tries, then centre.
+    """Draw a random resized crop: uniform share of the area, log-uniform aspect ratio; after ten tries the centre.
 
-    The sampling is torchvision's `RandomResizedCrop`.
+    Inception's crop, sampled like torchvision's `RandomResizedCrop`.
     """
     width, height = image_size
     for _ in range(10):
@@ -81,10 +81,10 @@ def center_crop(
     image: Image.Image, size: int, resize: float = 1.0, method: Image.Resampling = Image.Resampling.BICUBIC, *,
     floor: bool = False,
 ) -> Image.Image:
-    """Shorter side to `resize` x `size`, then the central `size` x `size`.
+    """Resize the shorter side to `resize` x `size`, then take the central `size` x `size`.
 
-    Rounded where torchvision's `Resize` and `CenterCrop` round, which CLIP's and ImageNet's preprocessing use; with
-    `floor` the margins are, as transformers' processors do.
+    Sizes and margins are rounded like torchvision's `Resize` and `CenterCrop`, which the preprocessing of CLIP and
+    ImageNet uses; with `floor` the margins are rounded down, like transformers' processors.
     """
     width, height = image.size
     short = round(size * resize)
@@ -103,5 +103,5 @@ def center_crop(
 
 
 def _resize(image: Image.Image, size: int, method: Image.Resampling, box: Box | None = None) -> Image.Image:
-    """With antialiasing, Pillow's own: the reference that published models were trained with."""
+    """Resize with Pillow's antialiasing, which published models were trained with."""
     return image.resize((size, size), method, box=box)

@@ -47,7 +47,7 @@ class Captions(Evaluator):
 
     def names(self, source: Source) -> tuple[str, ...]:
         """Return the names of the metrics."""
-        graded = ("caption_largest", "caption_true") if _grades_captions(source) else ()
+        graded = ("caption_largest", "caption_true") if source.grades_captions else ()
         return ("caption_exact", "caption_score", *graded, *caption_metric_names())
 
     def measure(self, context: EvalContext, source: Source) -> Iterator[float]:
@@ -65,7 +65,7 @@ class Captions(Evaluator):
                                                    truth=(*references[i], "")[0], words=words))
         yield _mean(exact.values())
         yield _mean(scores)
-        if _grades_captions(source):
+        if source.grades_captions:
             yield _mean(source.names_largest(i, caption) for i, caption in captions.items())
             yield _mean(source.is_true(i, caption) for i, caption in captions.items())
         yield from caption_metrics(list(captions.values()), list(references.values())).values()
@@ -101,10 +101,6 @@ class Captions(Evaluator):
         (result, batch), = context.outputs(self, make_attention_map_fn(context.task, context.mesh), [batch])
         for i, image, ids, maps in zip(chosen, batch["image"], batch["tokens"], result["attention"], strict=True):
             yield i, image, tuple(word_attention_maps(context.tokenizer, ids[1:], maps[1:]))
-
-
-def _grades_captions(source: Source) -> bool:
-    return hasattr(source, "names_largest")
 
 
 def _mean(values) -> float:

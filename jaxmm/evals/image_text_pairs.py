@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 
 from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source, record_texts
-from jaxmm.data.pipeline import eval_texts
+from jaxmm.data.eval_pipeline import eval_texts
 from jaxmm.evals.context import Arrays, EvalContext, concatenate
 
 TIE = np.float32(1e-6)

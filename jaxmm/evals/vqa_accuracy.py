@@ -67,7 +67,7 @@ class VQAAccuracy(Evaluator):
 
     def validate(self, context: EvalContext, source: Source) -> None:
         """Raise `ConfigError` if the source has no questions, or there are no answers to choose from."""
-        require(_has_answers(source), "VQAAccuracy.source", source.name, "questions with answers (vqa:)")
+        require(source.most_answers, "VQAAccuracy.source", source.name, "questions with answers (vqa:)")
         self.choices(context)
 
     def choices(self, context: EvalContext) -> list[str] | None:
@@ -76,7 +76,7 @@ class VQAAccuracy(Evaluator):
         if self.answers is None:
             return None
         if self.answers == "train":
-            require(_has_answers(context.train), "VQAAccuracy.answers", self.answers,
+            require(context.train is not None and context.train.most_answers, "VQAAccuracy.answers", self.answers,
                     "a run that trains on questions with answers, a file of one answer a line, or None")
             return common_answers(context.train, self.limit)
         try:
@@ -91,8 +91,8 @@ class VQAAccuracy(Evaluator):
         """Return the accuracy."""
         accuracies, answered = [], {}
         for index, ranked in self._answer(context, source):
-            if source.answers[index]:
-                accuracies.append(accuracy_of(ranked[0][0], source.answers[index]))
+            if answers := source.answers(index):
+                accuracies.append(accuracy_of(ranked[0][0], answers))
             answered[index] = ranked
             if self.questions is not None and len(answered) >= self.questions:
                 break
@@ -121,10 +121,6 @@ class VQAAccuracy(Evaluator):
                 texts = ([choices[i] for i in result["index"][row]] if choices is not None
                          else [tokenizer.decode(ids[1:]) for ids in result["tokens"][row]])
                 yield index, list(zip(texts, result["score"][row].tolist(), strict=True))
-
-
-def _has_answers(source: Source | None) -> bool:
-    return getattr(source, "most_answers", 0) > 0
 
 
 def normalise_answer(text: str) -> str:

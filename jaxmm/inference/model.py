@@ -17,7 +17,7 @@ from PIL import Image
 
 from jaxmm.config import ImageConfig
 from jaxmm.data.images import BadImage, decode
-from jaxmm.data.sources.nlvr import cleaned
+from jaxmm.data.sources.nlvr import clean_sentence
 from jaxmm.data.sources.vqa import clean_question
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
@@ -218,7 +218,7 @@ class Model:
             raise ValueError(f"there are {len(pairs)} pairs and {len(texts)} texts; wanted a text for each")
         if not pairs:
             return np.zeros(0, np.float32)
-        tokens, size = self.tokenize([cleaned(text) for text in texts]), BATCH // 2
+        tokens, size = self.tokenize([clean_sentence(text) for text in texts]), BATCH // 2
         batches = ({"image": batch["image"].reshape(-1, 2, *batch["image"].shape[1:]),
                     "tokens": tokens[size * number:][:len(batch["image"]) // 2]}
                    for number, batch in enumerate(self._batches(list(chain(*pairs)))))

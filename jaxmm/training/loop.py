@@ -12,7 +12,8 @@ import numpy as np
 from jaxmm import hosts
 from jaxmm.checkpoints import Checkpoints
 from jaxmm.config import TrainConfig
-from jaxmm.data.pipeline import FaultCounter, train_batches
+from jaxmm.data.bad_records import FaultCounter
+from jaxmm.data.pipeline import train_batches
 from jaxmm.optional import require_extra
 from jaxmm.pretrained.warm_start import start_weights
 from jaxmm.sharding import host_share, place_batch, unsharded_dims

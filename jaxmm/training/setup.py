@@ -80,7 +80,7 @@ def _open_sources(config: TrainConfig) -> tuple[Source, Source | None]:
     """Return the sources of training and validation. Raises `ConfigError` if they do not fit the task."""
     data, task = config.data, config.task
     train = open_source(data.train, data_dir=data.data_dir)
-    require("answers" not in task.reads or getattr(train, "most_answers", 0), "data.train", data.train,
+    require("answers" not in task.reads or train.most_answers, "data.train", data.train,
             "a source of questions with answers, such as vqa:DIR or vqa:FILE.json")
     require(data.questions == 1 or "answers" in task.reads, "data.questions", data.questions,
             f"1: {type(task).__name__} reads no questions")
@@ -90,9 +90,9 @@ def _open_sources(config: TrainConfig) -> tuple[Source, Source | None]:
         raise ConfigError(f"data.val is {data.val!r}, whose classes are not those of {data.train!r}: "
                           f"{', '.join(odd[:10])} only in one of them")
     for field, source in (("train", train), ("val", val)):
-        count = 1 if source is None else getattr(source, "pictures", 1)
-        require(source is None or count == task.images_per_record, f"data.{field}", getattr(source, "name", None),
-                f"a source with {task.images_per_record} images per record, not {count}")
+        if source is not None:
+            require(source.images_per_record == task.images_per_record, f"data.{field}", source.name,
+                    f"a source with {task.images_per_record} images per record, not {source.images_per_record}")
     return train, val
 
 

@@ -151,7 +151,7 @@ def test_data(jaxmm, tmp_path):
         tmp_path / "a.html").read_text()
     for again in (False, True):
         status, out, _ = jaxmm("data", "import", spec, tmp_path / "out", "--split", "web", "--workers", 1)
-        assert status == 0 and "9 pictures in 1 shards" in out and "7 of 16 records" in out and "0/html" in out
+        assert status == 0 and "9 images in 1 shards" in out and "7 of 16 records" in out and "0/html" in out
         assert ("nothing to do" in out) == again
     assert len(open_source(f"tfds:{tmp_path}/out:web")) == 9
     for args, words in ((("import", spec, tmp_path / "out"), "exists"), (("check", "tras:x"), "unknown kind 'tras'"),

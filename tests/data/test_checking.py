@@ -2,21 +2,27 @@
 
 import hashlib
 import io
+import json
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmm.config import DataConfig, ImageConfig
+from jaxmm.config import DataConfig, ImageConfig, TokenizerConfig
 from jaxmm.data.bad_records import REASONS
-from jaxmm.data.pipeline import eval_batches
+from jaxmm.data.eval_pipeline import eval_batches
+from jaxmm.data.pipeline import train_batches
 from jaxmm.data.sources.registry import open_source
+from jaxmm.data.tokenizers import make_tokenizer
 from jaxmm.data.tools import showing
 from jaxmm.data.tools.checking import check, examine, pixel_id
 from tests.data.crawl import CASES, files, jpeg, pairs, photo, write_tar
 from tests.data.test_images import encode
 from tests.data.test_pipeline import Letters
+from tests.data.test_sources import png, write
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +50,12 @@ def test_training_judges_alike(crawl):
 
 
 def test_what_the_usable_ones_hold(crawl):
-    found = {key: examine(crawl, number) for number, (key, (_, reason)) in enumerate(CASES.items()) if not reason}
-    assert found["bad_utf8"].texts == ("caf\ufffd table",) and found["nul_text"].texts == ("a cup of tea",)
-    assert found["rotated"].image.size == (24, 31) and found["ok_0"].image.size == (31, 24)
-    assert {key for key, usable in found.items() if usable.encoded is None} == {"cmyk", "gray16", "palette", "animated",
-                                                                               "rotated"}
-    assert found["ok_0"].encoded == CASES["ok_0"][0]["jpg"]
+    usable = {key: examine(crawl, number)[1] for number, (key, (_, reason)) in enumerate(CASES.items()) if not reason}
+    assert usable["bad_utf8"].texts == ("caf\ufffd table",) and usable["nul_text"].texts == ("a cup of tea",)
+    assert usable["rotated"].images[0].size == (24, 31) and usable["ok_0"].images[0].size == (31, 24)
+    assert {key for key, record in usable.items() if record.plain != (True,)} == {"cmyk", "gray16", "palette",
+                                                                                 "animated", "rotated"}
+    assert usable["ok_0"].record["image"] == CASES["ok_0"][0]["jpg"]
 
 
 def test_a_report(tmp_path):
@@ -90,3 +96,33 @@ def test_showing(crawl, tmp_path):
     page = (tmp_path / "a.html").read_text()
     assert "&lt;script&gt;alert(1)&lt;/script&gt; \ufffd[31m" in page and "a/&lt;b&gt; · 31 x 24" in page
     assert "<script" not in page and "<b>" not in page and page.count("data:image/webp;base64,") == 1
+
+
+def test_sources_of_questions_and_of_image_pairs(tmp_path):
+    rows = [{"image": "1.png", "question": "what?", "answer": "red"}, {"image": "1.png", "question": "how?"},
+            {"image": "2.png", "question": "who?", "answers": [" "]}, {"image": "3.png", "question": "why?",
+                                                                      "answer": "so"}]
+    for number in (1, 2):
+        write(tmp_path / f"{number}.png", png(number))
+    source = open_source(f"vqa:{write(tmp_path / 'q.json', json.dumps(rows))}")
+    report = check(source)
+    assert report["broken"] == {"unreadable": 1, "no answer": 2} and report["texts"] == 1
+    batch = next(train_batches(source, DataConfig(batch_size=4, image=ImageConfig(size=8)), make_tokenizer(
+        TokenizerConfig(vocab_size=90), ["what red"]), seed=0))
+    assert Counter(REASONS[fault - 1] for fault in batch["fault"] if fault) == report["broken"]
+    rows = [{"sentence": "a", "label": "True", "images": ["1.png", "2.png"]},
+            {"sentence": "b", "label": "False", "images": ["2.png", "3.png"]}]
+    source = open_source(f"nlvr:{write(tmp_path / 'pairs.json', json.dumps(rows))}")
+    report = check(source)
+    assert report["broken"] == {"unreadable": 1} and report["width"]["least"] == 5 and report["duplicates"] == 0
+    shown = showing.first(source, 2)
+    assert shown[0].size == "5 x 3, 5 x 3" and shown[1].size.startswith("unreadable") and shown[1].images == ()
+    showing.write_html("pairs", shown, tmp_path / "pairs.html")
+    assert (tmp_path / "pairs.html").read_text().count("data:image/webp;base64,") == 2
+
+
+def test_showing_imports_no_models():
+    program = ("import sys; from jaxmm.data.tools import showing; print([name for name in sys.modules if name in ("
+               "'matplotlib', 'optax') or name.startswith(('jaxmm.models', 'jaxmm.evals'))])")
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert printed == "[]\n"

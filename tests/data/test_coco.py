@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxmm.data.base import DataError, record_key, record_texts
+from jaxmm.data.base import DataError, record_texts
 from jaxmm.data.sources.registry import open_source
 from tests.data.test_sources import png, write
 
@@ -22,11 +22,11 @@ def test_coco(tmp_path, folder):
     source = open_source(f"coco:{file}")
     assert [(r["image_id"], r["texts"], r["image"]) for r in (source[0], source[1])] == [
         ("9", ("second",), png(1)), ("4", ("first", "third"), png(0))]
-    assert record_key(source, 1).startswith("a.png")
+    assert source.key(1).startswith("a.png")
 
 
 def test_bad_coco(tmp_path):
-    for text, message in [("{", "captions.json:1 is not JSON"), ("{}", "is none of the layouts that are known"),
+    for text, message in [("{", "captions.json:1 is not JSON"), ("{}", "is none of the known layouts"),
                           ("[]", "is empty"),
                           ('{"images": []}', "not COCO's captions layout: KeyError 'annotations'"),
                           ('{"images": [], "annotations": []}', "is empty"),
@@ -63,8 +63,8 @@ def test_karpathy_splits(tmp_path, folders):
 
 
 @pytest.mark.parametrize("split, message", [
-    ("", "has the splits train, restval, val, test; wanted one of them behind the file, as in FILE.json:train"),
-    (":dev", "has no split 'dev'; wanted one of train, restval, val, test"),
+    ("", "has the splits train, restval, val, test; expected one of them behind the file, as in FILE.json:train"),
+    (":dev", "has no split 'dev'; expected one of train, restval, val, test"),
     (":val+tset", "has no split 'tset'"),
 ])
 def test_a_split_that_is_missing_is_named(tmp_path, split, message):

@@ -74,8 +74,8 @@ def test_alpha_is_laid_on_white(mode):
     color, alpha = pixels(channels=1)[..., 0], pixels(channels=2)[..., 1]
     layers = [color, color, color, alpha] if mode == "RGBA" else [color, alpha]
     image = decode(encode(Image.fromarray(np.stack(layers, -1), mode)))
-    wanted = 255 + (color.astype(float) - 255) * alpha / 255
-    assert np.abs(np.asarray(image, float) - wanted[..., None]).max() <= 1
+    expected = 255 + (color.astype(float) - 255) * alpha / 255
+    assert np.abs(np.asarray(image, float) - expected[..., None]).max() <= 1
 
 
 def test_transparent_colour_of_a_palette_and_of_rgb_is_white():
@@ -102,10 +102,10 @@ def test_exif_orientation(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(Image.fromarray(pixels()), kind, exif=exif)
-    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     image = decode(data)
     assert image.size == ((17, 11) if orientation < 5 else (11, 17))
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(wanted))
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
 def test_garbage_in_exif_does_not_spoil_the_picture():

@@ -16,13 +16,13 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jaxmm.data.base import DataError
+from jaxmm.data.base import DataError, Source
 from jaxmm.data.images import decode
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.tools import writing
 from jaxmm.data.tools.checking import pixel_id
 from jaxmm.data.tools.importing import import_source
-from jaxmm.data.tools.writing import finish, picture_features, shard_path, write_shard
+from jaxmm.data.tools.writing import finish, image_features, shard_path, write_shard
 from tests.data.crawl import CASES, files, jpeg, pairs, photo, write_tar
 from tests.data.test_images import encode
 
@@ -50,7 +50,8 @@ def contents(folder):
 
 def test_both_readers_see_the_pictures(shards, whole):
     dest, imported = whole
-    assert (imported.tally.records, imported.tally.usable, imported.shards) == (26, 18, 3) and imported.anew
+    assert (imported.tally.records, imported.tally.usable, imported.shards) == (26, 18, 3)
+    assert not imported.complete_before
     assert imported.tally.broken == {"truncated": 1, "empty": 1, "no text": 2, "no image": 2, "not an image": 1,
                                      "too large": 1}
     assert [Path(fault["shard"]).name for fault in imported.faults] == ["2.tar"]
@@ -62,12 +63,12 @@ def test_both_readers_see_the_pictures(shards, whole):
     for i in range(18):
         record, example = ours[i], theirs[i]
         original = source[next(k for k in range(len(source)) if source.key(k) == record["key"])]
-        wanted = decode(original["image"])
-        np.testing.assert_array_equal(np.asarray(decode(record["image"])), np.asarray(wanted))
-        np.testing.assert_array_equal(example["image"], np.asarray(wanted))      # upright RGB to any reader
+        expected = decode(original["image"])
+        np.testing.assert_array_equal(np.asarray(decode(record["image"])), np.asarray(expected))
+        np.testing.assert_array_equal(example["image"], np.asarray(expected))      # upright RGB to any reader
         assert record["texts"] == original["texts"] == tuple(text.decode() for text in example["texts"])
         assert record["key"] == ours.key(i) == example["key"].decode()
-        assert record["image_id"] == pixel_id(wanted)
+        assert record["image_id"] == pixel_id(expected)
         case = record["key"].split("/")[1]
         assert (record["image"] == original["image"]) == (case not in ("cmyk", "gray16", "palette", "animated",
                                                                        "rotated")), case
@@ -80,11 +81,11 @@ def test_the_bytes_do_not_depend_on_workers(shards, whole, tmp_path):
     assert contents(tmp_path / "web") == contents(whole[0])
 
 
-class Deadly:
+class Deadly(Source):
     """A shard that kills the process at a record."""
 
     def __init__(self, shard, at):
-        self.shard, self.at = shard, at
+        self.shard, self.at, self.name, self.fingerprint = shard, at, shard.name, shard.fingerprint
 
     def __len__(self):
         return len(self.shard)
@@ -94,10 +95,8 @@ class Deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.shard[index]
 
-    def __getattr__(self, name):
-        if name == "shard":
-            raise AttributeError(name)
-        return getattr(self.shard, name)
+    def key(self, index):
+        return self.shard.key(index)
 
 
 def killed(spec, dest, where):
@@ -127,23 +126,23 @@ def test_a_killed_import_goes_on(shards, whole, tmp_path, where):
     process.join()
     assert process.exitcode == -signal.SIGKILL and dest.exists() == (where == "tidying")
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json") if path.parent.name == "work"}
-    assert len(times) == {"shard 2": 2, "in a shard": 4}.get(where, 6)
+    assert len(times) == {"shard 2": 2, "in a shard": 4}.get(where, 5)
     if where == "shard 2":      # what is there is not written again: a mark in its note stays
         note = dest.with_name("web.part") / "work" / "train-00000.json"
         note.write_text(json.dumps(json.loads(note.read_text()) | {"bytes": 1_000_000}))
     again = import_source(open_source(shards), dest)
-    assert again.tally == whole[1].tally and again.anew == (where != "tidying")
-    found, wanted = contents(dest), contents(whole[0])
+    assert again.tally == whole[1].tally and again.complete_before == (where == "tidying")
+    found, expected = contents(dest), contents(whole[0])
     if where == "shard 2":
         assert json.loads(found.pop("dataset_info.json"))["splits"][0]["numBytes"] > "1000000"
-        wanted.pop("dataset_info.json")
-    assert found == wanted and not dest.with_name("web.part").exists()
+        expected.pop("dataset_info.json")
+    assert found == expected and not dest.with_name("web.part").exists()
 
 
 def test_what_is_there_already(shards, whole, tmp_path):
     dest, _ = whole
     before = contents(dest)
-    assert not import_source(open_source(shards), dest).anew
+    assert import_source(open_source(shards), dest).complete_before
     write_tar(tmp_path / "0.tar", pairs(0, 2))
     for source, options in ((f"tars:{tmp_path}", {}), (shards, {"split": "web"})):
         with pytest.raises(DataError, match="exists and is not what this import would write"):
@@ -207,7 +206,7 @@ def rgb16(values):
 
 def test_several_splits_and_one_feature_more(tmp_path):
     """What a merge of two sources writes, and mixing by naming a split twice."""
-    features = picture_features(origin=tfds.features.Text())
+    features = image_features(origin=tfds.features.Text())
     folder = tmp_path / "merged.part"
     image = encode(photo())
 

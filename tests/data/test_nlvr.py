@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from jaxmm.config import DataConfig, ImageConfig
-from jaxmm.data.base import DataError, record_key
-from jaxmm.data.pipeline import eval_batches, image_id, train_batches
-from jaxmm.data.sources.nlvr import exchanged
+from jaxmm.data.base import DataError
+from jaxmm.data.eval_pipeline import eval_batches
+from jaxmm.data.pipeline import train_batches
+from jaxmm.data.rows import image_id
+from jaxmm.data.sources.nlvr import swap_left_right
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals.context import thumbnail
 from tests.data.test_sources import png, write
@@ -47,7 +49,7 @@ def test_nlvr2s_own_files(tmp_path, layout):
     record = source[2]
     assert record["image"] == (png(2), png(102)) and record["texts"] == ("the left is dark",) and record["label"] == 1
     assert source[1]["label"] == 0 and source.texts(1) == ("two dogs",)
-    assert len({record_key(source, i) for i in range(6)}) == 6
+    assert len({source.key(i) for i in range(6)}) == 6
     assert pickle.loads(pickle.dumps(source))[3] == source[3]
 
 
@@ -65,11 +67,11 @@ def test_blips_list(tmp_path):
 @pytest.mark.parametrize("text, message", [
     ("[{", "dev.json:1 is not JSON"),
     ('{"identifier": "a-0", "sentence": "x", "label": "True"}\n{', "dev.json:2 is not JSON"),
-    ('{"identifier": "a-0", "sentence": "x", "label": "yes"}', "dev.json:1: wanted an object with `sentence`"),
-    ('[{"images": ["a.png"], "sentence": "x", "label": true}]', "entry 0: wanted an object with"),
-    ('[3]', "entry 0: wanted an object with"),
+    ('{"identifier": "a-0", "sentence": "x", "label": "yes"}', "dev.json:1: expected an object with `sentence`"),
+    ('[{"images": ["a.png"], "sentence": "x", "label": true}]', "entry 0: expected an object with"),
+    ('[3]', "entry 0: expected an object with"),
     ("[]", "is empty"),
-    ('{"identifier": "a-0-0-0", "sentence": "x", "label": "True"}', "'a-0-0-img0.png', the first picture, is neither"),
+    ('{"identifier": "a-0-0-0", "sentence": "x", "label": "True"}', "'a-0-0-img0.png', the first image, is neither"),
 ])
 def test_bad_files(tmp_path, text, message):
     with pytest.raises(DataError, match=message):
@@ -92,14 +94,14 @@ def test_batches(tmp_path):
         turned += (red[:, 0] >= 100).tolist()
         np.testing.assert_array_equal(np.sort(red, axis=1), np.stack([batch["index"], batch["index"] + 100], axis=1))
         np.testing.assert_array_equal(batch["label"], 1 - batch["index"] % 2)
-        wanted = np.where(batch["index"] % 2 == 1, 1, np.where(red[:, 0] >= 100, 2, 0))
-        np.testing.assert_array_equal(batch["tokens"][:, 0], wanted)
+        expected = np.where(batch["index"] % 2 == 1, 1, np.where(red[:, 0] >= 100, 2, 0))
+        np.testing.assert_array_equal(batch["tokens"][:, 0], expected)
     iterator.close()
     assert 40 < sum(turned) < 80
 
 
-def test_words_that_are_exchanged():
-    assert exchanged("the left, left-hand one is right of leftovers") == (
+def test_words_that_are_swap_left_right():
+    assert swap_left_right("the left, left-hand one is right of leftovers") == (
         "the right, right-hand one is left of leftovers")
 
 

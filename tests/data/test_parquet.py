@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxmm.data.bad_records import BadRecord
-from jaxmm.data.base import DataError, record_key, record_texts
+from jaxmm.data.base import DataError, record_texts
 from jaxmm.data.sources import parquet
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import shards
@@ -28,7 +28,7 @@ def test_the_hub_s_layout(tmp_path):
     assert [r.get("texts", ()) for r in found] == [("a", "b"), (), ("c",), (), ("d",), ("e",), ("f",), ("g",)]
     assert [record_texts(source, i) for i in range(8)] == [r.get("texts", ()) for r in found]
     assert [(r["key"], r["image_id"]) for r in found] == [(f"train/{i}", str(i)) for i in range(8)]
-    assert [record_key(source, i) for i in range(8)] == [r["key"] for r in found] and source.classes is None
+    assert [source.key(i) for i in range(8)] == [r["key"] for r in found] and source.classes is None
     assert pickle.loads(pickle.dumps(source))[5] == found[5]
     with pytest.raises(IndexError):
         source[8]
@@ -61,7 +61,7 @@ def test_a_shard_a_file_and_a_group_at_a_time(tmp_path, monkeypatch):
 
 
 def test_sizes_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "LARGEST_PICTURE", 30)
+    monkeypatch.setattr(parquet, "LARGEST_IMAGE", 30)
     monkeypatch.setattr(parquet, "LARGEST_TEXT", 20)
     source = write(tmp_path / "a.parquet", 2, image=[b"x" * 30, b"x" * 31, b"x", b"x"],
                    text=["y" * 20, "y", "y" * 21, "y"])

@@ -11,15 +11,17 @@ import pytest
 from PIL import Image
 
 from jaxmm.config import DataConfig, ImageConfig
-from jaxmm.data import pipeline, transforms
+from jaxmm.data import transforms
+from jaxmm.data.bad_records import REASONS, FaultCounter
 from jaxmm.data.base import DataError
+from jaxmm.data.eval_pipeline import eval_batches, eval_texts
 from jaxmm.data.images import decode
-from jaxmm.data.pipeline import FaultCounter, eval_batches, eval_texts, step_records, train_batches
+from jaxmm.data.pipeline import step_records, train_batches
+from jaxmm.data.rows import text_id
 from jaxmm.data.sources.registry import open_source
 
 IMAGE = ImageConfig(size=16)
 CONFIG = DataConfig(batch_size=6, image=IMAGE)
-REASONS = pipeline.REASONS
 
 
 class Letters:
@@ -123,10 +125,10 @@ def test_augmentation_changes_from_epoch_to_epoch(folder):
 
 
 def test_workers_and_restarts_do_not_change_the_batches(folder):
-    wanted = take(train_batches(folder, CONFIG, seed=5), 7)
+    expected = take(train_batches(folder, CONFIG, seed=5), 7)
     iterator = train_batches(folder, replace(CONFIG, workers=2), seed=5)
     iterator.set_state({"step": 3})
-    for batch, theirs in zip(take(iterator, 4), wanted[3:], strict=True):
+    for batch, theirs in zip(take(iterator, 4), expected[3:], strict=True):
         assert_same(batch, theirs)
 
 
@@ -175,7 +177,7 @@ def test_texts_are_drawn_from_all_captions(captions):
             text = Letters().decode(batch["tokens"][row])
             assert text in captions.texts(index)
             seen.setdefault(index, set()).add(text)
-            np.testing.assert_array_equal(batch["text_id"][row], pipeline.text_id(text))
+            np.testing.assert_array_equal(batch["text_id"][row], text_id(text))
     assert seen == {i: set(captions.texts(i)) for i in range(11)}
 
 
@@ -184,10 +186,10 @@ def test_ids_are_equal_where_the_picture_or_the_words_are(captions):
     same_picture = (batch["image_id"][:, None] == batch["image_id"][None]).all(-1)
     same_words = (batch["text_id"][:, None] == batch["text_id"][None]).all(-1)
     for same, pair in ((same_picture, (3, 4)), (same_words, (5, 6))):
-        wanted = np.eye(11, dtype=bool)
-        wanted[pair], wanted[pair[::-1]] = True, True
-        np.testing.assert_array_equal(same, wanted)
-    assert (pipeline.text_id(" A\tb ") == pipeline.text_id("a B")).all()
+        expected = np.eye(11, dtype=bool)
+        expected[pair], expected[pair[::-1]] = True, True
+        np.testing.assert_array_equal(same, expected)
+    assert (text_id(" A\tb ") == text_id("a B")).all()
 
 
 def spoil(folder, tmp_path, indices=(2, 7, 11)):
@@ -210,7 +212,7 @@ def test_bad_records_are_replaced_and_counted(folder, tmp_path):
         for drawn, index, fault, label in zip(*(batch[n] for n in ("drawn", "index", "fault", "label")), strict=True):
             assert fault == (1 + REASONS.index(bad[drawn]) if drawn in bad else 0)
             assert (index == drawn) == (fault == 0) and label == folder.labels[index]
-    assert faults.counts == {reason: 3 for reason in bad.values()} and (faults.seen, faults.bad) == (69, 9)
+    assert faults.counts == {reason: 3 for reason in bad.values()} and (faults.records, faults.bad) == (69, 9)
     assert set(faults.examples[:3]) == {(folder.key(i), reason) for i, reason in bad.items()}
     strict = FaultCounter(folder, 0.1, least=23)
     with pytest.raises(DataError, match=r"3 of 23 records were bad \(1 .*data.max_bad allows a share of 0.1"):
@@ -254,8 +256,8 @@ def test_eval_batches_are_in_order_and_filled_up(folder, tmp_path):
     np.testing.assert_array_equal(whole["mask"], [i < 23 and i not in bad for i in range(30)])
     np.testing.assert_array_equal(whole["fault"], [1 + REASONS.index(bad[i]) if i in bad else 0 for i in range(30)])
     for i in range(30):
-        wanted = transforms.eval_image(decode(folder[i]["image"]), IMAGE) if whole["mask"][i] else 0
-        np.testing.assert_array_equal(whole["image"][i], np.broadcast_to(wanted, (16, 16, 3)))
+        expected = transforms.eval_image(decode(folder[i]["image"]), IMAGE) if whole["mask"][i] else 0
+        np.testing.assert_array_equal(whole["image"][i], np.broadcast_to(expected, (16, 16, 3)))
         assert whole["label"][i] == (folder.labels[i] if whole["mask"][i] else 0)
 
 
@@ -276,7 +278,7 @@ def test_eval_texts_are_all_captions(captions, tmp_path):
     np.testing.assert_array_equal(whole["owner"][whole["mask"]], owners)
     texts = [text for i in range(11) for text in captions.texts(i)]
     assert [Letters().decode(row) for row in whole["tokens"][whole["mask"]]] == texts
-    np.testing.assert_array_equal(whole["text_id"][whole["mask"]], np.stack([*map(pipeline.text_id, texts)]))
+    np.testing.assert_array_equal(whole["text_id"][whole["mask"]], np.stack([*map(text_id, texts)]))
 
 
 def test_a_program_that_ends_without_closing_is_quiet(folder):
@@ -284,7 +286,7 @@ def test_a_program_that_ends_without_closing_is_quiet(folder):
     program = textwrap.dedent(f"""
         from jaxmm.config import DataConfig, ImageConfig
         from jaxmm.data.pipeline import train_batches
-        from jaxmm.data.sources import open_source
+        from jaxmm.data import open_source
 
         if __name__ == "__main__":
             config = DataConfig(batch_size=3, workers=1, image=ImageConfig(size=8))

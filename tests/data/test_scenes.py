@@ -276,7 +276,7 @@ def test_interrupted_drawing_is_never_taken_for_whole(tmp_path, monkeypatch):
         drawn += 1
         if drawn > 30:
             raise KeyboardInterrupt
-        return scenes.picture.png(scene, size)
+        return scenes.drawing.png(scene, size)
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(builder, "png", png)
@@ -294,7 +294,7 @@ def test_damaged_copy_is_named(tmp_path):
     source = open_scenes("tiny/val", str(tmp_path))
     file = next(Path(source.folder).glob("scenes-val*"))
     file.write_bytes(file.read_bytes()[:70_000])
-    with pytest.raises(ValueError, match=r"1\.0\.0 is not a whole copy of scenes .*remove that folder"):
+    with pytest.raises(ValueError, match=r"1\.0\.0 is not a complete copy of scenes .*remove that folder"):
         open_scenes("tiny/val", str(tmp_path))
     file.unlink()
     with pytest.raises(ValueError, match="remove that folder"):
@@ -315,6 +315,6 @@ def test_two_processes_at_once_without_tensorflow(tmp_path):
 
 @pytest.mark.parametrize("split", ["training", "", "tiny/", "huge/train", "train/tiny"])
 def test_unknown_splits_are_refused(split, tmp_path):
-    with pytest.raises(ValueError, match="wanted one of"):
+    with pytest.raises(ValueError, match="expected one of"):
         open_scenes(split, str(tmp_path))
     assert not list(tmp_path.iterdir())

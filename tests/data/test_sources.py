@@ -1,6 +1,9 @@
+import importlib
 import io
 import json
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +11,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jaxmm.data.base import DataError, record_key, record_texts
-from jaxmm.data.sources.registry import open_source
+from jaxmm.config import DataConfig, ImageConfig
+from jaxmm.data import DataError, Source, open_source, register_source
+from jaxmm.data.base import record_texts
+from jaxmm.data.pipeline import train_batches
+from jaxmm.data.sources import registry
+from jaxmm.data.tools.checking import check
 
 
 def png(value, size=(5, 3)):
@@ -53,7 +60,7 @@ def test_captions(tmp_path):
     with pytest.raises(FileNotFoundError):
         source[2]
     assert [record_texts(source, i) for i in range(4)] == [("one",), ("two", "three"), ("four",), ()]
-    assert len({record_key(source, i) for i in range(4)}) == 4
+    assert len({source.key(i) for i in range(4)}) == 4
     write(tmp_path / "images/2.png", png(8))
     assert source[2]["image_id"] == "12"
     assert pickle.loads(pickle.dumps(source))[1] == source[1]
@@ -66,10 +73,10 @@ def test_captions_that_are_not_utf8_are_replaced(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ('{"image": "1.png", "caption": ', "a.jsonl:3 is not JSON"),
-    ('["1.png"]', "a.jsonl:3: wanted an object with `image`"),
-    ('{"caption": "x"}', "a.jsonl:3: wanted an object with `image`"),
-    ('{"image": "1.png", "caption": 5}', "a.jsonl:3: wanted `caption`, a text"),
-    ('{"image": "1.png", "captions": ["x", null]}', "a.jsonl:3: wanted `caption`, a text"),
+    ('["1.png"]', "a.jsonl:3: expected an object with `image`"),
+    ('{"caption": "x"}', "a.jsonl:3: expected an object with `image`"),
+    ('{"image": "1.png", "caption": 5}', "a.jsonl:3: expected `caption`, a text"),
+    ('{"image": "1.png", "captions": ["x", null]}', "a.jsonl:3: expected `caption`, a text"),
 ])
 def test_a_bad_line_is_named(tmp_path, line, message):
     file = write(tmp_path / "a.jsonl", '{"image": "1.png", "caption": "x"}\n\n' + line)
@@ -141,7 +148,7 @@ def test_tfds(tfds_dir):
 @pytest.mark.parametrize("spec, message", [
     ("tfds:tiny_pictures:trian", "Unknown split 'trian'. Should be one of"),
     ("tfds:tiny_pictres:train", "TFDS has no data set 'tiny_pictres'"),
-    ("tfds:tiny_pictures", "wanted tfds:NAME:SPLIT"),
+    ("tfds:tiny_pictures", "expected tfds:NAME:SPLIT"),
     ("tfds:mnist:train", "is not prepared in"),
 ])
 def test_bad_tfds(tfds_dir, spec, message):
@@ -151,13 +158,13 @@ def test_bad_tfds(tfds_dir, spec, message):
 
 @pytest.mark.parametrize("spec, message", [
     ("fodler:x", "unknown kind 'fodler' .did you mean 'folder'.*captions:FILE.jsonl"),
-    ("/data/pictures", "unknown kind '/data/pictures'; wanted one of"),
-    ("folder", "wanted folder:DIR"),
-    ("folder:", "wanted folder:DIR"),
+    ("/data/pictures", "unknown kind '/data/pictures'; expected one of"),
+    ("folder", "expected folder:DIR"),
+    ("folder:", "expected folder:DIR"),
     ("folder:/no/such/place", "no folder '/no/such/place'"),
     ("captions:/no/such/file.jsonl", "cannot read /no/such/file.jsonl: No such file"),
     ("coco:/no/such/file.json", "cannot read /no/such/file.json: No such file"),
-    ("digits:val", "unknown split 'val'; wanted train or test"),
+    ("digits:val", "unknown split 'val'; expected train or test"),
 ])
 def test_bad_specs(spec, message):
     with pytest.raises(DataError, match=message):
@@ -170,3 +177,60 @@ def test_empty_sources(tmp_path):
     for spec in (f"folder:{tmp_path}", f"captions:{file}"):
         with pytest.raises(DataError, match="is empty"):
             open_source(spec)
+
+
+class Greys(Source):
+    """A source of a user's own module: images of one grey each."""
+
+    classes = ("dark", "bright")
+
+    def __init__(self, name, count):
+        self.name, self.fingerprint, self.count = name, f"greys {count}", count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise RuntimeError("this record is broken")
+        image = np.full((4, 6, 3), 20 * index, np.uint8)
+        return {"image": image, "label": int(index > 5), "texts": ("a", f"b {index}")}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_source_of_another_module(workers, monkeypatch):
+    monkeypatch.setattr(registry, "REGISTERED", {})
+    with pytest.raises(DataError, match="unknown kind 'greys'"):
+        open_source("greys:11")
+    register_source("greys", lambda spec, location, data_dir: Greys(spec, int(location)), "COUNT")
+    source = open_source("greys:11")
+    batches = train_batches(source, DataConfig(batch_size=11, workers=workers, image=ImageConfig(size=4)), seed=3)
+    batch = next(batches)
+    batches.close()
+    assert sorted(batch["drawn"]) == list(range(11)) and 3 not in batch["index"]
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], 20 * batch["index"])
+    np.testing.assert_array_equal(batch["label"], batch["index"] > 5)
+    report = check(source, workers=2, shard_records=6)
+    assert report["broken"] == {"unreadable": 1} and report["examples"] == {"unreadable": ["greys:11#3"]}
+    assert source.texts(2) == ("a", "b 2") and source.key(2) == "greys:11#2" and source.answers(2) == ()
+    assert not source.varies and source.image_id_scope == "greys:11" and source.shards() == ()
+    with pytest.raises(DataError, match="expected greys:COUNT"):
+        open_source("greys:")
+
+
+@pytest.mark.parametrize("kind", ["coco", "Own", "own kind", "own:", ""])
+def test_kinds_that_cannot_be_registered(kind):
+    with pytest.raises(ValueError, match="expected lower-case letters, other than captions"):
+        register_source(kind, lambda *_: None)
+
+
+def test_every_kind_has_an_opener():
+    for kind, row in registry.KINDS.items():
+        assert callable(getattr(importlib.import_module(row.module), row.opener)), kind
+
+
+def test_opening_a_source_imports_what_it_needs():
+    program = ("import sys; from jaxmm.data import open_source; print(sorted({'jax', 'tensorflow_datasets', 'pyarrow', "
+               "'sklearn', 'PIL'} & set(sys.modules)))")
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert printed == "[]\n"

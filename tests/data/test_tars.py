@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 
 from jaxmm.data.bad_records import BadRecord
-from jaxmm.data.base import DataError, record_key, record_texts
+from jaxmm.data.base import DataError, Source, record_texts
 from jaxmm.data.sources import tars
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import Slice, shards
@@ -31,7 +32,7 @@ def member(name, content, kind=tarfile.REGTYPE):
     return header(name, len(content), kind) + content + b"\0" * (-len(content) % 512)
 
 
-class Varied:
+class Varied(Source):
     name, classes, fingerprint = "varied", None, "f"
 
     def __len__(self):
@@ -61,7 +62,7 @@ def test_shards_of_pairs(tmp_path):
         assert record == {"key": f"{number // 10:05d}/{number:09d}", "image": jpeg(number),
                           "texts": (f"picture {number}",)}
     assert [record_texts(source, i)[0] for i in range(9)] == [f"picture {number}" for number in numbers]
-    assert [record_key(source, i) for i in range(9)] == [record["key"] for record in records(source)]
+    assert [source.key(i) for i in range(9)] == [record["key"] for record in records(source)]
     parts = shards(source)
     assert [len(part) for part in parts] == [2, 3, 4] and parts[1][2] == source[4]
     assert records(pickle.loads(pickle.dumps(source))) == records(source)
@@ -75,11 +76,11 @@ def test_shards_of_pairs(tmp_path):
 
 ONLY_WHAT_IS_NEEDED = """
 import sys
-from jaxmm.data import tars
-from jaxmm.data.shards import shards
-from jaxmm.data.sources import open_source
-read, whole = [], tars.members
-tars.members = lambda file, end: read.append(file.name[-5:]) or whole(file, end)
+from jaxmm.data import open_source
+from jaxmm.data.sources import tars
+from jaxmm.data.sources.shards import shards
+read, members = [], tars.members
+tars.members = lambda file, end: read.append(file.name[-5:]) or members(file, end)
 parts = shards(open_source(sys.argv[1]))
 print(len(parts), *read, len(parts[2]), parts[2][1]["texts"], *read)
 """
@@ -89,9 +90,9 @@ def test_a_shard_is_indexed_when_it_is_needed(tmp_path):
     for shard in range(4):
         write_tar(tmp_path / f"{shard}.tar", pairs(shard, 2))
     # in a process without the tests' checks of types, which look at every attribute
-    told = subprocess.run([sys.executable, "-c", ONLY_WHAT_IS_NEEDED, f"tars:{tmp_path}"], check=True, text=True,
+    printed = subprocess.run([sys.executable, "-c", ONLY_WHAT_IS_NEEDED, f"tars:{tmp_path}"], check=True, text=True,
                           capture_output=True).stdout
-    assert told == "4 0.tar 2 ('picture 3',) 0.tar 2.tar\n"
+    assert printed == "4 0.tar 2 ('picture 3',) 0.tar 2.tar\n"
 
 
 def test_stems_that_are_alike_and_keys_that_come_again(tmp_path):
@@ -200,13 +201,13 @@ def test_what_is_no_tar_is_named_and_the_others_are_read(tmp_path, caplog, conte
 
 
 def test_sizes_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "LARGEST_PICTURE", 30)
+    monkeypatch.setattr(tars, "LARGEST_IMAGE", 30)
     monkeypatch.setattr(tars, "LARGEST_TEXT", 20)
     path = write_tar(tmp_path / "a.tar", [("a.jpg", b"x" * 30), ("a.txt", b"y" * 20), ("b.jpg", b"x" * 31),
                                           ("c.jpg", b"x"), ("c.txt", b"y" * 21)])
     source = open_source(f"tars:{path}")
     assert len(source[0]["image"]) == 30 and len(source[0]["texts"][0]) == 20
-    for index, words in ((1, "its picture has 31 bytes; at most 30"), (2, "its text has 21 bytes; at most 20")):
+    for index, words in ((1, "its image has 31 bytes; at most 30"), (2, "its text has 21 bytes; at most 20")):
         with pytest.raises(BadRecord, match=words):
             source[index]
 
@@ -224,11 +225,12 @@ def test_slices(tmp_path):
     digits = open_source("digits:test")
     [*parts] = shards(digits, 100)
     assert [len(part) for part in parts] == [100, 100, 100, len(digits) - 300]
-    assert parts[2].classes == digits.classes and parts[2].name == digits.name and not hasattr(parts[2], "vary")
+    assert parts[2].classes == digits.classes and parts[2].name == digits.name and not parts[2].varies
     assert (parts[2][7]["image"] == digits[207]["image"]).all() and parts[2].key(7) == digits.key(207)
     assert len({part.fingerprint for part in parts}) == 4
     part = pickle.loads(pickle.dumps(Slice(source, 5, 9)))
     assert [part.texts(i) for i in range(len(part))] == [source.texts(i) for i in range(5, 9)]
-    assert Slice(Varied(), 3, 5).vary({}, None) == {"varied": True} and Slice(Varied(), 3, 5).texts(1) == ("4",)
+    assert Slice(Varied(), 3, 5).vary({}, np.random.default_rng()) == {"varied": True} and Slice(Varied(), 3, 5).varies
+    assert Slice(Varied(), 3, 5).texts(1) == ("4",)
     with pytest.raises(IndexError):
         part[4]

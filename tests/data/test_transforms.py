@@ -31,10 +31,10 @@ def bicubic(array, size):
 def test_squash_is_antialiased_bicubic(size):
     image = picture(23, 31)
     rows = np.rint(bicubic(np.asarray(image, float).swapaxes(0, 1), size)).swapaxes(0, 1)
-    wanted = bicubic(rows, size)
+    expected = bicubic(rows, size)
     got = eval_image(image, ImageConfig(size=size, eval_crop="squash"))
     assert got.shape == (size, size, 3) and got.dtype == np.uint8
-    assert np.abs(got - wanted).max() <= 1
+    assert np.abs(got - expected).max() <= 1
 
 
 @pytest.mark.parametrize("image_size, size, resize, resized, left, top", [
@@ -56,13 +56,13 @@ def test_center_crop_by_hand(image_size, size, resize, resized, left, top):
 def test_squash_may_leave_a_border_and_interpolation_is_chosen():
     image = picture(23, 31)
     config = ImageConfig(size=14, eval_crop="squash", eval_resize=16 / 14, interpolation="bilinear")
-    wanted = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))[1:15, 1:15]
-    np.testing.assert_array_equal(eval_image(image, config), wanted)
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))[1:15, 1:15]
+    np.testing.assert_array_equal(eval_image(image, config), expected)
     centre = ImageConfig(size=14, interpolation="bilinear")
-    wanted = np.asarray(image.resize((14, 18), Image.Resampling.BILINEAR))[2:16]
-    np.testing.assert_array_equal(eval_image(image, centre), wanted)
+    expected = np.asarray(image.resize((14, 18), Image.Resampling.BILINEAR))[2:16]
+    np.testing.assert_array_equal(eval_image(image, centre), expected)
     train = ImageConfig(size=14, train_crop="center", flip=False, interpolation="bilinear")
-    np.testing.assert_array_equal(train_image(image, train, np.random.default_rng(0)), wanted)
+    np.testing.assert_array_equal(train_image(image, train, np.random.default_rng(0)), expected)
 
 
 def test_long_pictures_are_cropped_before_they_are_resized():
@@ -100,10 +100,10 @@ def test_random_box_falls_back_to_the_centre():
 def test_random_crop_resizes_its_box():
     image, config = picture(61, 47), ImageConfig(size=16, flip=False)
     box = random_box(image.size, config.scale, config.ratio, np.random.default_rng(5))
-    wanted = np.asarray(image.crop(box).resize((16, 16), Image.Resampling.BICUBIC), int)
+    expected = np.asarray(image.crop(box).resize((16, 16), Image.Resampling.BICUBIC), int)
     got = train_image(image, config, np.random.default_rng(5))
     # away from the box's edge, where the resize sees what lies outside
-    assert np.abs(got.astype(int) - wanted)[4:-4, 4:-4].max() <= 1
+    assert np.abs(got.astype(int) - expected)[4:-4, 4:-4].max() <= 1
     np.testing.assert_array_equal(got, train_image(image, config, np.random.default_rng(5)))
     assert (got != train_image(image, config, np.random.default_rng(6))).any()
 
@@ -173,17 +173,17 @@ def test_rand_augment_applies_as_many_as_asked():
     image = picture(14, 10)
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        wanted = image
+        expected = image
         for operation in rng.integers(16, size=3):
-            wanted = list(OPERATIONS.values())[operation](wanted, 1.5, rng)
+            expected = list(OPERATIONS.values())[operation](expected, 1.5, rng)
         got = rand_augment(image, 3, 15.0, np.random.default_rng(seed))
         assert got.size == (14, 10) and got.mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
 
 
 def test_train_image_augments_last():
     image = picture(20, 20)
     config = ImageConfig(size=16, train_crop="squash", flip=False, randaugment_layers=2)
     squashed = image.resize((16, 16), Image.Resampling.BICUBIC)
-    wanted = rand_augment(squashed, 2, 10.0, np.random.default_rng(3))
-    np.testing.assert_array_equal(train_image(image, config, np.random.default_rng(3)), np.asarray(wanted))
+    expected = rand_augment(squashed, 2, 10.0, np.random.default_rng(3))
+    np.testing.assert_array_equal(train_image(image, config, np.random.default_rng(3)), np.asarray(expected))

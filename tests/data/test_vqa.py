@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from jaxmm.config import DataConfig, ImageConfig, TokenizerConfig
-from jaxmm.data.base import DataError, record_key, record_texts
-from jaxmm.data.pipeline import REASONS, FaultCounter, eval_batches, image_id, train_batches
+from jaxmm.data.bad_records import REASONS, FaultCounter
+from jaxmm.data.base import DataError, record_texts
+from jaxmm.data.eval_pipeline import eval_batches
+from jaxmm.data.pipeline import train_batches
+from jaxmm.data.rows import image_id
 from jaxmm.data.sources.registry import open_source
-from jaxmm.data.sources.vqa import clean_question, common_answers, weighted
+from jaxmm.data.sources.vqa import answer_shares, clean_question, common_answers
 from jaxmm.data.tokenizers import make_tokenizer
 from tests.data.test_sources import png, write
 
@@ -40,7 +43,7 @@ def test_list_and_lines(source, folder):
             ("how many?", ("3",), png(1)), ("why?", (), png(2))]
         assert "texts" not in each[0] and each.most_answers == 2 and each.classes is None
     assert record_texts(source, 0) == ("what is 1?", "a cat", "cat")
-    assert len({record_key(source, i) for i in range(4)}) == 4 and record_key(source, 1).startswith("p/2.png")
+    assert len({source.key(i) for i in range(4)}) == 4 and source.key(1).startswith("p/2.png")
     np.testing.assert_array_equal(image_id(source[0]), image_id(source[2]))
     assert (image_id(source[0]) != image_id(source[1])).any()
     assert open_source(source.name).fingerprint == source.fingerprint != lines.fingerprint
@@ -94,14 +97,14 @@ def test_blip_lists_find_their_pictures_in_the_folder_beside(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("a.json", "[1,", r"a\.json:1 is not JSON"),
     ("a.jsonl", '{"image": "x", "question": "y"}\n{"image"', r"a\.jsonl:2 is not JSON"),
-    ("a.json", "5", "is int; wanted questions"),
+    ("a.json", "5", "is int; expected questions"),
     ("a.json", "[]", "is empty"),
-    ("a.json", '[{"image": "x"}]', "record 1: wanted an object with `image`"),
-    ("a.json", '[{"image": "x", "question": "y", "answers": [["z"]]}]', "record 1: wanted `answer`"),
+    ("a.json", '[{"image": "x"}]', "record 1: expected an object with `image`"),
+    ("a.json", '[{"image": "x", "question": "y", "answers": [["z"]]}]', "record 1: expected `answer`"),
     ("a.json", '{"questions": [{"image_id": 1, "question": "y"}]}', "not VQAv2's layout .*'question_id'"),
     ("a.json", '{"questions": [{"image_id": 1, "question": "y", "question_id": 2}]}', "_000000000001.jpg', the first"),
     ("v2_mscoco_val2014_annotations.json", '{"annotations": []}', "v2_OpenEnded_mscoco_val2014_questions.json"),
-    ("b/questions.json", '[["a", "b"]]', r"record 1 is \['a', 'b'\]; wanted \[question"),
+    ("b/questions.json", '[["a", "b"]]', r"record 1 is \['a', 'b'\]; expected \[question"),
     ("b/other.json", "[]", "no questions.json in the folder")])
 def test_bad_files(name, content, message, tmp_path):
     file = write(tmp_path / name, content)
@@ -115,8 +118,8 @@ def test_questions_are_cleaned_as_blip_does():
 
 
 def test_weights_are_shares_of_all_answers():
-    assert weighted(["a", "b", "a", " ", "A"]) == [("a", 0.5), ("b", 0.25), ("A", 0.25)]
-    assert weighted([""]) == []
+    assert answer_shares(["a", "b", "a", " ", "A"]) == [("a", 0.5), ("b", 0.25), ("A", 0.25)]
+    assert answer_shares([""]) == []
 
 
 def test_batches(source):
@@ -133,10 +136,10 @@ def test_batches(source):
         assert batch["answer_weight"].dtype == np.float32
         for row, index in enumerate(batch["index"].tolist()):
             np.testing.assert_array_equal(batch["tokens"][row], tokenizer([source[index]["question"]])[0])
-            wanted = weighted(source[index]["answers"])
-            np.testing.assert_allclose(batch["answer_weight"][row], [*(w for _, w in wanted), 0, 0][:2], rtol=1e-6)
-            np.testing.assert_array_equal(batch["answers"][row, :len(wanted)], answers([text for text, _ in wanted]))
-            assert (batch["answers"][row, len(wanted):] == tokenizer.pad_id).all()
+            shares = answer_shares(source[index]["answers"])
+            np.testing.assert_allclose(batch["answer_weight"][row], [*(w for _, w in shares), 0, 0][:2], rtol=1e-6)
+            np.testing.assert_array_equal(batch["answers"][row, :len(shares)], answers([text for text, _ in shares]))
+            assert (batch["answers"][row, len(shares):] == tokenizer.pad_id).all()
     assert faults.counts == {"no answer": 4}      # each record four times, one of the four has none
     batches.close()
     [batch] = eval_batches(source, config, 5, tokenizer)

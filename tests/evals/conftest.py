@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import DataConfig, ImageConfig, Task, TokenizerConfig
+from jaxmm.data import Source
 from jaxmm.evals import EvalContext
 from jaxmm.task import Classifier, Embedder
 
@@ -16,7 +17,7 @@ SIDE, EMBED, LENGTH, VOCABULARY, CLASSES = 4, 5, 6, 50, 7
 
 
 @dataclass(frozen=True)
-class MemorySource:
+class MemorySource(Source):
     """Records in memory; an image that is `bytes` is a broken one."""
 
     images: tuple

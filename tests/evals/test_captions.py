@@ -59,6 +59,8 @@ def test_share_of_captions_that_are_exact():
 def test_scenes_tell_what_is_largest():
     @dataclass(frozen=True)
     class Scenes(MemorySource):
+        grades_captions = True
+
         def names_largest(self, index, caption):
             return index % 3 > 0
 

@@ -69,7 +69,7 @@ def test_chosen_from_a_list(source, tmp_path):
     run = context(source)
     got = dict(evaluator.run(run))
     answered = answers(choices=CHOICES, top=3)
-    want = np.mean([accuracy_of(answered[i][0][0], source.answers[i]) for i in range(4)])
+    want = np.mean([accuracy_of(answered[i][0][0], source.answers(i)) for i in range(4)])
     assert got == {"val/vqa_accuracy": pytest.approx(want)} and tuple(got) == evaluator.metrics(run)
     assert [(example.truth, [text for text, _ in example.predictions]) for example in run.examples] == [
         ("a small red? — red", [text for text, _ in answered[0]]), ("large? — ", [text for text, _ in answered[4]])]
@@ -78,17 +78,17 @@ def test_chosen_from_a_list(source, tmp_path):
     assert VQAAccuracy(limit=2).choices(run) == ["red", "a star"]
     some = dict(VQAAccuracy(batch_size=4, questions=2, examples=0).run(run))
     assert some["val/vqa_accuracy"] == pytest.approx(
-        np.mean([accuracy_of(answered[i][0][0], source.answers[i]) for i in range(2)]))
+        np.mean([accuracy_of(answered[i][0][0], source.answers(i)) for i in range(2)]))
 
 
 def test_written_freely(source):
     decoding = Decoding(beams=2, max_length=6)
     run = context(source)
     answered = answers(decoding=decoding, top=2)
-    known = replace(source, answers=[(answered[0][0][0],), ("x",), *source.answers[2:]])
+    known = replace(source, answer_lists=[(answered[0][0][0],), ("x",), *source.answer_lists[2:]])
     got = dict(VQAAccuracy(answers=None, decoding=decoding, batch_size=4, examples=1).run(replace(run, val=known)))
     assert normalise_answer(answered[0][0][0]) and got["val/vqa_accuracy"] == pytest.approx(
-        np.mean([accuracy_of(answered[i][0][0], known.answers[i]) for i in range(4)]))
+        np.mean([accuracy_of(answered[i][0][0], known.answers(i)) for i in range(4)]))
     assert got["val/vqa_accuracy"] >= 0.25
 
 

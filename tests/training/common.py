@@ -22,7 +22,8 @@ from jaxmm.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from jaxmm.data.pipeline import image_id, step_records
+from jaxmm.data.pipeline import step_records
+from jaxmm.data.rows import image_id
 from jaxmm.data.sources.registry import open_source
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig

@@ -1,4 +1,4 @@
-"""The TFDS data set `scenes`, written as ArrayRecord without TensorFlow."""
+"""Build the TFDS data set `scenes` as ArrayRecord, without TensorFlow."""
 
 import random
 import sys
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxmm.data.scenes import language as words
+from jaxmm.data.scenes import language
 from jaxmm.data.scenes.drawing import Scene, png, random_scene
 
 _SEED = 20240
@@ -16,7 +16,7 @@ _SEED = 20240
 
 @dataclass
 class ScenesConfig(tfds.core.BuilderConfig):
-    """How many pictures each split has, and their side in pixels."""
+    """The number of images in each split, and their side in pixels."""
 
     val: int = 500
     test: int = 500
@@ -26,17 +26,17 @@ class ScenesConfig(tfds.core.BuilderConfig):
 
 
 def make_scenes(config: ScenesConfig) -> dict[str, list[Scene]]:
-    """The scenes of each split; no two of them, in whatever splits, have the same description."""
-    seen: set[str] = set()
+    """Return the scenes of each split. No two of them, also of different splits, have the same description."""
+    descriptions: set[str] = set()
     splits: dict[str, list[Scene]] = {}
-    for split in ("val", "test", "train", "web"):      # held-out ones first: they do not depend on the rest
+    for split in ("val", "test", "train", "web"):      # evaluation splits first: they do not depend on the others
         rng = random.Random(f"scenes {_SEED} {split}")
         scenes = splits[split] = []
         while len(scenes) < getattr(config, split):
             scene = random_scene(rng)
-            description = words.describe(scene)
-            if description not in seen:
-                seen.add(description)
+            description = language.describe(scene)
+            if description not in descriptions:
+                descriptions.add(description)
                 scenes.append(scene)
     return splits
 
@@ -48,20 +48,20 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012 - TFDS's own way
+    RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012 - the form that TFDS wants
     BUILDER_CONFIGS = [  # noqa: RUF012
         ScenesConfig(name="default", description="13,000 pictures."),
         ScenesConfig(name="tiny", description="For tests.", val=40, test=20, train=160, web=80, size=32),
     ]
 
-    url_infos = {}  # noqa: RUF012 - nothing is downloaded; TFDS would look for checksums among the package's files
+    url_infos = {}  # noqa: RUF012 - nothing is downloaded; TFDS would look for checksum files in the package
 
     def _info(self) -> tfds.core.DatasetInfo:
         text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            disable_shuffling=True,      # already in random order
+            disable_shuffling=True,      # it is in random order
             features=tfds.features.FeaturesDict({
                 "key": text,
                 "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
@@ -82,11 +82,11 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, scenes: list[Scene]) -> Iterator[tuple[int, dict]]:
         rng = random.Random(f"words {_SEED} {split}")
         for i, scene in enumerate(scenes):
-            true = texts = words.captions(scene, rng)
+            true = texts = language.captions(scene, rng)
             noise = "correct"
-            asked = words.questions(scene, rng)
+            asked = language.questions(scene, rng)
             if split == "web":
-                caption, noise = words.web_caption(scene, scenes, rng)
+                caption, noise = language.web_caption(scene, scenes, rng)
                 texts = (caption,)
             yield i, {
                 "key": f"{split}-{i:05d}",
@@ -100,12 +100,10 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
             }
 
     def _log_download_bytes(self) -> None:
-        # instead of TFDS's two paragraphs about downloads
+        # replaces two paragraphs about downloads
         config = self.builder_config
         count = config.train + config.val + config.test + config.web
-        print(f"Drawing the data set scenes ({count:,} pictures) into {self.data_dir}", file=sys.stderr)
+        print(f"Drawing the data set scenes ({count:,} images) into {self.data_dir}", file=sys.stderr)
 
     def _log_download_done(self) -> None:
         pass
-
-

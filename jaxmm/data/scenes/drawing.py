@@ -1,4 +1,4 @@
-"""A scene as values, a scene at random, and a scene as a picture."""
+"""Define scenes of coloured shapes, draw random ones, and render them as images."""
 
 import io
 import math
@@ -17,14 +17,14 @@ COLORS: dict[str, RGB] = {
     "blue": (35, 80, 215), "purple": (125, 45, 165), "pink": (250, 130, 190), "black": (25, 25, 25),
 }
 SIZES: dict[str, float] = {"small": 0.095, "large": 0.175}
-"""About half the extent of a shape, as a share of the picture's side."""
+"""About half the extent of a shape, as a share of the image's side."""
 CELLS = (("in the top left corner", "at the top", "in the top right corner"),
          ("on the left", "in the middle", "on the right"),
          ("in the bottom left corner", "at the bottom", "in the bottom right corner"))
-"""Words for the thirds of the picture, rows from the top."""
+"""Phrases for the nine cells of the image, rows from the top."""
 
 _GRID = 512       # positions and radii are multiples of 1 / _GRID: the same pixels everywhere
-_CLEAR = 0.1      # how much farther apart along one axis than along the other, for a relation beyond doubt
+_CLEAR = 0.1      # minimum difference between the distances along the two axes, for an unambiguous relation
 _GAP = 0.03       # smallest distance between two shapes
 _SUPERSAMPLE = 4
 
@@ -60,7 +60,7 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Object:
-    """A shape: its centre (`x` to the right, `y` down) and `radius` are shares of the picture's side."""
+    """A shape: its centre (`x` to the right, `y` down) and `radius` are shares of the image's side."""
 
     shape: str
     color: str
@@ -72,15 +72,15 @@ class Object:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One to three objects, large ones first and then in reading order, on a light ground."""
+    """One to three objects, large ones first and then in reading order, on a light background."""
 
     objects: tuple[Object, ...]
     ground: tuple[RGB, RGB] = ((240, 240, 240), (240, 240, 240))
-    """Colour at the top and at the bottom of the picture."""
+    """Colours at the top and at the bottom of the background."""
 
 
 def relation(a: Object, b: Object) -> str:
-    """Where `a` is as seen from `b`; the axis along which they are farther apart decides."""
+    """Return the position of `a` relative to `b`, along the axis on which they are farther apart."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -88,17 +88,17 @@ def relation(a: Object, b: Object) -> str:
 
 
 def cell(o: Object) -> str:
-    """Words for the ninth of the picture that holds the object's centre."""
+    """Return the phrase for the cell of the image that contains the object's centre."""
     return CELLS[int(o.y * 3)][int(o.x * 3)]
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-    """One of `options`; made of `random()` alone, whose sequence for a seed Python promises to keep."""
+    """Return one of `options`, by `random()` alone, whose sequence for a seed no Python version changes."""
     return options[int(rng.random() * len(options))]
 
 
 def shuffled(rng: random.Random, values: Sequence[T]) -> list[T]:
-    """`values` in a random order, on the same promise as `pick`."""
+    """Return `values` in a random order, with the same guarantee as `pick`."""
     return [values[i] for _, i in sorted((rng.random(), i) for i in range(len(values)))]
 
 
@@ -109,7 +109,7 @@ def _clear(a: Object, b: Object) -> bool:
 
 def _place(rng: random.Random, shape: str, color: str, size: str, alone: bool) -> Object:
     radius = SIZES[size] * (0.95 + 0.1 * rng.random())
-    if alone:      # well inside a ninth of the picture, so that its words are beyond doubt
+    if alone:      # well inside a cell of the image, so that its phrase is unambiguous
         x, y = ((int(rng.random() * 3) + 0.35 + 0.3 * rng.random()) / 3 for _ in "xy")
     else:
         x, y = rng.random(), rng.random()
@@ -119,9 +119,9 @@ def _place(rng: random.Random, shape: str, color: str, size: str, alone: bool) -
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """A scene whose objects all differ in colour or shape, do not touch, and stand in clear relations."""
+    """Return a random scene whose objects differ in colour or shape, do not touch, and have clear relations."""
     u = rng.random()
-    count = 1 if u < 0.06 else 2 if u < 0.5 else 3      # there are only 1,008 descriptions of one object
+    count = 1 if u < 0.06 else 2 if u < 0.5 else 3      # one object has only 1,008 descriptions
     looks: list[tuple[str, str]] = []
     while len(looks) < count:
         alike = bool(looks) and rng.random() < 0.2      # something to count
@@ -134,7 +134,7 @@ def random_scene(rng: random.Random) -> Scene:
         o = _place(rng, *looks[len(objects)], sizes[len(objects)], alone=count == 1)
         if all(_clear(o, other) for other in objects):
             objects.append(o)
-        elif rng.random() < 0.1:      # those that stand may leave no room
+        elif rng.random() < 0.1:      # the objects so far may leave no room
             objects.clear()
     objects.sort(key=lambda o: (o.size != "large", int(o.y * 3), o.x))
     top = [225 + int(rng.random() * 31) for _ in "rgb"]
@@ -143,7 +143,7 @@ def random_scene(rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene, size: int = 64) -> Image.Image:
-    """The scene as an RGB picture of `size` x `size` pixels."""
+    """Render the scene as an RGB image of `size` x `size` pixels."""
     top, bottom = scene.ground
     span = max(size - 1, 1)
     column = Image.new("RGB", (1, size))
@@ -160,7 +160,7 @@ def draw(scene: Scene, size: int = 64) -> Image.Image:
 
 
 def png(scene: Scene, size: int = 64) -> bytes:
-    """The scene as the bytes of a PNG file."""
+    """Render the scene as the bytes of a PNG file."""
     buffer = io.BytesIO()
     draw(scene, size).save(buffer, "png", compress_level=3)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What people say and ask about a scene, and what a crawl makes of it."""
+"""Write captions of, questions about, and noisy web captions of a scene."""
 
 import itertools
 import random
@@ -9,7 +9,7 @@ from jaxmm.data.scenes.drawing import COLORS, SHAPES, SIZES, Object, Scene, cell
 
 NOISE: dict[str, float] = {"correct": 0.4, "other": 0.2, "wrong": 0.1, "truncated": 0.1, "filename": 0.1,
                            "boilerplate": 0.1}
-"""Kinds of caption in the web split and their shares."""
+"""Kinds of captions in the web split and their shares."""
 
 _NUMBERS = ("no", "one", "two", "three")
 _SYNONYMS = {"left of": "to the left of", "right of": "to the right of", "above": "over", "below": "under",
@@ -27,7 +27,7 @@ _FILES = ("IMG_{a}{b}.jpg", "DSC0{a}{b}.JPG", "image{n}.png", "untitled-{n}.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question about a scene and its one right answer.
+    """A question about a scene and its only correct answer.
 
     `kind` is color, shape, size, count, relation or exists.
     """
@@ -62,7 +62,7 @@ def _list(parts: list[str]) -> str:
 
 
 def _related(objects: list[Object], rng: random.Random | None = None) -> str:
-    """All objects with everything about them, each of the later ones related to another."""
+    """Describe all objects with all attributes; relate each later one to another."""
     a, *rest = objects
     if not rest:
         return f"{_long(a, rng)} {cell(a)}"
@@ -74,12 +74,12 @@ def _related(objects: list[Object], rng: random.Random | None = None) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The full description in fixed words and order: no two scenes of the data set share it."""
+    """Return the full description in fixed words and order. No two scenes of the data set share it."""
     return _related(list(scene.objects))
 
 
 def captions(scene: Scene, rng: random.Random) -> tuple[str, ...]:
-    """Five true captions.
+    """Write five true captions.
 
     The first is `describe`'s, three more name all objects with size, colour and shape, and the last leaves out sizes
     and places.
@@ -92,14 +92,14 @@ def captions(scene: Scene, rng: random.Random) -> tuple[str, ...]:
     b = rest[0]
     noun = _plural(a.shape) if all(o.shape == a.shape for o in order) else "shapes"
     listed = _list([_long(o, rng) for o in order])
-    told = f"{listed}, the {_short(a)} {_say(rng, relation(a, b))} the {_short(b)}"
+    related = f"{listed}, the {_short(a)} {_say(rng, relation(a, b))} the {_short(b)}"
     short = _list([_article(_short(o)) for o in shuffled(rng, order)])
-    return (describe(scene), f"{opening} {_related(shuffled(rng, order), rng)}", told,
+    return (describe(scene), f"{opening} {_related(shuffled(rng, order), rng)}", related,
             f"{_NUMBERS[len(order)]} {noun}: {listed}", short)
 
 
 def plain(caption: str) -> str:
-    """`caption` in fixed words, without signs: two that say the same in the same order become the same."""
+    """Return `caption` in fixed words without punctuation, equal for captions that differ in synonyms only."""
     text = " ".join(re.findall(r"\w+", caption.lower()))
     for said, word in _PLAIN.items():
         text = re.sub(rf"\b{said}\b", word, text)
@@ -107,25 +107,25 @@ def plain(caption: str) -> str:
 
 
 def true_captions(scene: Scene) -> frozenset[str]:
-    """What may be said of a scene in the ways of `captions`, whatever the order of its objects, made `plain`."""
-    found: set[str] = set()
+    """Return all captions that `captions` may write of a scene, with its objects in any order, made `plain`."""
+    result: set[str] = set()
     for order in itertools.permutations(scene.objects):
         a, *rest = order
         related = _related(list(order))
         noun = _plural(a.shape) if rest and all(o.shape == a.shape for o in order) else "shapes" if rest else a.shape
         listed, short = _list([_long(o) for o in order]), _list([_article(_short(o)) for o in order])
-        found |= {short, related, *(f"{opening} {related}" for opening in _OPENINGS)}
+        result |= {short, related, *(f"{opening} {related}" for opening in _OPENINGS)}
         if rest:
-            found |= {f"{_NUMBERS[len(order)]} {noun}: {listed}",
+            result |= {f"{_NUMBERS[len(order)]} {noun}: {listed}",
                       *(f"{listed}, the {_short(x)} {relation(x, y)} the {_short(y)}"
                         for x, y in itertools.permutations(order, 2))}
         else:
-            found |= {f"{cell(a)}, {_long(a)}", f"one {noun}: {related}"}
-    return frozenset(map(plain, found))
+            result |= {f"{cell(a)}, {_long(a)}", f"one {noun}: {related}"}
+    return frozenset(map(plain, result))
 
 
 def questions(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
-    """Questions of every kind that the scene allows, each with one right answer."""
+    """Ask questions of every kind that the scene allows, each with one correct answer."""
     objects, asked = scene.objects, []
 
     def ask(kind: str, question: str, answer: object) -> None:
@@ -147,25 +147,25 @@ def questions(scene: Scene, rng: random.Random) -> tuple[Question, ...]:
     if len(objects) > 1:
         a, b = shuffled(rng, objects)[:2]
         true = rng.random() < 0.5
-        told = relation(a, b) if true else _OPPOSITE[relation(a, b)]
-        ask("relation", f"is the {_short(a)} {told} the {_short(b)}", "yes" if true else "no")
+        asserted = relation(a, b) if true else _OPPOSITE[relation(a, b)]
+        ask("relation", f"is the {_short(a)} {asserted} the {_short(b)}", "yes" if true else "no")
     if rng.random() < 0.5:
         ask("exists", f"is there {_article(_short(o))}", "yes")
-    else:      # half right: the shape without its colour, or the colour without its shape
+    else:      # half correct: the shape in another colour, or the colour on another shape
         absent = _absent(objects, o, pick(rng, ("color", "shape")), rng)
         ask("exists", f"is there {_article(_short(absent))}", "no")
     return tuple(asked)
 
 
 def _absent(objects: tuple[Object, ...], o: Object, attribute: str, rng: random.Random) -> Object:
-    """`o` with a colour or a shape that no object of the scene has."""
+    """Return `o` with a colour or a shape that no object of the scene has."""
     there = {getattr(p, attribute) for p in objects}
     names = COLORS if attribute == "color" else SHAPES
     return replace(o, **{attribute: pick(rng, [name for name in names if name not in there])})
 
 
 def _wrong(scene: Scene, rng: random.Random) -> str:
-    """A full description with one colour, shape or size that is not so, or with every relation reversed."""
+    """Write a full description with one wrong colour, shape or size, or with every relation reversed."""
     objects = list(scene.objects)
     i = int(rng.random() * len(objects))
     what = pick(rng, ("color", "shape", "size", "relation")[:3 + (len(objects) > 1)])
@@ -179,7 +179,7 @@ def _wrong(scene: Scene, rng: random.Random) -> str:
 
 
 def _truncated(text: str, rng: random.Random) -> str:
-    """At most two fifths of the words; the last may be cut too, or an ellipsis follow."""
+    """Return at most two fifths of the words; the last may be cut, or followed by an ellipsis."""
     words = text.split()
     words = words[:2 + int(rng.random() * (len(words) * 2 // 5 - 1))]
     if rng.random() < 0.5:
@@ -188,9 +188,9 @@ def _truncated(text: str, rng: random.Random) -> str:
 
 
 def web_caption(scene: Scene, others: list[Scene], rng: random.Random) -> tuple[str, str]:
-    """What a crawl has beside the picture: a caption and its kind, a key of `NOISE`.
+    """Write a caption as noisy as those of a web crawl; return it and its kind, a key of `NOISE`.
 
-    `others` are scenes of other pictures, of which one's caption may have slipped in.
+    `others` are scenes of other images, whose captions are the noise of kind "other".
     """
     u, edges = rng.random(), itertools.accumulate(NOISE.values())
     kind = next((kind for kind, edge in zip(NOISE, edges, strict=True) if u < edge), "correct")
@@ -201,7 +201,7 @@ def web_caption(scene: Scene, others: list[Scene], rng: random.Random) -> tuple[
         looks = {_short(o) for o in scene.objects}
         while True:
             other = pick(rng, others)
-            if any(_short(o) not in looks for o in other.objects):      # else it could be true here too
+            if any(_short(o) not in looks for o in other.objects):      # else it could be true of this scene too
                 return pick(rng, captions(other, rng)), kind
     if kind == "wrong":
         return _wrong(scene, rng), kind

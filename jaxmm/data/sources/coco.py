@@ -1,4 +1,4 @@
-"""COCO's captions as COCO, Karpathy and BLIP's authors publish them. Flickr30k's come as Karpathy's too."""
+"""Read COCO captions as COCO, Karpathy and the authors of BLIP publish them, and Flickr30k in Karpathy's layout."""
 
 import json
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ from jaxmm.data.base import DataError, fingerprint, image_folder, read_text
 from jaxmm.data.sources.files import Files
 
 TRAIN = ("train", "restval")
-"""What `train` stands for, as BLIP trains: 113,287 pictures of COCO. Karpathy's own `train` is `train-only`."""
+"""Splits that `train` includes, as in BLIP: 113,287 images of COCO. Karpathy's own `train` is `train-only`."""
 
-LAYOUTS = """none of the layouts that are known:
+LAYOUTS = """none of the known layouts:
   COCO's: `images` with `id`, `file_name`; `annotations` with `image_id`, `caption`
   Karpathy's: `images` with `filename`, `split`, `sentences` with `raw`
   BLIP's: a list of objects with `image`, `caption`"""
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _Image:
     file: str
     captions: tuple[str, ...]
     image_id: str | None
 
 
-def open_coco(spec: str, location: str) -> Files:
-    """A record a picture, with all its captions, in the file's order; `FILE.json:SPLIT` of Karpathy's layout.
+def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
+    """Open one record per image, with all its captions, in the order of the file; Karpathy's layout: `FILE.json:SPLIT`.
 
-    Split `train` holds `restval` too, `train-only` does not; `a+b` is both. Raises `DataError`.
+    Split `train` includes `restval`, `train-only` does not; `a+b` is both. Raises `DataError`.
     """
     location, split = _cut(location)
     text = read_text(spec, location)
@@ -37,23 +37,23 @@ def open_coco(spec: str, location: str) -> Files:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"source {spec!r}: {location}:{error.lineno} is not JSON: {error}") from None
-    pictures = _pictures(content, split, where)
-    files = [picture.file for picture in pictures]
+    images = _images(content, split, where)
+    files = [image.file for image in images]
     root = image_folder(Path(location), files[0]) if files else Path(location).parent
     if root is None:
-        raise DataError(f"source {spec!r}: {files[0]!r}, the first picture, is neither beside {location} nor in a "
+        raise DataError(f"source {spec!r}: {files[0]!r}, the first image, is neither beside {location} nor in a "
                         f"folder beside it or beside its folder")
-    return Files(name=spec, root=str(root), files=files, captions=[picture.captions for picture in pictures],
-                 image_ids=[picture.image_id for picture in pictures], fingerprint=fingerprint([split, text]))
+    return Files(name=spec, root=str(root), files=files, captions=[image.captions for image in images],
+                 image_ids=[image.image_id for image in images], fingerprint=fingerprint([split, text]))
 
 
 def _cut(location: str) -> tuple[str, str | None]:
-    """`FILE.json:SPLIT` in two; a file whose name holds a colon is itself."""
+    """Return the file and the split of `FILE.json:SPLIT`. The name of an existing file may contain a colon."""
     file, colon, split = location.rpartition(":")
     return (file, split) if colon and file.endswith(".json") and not Path(location).is_file() else (location, None)
 
 
-def _pictures(content: Any, split: str | None, where: str) -> list[_Picture]:
+def _images(content: Any, split: str | None, where: str) -> list[_Image]:
     images = content.get("images") if isinstance(content, dict) else None
     if isinstance(content, list):
         layout, read = "BLIP's", _blip
@@ -72,22 +72,22 @@ def _pictures(content: Any, split: str | None, where: str) -> list[_Picture]:
                         f"{LAYOUTS}") from None
 
 
-def _coco(content: dict) -> list[_Picture]:
+def _coco(content: dict) -> list[_Image]:
     captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
-    return [_Picture(image["file_name"], tuple(captions[image["id"]]), str(image["id"]))
+    return [_Image(image["file_name"], tuple(captions[image["id"]]), str(image["id"]))
             for image in content["images"]]
 
 
-def _karpathy(content: dict, split: str | None, where: str) -> list[_Picture]:
+def _karpathy(content: dict, split: str | None, where: str) -> list[_Image]:
     images = content["images"]
     splits = list(dict.fromkeys(image["split"] for image in images))
     if split is None and len(splits) > 1:
-        raise DataError(f"{where} has the splits {', '.join(splits)}; wanted one of them behind the file, "
+        raise DataError(f"{where} has the splits {', '.join(splits)}; expected one of them behind the file, "
                         f"as in FILE.json:{splits[0]}")
     chosen = splits if split is None else _chosen(split, splits, where)
-    return [_Picture(str(Path(image.get("filepath", ""), image["filename"])),
+    return [_Image(str(Path(image.get("filepath", ""), image["filename"])),
                      tuple(str(sentence["raw"]) for sentence in image["sentences"]),
                      str(image["cocoid"] if "cocoid" in image else image["imgid"]))
             for image in images if image["split"] in chosen]
@@ -98,18 +98,18 @@ def _chosen(split: str, splits: Sequence[str], where: str) -> set[str]:
     for part in split.split("+"):
         known = [name for name in {"train": TRAIN, "train-only": ("train",)}.get(part, (part,)) if name in splits]
         if not known:
-            raise DataError(f"{where} has no split {part!r}; wanted one of {', '.join(splits)}")
+            raise DataError(f"{where} has no split {part!r}; expected one of {', '.join(splits)}")
         chosen.update(known)
     return chosen
 
 
-def _blip(content: list) -> list[_Picture]:
-    """A caption an entry (train), several of which are one picture's, or all of a picture's (val, test)."""
+def _blip(content: list) -> list[_Image]:
+    """Read entries of one caption each (train), several per image, or of all captions of an image (val, test)."""
     captions: dict[str, list[str]] = {}
     ids: dict[str, str | None] = {}
     for entry in content:
         texts = entry["caption"]
         captions.setdefault(entry["image"], []).extend([texts] if isinstance(texts, str) else map(str, texts))
         ids.setdefault(entry["image"], str(entry["image_id"]) if "image_id" in entry else None)
-    return [_Picture(file, tuple(texts), ids[file]) for file, texts in captions.items()]
+    return [_Image(file, tuple(texts), ids[file]) for file, texts in captions.items()]
 

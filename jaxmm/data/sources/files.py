@@ -1,6 +1,5 @@
 """Read images in files: one folder per class, a list of captions, or arrays in memory."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -9,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxmm.data.base import EXTENSIONS, DataError, Record, find_pictures, fingerprint, read_text
+from jaxmm.data.base import EXTENSIONS, DataError, Record, Source, digest, find_images, fingerprint, read_text
 from jaxmm.optional import require_extra
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files:
-    """Pictures in files under `root`, with labels or captions held in memory."""
+class Files(Source):
+    """Images in files under `root`, with labels or captions in memory."""
 
     name: str
     root: str
@@ -30,7 +29,7 @@ class Files:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Record:
-        """Reads the picture's bytes."""
+        """Read the bytes of the image."""
         with open(os.path.join(self.root, self.files[index]), "rb") as file:
             record: Record = {"key": self.key(index), "image": file.read()}
         if self.labels is not None:
@@ -42,17 +41,17 @@ class Files:
         return record
 
     def key(self, index: int) -> str:
-        """The file, and the record number where a file may occur more than once."""
+        """Return the file, and the record number if a file may occur more than once."""
         return self.files[index] if self.captions is None else f"{self.files[index]}#{index}"
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """The captions."""
+        """Return the captions."""
         return self.captions[index] if self.captions is not None else ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arrays:
-    """Pictures in memory, uint8 [n, h, w, 3], with labels."""
+class Arrays(Source):
+    """Images in memory, uint8 [n, h, w, 3], with labels."""
 
     name: str
     images: np.ndarray = field(repr=False)
@@ -64,34 +63,34 @@ class Arrays:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Record:
-        """One picture."""
+        """Return one image."""
         return {"key": self.key(index), "image": self.images[index], "label": int(self.labels[index])}
 
     def key(self, index: int) -> str:
-        """The source and the record number."""
+        """Return the name of the source and the record number."""
         return f"{self.name}#{index}"
 
 
 def open_folder(spec: str, location: str, data_dir: str | None = None) -> Files:
-    """A folder a class: the classes are the sorted names of its folders, pictures may lie deeper in them."""
+    """Open one folder per class. Classes are the sorted folder names; images may be in subfolders of any depth."""
     root = Path(location)
     if not root.is_dir():
         raise DataError(f"source {spec!r}: no folder {location!r}")
     classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = [os.path.relpath(path, root) for path in find_pictures(root / name)]
-        files += found
-        labels += [label] * len(found)
+        paths = [os.path.relpath(path, root) for path in find_images(root / name)]
+        files += paths
+        labels += [label] * len(paths)
     if not files:
-        raise DataError(f"source {spec!r} is empty: wanted a folder a class in {location!r}, with pictures "
-                        f"({' '.join(EXTENSIONS)}) in them")
+        raise DataError(f"source {spec!r} is empty: expected one folder per class in {location!r}, with images "
+                        f"({' '.join(EXTENSIONS)})")
     return Files(name=spec, root=location, files=files, labels=np.asarray(labels, np.int32), classes=classes,
                  fingerprint=fingerprint([*classes, *files]))
 
 
 def open_captions(spec: str, location: str, data_dir: str | None = None) -> Files:
-    """A JSON object a line: `image` (a path relative to the file), `caption` or `captions`, perhaps `image_id`."""
+    """Open JSON lines with `image` (a path relative to the file), `caption` or `captions`, and perhaps `image_id`."""
     lines = read_text(spec, location).split("\n")
     files, captions, image_ids = [], [], []
     for number, line in enumerate(lines, 1):
@@ -103,11 +102,11 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
         except json.JSONDecodeError as error:
             raise DataError(f"{where} is not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-            raise DataError(f"{where}: wanted an object with `image`, a path")
+            raise DataError(f"{where}: expected an object with `image`, a path")
         texts = next((row[name] for name in ("captions", "texts", "caption") if row.get(name) is not None), ())
         texts = (texts,) if isinstance(texts, str) else texts
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{where}: wanted `caption`, a text, or `captions`, a list of texts")
+            raise DataError(f"{where}: expected `caption`, a text, or `captions`, a list of texts")
         files.append(row["image"])
         captions.append(tuple(texts))
         image_ids.append(None if row.get("image_id") is None else str(row["image_id"]))
@@ -116,12 +115,12 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
 
 
 def open_digits(spec: str, location: str, data_dir: str | None = None) -> Arrays:
-    """scikit-learn's 1,797 scanned digits, 8 x 8 greys as uint8; every fifth of each class is the test split."""
+    """Open scikit-learn's 1,797 scanned digits, 8 x 8 uint8. Every fifth of each class is in the test split."""
     require_extra("train", "the source digits")
-    from sklearn.datasets import load_digits  # a second of import that the other sources do without
+    from sklearn.datasets import load_digits  # takes a second to import
 
     if location not in ("train", "test"):
-        raise DataError(f"source {spec!r}: unknown split {location!r}; wanted train or test")
+        raise DataError(f"source {spec!r}: unknown split {location!r}; expected train or test")
     digits = load_digits()
     number = np.empty(len(digits.target), np.int64)  # of each digit among those of its class
     for label in range(10):
@@ -131,4 +130,4 @@ def open_digits(spec: str, location: str, data_dir: str | None = None) -> Arrays
     grey = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     images = np.repeat(grey[..., None], 3, axis=-1)
     return Arrays(name=spec, images=images, labels=digits.target[chosen].astype(np.int32),
-                  classes=tuple("0123456789"), fingerprint=fingerprint([hashlib.blake2b(images.tobytes()).hexdigest()]))
+                  classes=tuple("0123456789"), fingerprint=fingerprint([digest([images.tobytes()], size=64)]))

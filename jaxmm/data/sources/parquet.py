@@ -1,30 +1,30 @@
-"""Parquet files that hold encoded pictures, as the Hugging Face hub's data sets and img2dataset write them."""
+"""Read Parquet files with encoded images, as Hugging Face data sets and img2dataset write them."""
 
 import functools
 import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxmm.data.bad_records import BadRecord
-from jaxmm.data.base import DataError, Record, fingerprint
-from jaxmm.data.sources.shards import LARGEST_PICTURE, LARGEST_TEXT, Shards, clean, open_files, printable
+from jaxmm.data.base import DataError, Record, Source, fingerprint
+from jaxmm.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT, Shards, clean, open_files, printable
 
 log = logging.getLogger(__name__)
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "bytes")
-"""Columns that are taken for the picture: the first that holds bytes, or a struct with `bytes`."""
+"""Names of the image column. The first one with bytes, or with structs of `bytes`, is used."""
 CAPTIONS = ("texts", "captions", "text", "caption")
-"""Columns that are taken for the captions: the first that holds texts or lists of texts."""
+"""Names of the caption column. The first one with texts or lists of texts is used."""
 LARGEST_GROUP = 2**31
-"""Bytes of the columns of a row group, unpacked; records of larger ones are refused as too large."""
-KEPT_GROUPS = 4
-"""Row groups that stay in memory."""
+"""Uncompressed bytes of one column in a row group; records of larger ones are refused as too large."""
+CACHED_GROUPS = 4
+"""The number of row groups that stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -32,41 +32,40 @@ class _Index:
     image: str
     captions: str | None
     names: tuple[str, ...]
-    """Of the columns, all."""
+    """All columns."""
     starts: np.ndarray
-    """Of the row groups, and the count of rows behind them."""
+    """The first row of each row group, then the number of rows."""
     fingerprint: str
     fault: str | None
 
 
 @dataclass(frozen=True)
-class File:
-    """The rows of one Parquet file, read a row group at a time; its footer is read at first use."""
+class File(Source):
+    """The rows of one Parquet file, read one row group at a time. The footer is read at first use."""
 
     path: Path
     stem: str
-    classes: ClassVar[None] = None
 
     @property
     def name(self) -> str:
-        """The source that this shard alone is."""
+        """The spec of this file alone."""
         return f"parquet:{self.path}"
 
     @property
     def fingerprint(self) -> str:
-        """Of the file's name and size, its columns and its row groups."""
+        """A digest of the name and size of the file, its columns and its row groups."""
         return self._index.fingerprint
 
     @property
     def fault(self) -> str | None:
-        """Why no row can be used, if none can."""
+        """The reason why no row can be used, if none can."""
         return self._index.fault
 
     def __len__(self):
         return int(self._index.starts[-1])
 
     def __getitem__(self, index: int) -> Record:
-        """Reads a row. Raises `BadRecord` for one that is too large."""
+        """Read a row. Raises `BadRecord` if it is too large."""
         record: Record = {"key": self.key(index)}
         image_id = self._value("image_id", index)
         if image_id is not None:
@@ -74,20 +73,20 @@ class File:
         if texts := self.texts(index):
             record["texts"] = texts
         image = self._value(self._index.image, index)
-        image = image["bytes"] if isinstance(image, dict) else image  # its path is a stranger's and is not followed
+        image = image["bytes"] if isinstance(image, dict) else image  # its path is untrusted and is not followed
         if image is None:
             return record
-        if len(image) > LARGEST_PICTURE:
-            raise BadRecord("too large", f"its picture has {len(image)} bytes; at most {LARGEST_PICTURE} are read")
+        if len(image) > LARGEST_IMAGE:
+            raise BadRecord("too large", f"its image has {len(image)} bytes; at most {LARGEST_IMAGE} are read")
         return record | {"image": image}
 
     def key(self, index: int) -> str:
-        """The file's name without its ending, and `key` of the row or its number."""
+        """Return the name of the file without its suffix, and the `key` of the row or its number."""
         key = self._value("key", index)
         return f"{self.stem}/{index if key is None else printable(str(key))}"
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """The captions; pictures are not read."""
+        """Return the captions; images are not read."""
         value = self._value(self._index.captions, index)
         texts = value if isinstance(value, list) else [value]
         if any(len(text) > LARGEST_TEXT for text in texts if text is not None):
@@ -113,15 +112,15 @@ class File:
             starts, fault, names = np.cumsum([0, *rows]), None, tuple(file.schema_arrow.names)
         except (pa.ArrowException, OSError, DataError) as error:
             image, captions, names, starts, schema = "", None, (), np.zeros(1, np.int64), ""
-            fault = f"it cannot be read as Parquet with pictures: {str(error).splitlines()[0]}"
+            fault = f"it cannot be read as Parquet with images: {str(error).splitlines()[0]}"
             log.warning("%s: %s", self.path, fault)
         size = self.path.stat().st_size
         return _Index(image, captions, names, starts, fingerprint([self.path.name, size, schema, *starts]), fault)
 
 
-@functools.lru_cache(maxsize=2 * KEPT_GROUPS)
+@functools.lru_cache(maxsize=2 * CACHED_GROUPS)
 def _column(path: Path, changed: int, group: int, column: str) -> pa.ChunkedArray:
-    """A column of a row group. `changed` is when the file was."""
+    """Read a column of a row group. `changed`, the modification time of the file, is part of the cache's key."""
     with pq.ParquetFile(path) as file:
         parts = file.metadata.row_group(group)
         size = sum(part.total_uncompressed_size for part in map(parts.column, range(parts.num_columns))
@@ -132,8 +131,8 @@ def _column(path: Path, changed: int, group: int, column: str) -> pa.ChunkedArra
         return file.read_row_group(group, columns=[column]).column(0)
 
 
-def open_parquet(spec: str, location: str) -> Shards:
-    """A shard a file that the pattern `location` matches. Raises `DataError`, also where the first has no pictures."""
+def open_parquet(spec: str, location: str, data_dir: str | None = None) -> Shards:
+    """Open each file that the pattern `location` matches as one shard. Raises `DataError`."""
     source = open_files(spec, location, ".parquet", File)
     first = source.parts[0]
     if first.fault and len(source.parts) == 1:
@@ -142,7 +141,7 @@ def open_parquet(spec: str, location: str) -> Shards:
 
 
 def _columns(schema: pa.Schema) -> tuple[str, str | None]:
-    """The columns of pictures and captions. Raises `DataError` where none has pictures."""
+    """Return the names of the image and caption columns. Raises `DataError` if there is no image column."""
     image = next((name for name in IMAGES if name in schema.names and _holds_bytes(schema.field(name).type)), None)
     if image is None:
         raise DataError(f"none of its columns {', '.join(schema.names)} is {', '.join(IMAGES)} with bytes")

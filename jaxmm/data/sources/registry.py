@@ -1,98 +1,96 @@
-"""Where pictures and words come from: one string names a source, which is read by record number.
+"""Open a source from one string, such as `coco:FILE.json:val` or `3*captions:own.jsonl + tfds:web:train`.
 
-`folder:DIR`, `captions:FILE.jsonl`, `coco:FILE.json[:SPLIT]`, `nlvr:FILE.json`, `digits:SPLIT`, `scenes:SPLIT`,
-`tfds:NAME:SPLIT`, `vqa:PLACE`, `tars:GLOB` and `parquet:GLOB`.
+To add a kind: write one file and one row of `KINDS`, or call `register_source` in your own module.
 """
 
 import difflib
+import importlib
+import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from jaxmm.data.base import DataError, Source
-from jaxmm.data.sources.files import Files, open_captions, open_digits, open_folder
+from jaxmm.data.sources.mixed import Mixed
+
+Opener = Callable[[str, str, str | None], Source]
+"""`(spec, location, data_dir) -> Source`: the full string, what follows its colon, and where TFDS data sets are."""
+
+
+class Kind(NamedTuple):
+    """A row of `KINDS`: the opener's module, which is imported at first use, and its name there."""
+
+    module: str
+    opener: str
+    location: str
+    """The form of what follows the colon."""
+
+
+KINDS: dict[str, Kind] = {
+    "captions": Kind("jaxmm.data.sources.files", "open_captions", "FILE.jsonl"),
+    "coco": Kind("jaxmm.data.sources.coco", "open_coco", "FILE.json[:SPLIT]"),
+    "digits": Kind("jaxmm.data.sources.files", "open_digits", "SPLIT"),
+    "folder": Kind("jaxmm.data.sources.files", "open_folder", "DIR"),
+    "nlvr": Kind("jaxmm.data.sources.nlvr", "open_nlvr", "FILE.json"),
+    "parquet": Kind("jaxmm.data.sources.parquet", "open_parquet", "GLOB"),
+    "scenes": Kind("jaxmm.data.scenes", "open_spec", "SPLIT"),
+    "tars": Kind("jaxmm.data.sources.tars", "open_tars", "GLOB"),
+    "tfds": Kind("jaxmm.data.sources.tfds", "open_tfds", "NAME:SPLIT"),
+    "vqa": Kind("jaxmm.data.sources.vqa", "open_questions", "PLACE"),
+}
+REGISTERED: dict[str, tuple[Opener, str]] = {}
+"""Openers that `register_source` added, each with the form of its location."""
+
+_PLUS = re.compile(r"\s\+\s(?=(?:\d+\s*\*\s*)?[a-z]+:)")
+_WEIGHT = re.compile(r"(\d+)\s*\*\s*(.*)", re.DOTALL)
+
+
+def register_source(kind: str, opener: Opener, location: str = "LOCATION") -> None:
+    """Make `open_source("KIND:LOCATION")` call `opener(spec, location, data_dir)`.
+
+    Call it in the module that defines the source; then `data.train` can name it. A second call replaces the first.
+    Raises `ValueError` for a `kind` that is built in or is not in lower-case letters.
+    """
+    if kind in KINDS or not re.fullmatch("[a-z]+", kind):
+        raise ValueError(f"kind is {kind!r}; expected lower-case letters, other than {', '.join(KINDS)}")
+    REGISTERED[kind] = opener, location
 
 
 def open_source(spec: str, *, data_dir: str | None = None) -> Source:
-    """Opens the source that `spec` names; `data_dir` is where prepared TFDS data sets lie. Raises `DataError`."""
-    from jaxmm.data.sources import mixed
-
-    if mixed.is_mixed(spec):
-        return mixed.open_mixed(spec, data_dir)
+    """Open the source that `spec` names; `data_dir` is where prepared TFDS data sets are. Raises `DataError`."""
+    if _PLUS.search(spec) or _WEIGHT.fullmatch(spec):
+        return _open_mixed(spec, data_dir)
     kind, colon, location = spec.partition(":")
-    if kind not in KINDS:
-        nearest = difflib.get_close_matches(kind, KINDS, n=1)
+    forms = {name: row.location for name, row in KINDS.items()} | {name: row[1] for name, row in REGISTERED.items()}
+    if kind not in forms:
+        nearest = difflib.get_close_matches(kind, forms, n=1)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        raise DataError(f"source {spec!r}: unknown kind {kind!r}{hint}; wanted one of "
-                        + ", ".join(f"{name}:{what}" for name, (_, what) in KINDS.items()))
-    opener, what = KINDS[kind]
+        raise DataError(f"source {spec!r}: unknown kind {kind!r}{hint}; expected one of "
+                        + ", ".join(f"{name}:{form}" for name, form in forms.items()))
     if not colon or not location:
-        raise DataError(f"source {spec!r}: wanted {kind}:{what}")
+        raise DataError(f"source {spec!r}: expected {kind}:{forms[kind]}")
+    if kind in REGISTERED:
+        opener = REGISTERED[kind][0]
+    else:
+        opener = getattr(importlib.import_module(KINDS[kind].module), KINDS[kind].opener)
     source = opener(spec, location, data_dir)
-    if not source:  # not its length, for which sources of many shards read all of them
+    if not source:  # not its length: a source of many shards would read all of them
         raise DataError(f"source {spec!r} is empty: it has no records")
     return source
 
 
-def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
-    """COCO's captions, Karpathy's splits of them, or BLIP's lists of those."""
-    from jaxmm.data.sources import coco
-
-    return coco.open_coco(spec, location)
-
-
-def open_scenes(spec: str, location: str, data_dir: str | None = None) -> Source:
-    """Our own pictures of coloured shapes, generated on first use."""
-    from jaxmm.data import scenes
-
-    return scenes.open_scenes(location, data_dir)
-
-
-def open_nlvr(spec: str, location: str, data_dir: str | None = None) -> Source:
-    """Sentences about two pictures."""
-    from jaxmm.data.sources import nlvr
-
-    return nlvr.open_nlvr(spec, location)
-
-
-def open_tfds(spec: str, location: str, data_dir: str | None = None) -> Source:
-    """Any TFDS data set that was prepared as ArrayRecord."""
-    from jaxmm.data.sources import tfds
-
-    return tfds.open_tfds(spec, location, data_dir)
-
-
-def open_tars(spec: str, location: str, data_dir: str | None = None) -> Source:
-    """Tar shards as img2dataset and WebDataset write them."""
-    from jaxmm.data.sources import tars
-
-    return tars.open_tars(spec, location)
-
-
-def open_parquet(spec: str, location: str, data_dir: str | None = None) -> Source:
-    """Parquet files that hold the pictures' bytes."""
-    from jaxmm.data.sources import parquet
-
-    return parquet.open_parquet(spec, location)
-
-
-def open_vqa(spec: str, location: str, data_dir: str | None = None) -> Source:
-    """Questions about pictures, with answers."""
-    from jaxmm.data.sources import vqa
-
-    return vqa.open_questions(spec, location, data_dir)
-
-
-Opener = Callable[[str, str, str | None], Source]
-
-KINDS: dict[str, tuple[Opener, str]] = {
-    "captions": (open_captions, "FILE.jsonl"),
-    "coco": (open_coco, "FILE.json[:SPLIT]"),
-    "digits": (open_digits, "SPLIT"),
-    "folder": (open_folder, "DIR"),
-    "nlvr": (open_nlvr, "FILE.json"),
-    "parquet": (open_parquet, "GLOB"),
-    "scenes": (open_scenes, "SPLIT"),
-    "tars": (open_tars, "GLOB"),
-    "tfds": (open_tfds, "NAME:SPLIT"),
-    "vqa": (open_vqa, "PLACE"),
-}
-"""What a spec can begin with: how it is opened, and what follows the colon."""
+def _open_mixed(spec: str, data_dir: str | None) -> Mixed:
+    """Open `WEIGHT*SOURCE + WEIGHT*SOURCE + ...`; a weight is a whole number, 1 if it is left out."""
+    parts, weights = [], []
+    for term in map(str.strip, _PLUS.split(spec)):
+        weighted = _WEIGHT.fullmatch(term)
+        weights.append(int(weighted[1]) if weighted else 1)
+        if weights[-1] < 1:
+            raise DataError(f"source {spec!r}: the weight of {term!r} is {weights[-1]}; expected 1 or more")
+        parts.append(open_source(weighted[2] if weighted else term, data_dir=data_dir))
+    for part in parts:
+        if (part.classes, part.images_per_record) != (parts[0].classes, parts[0].images_per_record):
+            raise DataError(f"source {spec!r}: {part.name!r} has other classes or another number of images per record "
+                            f"than {parts[0].name!r}")
+        if part.varies or part.most_answers:
+            raise DataError(f"source {spec!r}: {part.name!r} cannot be mixed with others")
+    return Mixed(spec, tuple(parts), tuple(weights))

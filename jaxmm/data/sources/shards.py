@@ -1,4 +1,4 @@
-"""Parts of a source that are read, written and judged on their own, by worker processes or hosts."""
+"""Divide sources into shards, which worker processes and hosts read, write and check one by one."""
 
 import bisect
 import glob
@@ -7,17 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
 
-from jaxmm.data.base import DataError, Record, Source, fingerprint, record_key
+import numpy as np
 
-LARGEST_PICTURE = 64 * 2**20
-"""Bytes of an encoded picture in a shard; larger ones are refused as too large."""
+from jaxmm.data.base import DataError, Record, Source, fingerprint
+
+LARGEST_IMAGE = 64 * 2**20
+"""Bytes of an encoded image in a shard; larger ones are refused as too large."""
 LARGEST_TEXT = 4 * 2**20
 
 
 @dataclass(frozen=True)
-class Slice:
+class Slice(Source):
     """The records from `start` up to `stop` of a source."""
 
     source: Source
@@ -28,28 +29,76 @@ class Slice:
         return self.stop - self.start
 
     def __getitem__(self, index: int) -> Record:
-        """The record of the source."""
+        """Read a record of the source."""
         return self.source[self._at(index)]
 
-    def key(self, index: int) -> str:
-        """The name of the record in the source."""
-        return record_key(self.source, self._at(index))
+    @property
+    def name(self) -> str:
+        """The name of the source."""
+        return self.source.name
 
-    def texts(self, index: int) -> tuple[str, ...]:
-        """The captions, without reading the picture where the source can."""
-        if hasattr(self.source, "texts"):
-            return self.source.texts(self._at(index))
-        return self[index].get("texts", ())
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The classes of the source."""
+        return self.source.classes
+
+    @property
+    def images_per_record(self) -> int:
+        """The number of images in one record of the source."""
+        return self.source.images_per_record
+
+    @property
+    def most_answers(self) -> int:
+        """The largest number of different answers to one question of the source."""
+        return self.source.most_answers
+
+    @property
+    def grades_captions(self) -> bool:
+        """True if the source grades captions."""
+        return self.source.grades_captions
+
+    @property
+    def varies(self) -> bool:
+        """True if the source varies records."""
+        return self.source.varies
+
+    @property
+    def image_id_scope(self) -> str | None:
+        """The scope of the source."""
+        return self.source.image_id_scope
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the source, and which of its records these are."""
+        """A digest of the fingerprint of the source and of the range."""
         return fingerprint([self.source.fingerprint, self.start, self.stop])
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("name", "classes", "pictures", "vary", "most_answers"):
-            return getattr(self.source, name)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+    def key(self, index: int) -> str:
+        """Return the key of the record in the source."""
+        return self.source.key(self._at(index))
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """Return the captions of the record."""
+        return self.source.texts(self._at(index))
+
+    def answers(self, index: int) -> tuple[str, ...]:
+        """Return the answers of the record."""
+        return self.source.answers(self._at(index))
+
+    def others(self, index: int, count: int, rng: np.random.Generator) -> list[tuple[str, tuple[str, ...]]]:
+        """Return more questions about the image of the record, also of records outside the slice."""
+        return self.source.others(self._at(index), count, rng)
+
+    def vary(self, record: Record, rng: np.random.Generator) -> Record:
+        """Return the record as the source varies it."""
+        return self.source.vary(record, rng)
+
+    def is_true(self, index: int, caption: str) -> bool:
+        """Return whether `caption` is true, as the source says."""
+        return self.source.is_true(self._at(index), caption)
+
+    def names_largest(self, index: int, caption: str) -> bool:
+        """Return whether `caption` names the largest object, as the source says."""
+        return self.source.names_largest(self._at(index), caption)
 
     def _at(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -58,12 +107,11 @@ class Slice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shards:
-    """Sources one after the other, of which each is indexed when it is first needed."""
+class Shards(Source):
+    """Sources one after the other. Each reads its index at first use."""
 
     name: str
     parts: tuple[Source, ...]
-    classes: ClassVar[None] = None
 
     def __bool__(self):
         return any(len(part) for part in self.parts)
@@ -72,34 +120,34 @@ class Shards:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        """The record of the part that holds it."""
+        """Read the record from the part that contains it."""
         part, inner = self._find(index)
         return part[inner]
 
     def key(self, index: int) -> str:
-        """The part's name and the record's name in it."""
+        """Return the key of the record in its part."""
         part, inner = self._find(index)
         return part.key(inner)
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """The captions, read without the picture."""
+        """Return the captions; images are not read."""
         part, inner = self._find(index)
         return part.texts(inner)
 
     def shards(self) -> tuple[Source, ...]:
-        """The parts."""
+        """Return the parts."""
         return self.parts
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all parts, which reads all their indices."""
+        """A digest of the fingerprints of all parts, which reads all their indices."""
         return fingerprint(part.fingerprint for part in self.parts)
 
     @cached_property
     def _ends(self) -> list[int]:
         return list(itertools.accumulate(map(len, self.parts)))
 
-    def _find(self, index: int) -> tuple[Any, int]:
+    def _find(self, index: int) -> tuple[Source, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._ends, index)
@@ -107,21 +155,15 @@ class Shards:
 
 
 def shards(source: Source, size: int = 1000) -> list[Source]:
-    """The parts that `source` comes in, else runs of `size` of its records."""
-    if hasattr(source, "shards"):
-        return list(source.shards())
-    return [Slice(source, start, min(start + size, len(source))) for start in range(0, len(source), size)]
-
-
-def shard_fault(shard: Source) -> str | None:
-    """What is wrong with a shard as a whole, where it knows."""
-    return getattr(shard, "fault", None)
+    """Return the shards of `source`, else slices of `size` records."""
+    return list(source.shards()) or [Slice(source, start, min(start + size, len(source)))
+                                     for start in range(0, len(source), size)]
 
 
 def open_files(spec: str, pattern: str, suffix: str, opener: Callable[[Path, str], Source]) -> Shards:
-    """A part a file that `pattern` matches, sorted; a folder stands for the files in it that end with `suffix`.
+    """Open each file that `pattern` matches as one part, sorted; a folder means its files that end with `suffix`.
 
-    Parts are named by their files' stems, or by their paths where two stems are alike. Raises `DataError` where there
+    `opener` gets the path and a name: the file's stem, or its path if two stems are equal. Raises `DataError` if there
     are no files.
     """
     if Path(pattern).is_dir():
@@ -138,12 +180,12 @@ def _stems(paths: Sequence[Path]) -> list[str]:
 
 
 def clean(text: str | bytes) -> str:
-    """Text that can be written as UTF-8, without NUL; what is no text in it is replaced."""
+    """Return text that can be written as UTF-8, without NUL; invalid bytes are replaced."""
     if isinstance(text, str):
         text = text.encode("utf-8", "replace")
     return text.decode("utf-8", "replace").replace("\0", "")
 
 
 def printable(name: str) -> str:
-    """A name from outside that can be shown in a terminal."""
+    """Return an untrusted name with the characters replaced that a terminal would interpret."""
     return "".join(c if c.isprintable() else "\ufffd" for c in clean(name))

@@ -1,8 +1,8 @@
-"""Tar shards as img2dataset and WebDataset write them: `KEY.jpg`, `KEY.txt`, `KEY.json`, one after the other.
+"""Read tar shards as img2dataset and WebDataset write them: `KEY.jpg`, `KEY.txt`, `KEY.json`, one after the other.
 
-They come from strangers. Headers are read and pictures are sought, nothing is ever extracted; names are only names;
-members other than plain files, and what is neither picture nor text (pickles), are passed over; no size that a header
-claims is believed before it is seen to fit the file.
+Shards are untrusted. Headers are read and images are located, nothing is ever extracted; names are only names; members
+other than plain files, and files other than images and text (such as pickles), are skipped; every size in a header is
+checked against the size of the file.
 """
 
 import json
@@ -13,28 +13,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from jaxmm.data.bad_records import BadRecord
-from jaxmm.data.base import EXTENSIONS, Record, fingerprint
-from jaxmm.data.sources.shards import LARGEST_PICTURE, LARGEST_TEXT, Shards, clean, open_files, printable
+from jaxmm.data.base import EXTENSIONS, Record, Source, fingerprint
+from jaxmm.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT, Shards, clean, open_files, printable
 
 log = logging.getLogger(__name__)
 
-BLOCK = 512
 LARGEST_HEADER = 2**16
-"""Bytes of an extended header: a long name, a few fields."""
+"""Bytes of an extended header, which contains a long name and a few fields."""
 _IMAGE, _TEXT, _JSON = range(3)
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
              tarfile.GNUTYPE_LONGLINK)
-_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
-_WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 
 
 class TarFault(Exception):
-    """Where and why the members of a tar end before it does."""
+    """Damage that ends the members of a tar before its end: what is wrong and where."""
 
 
 @dataclass(frozen=True)
@@ -45,47 +42,46 @@ class Member:
     offset: int
     size: int
     checksum: int
-    """Of its header."""
+    """The checksum of its header."""
 
 
 @dataclass(frozen=True)
 class _Index:
     keys: list[str]
     places: np.ndarray
-    """Offset and size of picture, text and JSON, int64 [n, 3, 2]; an offset of -1 where there is none."""
+    """Offset and size of image, text and JSON, int64 [n, 3, 2]; the offset is -1 if there is none."""
     end: int
     fingerprint: str
     fault: str | None
 
 
 @dataclass(frozen=True)
-class Tar:
-    """The records of one tar: runs of members of one key. Its headers are read at first use, and named if damaged."""
+class Tar(Source):
+    """The records of one tar: consecutive members with the same key. Its headers are read at first use."""
 
     path: Path
     stem: str
-    classes: ClassVar[None] = None
 
     @property
     def name(self) -> str:
-        """The source that this shard alone is."""
+        """The spec of this file alone."""
         return f"tars:{self.path}"
 
     @property
     def fingerprint(self) -> str:
-        """Of the file's name and size, and of the names, sizes and header checksums of its members."""
+        """A digest of the name and size of the file and the names, sizes and header checksums of its members."""
         return self._index.fingerprint
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with the tar as a whole; the records before that can be used."""
+        """The damage of the tar, if any. The records before it can be used."""
         return self._index.fault
 
     def __len__(self):
         return len(self._index.keys)
 
     def __getitem__(self, index: int) -> Record:
-        """Reads the members of one record. Raises `BadRecord` for one that the file cannot hold, or a large one."""
+        """Read the members of one record. Raises `BadRecord` if they are too large or reach past the end."""
         record: Record = {"key": self.key(index)}
         with self.path.open("rb") as file:
             texts = self._texts(file, index)
@@ -95,11 +91,11 @@ class Tar:
         return record if image is None else record | {"image": image}
 
     def key(self, index: int) -> str:
-        """The tar's name without its ending, and the members' key."""
+        """Return the name of the tar without its suffix, and the key of the members."""
         return f"{self.stem}/{self._index.keys[index]}"
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """The caption: the text, else `caption` of the JSON."""
+        """Return the caption: the text, else `caption` of the JSON. The image is not read."""
         with self.path.open("rb") as file:
             return self._texts(file, index)
 
@@ -114,7 +110,7 @@ class Tar:
         offset, size = self._index.places[index, kind].tolist()
         if offset < 0:
             return None
-        what, largest = ("picture", LARGEST_PICTURE) if kind == _IMAGE else ("text", LARGEST_TEXT)
+        what, largest = ("image", LARGEST_IMAGE) if kind == _IMAGE else ("text", LARGEST_TEXT)
         if offset + size > self._index.end:
             raise BadRecord("truncated", f"its {what} should have {size} bytes and the file ends before")
         if size > largest:
@@ -126,20 +122,20 @@ class Tar:
     def _index(self) -> _Index:
         keys: list[str] = []
         places: list[list[tuple[int, int]]] = []
-        seen: set[str] = set()
-        noted: list[Any] = []
+        used: set[str] = set()
+        listed: list[Any] = []
         last = None
         end, fault = 0, None
         try:
             with self.path.open("rb") as file:
                 end = os.fstat(file.fileno()).st_size
                 for member in members(file, end):
-                    noted.append((member.name, member.offset, member.size, member.checksum))
+                    listed.append((member.name, member.offset, member.size, member.checksum))
                     key, kind = _split(member.name)
                     if kind is None:
                         continue
                     if key != last:
-                        keys.append(_unique(printable(key), seen))
+                        keys.append(_unique(printable(key), used))
                         places.append([(-1, 0)] * 3)
                         last = key
                     if places[-1][kind][0] < 0:
@@ -151,101 +147,85 @@ class Tar:
         if fault:
             log.warning("%s: %s; %d records of it are used", self.path, fault, len(keys))
         return _Index(keys, np.asarray(places, np.int64).reshape(-1, 3, 2), end,
-                      fingerprint([self.path.name, end, *noted]), fault)
+                      fingerprint([self.path.name, end, *listed]), fault)
 
 
-def open_tars(spec: str, location: str) -> Shards:
-    """A shard a tar that the pattern `location` matches. Raises `DataError`."""
+def open_tars(spec: str, location: str, data_dir: str | None = None) -> Shards:
+    """Open each tar that the pattern `location` matches as one shard. Raises `DataError`."""
     return open_files(spec, location, ".tar", Tar)
 
 
+class _ExtendedSize(Exception):
+    """An extended header that claims to be too large."""
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose size is checked before `tarfile` reads what it describes."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        """Read a header from its bytes."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENDED and not 0 <= header.size <= LARGEST_HEADER:
+            raise _ExtendedSize(header.size)
+        return header
+
+
 def members(file: BinaryIO, end: int) -> Iterator[Member]:
-    """The plain files in a tar of `end` bytes, by its headers alone; the last may reach past the end.
+    """Yield the plain files in a tar of `end` bytes, by its headers alone; the last one may reach past the end.
 
-    Sparse files, links, devices and folders are passed over. Raises `TarFault` where the archive breaks off.
+    Sparse files, links, devices and folders are skipped. Raises `TarFault` if the archive is damaged.
     """
-    at, extra, everywhere = 0, {}, {}
-    while True:
-        block = _block(file, at, end)
-        if block.count(0) == BLOCK:
-            return
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-            data, size = at + BLOCK, int((everywhere | extra).get("size", info.size))
-        except (tarfile.HeaderError, ValueError):
-            raise TarFault(_no_header(block, at)) from None
-        if not 0 <= size < 2**62:
-            raise TarFault(f"the header at byte {at:,} claims a size of {size} bytes")
-        if info.type in _EXTENDED:
-            fields = _extended(file, info, data)
-            if info.type == tarfile.XGLTYPE:
-                everywhere |= fields
-            else:
-                extra |= fields
-            at = data + _padded(info.size)
-            continue
-        fields, extra = everywhere | extra, {}
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            more = block[482]
-            while more:
-                more, data = _block(file, data, end)[504], data + BLOCK
-        elif info.type in _FILES and not any(field.startswith("GNU.sparse.") for field in fields):
-            yield Member(fields.get("path", info.name), data, size, info.chksum)
-        elif info.type in _WITHOUT_DATA:
-            size = 0
-        if data + size > end:
-            raise TarFault(f"it ends at byte {end:,}, inside of {printable(fields.get('path', info.name))!r}")
-        at = data + _padded(size)
-
-
-def _block(file: BinaryIO, at: int, end: int) -> bytes:
-    file.seek(at)
-    block = file.read(BLOCK)
-    if len(block) < BLOCK:
-        raise TarFault(f"it ends at byte {end:,} without the mark of its end" if at else "it is no tar: "
-                       f"it has {end} bytes")
-    return block
-
-
-def _extended(file: BinaryIO, info: tarfile.TarInfo, data: int) -> dict[str, str]:
-    """What an extended header says of the member behind it. Raises `TarFault`."""
-    if info.size > LARGEST_HEADER:
-        raise TarFault(f"the extended header at byte {data - BLOCK:,} claims {info.size:,} bytes")
-    file.seek(data)
-    content = file.read(info.size)
-    if info.type == tarfile.GNUTYPE_LONGNAME:
-        return {"path": content.partition(b"\0")[0].decode("utf-8", "replace")}
-    if info.type == tarfile.GNUTYPE_LONGLINK:
-        return {}
-    fields, start = {}, 0
+    at = 0
     try:
-        while start < len(content):  # "LENGTH NAME=VALUE\n", the length with itself
-            space = content.index(b" ", start)
-            stop = start + int(content[start:space])
-            name, equals, value = content[space + 1:stop - 1].partition(b"=")
-            if not start < stop <= len(content) or not equals:
-                raise ValueError
-            fields[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-            start = stop
-    except ValueError:
-        raise TarFault(f"the extended header at byte {data - BLOCK:,} is damaged") from None
-    return fields
+        tar = tarfile.TarFile(fileobj=file, tarinfo=_Header, encoding="utf-8", errors="replace")
+        while (header := tar.next()) is not None:
+            tar.members.clear()  # they would fill the memory
+            fields, size, name = header.pax_headers, header.size, printable(header.name)
+            plain = header.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not any(
+                field.startswith("GNU.sparse.") for field in fields)
+            if plain and fields.get("size", str(size)) != str(size):  # tarfile reads an invalid number as 0
+                raise TarFault(f"there is no header at byte {tar.offset:,}: {name!r} has the size {fields['size']!r}")
+            if not header.offset_data <= tar.offset < 2**62 or (plain and size < 0):
+                raise TarFault(f"the header at byte {at:,} claims a size of {size} bytes")
+            if plain:
+                yield Member(header.name, header.offset_data, size, header.chksum)
+            if tar.offset > end:
+                raise TarFault(f"it ends at byte {end:,}, inside of {name!r}")
+            at = tar.offset
+    except _ExtendedSize as error:
+        raise TarFault(f"the extended header at byte {at:,} claims {error.args[0]:,} bytes") from None
+    except (TarFault, OSError):
+        raise
+    except Exception:  # damaged headers make tarfile raise nearly anything
+        pass
+    _check_end(file, at, end)
 
 
-def _no_header(block: bytes, at: int) -> str:
+def _check_end(file: BinaryIO, at: int, end: int) -> None:
+    """Raise `TarFault` unless the archive ends at byte `at` with a block of zeros."""
+    file.seek(at)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise TarFault(f"it ends at byte {end:,} without the mark of its end" if at else f"it is no tar: it has {end} "
+                       "bytes")
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+    except tarfile.EOFHeaderError:
+        return
+    except (tarfile.HeaderError, ValueError):
+        pass
+    else:
+        raise TarFault(f"the {'extended ' * (header.type in _EXTENDED)}header at byte {at:,} is damaged")
     if at:
-        return f"there is no header at byte {at:,}, where a member should begin"
+        raise TarFault(f"there is no header at byte {at:,}, where a member should begin")
     if block.startswith(b"\x1f\x8b"):
-        return "it is compressed; wanted a plain tar (gunzip it)"
-    return f"it is no tar: it begins with {block[:12]!r}"
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+        raise TarFault("it is compressed; expected a plain tar (gunzip it)")
+    raise TarFault(f"it is no tar: it begins with {block[:12]!r}")
 
 
 def _split(name: str) -> tuple[str, int | None]:
-    """The key, up to the first dot of the last part of the path, and what the member is: None for what is not read."""
+    """Return the key, up to the first dot of the last part of the path, and the kind: None for what is not read."""
     folder, slash, base = name.rpartition("/")
     stem, dot, ending = base.partition(".")
     ending = ending.lower()
@@ -253,13 +233,13 @@ def _split(name: str) -> tuple[str, int | None]:
     return folder + slash + stem, kind if stem and dot else None
 
 
-def _unique(key: str, seen: set[str]) -> str:
-    """`key`, with a number where it was there before."""
+def _unique(key: str, used: set[str]) -> str:
+    """Return `key`, with a number if it is in `used`, and add it there."""
     name, number = key, 1
-    while name in seen:
+    while name in used:
         number += 1
         name = f"{key}#{number}"
-    seen.add(name)
+    used.add(name)
     return name
 
 

@@ -1,4 +1,4 @@
-"""TFDS data sets prepared as ArrayRecord, read without TensorFlow."""
+"""Read TFDS data sets that are prepared as ArrayRecord, without TensorFlow."""
 
 import re
 from collections.abc import Mapping
@@ -9,33 +9,37 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jaxmm.data.base import DataError, Record, fingerprint
+from jaxmm.data.base import DataError, Record, Source, fingerprint
 
 CAPTIONS = ("captions", "caption", "texts", "text")
-"""Features that are taken for captions: the first that a data set has."""
+"""Names of features with captions. The first one that a data set has is used."""
+WRITTEN_BY_US = "Written by jaxmm."
+"""The description of the data sets that `tools.writing` writes: their `image_id` is a digest of the pixels."""
 
 _NAME_SPLIT = re.compile(r"(.+):([^:\[\]+]+(?:\[[^\]]*\])?(?:\+[^:\[\]+]+(?:\[[^\]]*\])?)*)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TfdsSource:
-    """A split of a TFDS data set; pictures stay encoded until the pipeline decodes them."""
+class TfdsSource(Source):
+    """A split of a TFDS data set. Images stay encoded until the pipeline decodes them."""
 
     name: str
     data: Any = field(repr=False)
     image: str
-    """Feature that holds the picture."""
+    """The name of the feature with the image."""
     captions: str | None
     classes: tuple[str, ...] | None
     keys: bool
-    """Whether examples have a `key`, a text."""
+    """True if examples have a text feature `key`."""
+    scope: str | None
+    """The name of the data set without the split; None if this library wrote it."""
     fingerprint: str = field(repr=False)
 
     def __len__(self):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Record:
-        """Reads one example."""
+        """Read one example."""
         example = self.data[index]
         key = _text(example["key"]) if self.keys else self.key(index)
         record: Record = {"key": key, "image": example[self.image]}
@@ -47,45 +51,49 @@ class TfdsSource:
             record["image_id"] = _text(example["image_id"])
         return record
 
+    @property
+    def image_id_scope(self) -> str | None:
+        """The data set, or None if its `image_id` is a digest of the pixels."""
+        return self.scope
+
     def key(self, index: int) -> str:
-        """The example's own, else the source and the record number."""
+        """Return the key of the example, else the source and the record number."""
         return _text(self.data[index]["key"]) if self.keys else f"{self.name}#{index}"
 
 
 def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSource:
-    """Opens `NAME:SPLIT`; NAME may hold a config and version (`coco/2014:1.1.0`) or be the prepared folder itself.
+    """Open `NAME:SPLIT`. NAME may have a config and a version (`coco/2014:1.1.0`) or be the prepared folder itself.
 
-    `data_dir` or `TFDS_DATA_DIR` says where prepared data sets lie. Nothing is downloaded. Raises `DataError`.
+    `data_dir`, else `TFDS_DATA_DIR`, is the folder of prepared data sets. Nothing is downloaded. Raises `DataError`.
     """
     parts = _NAME_SPLIT.fullmatch(location)
     if not parts:
-        raise DataError(f"source {spec!r}: wanted tfds:NAME:SPLIT")
+        raise DataError(f"source {spec!r}: expected tfds:NAME:SPLIT")
     name, split = parts.groups()
     try:
         if Path(name, "dataset_info.json").is_file():
             builder = tfds.builder_from_directory(name)
         else:
             builder = tfds.builder(name, data_dir=data_dir)
-    except Exception as error:  # TFDS raises many kinds, and some list every data set there is
+    except Exception as error:  # TFDS raises many types, and some messages list every known data set
         raise DataError(f"source {spec!r}: TFDS has no data set {name!r} in {data_dir or 'its data folder'}: "
                         f"{str(error).splitlines()[0]}") from None
-    return from_builder(builder, split, spec)
+    return _from_builder(builder, split, spec, f"tfds:{name}")
 
 
-def from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str) -> TfdsSource:
-    """A split of a prepared data set as a source named `spec`. Raises `DataError`."""
+def _from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str, scope: str) -> TfdsSource:
     if not builder.info.splits:
-        raise DataError(f"source {spec!r}: {builder.info.full_name} is not prepared in {builder.data_dir}; wanted "
+        raise DataError(f"source {spec!r}: {builder.info.full_name} is not prepared in {builder.data_dir}; expected "
                         "download_and_prepare(file_format='array_record') there first")
     features = dict(builder.info.features)
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if not images:
-        raise DataError(f"source {spec!r}: none of its features {sorted(features)} is a picture")
+        raise DataError(f"source {spec!r}: none of its features {sorted(features)} is an image")
     try:
         data = builder.as_data_source(split=split, decoders={images[0]: tfds.decode.SkipDecoding()})
         count = len(data)
     except NotImplementedError:
-        raise DataError(f"source {spec!r} is prepared as {builder.info.file_format}; wanted array_record: prepare it "
+        raise DataError(f"source {spec!r} is prepared as {builder.info.file_format}; expected array_record: prepare it "
                         "with file_format='array_record'") from None
     except Exception as error:
         raise DataError(f"source {spec!r}: cannot open split {split!r}: {error}") from None
@@ -95,13 +103,14 @@ def from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str) -> Tf
         captions=next((name for name in CAPTIONS if name in features), None),
         classes=tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None,
         keys=isinstance(features.get("key"), tfds.features.Text),
+        scope=None if builder.info.description == WRITTEN_BY_US else scope,
         fingerprint=fingerprint([builder.info.full_name, split, count,
                                  *(s.shard_lengths for s in builder.info.splits.values())]),
     )
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """Captions out of a feature: a text, a list of texts, or objects that have a `text`."""
+    """Return the captions in the value of a feature: a text, a list of texts, or objects with a `text`."""
     if isinstance(value, Mapping):
         inner = next((value[name] for name in ("text", "caption", "raw") if name in value), ())
         return texts(inner)

@@ -1,6 +1,5 @@
-"""Is a record usable, and what is in a source: the judgements that importing and training make, without writing."""
+"""Report what is in a source and which of its records cannot be used, without writing."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,33 +9,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxmm.data import images
-from jaxmm.data.bad_records import REASONS, BadRecord, read_record
-from jaxmm.data.base import Source, record_key
+from jaxmm.data.bad_records import REASONS, BadRecord
+from jaxmm.data.base import Source, digest
 from jaxmm.data.processes import in_order
-from jaxmm.data.sources.shards import Slice, shard_fault, shards
+from jaxmm.data.sources.shards import Slice, shards
+from jaxmm.data.usable import Usable, needs, read_usable
 
-NAMED = 5
-"""Records of each reason that a report names."""
+EXAMPLES = 5
+"""The number of records of each reason that a report names."""
 QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
-
-
-@dataclass(frozen=True)
-class Usable:
-    """A record whose picture could be decoded and that has what it needs."""
-
-    key: str
-    texts: tuple[str, ...]
-    """Those that are not blank."""
-    label: int | None
-    image: Image.Image
-    encoded: bytes | None
-    """The picture's bytes, where any reader sees `image` in them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """Whether a record is usable, and why not."""
+    """The result for one record: can it be used, and if not, why?"""
 
     key: str
     usable: bool
@@ -46,7 +32,7 @@ class Judgement:
 
 @dataclass
 class Tally:
-    """Records by why they are bad, and the first few of each reason."""
+    """Numbers of records by the reason why they are bad, and the first few of each reason."""
 
     records: int = 0
     broken: Counter[str] = field(default_factory=Counter)
@@ -54,24 +40,24 @@ class Tally:
 
     @property
     def usable(self) -> int:
-        """How many are not bad."""
+        """The number of records that are not bad."""
         return self.records - self.broken.total()
 
     def add(self, key: str, reason: str | None) -> None:
-        """One more record."""
+        """Count one more record."""
         self.records += 1
         if reason is not None:
             self.broken[reason] += 1
-            if len(self.examples.setdefault(reason, [])) < NAMED:
+            if len(self.examples.setdefault(reason, [])) < EXAMPLES:
                 self.examples[reason].append(key)
 
     def __add__(self, other: "Tally") -> "Tally":
-        examples = {reason: [*self.examples.get(reason, ()), *other.examples.get(reason, ())][:NAMED]
+        examples = {reason: [*self.examples.get(reason, ()), *other.examples.get(reason, ())][:EXAMPLES]
                     for reason in {**self.examples, **other.examples}}
         return Tally(self.records + other.records, self.broken + other.broken, examples)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, reasons in the order of `REASONS`."""
+        """Return JSON values, reasons in the order of `REASONS`."""
         reasons = sorted(self.broken, key=REASONS.index)
         return {"records": self.records, "usable": self.usable,
                 "broken": {reason: self.broken[reason] for reason in reasons},
@@ -79,36 +65,24 @@ class Tally:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Tally":
-        """What `to_dict` gave."""
+        """Return the tally that `to_dict` described."""
         return cls(values["records"], Counter(values["broken"]), values["examples"])
 
 
-def examine(source: Source, index: int) -> Usable:
-    """Reads and decodes a record of one picture. Raises `BadRecord` for one that training could not use either."""
-    record = read_record(source, index)
-    texts = tuple(text for text in record.get("texts", ()) if text.strip())
-    label = record.get("label")
-    if source.classes is None and not texts:
-        raise BadRecord("no text", "it has no caption")
-    if source.classes is not None and (label is None or not 0 <= label < len(source.classes)):
-        raise BadRecord("no label", f"label {label} of {len(source.classes)} classes")
-    if "image" not in record:
-        raise BadRecord("no image", "it has no picture")
-    image, plain = images.read(record["image"])
-    return Usable(record.get("key") or record_key(source, index), texts, label, image,
-                  record["image"] if plain else None)
+def examine(source: Source, index: int) -> tuple[str, Usable]:
+    """Read and decode a record; return its key and content. Raises `BadRecord` if training could not use it."""
+    usable = read_usable(source, index, needs(source))
+    return usable.record.get("key") or source.key(index), usable
 
 
 def pixel_id(image: Image.Image) -> str:
-    """32 hex digits that are the same for the same size and pixels, however they were encoded."""
-    digest = hashlib.blake2b(f"{image.width} {image.height} ".encode(), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.hexdigest()
+    """Return 32 hex digits that are equal for the same size and pixels, however they were encoded."""
+    return digest([f"{image.width} {image.height} ".encode(), image.tobytes()])
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What is in one shard."""
+    """A report on one shard."""
 
     name: str
     fault: str | None
@@ -116,7 +90,8 @@ class _Part:
     sizes: np.ndarray
     words: np.ndarray
     texts: int
-    pictures: np.ndarray
+    pixels: np.ndarray
+    """The first 60 bits of each image's `pixel_id`."""
     judgements: list[Judgement]
 
 
@@ -124,10 +99,11 @@ def check(
     source: Source, *, workers: int = 1, shard_records: int = 1000,
     on_record: Callable[[Judgement], None] | None = None, on_shard: Callable[[int], None] = lambda records: None,
 ) -> dict[str, Any]:
-    """A report on `source`, as JSON: `records`, `usable`, `broken` and `examples` by reason, `texts`, `duplicates`,
-    quantiles of `width` and `height` in pixels and of `caption_words`, and `faults` of shards as a whole.
+    """Return a report on `source` as JSON values.
 
-    `on_record` is given each record's judgement, in order.
+    It has `records`, `usable`, `broken` and `examples` by reason, `texts`, `duplicates`, quantiles of `width` and
+    `height` in pixels and of `caption_words`, and `faults` of damaged shards. `on_record` gets the judgement of each
+    record, in order.
     """
     tally, faults, parts = Tally(), [], []
     pieces = shards(source, shard_records)
@@ -142,37 +118,39 @@ def check(
         parts.append(part)
         on_shard(part.tally.records)
     sizes = np.concatenate([part.sizes for part in parts])
-    seen = len(np.unique(np.concatenate([part.pictures for part in parts])))
+    different = len(np.unique(np.concatenate([part.pixels for part in parts])))
     return tally.to_dict() | {
-        "texts": sum(part.texts for part in parts), "duplicates": len(sizes) - seen,
+        "texts": sum(part.texts for part in parts), "duplicates": len(sizes) - different,
         "width": _quantiles(sizes[:, 0]), "height": _quantiles(sizes[:, 1]),
         "caption_words": _quantiles(np.concatenate([part.words for part in parts])), "faults": faults}
 
 
 def _check_shard(pieces: list[Source], with_judgements: bool, number: int) -> _Part:
     shard = pieces[number]
-    tally, sizes, words, pictures, judgements = Tally(), [], [], [], []
-    for usable in usable_records(shard, tally, judgements if with_judgements else None):
-        sizes.append(usable.image.size)
+    tally, sizes, words, pixels, judgements = Tally(), [], [], [], []
+    for _, usable in usable_records(shard, tally, judgements if with_judgements else None):
+        sizes += [image.size for image in usable.images]
         words += [len(text.split()) for text in usable.texts]
-        pictures.append(int(pixel_id(usable.image)[:15], 16))
-    return _Part(_name(shard), shard_fault(shard), tally, np.asarray(sizes, np.int32).reshape(-1, 2),
-                 np.asarray(words, np.int32), len(words), np.asarray(pictures, np.int64), judgements)
+        pixels += [int(pixel_id(image)[:15], 16) for image in usable.images]
+    return _Part(_name(shard), shard.fault, tally, np.asarray(sizes, np.int32).reshape(-1, 2),
+                 np.asarray(words, np.int32), len(words), np.asarray(pixels, np.int64), judgements)
 
 
-def usable_records(source: Source, tally: Tally, judgements: list[Judgement] | None = None) -> Iterator[Usable]:
-    """The usable records of `source`, in order; `tally` counts all, and `judgements` gets one of each."""
+def usable_records(
+    source: Source, tally: Tally, judgements: list[Judgement] | None = None
+) -> Iterator[tuple[str, Usable]]:
+    """Yield key and content of the usable records of `source`, in order; add all to `tally` and `judgements`."""
     for index in range(len(source)):
         try:
-            usable = examine(source, index)
-            key, reason, detail = usable.key, None, None
+            key, usable = examine(source, index)
+            reason, detail = None, None
         except BadRecord as error:
-            usable, key, reason, detail = None, record_key(source, index), error.reason, error.detail
+            usable, key, reason, detail = None, source.key(index), error.reason, error.detail
         tally.add(key, reason)
         if judgements is not None:
             judgements.append(Judgement(key=key, usable=usable is not None, reason=reason, detail=detail))
         if usable is not None:
-            yield usable
+            yield key, usable
 
 
 def _name(shard: Source) -> str:

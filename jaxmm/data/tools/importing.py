@@ -1,4 +1,4 @@
-"""Any source of single pictures to a TFDS data set, by worker processes; interrupted, it goes on.
+"""Convert any source of single images to a TFDS data set, in worker processes; an interrupted import continues.
 
 The bytes of the result depend on the source and the settings, not on workers or interruptions.
 """
@@ -18,44 +18,43 @@ from PIL import Image
 from jaxmm.atomic import write_atomically
 from jaxmm.data.base import DataError, Source
 from jaxmm.data.processes import in_order
-from jaxmm.data.sources.shards import shard_fault, shards
+from jaxmm.data.sources.shards import shards
 from jaxmm.data.tools.checking import Tally, pixel_id, usable_records
 from jaxmm.data.tools.writing import (
     WORK,
     Written,
     finish,
-    picture_features,
+    image_features,
     remove_work,
     shard_path,
-    take_back,
     write_shard,
 )
 
 NOTES = "import.json"
-"""In the data set: the settings, the fingerprint of every shard, and the report."""
+"""The file in the data set with the settings, the fingerprint of every shard, and the report."""
 FORMAT = 1
-"""Counted up when the same source gives other bytes."""
+"""A number that changes when the same source gives other bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What became of a source."""
+    """The result of an import."""
 
     tally: Tally
     shards: int
     faults: list[dict[str, str]]
-    anew: bool
-    """Whether anything was done; False where the finished result was there."""
+    complete_before: bool
+    """True if the finished data set existed already and nothing was done."""
 
 
 def import_source(
     source: Source, dest: Path, *, split: str = "train", workers: int = 1, shard_records: int = 1000,
     on_shard: Callable[[int], None] = lambda records: None,
 ) -> Imported:
-    """Writes `source` as the TFDS data set `dest`, a new folder, a shard for each of the source's.
+    """Write `source` as the TFDS data set `dest`, a new folder, with one shard for each of the source's.
 
-    Pictures that any reader sees upright in 8-bit RGB keep their bytes, others become PNG; bad records are left out.
-    `on_shard` is told how many records each shard had. Raises `DataError` for a folder that is something else.
+    Images that every reader sees upright in 8-bit RGB keep their bytes, others become PNG; bad records are left out.
+    `on_shard` gets the number of records of each shard. Raises `DataError` if the folder is something else.
     """
     dest = dest.absolute()
     _check(source, split)
@@ -71,7 +70,6 @@ def import_source(
     except filelock.Timeout:
         raise DataError(f"another process imports into {dest}") from None
     with lock:
-        take_back(folder)
         results = []
         for result in in_order(partial(_import_shard, folder, settings, parts), range(len(parts)), workers):
             results.append(result)
@@ -86,38 +84,39 @@ def import_source(
         write_atomically(folder / NOTES, json.dumps(
             {"settings": settings, "inputs": [result["input"] for result in results], "tally": tally.to_dict(),
              "shards": sum(shard.records > 0 for shard in written), "faults": faults}, indent=1))
-        finish(folder, dest, picture_features(source.classes), {split: written})
-    return _read(dest, anew=True)
+        finish(folder, dest, image_features(source.classes), {split: written})
+    return _read(dest, complete_before=False)
 
 
 def _check(source: Source, split: str) -> None:
-    if getattr(source, "pictures", 1) > 1 or hasattr(source, "most_answers"):
-        raise DataError(f"source {source.name!r} has questions or several pictures a record; wanted pictures with "
+    if source.images_per_record > 1 or source.most_answers:
+        raise DataError(f"source {source.name!r} has questions or several images per record; expected images with "
                         "captions or labels")
     if not re.fullmatch(r"[a-zA-Z]\w*", split, re.ASCII) or split == "all":
-        raise DataError(f"split is {split!r}; wanted a word such as train ('all' is every split together)")
+        raise DataError(f"split is {split!r}; expected a word such as train ('all' is every split together)")
 
 
 def _finished(dest: Path, settings: dict[str, Any], inputs: list[str]) -> Imported:
-    """The report of the same import, which is there already."""
+    """Return the report of the same import, which is complete already."""
     try:
         notes = json.loads((dest / NOTES).read_text())
         same = notes["settings"] == settings and notes["inputs"] == inputs
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise DataError(f"{dest} exists and is not what this import would write; wanted a new folder")
+        raise DataError(f"{dest} exists and is not what this import would write; expected a new folder")
     remove_work(dest)
-    return _read(dest, anew=False)
+    return _read(dest, complete_before=True)
 
 
-def _read(dest: Path, anew: bool) -> Imported:
+def _read(dest: Path, complete_before: bool) -> Imported:
     notes = json.loads((dest / NOTES).read_text())
-    return Imported(tally=Tally.from_dict(notes["tally"]), shards=notes["shards"], faults=notes["faults"], anew=anew)
+    return Imported(tally=Tally.from_dict(notes["tally"]), shards=notes["shards"], faults=notes["faults"],
+                    complete_before=complete_before)
 
 
 def _import_shard(folder: Path, settings: dict[str, Any], parts: list[Source], number: int) -> dict[str, Any]:
-    """Writes a shard and a note of it beside it, unless both are there and of the same input."""
+    """Write a shard and a note beside it, unless both exist and are of the same input."""
     shard = parts[number]
     path = shard_path(folder, settings["split"], number)
     note = path.with_suffix(".json")
@@ -130,22 +129,23 @@ def _import_shard(folder: Path, settings: dict[str, Any], parts: list[Source], n
         pass
     note.unlink(missing_ok=True)
     tally = Tally()
-    written = write_shard(_examples(shard, tally), path, picture_features(shard.classes))
+    written = write_shard(_examples(shard, tally), path, image_features(shard.classes))
     result = wanted | {"shard": shard.name, "tally": tally.to_dict(), "bytes": written.bytes,
-                       "size": path.stat().st_size if written.records else 0, "fault": shard_fault(shard)}
+                       "size": path.stat().st_size if written.records else 0, "fault": shard.fault}
     write_atomically(note, json.dumps(result))
     return result
 
 
 def _examples(shard: Source, tally: Tally) -> Iterator[dict[str, Any]]:
-    for usable in usable_records(shard, tally):
-        example = {"key": usable.key, "image": usable.encoded or png(usable.image),
-                   "image_id": pixel_id(usable.image), "texts": list(usable.texts)}
+    for key, usable in usable_records(shard, tally):
+        (image,), (plain,) = usable.images, usable.plain
+        example = {"key": key, "image": usable.record["image"] if plain else png(image),
+                   "image_id": pixel_id(image), "texts": list(usable.texts)}
         yield example | ({} if usable.label is None else {"label": usable.label})
 
 
 def png(image: Image.Image) -> bytes:
-    """An RGB picture as PNG, without what its old file said besides."""
+    """Return an RGB image as PNG, without the metadata of its old file."""
     stream = io.BytesIO()
     Image.frombytes("RGB", image.size, image.tobytes()).save(stream, "png")
     return stream.getvalue()
@@ -157,9 +157,9 @@ def _reasons(tally: Tally) -> str:
 
 
 def summary(imported: Imported) -> str:
-    """For people: how many, how many not and why, and the first of those."""
+    """Return text for people: how many images, and how many were left out, why, and which."""
     tally = imported.tally
-    lines = [f"{tally.usable:,} pictures in {imported.shards:,} shards"]
+    lines = [f"{tally.usable:,} images in {imported.shards:,} shards"]
     if tally.broken:
         lines.append(f"left out: {tally.broken.total():,} of {tally.records:,} records{_reasons(tally)}")
         lines += [f"  {reason}: {', '.join(keys)}" for reason, keys in tally.examples.items()]

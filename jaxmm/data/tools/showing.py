@@ -1,4 +1,4 @@
-"""The first records of a source, for eyes: rows of a table, or one HTML page."""
+"""Show the first records of a source: rows of a table, or one HTML page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from PIL import Image
 
 from jaxmm.atomic import write_atomically
 from jaxmm.data.bad_records import BadRecord
-from jaxmm.data.base import Source, record_key
+from jaxmm.data.base import Source
 from jaxmm.data.sources.shards import printable
 from jaxmm.data.tools.checking import examine
 from jaxmm.optional import require_extra
 
 LARGEST = 320
-"""Pixels of the longer side on the page."""
+"""Pixels of the longer side of an image on the page."""
 LONGEST = 300
-"""Letters of a caption that are shown."""
+"""The largest number of characters of a caption that are shown."""
 
 _PAGE = """\
 <!doctype html>
@@ -31,7 +31,8 @@ figure { margin: 0; overflow-wrap: anywhere; } img { max-width: 100%; } small { 
 <main>
 {% for record in records %}
 <figure>
-{% if record.image is not none %}<img src="{{ picture(record.image) }}" alt="">{% endif %}
+{% for image in record.images %}<img src="{{ thumbnail(image) }}" alt="">{% endfor %}
+
 <figcaption><small>{{ record.key }} · {{ record.size }}</small>
 {% for text in record.texts %}<p>{{ text }}</p>{% endfor %}</figcaption>
 </figure>
@@ -42,44 +43,44 @@ figure { margin: 0; overflow-wrap: anywhere; } img { max-width: 100%; } small { 
 
 @dataclass(frozen=True)
 class Shown:
-    """A record as it is shown."""
+    """The texts and images of a record that are shown."""
 
     key: str
     size: str
-    """Of the picture; of a record that cannot be used, why."""
+    """The size of each image, or the reason why the record cannot be used."""
     texts: tuple[str, ...]
-    image: Image.Image | None
+    images: tuple[Image.Image, ...]
 
 
 def first(source: Source, count: int) -> list[Shown]:
-    """The first `count` records, those that cannot be used too."""
+    """Return the first `count` records, also those that cannot be used."""
     return [_shown(source, index) for index in range(min(count, len(source)))]
 
 
 def write_html(title: str, records: Sequence[Shown], path: Path) -> None:
-    """Writes one page with pictures and texts; nothing in it is loaded from elsewhere."""
+    """Write one page with images and texts; nothing in it is loaded from elsewhere."""
     require_extra("train", "an HTML page")
     import jinja2
 
     from jaxmm.pages import data_uri
 
-    def small(image: Image.Image) -> str:
+    def thumbnail(image: Image.Image) -> str:
         image = image.copy()
         image.thumbnail((LARGEST, LARGEST))
         return data_uri(np.asarray(image))
 
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
-    write_atomically(path, page.render(source=title, records=records, picture=small))
+    write_atomically(path, page.render(source=title, records=records, thumbnail=thumbnail))
 
 
 def _shown(source: Source, index: int) -> Shown:
     try:
-        record = examine(source, index)
+        key, usable = examine(source, index)
     except BadRecord as error:
-        return Shown(printable(record_key(source, index)), printable(str(error)), (), None)
-    texts = record.texts if record.label is None else (source.classes[record.label], *record.texts)
-    return Shown(printable(record.key), f"{record.image.width} x {record.image.height}", tuple(map(_cut, texts)),
-                 record.image)
+        return Shown(printable(source.key(index)), printable(str(error)), (), ())
+    texts = usable.texts if usable.label is None else (source.classes[usable.label], *usable.texts)
+    sizes = ", ".join(f"{image.width} x {image.height}" for image in usable.images)
+    return Shown(printable(key), sizes, tuple(map(_cut, texts)), usable.images)
 
 
 def _cut(text: str) -> str:

@@ -1,10 +1,9 @@
-"""TFDS data sets of ArrayRecord shards, written without TensorFlow, each shard whole or not there.
+"""Write TFDS data sets of ArrayRecord shards, without TensorFlow. A shard is complete or does not exist.
 
-Shards are written into `FOLDER/work` in any order, by any process; `finish` gives them their names, writes what TFDS
-wants to know, and renames the folder. The same examples make the same bytes.
+Shards are written into `FOLDER/work` in any order, by any process. `finish` writes the description that TFDS reads,
+gives the shards their names and renames the folder. The same examples make the same bytes.
 """
 
-import json
 import os
 import re
 import shutil
@@ -17,10 +16,10 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-from jaxmm.atomic import write_atomically
 from jaxmm.data.base import DataError
+from jaxmm.data.sources.tfds import WRITTEN_BY_US
 
-WORK, MOVES = "work", "moves.json"
+WORK = "work"
 VERSION = "1.0.0"
 
 Features = tfds.features.FeaturesDict
@@ -28,16 +27,16 @@ Features = tfds.features.FeaturesDict
 
 @dataclass(frozen=True)
 class Written:
-    """A shard that is whole."""
+    """A complete shard."""
 
     path: Path
     records: int
     bytes: int
-    """Of the examples, as TFDS counts them."""
+    """The bytes of the examples, as TFDS counts them."""
 
 
-def picture_features(classes: Sequence[str] | None = None, **more: tfds.features.FeatureConnector) -> Features:
-    """`key`, `image` (encoded), `image_id`, `texts`; with `classes` a `label`; and `more`."""
+def image_features(classes: Sequence[str] | None = None, **more: tfds.features.FeatureConnector) -> Features:
+    """Return the features `key`, `image` (encoded), `image_id` and `texts`, with `classes` a `label`, and `more`."""
     label = {} if classes is None else {"label": tfds.features.ClassLabel(names=list(classes))}
     return Features({"key": tfds.features.Text(), "image": tfds.features.Image(shape=(None, None, 3)),
                      "image_id": tfds.features.Text(), "texts": tfds.features.Sequence(tfds.features.Text()),
@@ -45,14 +44,14 @@ def picture_features(classes: Sequence[str] | None = None, **more: tfds.features
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:
-    """Where shard `number` of `split` lies until `finish`."""
+    """Return the path of shard `number` of `split` before `finish`."""
     return folder / WORK / f"{split}-{number:05d}.array_record"
 
 
 def write_shard(examples: Iterable[Mapping[str, Any]], path: Path, features: Features) -> Written:
-    """Writes `examples` of `features` to an ArrayRecord file, which is there when all of it is; none for no example.
+    """Write `examples` of `features` to an ArrayRecord file, which appears when it is complete, if there are any.
 
-    Raises `OSError` where it cannot be written.
+    Raises `OSError` if it cannot be written.
     """
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     part = path.with_name(path.name + ".part")
@@ -62,7 +61,7 @@ def write_shard(examples: Iterable[Mapping[str, Any]], path: Path, features: Fea
     records = size = 0
     try:
         for example in examples:
-            # TFDS's own serialize_example orders the features by chance
+            # TFDS's own serialize_example writes the features in random order
             data = serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
             writer.write(data)
             records, size = records + 1, size + len(data)
@@ -74,23 +73,24 @@ def write_shard(examples: Iterable[Mapping[str, Any]], path: Path, features: Fea
     with part.open("rb") as file:
         os.fsync(file.fileno())
     reader = ArrayRecordReader(str(part))
-    found = reader.num_records()
+    count = reader.num_records()
     reader.close()
-    if found != records:
-        raise OSError(f"{part} holds {found} records of the {records} that were written; is the disk full?")
+    if count != records:
+        raise OSError(f"{part} has {count} records of the {records} that were written; is the disk full?")
     part.replace(path)
     return Written(path, records, size)
 
 
 def finish(folder: Path, dest: Path, features: Features, splits: Mapping[str, Sequence[Written]]) -> None:
-    """Makes the shards in `folder` a data set that `tfds.builder_from_directory(dest)` reads, named as `dest` is.
+    """Make the shards in `folder` a data set that `tfds.builder_from_directory(dest)` reads, with the name of `dest`.
 
-    Shards without a record are left out of the numbering. Raises `DataError` for a split without records.
+    Shards without records get no number. If this is interrupted, the shards that have left the work folder must be
+    written again. Raises `DataError` if a split has no records.
     """
     name = re.sub(r"\W", "_", dest.resolve().name.lower(), flags=re.ASCII)
     name = name if name[0].isalpha() else f"data_{name}"
     template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, filetype_suffix="array_record")
-    infos, moves = [], {}
+    infos, names = [], {}
     for split, shards in splits.items():
         kept = [shard for shard in shards if shard.records]
         if not kept:
@@ -99,29 +99,20 @@ def finish(folder: Path, dest: Path, features: Features, splits: Mapping[str, Se
             name=split, shard_lengths=[shard.records for shard in kept], num_bytes=sum(shard.bytes for shard in kept),
             filename_template=template.replace(split=split))
         infos.append(info)
-        moves |= {os.path.basename(final): shard.path.name for final, shard in zip(info.filepaths, kept, strict=True)}
-    write_atomically(folder / WORK / MOVES, json.dumps(moves))
-    for final, worked in moves.items():
-        (folder / WORK / worked).replace(folder / final)
-    info = tfds.core.DatasetInfo(features=features, description="Written by jaxmm.", builder=DatasetIdentity(
+        names |= {shard.path: os.path.basename(final) for final, shard in zip(info.filepaths, kept, strict=True)}
+    info = tfds.core.DatasetInfo(features=features, description=WRITTEN_BY_US, builder=DatasetIdentity(
         name=name, version=tfds.core.utils.Version(VERSION), data_dir=str(folder), module_name=""))
     info.set_file_format("array_record")
     info.set_splits(tfds.core.splits.SplitDict(infos))
     info.write_to_directory(folder)
+    for old in folder.glob("*.array_record-*"):  # of an interrupted call
+        old.unlink()
+    for path, final in names.items():
+        path.replace(folder / final)
     folder.rename(dest)
     remove_work(dest)
 
 
-def take_back(folder: Path) -> None:
-    """Takes back the names that an interrupted `finish` gave, so that all shards are in the work folder again."""
-    moves = folder / WORK / MOVES
-    if moves.exists():
-        for final, worked in json.loads(moves.read_text()).items():
-            if (folder / final).exists():
-                (folder / final).replace(folder / WORK / worked)
-        moves.unlink()
-
-
 def remove_work(dest: Path) -> None:
-    """Removes what is not needed any more in a finished data set."""
+    """Remove the work folder of a finished data set."""
     shutil.rmtree(dest / WORK, ignore_errors=True)

@@ -1,0 +1,90 @@
+"""Load one record as a row of a batch, and stack rows."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from jaxmm.config import ImageConfig
+from jaxmm.data.bad_records import Batch
+from jaxmm.data.base import DataError, Record, Source
+from jaxmm.data.sources.vqa import answer_shares
+from jaxmm.data.usable import read_usable
+
+Shard = tuple[int, int]
+"""(this host, hosts): host h of H gets the h-th of H equal runs of rows of every batch."""
+
+
+def load_row(
+    source: Source, index: int, with_text: bool, with_label: bool, rng: np.random.Generator | None
+) -> dict[str, Any]:
+    """Read and decode a record and choose a caption, at random with `rng`, else the first. Raises `BadRecord`."""
+    wanted = ("text",) * with_text + ("answer",) * (with_text and rng is not None)
+    usable = read_usable(source, index, (*wanted, *("label",) * (with_label and source.classes is not None)), rng)
+    record, texts, row = usable.record, usable.texts, {}
+    if with_text:
+        row["text"] = texts[rng.integers(len(texts)) if rng is not None and len(texts) > 1 else 0]
+        if "question" in record and rng is not None:
+            row["answers"] = answer_shares(record.get("answers", ()))
+    if with_label and source.classes is not None:
+        row["label"] = usable.label
+    image = usable.images if isinstance(record["image"], tuple) else usable.images[0]
+    return row | {"image": image, "image_id": image_id(record)}
+
+
+def transform_images(
+    image: Image.Image | tuple[Image.Image, ...], transform: Callable[..., np.ndarray], *args: Any
+) -> np.ndarray:
+    """Transform an image, or stack several after transforming each of them."""
+    if isinstance(image, tuple):
+        return np.stack([transform(one, *args) for one in image])
+    return transform(image, *args)
+
+
+def stack_rows(rows: list[dict[str, Any]], tokenizer: Any) -> Batch:
+    """Stack rows to a batch and tokenize their texts, all at once."""
+    batch = {name: np.stack([row[name] for row in rows]) for name in ("image", "image_id")}
+    batch |= {name: np.asarray([row[name] for row in rows], np.int32)
+              for name in ("label", "index", "drawn", "fault") if name in rows[0]}
+    if tokenizer is not None:
+        texts = [row["text"] for row in rows]
+        batch |= {"tokens": tokenizer(texts), "text_id": np.stack([text_id(text) for text in texts])}
+    if "mask" in rows[0]:
+        batch["mask"] = np.asarray([row["mask"] for row in rows], bool)
+    return batch
+
+
+def image_id(record: Record) -> Int[np.ndarray, "2"]:
+    """Return 64 bits that are equal for the same image: a digest of its `image_id`, else of its bytes."""
+    if "image_id" in record:
+        return _hash(hashlib.blake2b, record["image_id"].encode(errors="replace"))
+    data = record["image"] if isinstance(record["image"], tuple) else (record["image"],)
+    # SHA-1 is twice as fast as BLAKE2 on processors that have it built in
+    return _hash(hashlib.sha1, b"".join(one.tobytes() if isinstance(one, np.ndarray) else one for one in data))
+
+
+def text_id(text: str) -> Int[np.ndarray, "2"]:
+    """Return 64 bits that are equal for the same words, whatever their case and white space."""
+    return _hash(hashlib.blake2b, " ".join(text.lower().split()).encode(errors="replace"))
+
+
+def host_rows(batch_size: int, shard: Shard) -> range:
+    """Return the rows of a batch that this host loads. Raises `DataError` if they do not divide over the hosts."""
+    host, hosts = shard
+    if batch_size % hosts or not 0 <= host < hosts:
+        raise DataError(f"a batch of {batch_size} does not divide over host {host} of {hosts}")
+    share = batch_size // hosts
+    return range(host * share, (host + 1) * share)
+
+
+def image_shape(source: Source, config: ImageConfig) -> tuple[int, ...]:
+    """Return the shape of `image` in one row."""
+    count = source.images_per_record
+    return (*((count,) if count > 1 else ()), config.size, config.size, 3)
+
+
+def _hash(function: Callable, data: bytes) -> Int[np.ndarray, "2"]:
+    return np.frombuffer(function(data, usedforsecurity=False).digest()[:8], "<i4").astype(np.int32)
