@@ -58,7 +58,7 @@ def test_a_format_is_one_record(tmp_path, monkeypatch):
 
 def save(folder):
     model = tiny.vit()
-    save_checkpoint(folder, format="capitals", task=model.task, params=model.params, image=model.image,
+    save_checkpoint(folder, format="capitals", task=model.task, params=model.params, image=model.preprocessing,
                     labels=model.labels)
 
 
