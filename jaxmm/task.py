@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,15 @@ class Matcher:
     pad_id: int
 
 
+class PositionGrid(NamedTuple):
+    """The layout of a table of patch positions."""
+
+    shape: tuple[int, int]
+    """Rows and columns of patches."""
+    extra: int
+    """Positions before those of the patches, such as the class token's."""
+
+
 def check_pairs(image_size: int, vision: Any, tokenizer: Any | None) -> None:
     """Raise `ConfigError` if images and texts of the data do not fit a task that reads both.
 
@@ -153,6 +162,22 @@ class Task:
     def answers_questions(self) -> bool:
         """True if there is a decoder that reads a text and then writes."""
         return self.decoder is not None and self.decoder.reads_text
+
+    def adopt(self, trained: "Task", image_size: int) -> "Task | None":
+        """Return this task with the architecture of `trained` at `image_size`, to start from its parameters.
+
+        Heads are left out, and what only training uses (dropout, remat, dtype) stays. None: they have nothing in
+        common.
+        """
+        return self if type(trained) is type(self) else None
+
+    def trained_path(self, path: str, trained: "Task") -> str | None:
+        """Return the path in `trained` of the parameter at `path`; None if it starts anew."""
+        return path
+
+    def position_grid(self, path: str) -> PositionGrid | None:
+        """Return the grid of the position table at `path`, to resize it; None for other parameters."""
+        return None
 
     def with_dtype(self, dtype: str) -> "Task":
         """Return this task computing in `dtype`: every field of that name in its configuration is replaced."""

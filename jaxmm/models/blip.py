@@ -1,7 +1,8 @@
 """BLIP (Li et al. 2022): an image encoder, and a text transformer that encodes, matches, decodes and judges pairs."""
 
+import re
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -68,6 +69,63 @@ class BLIPConfig:
     def decoder(self) -> MedConfig | None:
         """Configuration of the part that writes; None: nothing is written."""
         return self.decoder_name and getattr(self, self.decoder_name)
+
+    @property
+    def tower(self) -> ViTConfig:
+        """The image tower."""
+        return self.vision
+
+    def adopt(self, trained: Any, image_size: int) -> "BLIPConfig | None":
+        """Return the parts of this model with the sizes and the vocabulary of `trained`, or the image tower of a ViT.
+
+        To read two images, cross-attention to one becomes that to both. None if `trained` is another model, or neither
+        reads nor writes as this one does.
+        """
+        if trained.tower is trained:
+            vision = self.vision.adopt(trained, image_size)
+            return replace(self, vision=replace(vision, distillation_head=False))
+        if not isinstance(trained, BLIPConfig) or (trained.pair and not self.pair):
+            return None
+        if not (self.text.encoder and trained.text.encoder) and None in (self.decoder, trained.decoder):
+            return None
+        vision = self.vision.adopt(trained, image_size)
+        answer = self.answer and self.answer.adopt(trained.answer or trained.text,
+                                                   context_width=trained.text.transformer.width)
+        return replace(self, vision=vision, text=self.text.adopt(trained.text), answer=answer,
+                       embed_dim=self.embed_dim and (trained.embed_dim or self.embed_dim),
+                       encode_token=trained.encode_token)
+
+    def trained_path(self, path: str, trained: Any) -> str | None:
+        """Return the path in `trained` of the parameter at `path`; None if it starts anew."""
+        part, _, rest = path.partition("/")
+        if part == "vision":
+            return self.vision.trained_path(rest, trained)
+        if trained.tower is trained:
+            return None
+        return self._trained_text_path(part, rest, trained) if part in ("text", "answer") else path
+
+    def _trained_text_path(self, part: str, path: str, trained: "BLIPConfig") -> str | None:
+        """Return the path in `trained` of a parameter of the text transformer `part`.
+
+        A branch of a layer is called `causal_X` if the decoder does not share X with the encoder, and the
+        cross-attentions of a model that reads two images `first_X` and `second_X`.
+        """
+        config = getattr(self, part)
+        branch = re.match(r"blocks/(causal_)?(attention|(?:first_|second_)?cross_attention|mlp)(_norm)?/", path)
+        decodes = not config.encoder or path.startswith("head/") or bool(branch and branch[1])
+        source = trained.decoder if decodes else trained.text
+        reads_other_width = part == "answer" and source and source.context_width != config.context_width
+        if reads_other_width and re.match(r"blocks/cross_attention/(key|value)/kernel$", path):
+            return None
+        if decodes and trained.answer is not None:
+            return f"answer/{path.replace('causal_', '', 1)}"
+        if not (trained.text.decoder if decodes else trained.text.encoder):
+            return None
+        if branch:
+            name = branch[2] if trained.pair else re.sub("^(first|second)_", "", branch[2])
+            causal = decodes and trained.text.encoder and name in trained.text.own
+            path = f"blocks/{'causal_' if causal else ''}{name}{branch[3] or ''}/{path[branch.end():]}"
+        return f"text/{path}"
 
 
 class BLIPOutput(NamedTuple):

@@ -1,8 +1,8 @@
 """CLIP (Radford et al. 2021) and SigLIP (Zhai et al. 2023): an image tower and a text tower with one shared space."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +77,28 @@ class CLIPConfig:
             width = self.vision.pre_logits or self.vision.transformer.width
             require(self.embed_dim == width, "embed_dim", self.embed_dim,
                     f"the image tower's {width}, without vision_projection")
+
+    @property
+    def tower(self) -> ViTConfig:
+        """The image tower."""
+        return self.vision
+
+    def adopt(self, trained: Any, image_size: int) -> "CLIPConfig | None":
+        """Return this model with the towers of another CLIP, or with the image tower of a ViT; None for others."""
+        if trained.tower is not trained and not isinstance(trained, CLIPConfig):
+            return None
+        vision = self.vision.adopt(trained, image_size)
+        if trained.tower is trained:
+            return replace(self, vision=replace(vision, distillation_head=False))
+        text = replace(trained.text, transformer=self.text.transformer.adopt(trained.text.transformer))
+        return replace(trained, vision=vision, text=text,
+                       logit_bias=None if self.logit_bias is None else trained.logit_bias or self.logit_bias)
+
+    def trained_path(self, path: str, trained: Any) -> str | None:
+        """Return the path in `trained` of the parameter at `path`; None if it starts anew."""
+        if path.startswith("vision/"):
+            return self.vision.trained_path(path.removeprefix("vision/"), trained)
+        return None if trained.tower is trained else path
 
 
 class TextOutput(NamedTuple):

@@ -1,7 +1,7 @@
 """Configuration of BLIP's text transformer."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from jaxmm.nn.transformer import TransformerConfig
@@ -58,3 +58,9 @@ class MedConfig:
             require(0 < self.merge_from < depth, "text.merge_from", self.merge_from,
                     f"1 to {depth - 1}, below the depth, or None")
             require(not self.decoder, "text.decoder", self.decoder, "False: with merge_from it only encodes")
+
+    def adopt(self, trained: "MedConfig", **changes) -> "MedConfig":
+        """Return `trained` with the modes of this one, with `changes`; what only training uses stays."""
+        both = self.encoder and self.decoder and trained.encoder and trained.decoder
+        return replace(trained, encoder=self.encoder, decoder=self.decoder, own=trained.own if both else self.own,
+                       merge_from=self.merge_from, transformer=self.transformer.adopt(trained.transformer), **changes)

@@ -5,7 +5,7 @@ classified. CLIP's, SigLIP's and BLIP's picture towers are configurations of the
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,29 @@ class ViTConfig:
                 self.transformer.width, "a multiple of 4, for sin-cos positions")
         require(self.registers >= 0, "registers", self.registers, "0 or more")
         require(0 <= self.patch_dropout < 1, "patch_dropout", self.patch_dropout, "0 or more, below 1")
+
+    @property
+    def tower(self) -> "ViTConfig":
+        """The image tower: this."""
+        return self
+
+    def adopt(self, trained: Any, image_size: int) -> "ViTConfig":
+        """Return the image tower of `trained` (a configuration with one) at `image_size`, without heads.
+
+        What only training uses stays that of this tower. Raise `ConfigError` if the patches do not tile the image.
+        """
+        tower = trained.tower
+        require(image_size % tower.patch == 0, "data.image.size", image_size,
+                f"a multiple of the trained model's patch = {tower.patch}")
+        return replace(tower, transformer=self.transformer.adopt(tower.transformer), image_size=image_size,
+                       patch_dropout=self.patch_dropout, pre_logits=None, classes=None, head_init="zeros",
+                       head_bias=0.0)
+
+    def trained_path(self, path: str, trained: Any) -> str | None:
+        """Return the path in `trained` of the parameter at `path`; None for heads."""
+        if path.startswith(("head/", "distillation_head/", "pre_logits/")):
+            return None
+        return path if trained.tower is trained else f"vision/{path}"
 
     @property
     def grid(self) -> tuple[int, int]:

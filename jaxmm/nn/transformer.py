@@ -4,7 +4,7 @@ Parameters are stacked along a leading layer axis whether the layers are scanned
 not depend on that choice.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -39,6 +39,10 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+TRAINING_FIELDS = ("dropout", "attention_dropout", "drop_path", "dtype", "remat", "scan", "init")
+"""Fields of a `TransformerConfig` that say how it is computed and trained; the others are its architecture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,10 @@ class TransformerConfig:
                 "float32 or bfloat16 while jax_enable_x64 is off")
         for name in ("dropout", "attention_dropout", "drop_path"):
             require(0 <= getattr(self, name) < 1, f"transformer.{name}", getattr(self, name), "0 or more, below 1")
+
+    def adopt(self, trained: "TransformerConfig") -> "TransformerConfig":
+        """Return `trained`, computed and trained as this stack is."""
+        return replace(trained, **{name: getattr(self, name) for name in TRAINING_FIELDS})
 
     @property
     def stochastic(self) -> bool:

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
+from jaxmm.nn.transformer import TRAINING_FIELDS
 from jaxmm.pretrained.family import Opened
-from jaxmm.pretrained.warm_start import HOW_TRAINED
 from jaxmm.sharding import named_leaves
 
-TRAINING = (*HOW_TRAINED, "positions_std", "head_init", "head_bias", "patch_dropout")
+TRAINING = (*TRAINING_FIELDS, "positions_std", "head_init", "head_bias", "patch_dropout")
 """Fields that do not change the results of a trained model."""
 
 

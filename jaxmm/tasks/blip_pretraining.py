@@ -22,6 +22,7 @@ from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.sharding import batch_devices, constrain_batch, constrain_replicated
 from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
+from jaxmm.tasks import adopting
 from jaxmm.tasks.blip_common import (
     blip_decoder,
     blip_embedder,
@@ -67,6 +68,7 @@ class BLIPPretraining(Task):
     for which every device gathers all pictures' tokens."""
     reads: ClassVar = ("image", "text")
     clamps: ClassVar = ((r"^temperature$", 0.001, 0.5),)
+    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """Checks that the model has the three modes, and ranges."""

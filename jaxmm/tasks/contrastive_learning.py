@@ -13,6 +13,7 @@ from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.sharding import constrain_batch
 from jaxmm.task import Embedder, Task, check_pairs
+from jaxmm.tasks import adopting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class ContrastiveLearning(Task):
     """Compute the loss in blocks that rotate around the mesh, `tile` x `tile` logits at a time at most (1024 is good):
     the batch may then be any size. None: each device has its pictures' logits with all texts."""
     reads: ClassVar = ("image", "text")
+    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """The sigmoid loss needs a bias to start from."""

@@ -12,6 +12,7 @@ from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
+from jaxmm.tasks import adopting
 from jaxmm.tasks.blip_common import (
     blip_decoder,
     blip_features,
@@ -36,6 +37,7 @@ class Captioning(Task):
     smoothing: float = 0.1
     """Label smoothing."""
     reads: ClassVar = ("image", "text")
+    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """Checks that the model writes."""

@@ -11,6 +11,7 @@ from jaxmm.losses import classification as losses
 from jaxmm.models.vit import ViT, ViTConfig
 from jaxmm.nn.pixels import INCEPTION, Pixels
 from jaxmm.task import Classifier, Embedder, Task
+from jaxmm.tasks import adopting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class Classification(Task):
     """Alpha of CutMix's; with both, each batch gets one of them by a fair coin."""
     reads: ClassVar = ("image", "label")
     decomposes: ClassVar[bool] = True
+    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """Checks ranges."""

@@ -11,6 +11,7 @@ from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.task import Classifier, Embedder, Task, check_pairs
+from jaxmm.tasks import adopting
 from jaxmm.tasks.blip_common import blip_features, check_tokenizer, init_blip, with_vocabulary
 
 
@@ -25,6 +26,7 @@ class PairClassification(Task):
     images_per_record: ClassVar[int] = 2
     classes: ClassVar[int] = 2
     decomposes: ClassVar[bool] = True
+    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """Checks that the model reads two pictures."""

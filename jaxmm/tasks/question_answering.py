@@ -13,6 +13,7 @@ from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
+from jaxmm.tasks import adopting
 from jaxmm.tasks.blip_common import (
     blip_decoder,
     blip_features,
@@ -35,6 +36,7 @@ class QuestionAnswering(Task):
     """Label smoothing of the answers' tokens."""
     reads: ClassVar = ("image", "text", "answers")
     decomposes: ClassVar[bool] = True
+    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """Checks that the model reads questions and writes answers."""

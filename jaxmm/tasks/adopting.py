@@ -1,0 +1,26 @@
+"""What the built-in tasks share to start from a trained model: their models' configurations know what corresponds."""
+
+from dataclasses import replace
+from typing import Any
+
+from jaxmm.task import PositionGrid, Task
+
+
+def adopt(self: Any, trained: Task, image_size: int) -> Task | None:
+    """Return this task with the architecture and the pixels of `trained`; None if they have nothing in common."""
+    source = getattr(trained, "model", None)  # a task of another module may have none
+    model = self.model.adopt(source, image_size) if hasattr(source, "tower") else None
+    return model and replace(self, model=model, pixels=trained.pixels)
+
+
+def trained_path(self: Any, path: str, trained: Task) -> str | None:
+    """Return the path in `trained` of the parameter at `path`; None if it starts anew."""
+    return self.model.trained_path(path, trained.model)
+
+
+def position_grid(self: Any, path: str) -> PositionGrid | None:
+    """Return the grid of the image tower's position table at `path`; None for other parameters."""
+    tower = self.model.tower
+    if path not in ("positions", "vision/positions"):
+        return None
+    return PositionGrid(tower.grid, int(tower.class_token and tower.position_class) + tower.distillation_token)
