@@ -83,9 +83,9 @@ def blip_matcher(config: BLIPConfig, pixels: Pixels) -> Matcher | None:
         return module.apply({"params": params}, image_tokens, method=BLIP.project_image)
 
     def logits(params: Params, image_tokens: Float[Array, "b n c"], tokens: Array) -> Float[Array, "b g 2"]:
-        found = module.apply({"params": params}, tokens.reshape(-1, tokens.shape[2]), image_tokens, train=False,
-                             method=BLIP.match)
-        return found.reshape(*tokens.shape[:2], 2)
+        flat = module.apply({"params": params}, tokens.reshape(-1, tokens.shape[2]), image_tokens, train=False,
+                            method=BLIP.match)
+        return flat.reshape(*tokens.shape[:2], 2)
 
     return Matcher(encode=encode, embed=embed if config.embed_dim else None, logits=logits, pad_id=config.text.pad_id)
 

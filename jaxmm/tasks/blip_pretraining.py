@@ -34,44 +34,43 @@ from jaxmm.tasks.blip_common import (
 from jaxmm.validation import count_steps
 
 EMPTY_ID = -(2**31)
-"""The id of a place in the queue that no example has taken."""
+"""Id of an empty queue entry."""
 MOMENTUM_PARTS = ("vision", "text", "vision_projection", "text_projection")
-"""Parts of which the teacher is a moving average."""
+"""Parts of the model that the momentum encoder (the teacher) averages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BLIPPretraining(Task):
-    """One model that compares, matches and writes. The picture is encoded once for all three."""
+    """Contrastive, matching and captioning losses of one model; an image is encoded once for all three."""
 
     model: BLIPConfig
     pixels: Pixels = CLIP_PIXELS
-    """How bytes become the model's input."""
+    """Mean and std normalisation of images."""
     queue: int = 57_600
-    """q, embeddings of the last pictures and texts that a batch is compared with besides its own."""
+    """q, number of earlier image and text embeddings that a batch is compared with in addition to its own."""
     momentum: float = 0.995
-    """Of the teacher, a moving average of the student."""
+    """Momentum of the teacher, a moving average of the student."""
     alpha: float = 0.4
-    """Share of the teacher's opinion in the targets of the contrastive loss."""
+    """Share of the teacher's predictions in the targets of the contrastive loss."""
     ramp: float = 0
     """Steps over which `alpha` grows from 0 (the paper's code: two epochs); below 1 a share of all steps."""
     smoothing: float = 0.1
-    """Label smoothing of the written tokens."""
+    """Label smoothing of the caption tokens."""
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Of contrast, matching and writing in the loss. The paper's are 1; a short run from scratch writes better where
-    contrast, whose gradient a low temperature makes large, counts for less."""
+    """Weights of the contrastive, matching and captioning losses. The paper's are 1. A short run from scratch writes
+    better captions with a lower contrastive weight, because a low temperature makes that gradient large."""
     tile: int | None = None
-    """Compute the contrast with queues in blocks that rotate around the mesh, `tile` x `tile` logits at a time at most;
-    None: each device has its rows' logits with the whole queue."""
+    """Block size of the blockwise contrastive loss over a ring of devices: at most `tile` x `tile` logits at a time;
+    None: each device has the logits of its rows with the full queue."""
     negatives: int | None = None
-    """Hard negatives are drawn from so many pairs of the batch that follow each other (the paper's pre-training: those
-    of one GPU), so that a device which holds them all looks at pictures of its own only. None: from the whole batch,
-    for which every device gathers all pictures' tokens."""
+    """Draw hard negatives within groups of this many consecutive pairs (the paper's pre-training: one GPU's batch).
+    Groups that are local to a device need no all-gather of image tokens. None: from the global batch."""
     reads: ClassVar = ("image", "text")
     clamps: ClassVar = ((r"^temperature$", 0.001, 0.5),)
     adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
-        """Checks that the model has the three modes, and ranges."""
+        """Check ranges, and that the model has all three modes."""
         check_types(self, "task")
         model = self.model
         require(model.embed_dim and model.matching and model.answer is None, "task.model", model,
@@ -86,8 +85,8 @@ class BLIPPretraining(Task):
             require(0 <= getattr(self, name) < 1, f"task.{name}", getattr(self, name), "0 or more, below 1")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """The vocabulary is the tokenizer's, and two tokens more: the first of what is written, and of what is
-        matched."""
+        """Set the vocabulary size to the tokenizer's plus [DEC] and [ENC], the first tokens of captions and of matched
+        texts."""
         check_pairs(image_size, self.model.vision, tokenizer)
         require(self.model.temperature is not None, "task.model.temperature", None, "a number to start from")
         check_tokenizer(self.model.text, tokenizer)
@@ -98,17 +97,17 @@ class BLIPPretraining(Task):
         return replace(self, ramp=count_steps(self.ramp, steps))
 
     def check_batch(self, size):
-        """The queue has room for all of it, and negatives are drawn from whole groups."""
+        """Check that a batch of `size` fits into the queue and divides into groups of negatives."""
         require(size <= self.queue, "task.queue", self.queue, f"at least data.batch_size = {size}")
         require(size % (self.negatives or 1) == 0, "task.negatives", self.negatives,
                 f"a divisor of data.batch_size = {size}")
 
     def init(self, rng):
-        """Fresh parameters."""
+        """Initialise the parameters."""
         return init_blip(self.model, rng)
 
     def init_extra(self, params, rng):
-        """The teacher, a copy of the student; queues of random directions that belong to nobody."""
+        """Return the teacher, a copy of the student, and queues of random directions without ids."""
         first, second = jax.random.split(rng)
         shape = self.queue, self.model.embed_dim
 
@@ -116,75 +115,74 @@ class BLIPPretraining(Task):
             x = jax.random.normal(key, shape)
             return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
-        nobody = jnp.full((self.queue, 2), EMPTY_ID, jnp.int32)
+        empty = jnp.full((self.queue, 2), EMPTY_ID, jnp.int32)
         return {"teacher": jax.tree.map(jnp.copy, {name: params[name] for name in MOMENTUM_PARTS}),
                 "image_queue": directions(first), "text_queue": directions(second),
-                "image_ids": nobody, "text_ids": nobody,
+                "image_ids": empty, "text_ids": empty,
                 "place": jnp.zeros((), jnp.int32), "step": jnp.zeros((), jnp.int32)}
 
     def loss(self, params, extra, batch, rng):
-        """The weighted sum of the three losses; the teacher is brought up to date before it is asked, the queues
-        after."""
+        """Compute the weighted sum of the three losses. The teacher is updated before use, the queues after."""
         model, tokens = BLIP(self.model), batch["tokens"]
         self.check_batch(len(tokens))
         dropout, drawing, teaching = jax.random.split(rng, 3)
         rngs = [{"dropout": key} for key in jax.random.split(dropout, 4)]
         variables = {"params": params}
         pixels = self.pixels(batch["image"])
-        seen = model.apply(variables, pixels, train=True, method=BLIP.encode_image, rngs=rngs[0])
-        image = model.apply(variables, seen, method=BLIP.project_image)
+        image_tokens = model.apply(variables, pixels, train=True, method=BLIP.encode_image, rngs=rngs[0])
+        image = model.apply(variables, image_tokens, method=BLIP.project_image)
         text = model.apply(variables, tokens, train=True, method=BLIP.embed_text, rngs=rngs[1])
 
         teacher = jax.lax.stop_gradient(jax.tree.map(
             lambda old, new: self.momentum * old + (1 - self.momentum) * new, extra["teacher"],
             {name: params[name] for name in MOMENTUM_PARTS}))
-        taught_image, taught_text = self._teach(teacher, params, pixels, tokens, teaching)
+        image_m, text_m = self._momentum_features(teacher, params, pixels, tokens, teaching)
         alpha = self.alpha * (jnp.minimum(1.0, extra["step"] / self.ramp) if self.ramp else 1.0)
-        contrastive = self._contrast(image, text, taught_image, taught_text, extra, batch, params["temperature"],
+        contrastive = self._contrast(image, text, image_m, text_m, extra, batch, params["temperature"],
                                      jnp.asarray(alpha))
 
         similar = [self._grouped(x) @ self._grouped(y).mT / params["temperature"]
-                   for x, y in ((text, taught_image), (image, taught_text))]
+                   for x, y in ((text, image_m), (image, text_m))]
         ids = (self._grouped(batch[name]) if name in batch else None for name in ("image_id", "text_id"))
         positive = jnp.broadcast_to(positive_mask(*ids, size=similar[0].shape[-1]), similar[0].shape)
-        matching, accuracy = self._match(variables, seen, tokens, similar, positive, drawing, rngs[2])
+        matching, accuracy = self._match(variables, image_tokens, tokens, similar, positive, drawing, rngs[2])
         metrics = {"contrastive": contrastive, "matching": matching, "match_accuracy": accuracy,
                    "temperature": params["temperature"], "alpha": jnp.asarray(alpha)}
         if self.model.text.decoder:
-            written = tokens.at[:, 0].set(self.model.text.decode_id)
-            logits = model.apply(variables, written, seen, train=True, method=BLIP.decode, rngs=rngs[3])
-            metrics["writing"] = language_loss(logits, written, written != self.model.text.pad_id, self.smoothing)
+            captions = tokens.at[:, 0].set(self.model.text.decode_id)
+            logits = model.apply(variables, captions, image_tokens, train=True, method=BLIP.decode, rngs=rngs[3])
+            metrics["writing"] = language_loss(logits, captions, captions != self.model.text.pad_id, self.smoothing)
 
-        extra = extra | self._enqueue(extra, taught_image, taught_text, batch) | {
+        extra = extra | self._enqueue(extra, image_m, text_m, batch) | {
             "teacher": teacher, "step": extra["step"] + 1}
         losses = contrastive, matching, metrics.get("writing", 0.0)
         return sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True)), (extra, metrics)
 
-    def _teach(self, teacher, params, pixels, tokens, rng):
-        """The teacher's embeddings of the batch."""
+    def _momentum_features(self, teacher, params, pixels, tokens, rng):
+        """Return the teacher's embeddings of the batch."""
         model, variables = BLIP(self.model), {"params": params | teacher}
         first, second = ({"dropout": key} for key in jax.random.split(rng))
-        seen = model.apply(variables, pixels, train=True, method=BLIP.encode_image, rngs=first)
-        image = model.apply(variables, seen, method=BLIP.project_image)
+        image_tokens = model.apply(variables, pixels, train=True, method=BLIP.encode_image, rngs=first)
+        image = model.apply(variables, image_tokens, method=BLIP.project_image)
         text = model.apply(variables, tokens, train=True, method=BLIP.embed_text, rngs=second)
         return jax.lax.stop_gradient((image, text))
 
-    def _contrast(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
-        """The loss over batch and queues."""
+    def _contrast(self, image, text, image_m, text_m, extra, batch, temperature, alpha):
+        """Compute the contrastive loss over batch and queues."""
         if self.tile is not None:
-            return self._contrast_in_blocks(image, text, taught_image, taught_text, extra, batch, temperature, alpha)
-        texts = jnp.concatenate([taught_text, extra["text_queue"]])
-        images = jnp.concatenate([taught_image, extra["image_queue"]])
-        positive = _belong(batch, extra, len(image), self.queue)
+            return self._contrast_in_blocks(image, text, image_m, text_m, extra, batch, temperature, alpha)
+        texts = jnp.concatenate([text_m, extra["text_queue"]])
+        images = jnp.concatenate([image_m, extra["image_queue"]])
+        positive = _positive_mask(batch, extra, len(image), self.queue)
         similar = [_similar(x, y, temperature) for x, y in (
-            (image, texts), (text, images), (taught_image, texts), (taught_text, images))]
+            (image, texts), (text, images), (image_m, texts), (text_m, images))]
         to_text, to_image, *teacher = similar
-        losses = [soft_contrastive(logits, distilled_targets(told, positive, alpha))
-                  for logits, told in zip((to_text, to_image), teacher, strict=True)]
+        losses = [soft_contrastive(logits, distilled_targets(targets, positive, alpha))
+                  for logits, targets in zip((to_text, to_image), teacher, strict=True)]
         return sum(losses) / 2
 
-    def _contrast_in_blocks(self, image, text, taught_image, taught_text, extra, batch, temperature, alpha):
-        """The loss alone; rows are compared with their batch and with the queue, both spread over the devices."""
+    def _contrast_in_blocks(self, image, text, image_m, text_m, extra, batch, temperature, alpha):
+        """Compute the contrastive loss blockwise, with batch and queue sharded over the devices."""
         require(self.queue % batch_devices() == 0, "task.queue", self.queue,
                 f"a multiple of the {batch_devices()} devices that share it, with task.tile")
         names = [name for name in ("image_id", "text_id") if name in batch]
@@ -193,40 +191,39 @@ class BLIPPretraining(Task):
         losses = [blockwise_loss(Distilled, Anchors((student, teacher), keys),
                                  Candidates((new, extra[queue]), (keys, queued)),
                                  1 / temperature, jnp.zeros(()), alpha, tile=self.tile)[0]
-                  for student, teacher, new, queue in ((image, taught_image, taught_text, "text_queue"),
-                                                       (text, taught_text, taught_image, "image_queue"))]
+                  for student, teacher, new, queue in ((image, image_m, text_m, "text_queue"),
+                                                       (text, text_m, image_m, "image_queue"))]
         return sum(losses) / 2
 
     def _grouped(self, x: Array) -> Array:
-        """[b ...] as the groups [b/n n ...] that negatives are drawn from, on the devices where they are."""
+        """Reshape [b ...] to the groups [b/n n ...] that negatives are drawn from, without moving rows."""
         x = x.reshape(-1, self.negatives or len(x), *x.shape[1:])
         return constrain_batch(x) if len(x) % batch_devices() == 0 else x
 
-    def _match(self, variables, seen, tokens, similar, positive, rng, rngs):
-        """The loss over pairs that belong together, texts with a hard negative picture, and pictures with a text.
+    def _match(self, variables, image_tokens, tokens, similar, positive, rng, rngs):
+        """Compute the ITM loss over positives, texts with hard negative images, and images with hard negative texts.
 
-        Each picture is looked at by its own text and by its negative, so that of pictures only the negatives are
-        fetched from where they are.
+        An image's own text and its negative text attend to it together, so only negative images move between devices.
         """
-        drawn = [hard_negatives(jax.lax.stop_gradient(each), positive, key)
-                 for each, key in zip(similar, jax.random.split(rng), strict=True)]
-        (pictures, has_picture), (texts, has_text) = drawn
+        drawn = [hard_negatives(jax.lax.stop_gradient(logits), positive, key)
+                 for logits, key in zip(similar, jax.random.split(rng), strict=True)]
+        (images, has_image), (texts, has_text) = drawn
         take = jax.vmap(lambda x, places: x[places])
         other_tokens = take(self._grouped(tokens), texts).reshape(tokens.shape)
-        other_seen = constrain_batch(take(self._grouped(seen), pictures).reshape(seen.shape))
+        other_images = constrain_batch(take(self._grouped(image_tokens), images).reshape(image_tokens.shape))
 
         b, (own, other) = len(tokens), jax.random.split(rngs["dropout"])
         match = partial(BLIP(self.model).apply, variables, train=True, method=BLIP.match)
         both = constrain_batch(jnp.stack([tokens, other_tokens], axis=1).reshape(2 * b, -1))
-        with_own = match(both, seen, rngs={"dropout": own}).reshape(b, 2, 2)
-        with_other = match(tokens, other_seen, rngs={"dropout": other})
+        with_own = match(both, image_tokens, rngs={"dropout": own}).reshape(b, 2, 2)
+        with_other = match(tokens, other_images, rngs={"dropout": other})
         logits = jnp.concatenate([with_own[:, 0], with_own[:, 1], with_other])
         labels = jnp.repeat(jnp.asarray([1, 0, 0]), b)
-        counts = jnp.concatenate([jnp.ones(b, bool), has_text.ravel(), has_picture.ravel()])
+        counts = jnp.concatenate([jnp.ones(b, bool), has_text.ravel(), has_image.ravel()])
         return matching_loss(logits, labels, counts)
 
     def _enqueue(self, extra, image, text, batch) -> dict[str, Any]:
-        """The queues with the batch in the places of the oldest: a ring, which any batch fits."""
+        """Overwrite the oldest queue entries (ring buffer; the batch size need not divide the queue)."""
         b = len(image)
         places = (extra["place"] + jnp.arange(b)) % self.queue
         new = {"image_queue": image, "text_queue": text, "image_ids": _ids(batch, "image_id", b),
@@ -267,17 +264,17 @@ class BLIPPretraining(Task):
 
 def _similar(rows: Float[Array, "b e"], columns: Float[Array, "n e"], temperature: Float[Array, ""]
              ) -> Float[Array, "b n"]:
-    """Logits; rows stay where they are, every device sees all columns."""
+    """Return the logits; rows stay sharded, columns are replicated."""
     return constrain_batch(constrain_batch(rows) @ constrain_replicated(columns).T / temperature)
 
 
 def _ids(batch: Mapping[str, Array], name: str, size: int) -> Int[Array, "b 2"]:
-    """The batch's ids; without any, different ones for every example."""
+    """Return the batch's ids; EMPTY_ID if it has none."""
     return batch[name] if name in batch else jnp.full((size, 2), EMPTY_ID, jnp.int32)
 
 
-def _belong(batch: Mapping[str, Array], extra: Mapping[str, Any], size: int, queue: int) -> Bool[Array, "b n"]:
-    """Which of the batch and the queue belong to each of the batch: the same picture, or the same words."""
+def _positive_mask(batch: Mapping[str, Array], extra: Mapping[str, Any], size: int, queue: int) -> Bool[Array, "b n"]:
+    """Return the mask of positives in batch and queue: the same image, or the same text."""
     positive = jnp.concatenate([jnp.eye(size, dtype=bool), jnp.zeros((size, queue), bool)], axis=1)
     for name, queued in (("image_id", "image_ids"), ("text_id", "text_ids")):
         if name in batch:

@@ -1,4 +1,4 @@
-"""Aligning pictures and texts: CLIP (softmax) and SigLIP (sigmoid)."""
+"""Contrastive learning of images and text: CLIP (softmax) and SigLIP (sigmoid)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,22 +18,23 @@ from jaxmm.tasks import adopting
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveLearning(Task):
-    """Two towers drawn together where picture and text belong together, and apart elsewhere."""
+    """An image tower and a text tower, trained so that matching pairs have similar embeddings."""
 
     model: CLIPConfig
     pixels: Pixels = CLIP_PIXELS
-    """How bytes become the model's input."""
+    """Mean and std normalisation of images."""
     kind: Literal["softmax", "sigmoid"] = "softmax"
+    """Loss: softmax (CLIP) or sigmoid (SigLIP)."""
     duplicates: bool = True
-    """Whether pairs of the same picture or the same words are positives; False: only the diagonal is."""
+    """True if pairs with the same image or the same text are positives; False: only the diagonal is."""
     tile: int | None = None
-    """Compute the loss in blocks that rotate around the mesh, `tile` x `tile` logits at a time at most (1024 is good):
-    the batch may then be any size. None: each device has its pictures' logits with all texts."""
+    """Block size of the blockwise loss over a ring of devices: at most `tile` x `tile` logits at a time (1024 is good),
+    for batches of any size. None: each device has the logits of its images with all texts."""
     reads: ClassVar = ("image", "text")
     adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
-        """The sigmoid loss needs a bias to start from."""
+        """Check that the sigmoid loss has an initial bias."""
         check_types(self, "task")
         require(self.kind == "softmax" or self.model.logit_bias is not None, "task.model.logit_bias",
                 self.model.logit_bias, "a number such as -10, for the sigmoid loss")
@@ -45,7 +46,7 @@ class ContrastiveLearning(Task):
         return ((r"^logit_scale$", 0.0, math.log(100)),) if self.kind == "softmax" else ()
 
     def bind(self, *, image_size, classes, tokenizer):
-        """The vocabulary comes from the tokenizer where the recipe leaves it open."""
+        """Take the vocabulary size from the tokenizer if the recipe has none."""
         model, text = self.model, self.model.text
         check_pairs(image_size, model.vision, tokenizer)
         require(tokenizer.context_length == text.context_length, "data.tokenizer.context_length",
@@ -63,27 +64,27 @@ class ContrastiveLearning(Task):
         return replace(self, model=replace(model, text=text))
 
     def init(self, rng):
-        """Fresh parameters."""
+        """Initialise the parameters."""
         size = self.model.vision.image_size
         image, tokens = jnp.zeros((1, size, size, 3)), jnp.zeros((1, self.model.text.context_length), jnp.int32)
         return CLIP(self.model).init(rng, image, tokens, train=False)["params"]
 
     def encode(self, params, batch, rng):
-        """Normalised embeddings of both."""
+        """Return the normalised embeddings of images and texts."""
         out = CLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), batch["tokens"], train=True,
                                      rngs={"dropout": rng})
         return {"image": out.image, "text": out.text}
 
     def objective(self, params, outputs, batch):
-        """The loss over all pairs of the global batch; how often the nearest text is a right one."""
+        """Compute the loss over the global batch, and the share of images whose nearest text is a positive."""
         ids = (batch.get("image_id"), batch.get("text_id")) if self.duplicates else (None, None)
         scale, bias = jnp.exp(params["logit_scale"]), params.get("logit_bias", jnp.zeros(()))
         metrics = {"logit_scale": scale, "logit_bias": bias}
         if self.tile is not None:
-            kind = {"softmax": Softmax, "sigmoid": Sigmoid}[self.kind]
-            loss, told = blockwise_contrastive(kind, outputs["image"], outputs["text"], ids, scale, bias,
-                                               tile=self.tile)
-            return loss, metrics | told
+            block_loss = {"softmax": Softmax, "sigmoid": Sigmoid}[self.kind]
+            loss, accuracy = blockwise_contrastive(block_loss, outputs["image"], outputs["text"], ids, scale, bias,
+                                                   tile=self.tile)
+            return loss, metrics | accuracy
         positive = constrain_batch(losses.positive_mask(*ids, size=len(outputs["image"])))
         logits = losses.contrastive_logits(outputs["image"], outputs["text"], scale, bias)
         loss = {"softmax": losses.softmax_contrastive, "sigmoid": losses.sigmoid_contrastive}[self.kind]

@@ -1,4 +1,4 @@
-"""Writing captions of pictures: BLIP's decoder, fine-tuned (Li et al. 2022, section 4.3)."""
+"""Image captioning: fine-tune BLIP's decoder (Li et al. 2022, section 4.3)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -25,29 +25,29 @@ from jaxmm.tasks.blip_common import (
 
 @dataclass(frozen=True, kw_only=True)
 class Captioning(Task):
-    """A picture encoder and a decoder that writes what it sees, behind a prompt that is always the same."""
+    """An image encoder and a text decoder that continues a fixed prompt."""
 
     model: BLIPConfig
     pixels: Pixels = CLIP_PIXELS
-    """How bytes become the model's input."""
+    """Mean and std normalisation of images."""
     prompt: str = "a picture of"
-    """What every caption begins with. It is given, not learned."""
+    """Beginning of every caption. It is given, not learned."""
     prompt_ids: tuple[int, ...] | None = None
-    """The tokens of `prompt`; None: as the tokenizer of the run has them."""
+    """Tokens of `prompt`; None: by the tokenizer of the run."""
     smoothing: float = 0.1
-    """Label smoothing."""
+    """Label smoothing of the caption tokens."""
     reads: ClassVar = ("image", "text")
     adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
-        """Checks that the model writes."""
+        """Check that the model has a decoder."""
         check_types(self, "task")
         require(self.model.text.decoder and self.model.answer is None, "task.model.text.decoder",
                 self.model.text.decoder, "True, and no answer")
         require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
+        """Set the vocabulary size to the tokenizer's plus [DEC] and [ENC], if the recipe has none."""
         check_pairs(image_size, self.model.vision, tokenizer)
         ids = prompt_ids(tokenizer, self.prompt)
         check_tokenizer(self.model.text, tokenizer, ids)
@@ -55,11 +55,11 @@ class Captioning(Task):
         return replace(self, prompt_ids=ids, model=replace(self.model, text=text))
 
     def init(self, rng):
-        """Fresh parameters."""
+        """Initialise the parameters."""
         return init_blip(self.model, rng)
 
     def loss(self, params, extra, batch, rng):
-        """Cross-entropy of the tokens behind the prompt, over all texts of the batch."""
+        """Compute the cross-entropy of the tokens after the prompt, over all texts of the batch."""
         module, text, variables = self.module, self.model.text, {"params": params}
         first, second = ({"dropout": key} for key in jax.random.split(rng))
         image_tokens = module.apply(variables, self.pixels(batch["image"]), train=True, method=BLIP.encode_image,
@@ -105,6 +105,6 @@ class Captioning(Task):
 
 
 def prompt_ids(tokenizer, prompt: str) -> tuple[int, ...]:
-    """The tokens of `prompt`, without begin and end."""
+    """Return the tokens of `prompt`, without begin and end tokens."""
     row = tokenizer([prompt])[0].tolist()
     return tuple(row[1:row.index(tokenizer.eos_id)]) if prompt else ()

@@ -1,4 +1,4 @@
-"""Classification of pictures."""
+"""Image classification."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -20,27 +20,27 @@ class Classification(Task):
 
     model: ViTConfig
     pixels: Pixels = INCEPTION
-    """How bytes become the model's input."""
+    """Mean and std normalisation of images."""
     kind: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: one class a picture; sigmoid: every class by itself."""
+    """Loss. softmax: one class per image; sigmoid: every class separately."""
     label_smoothing: float = 0.0
     mixup: float = 0.0
-    """Alpha of mixup's Beta distribution; 0: none."""
+    """Alpha of mixup's Beta distribution; 0: no mixup."""
     cutmix: float = 0.0
-    """Alpha of CutMix's; with both, each batch gets one of them by a fair coin."""
+    """Alpha of CutMix's Beta distribution; with both, each batch gets one of them at random."""
     reads: ClassVar = ("image", "label")
     decomposes: ClassVar[bool] = True
     adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self, "task")
         require(0 <= self.label_smoothing < 1, "task.label_smoothing", self.label_smoothing, "0 or more, below 1")
         for name in ("mixup", "cutmix"):
             require(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), "0 or more")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """The number of classes comes from the data where the recipe leaves it open."""
+        """Take the number of classes from the data if the recipe has none."""
         require(image_size == self.model.image_size, "data.image.size", image_size,
                 f"the model's task.model.image_size = {self.model.image_size}")
         if classes is None:
@@ -50,7 +50,7 @@ class Classification(Task):
         return replace(self, model=replace(self.model, classes=classes))
 
     def init(self, rng):
-        """Fresh parameters."""
+        """Initialise the parameters."""
         size = self.model.image_size
         return ViT(self.model).init(rng, jnp.zeros((1, size, size, 3)), train=False)["params"]
 

@@ -1,4 +1,4 @@
-"""Telling whether a sentence about two pictures is true: BLIP on NLVR2 (Li et al. 2022, section 4.5)."""
+"""Classify whether a text about two images is true: BLIP on NLVR2 (Li et al. 2022, section 4.5)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -17,11 +17,11 @@ from jaxmm.tasks.blip_common import blip_features, check_tokenizer, init_blip, w
 
 @dataclass(frozen=True, kw_only=True)
 class PairClassification(Task):
-    """A picture encoder, and an encoder of texts that sees two pictures; class 0 is false, 1 is true."""
+    """An image encoder, and a text encoder with cross-attention to two images; class 0 is false, 1 is true."""
 
     model: BLIPConfig
     pixels: Pixels = CLIP_PIXELS
-    """How bytes become the model's input."""
+    """Mean and std normalisation of images."""
     reads: ClassVar = ("image", "text", "label")
     images_per_record: ClassVar[int] = 2
     classes: ClassVar[int] = 2
@@ -29,28 +29,28 @@ class PairClassification(Task):
     adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
-        """Checks that the model reads two pictures."""
+        """Check that the model reads two images."""
         check_types(self, "task")
-        require(self.model.pair, "task.model.text.merge_from", None, "the number of a layer: two pictures are read")
+        require(self.model.pair, "task.model.text.merge_from", None, "the number of a layer, to read two images")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """The vocabulary is the tokenizer's and two tokens more, where the recipe leaves it open."""
+        """Set the vocabulary size to the tokenizer's plus [DEC] and [ENC], if the recipe has none."""
         check_pairs(image_size, self.model.vision, tokenizer)
         require(classes == 2, "data.train", f"a source with {classes or 'no'} classes", "one with two: false and true")
         check_tokenizer(self.model.text, tokenizer)
         return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
 
     def init(self, rng):
-        """Fresh parameters."""
+        """Initialise the parameters."""
         return init_blip(self.model, rng)
 
     def encode(self, params, batch, rng):
-        """Logits."""
+        """Return the logits."""
         return BLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), batch["tokens"], train=True,
                                       rngs={"dropout": rng}).pair_logits
 
     def objective(self, params, outputs, batch):
-        """Cross-entropy, and accuracy."""
+        """Return cross-entropy and accuracy."""
         accuracy = (outputs.argmax(axis=-1) == batch["label"]).mean()
         return cross_entropy(outputs, jax.nn.one_hot(batch["label"], 2)), {"accuracy": accuracy}
 

@@ -1,5 +1,5 @@
-"""Answering questions about pictures: BLIP reads the question in view of the picture and writes (Li et al. 2022,
-section 4.4)."""
+"""Visual question answering: BLIP encodes the question with the image and decodes the answer (Li et al. 2022, section
+4.4)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -26,20 +26,19 @@ from jaxmm.tasks.blip_common import (
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionAnswering(Task):
-    """The picture is encoded once for its questions, and a question read once for its answers, each of which has a
-    weight."""
+    """BLIP for VQA. An image is encoded once for all its questions, a question once for all its weighted answers."""
 
     model: BLIPConfig
     pixels: Pixels = CLIP_PIXELS
-    """How bytes become the model's input."""
+    """Mean and std normalisation of images."""
     smoothing: float = 0.1
-    """Label smoothing of the answers' tokens."""
+    """Label smoothing of the answer tokens."""
     reads: ClassVar = ("image", "text", "answers")
     decomposes: ClassVar[bool] = True
     adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
-        """Checks that the model reads questions and writes answers."""
+        """Check that the model encodes questions and decodes answers."""
         check_types(self, "task")
         text, answer = self.model.text, self.model.answer
         require(text.encoder and not text.decoder, "task.model.text.decoder", text.decoder,
@@ -49,8 +48,8 @@ class QuestionAnswering(Task):
         require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """The vocabulary of questions and answers is the tokenizer's and two tokens more, where the recipe leaves it
-        open."""
+        """Set the vocabulary sizes of questions and answers to the tokenizer's plus [DEC] and [ENC], if the recipe has
+        none."""
         check_pairs(image_size, self.model.vision, tokenizer)
         check_tokenizer(self.model.text, tokenizer)
         parts = {name: with_vocabulary(getattr(self.model, name), tokenizer, f"task.model.{name}")
@@ -58,15 +57,15 @@ class QuestionAnswering(Task):
         return replace(self, model=replace(self.model, **parts))
 
     def init(self, rng):
-        """Fresh parameters."""
+        """Initialise the parameters."""
         return init_blip(self.model, rng)
 
     def encode(self, params, batch, rng):
-        """For each picture the weighted sum of its answers' losses, the mean over its questions; and how many tokens of
-        its answers are right, of how many."""
+        """Return per image the weighted sum of its answers' losses (mean over questions), and the numbers of correct
+        and of all answer tokens."""
         model, answer = BLIP(self.model), self.model.answer
         rngs = [{"dropout": key} for key in jax.random.split(rng, 3)]
-        tokens, pictures = batch["answers"], len(batch["image"])
+        tokens, images = batch["answers"], len(batch["image"])
         questions = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
         b, (a, t) = len(questions), tokens.shape[-2:]
         weights = batch["answer_weight"].reshape(b, a)
@@ -76,21 +75,21 @@ class QuestionAnswering(Task):
         def run(method, *args, rngs, **options):
             return model.apply({"params": params}, *args, train=True, method=method, rngs=rngs, **options)
 
-        seen = run(BLIP.encode_image, self.pixels(batch["image"]), rngs=rngs[0])
-        states = run(BLIP.encode_text_with_image, questions, seen, rngs=rngs[1])
+        image_tokens = run(BLIP.encode_image, self.pixels(batch["image"]), rngs=rngs[0])
+        states = run(BLIP.encode_text_with_image, questions, image_tokens, rngs=rngs[1])
         tokens = tokens.reshape(b * a, t).at[:, 0].set(answer.decode_id)
-        there = jnp.repeat(questions != self.model.text.pad_id, a, axis=0)
-        logits = run(BLIP.decode, tokens, jnp.repeat(states, a, axis=0), context_mask=there, rngs=rngs[2])
+        mask = jnp.repeat(questions != self.model.text.pad_id, a, axis=0)
+        logits = run(BLIP.decode, tokens, jnp.repeat(states, a, axis=0), context_mask=mask, rngs=rngs[2])
         counts = (tokens != answer.pad_id) & (weights.reshape(-1, 1) > 0)
         losses = token_losses(logits, tokens, counts, self.smoothing).sum(axis=1).reshape(b, a)
-        right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]
-        losses = (losses * weights).sum(axis=1).reshape(pictures, -1).mean(axis=1)
-        right, counted = (each.reshape(pictures, -1).sum(axis=1) for each in (right, counts[:, 1:]))
-        return {"loss": losses, "right": right, "all": counted}
+        correct = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]
+        losses = (losses * weights).sum(axis=1).reshape(images, -1).mean(axis=1)
+        correct, total = (flags.reshape(images, -1).sum(axis=1) for flags in (correct, counts[:, 1:]))
+        return {"loss": losses, "correct": correct, "total": total}
 
     def objective(self, params, outputs, batch):
-        """The mean over pictures; the share of tokens of answers that are the likeliest."""
-        accuracy = outputs["right"].sum() / jnp.maximum(outputs["all"].sum(), 1)
+        """Return the mean loss over images, and the accuracy of answer tokens."""
+        accuracy = outputs["correct"].sum() / jnp.maximum(outputs["total"].sum(), 1)
         return outputs["loss"].mean(), {"accuracy": accuracy}
 
     @property

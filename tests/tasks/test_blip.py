@@ -72,12 +72,12 @@ class Oracle:
         seen, image, text = self.embed(p, pixels, tokens)
         self.teacher = jax.tree.map(lambda old, new: TASK.momentum * old + (1 - TASK.momentum) * new, self.teacher,
                                     {name: p[name] for name in MOMENTUM_PARTS})
-        _, taught_image, taught_text = self.embed(p | self.teacher, pixels, tokens)
+        _, image_m, text_m = self.embed(p | self.teacher, pixels, tokens)
         alpha = TASK.alpha * min(1.0, self.steps / TASK.ramp)
 
-        everyone = [(taught_image[i], taught_text[i], ids[0][i], ids[1][i]) for i in range(B)] + self.queue
+        everyone = [(image_m[i], text_m[i], ids[0][i], ids[1][i]) for i in range(B)] + self.queue
         contrastive, similar = 0.0, {}
-        for name, mine, taught, theirs in (("text", image, taught_image, 1), ("image", text, taught_text, 0)):
+        for name, mine, taught, theirs in (("text", image, image_m, 1), ("image", text, text_m, 0)):
             columns = np.stack([each[theirs] for each in everyone])
             similar[name] = mine @ columns.T / p["temperature"]
             told = np.exp(log_softmax(taught @ columns.T / p["temperature"], 1))
@@ -182,7 +182,7 @@ def test_gradients_reach_the_student_only(trained):
     assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(others["teacher"]))
 
 
-HELD = (BLIPPretraining, "_teach"), (tasks, "distilled_targets")
+HELD = (BLIPPretraining, "_momentum_features"), (tasks, "distilled_targets")
 """What no gradient goes through, and finite differences must not move."""
 
 

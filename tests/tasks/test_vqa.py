@@ -64,7 +64,7 @@ def test_several_questions_of_a_picture(params):
     got = jax.jit(TASK.encode)(params, both, jax.random.key(0))
     want = jax.jit(TASK.encode)(params, BATCH | {"image": jnp.repeat(BATCH["image"][:2], 2, axis=0)}, jax.random.key(0))
     np.testing.assert_allclose(got["loss"], want["loss"].reshape(2, 2).mean(axis=1), rtol=1e-5)
-    for name in ("right", "all"):
+    for name in ("correct", "total"):
         np.testing.assert_array_equal(got[name], want[name].reshape(2, 2).sum(axis=1))
 
 
