@@ -24,29 +24,29 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How texts are written. The defaults are greedy; BLIP's captions take 3 beams, `min_length` 5, `max_length` 20."""
+    """Decoding options. The defaults are greedy; BLIP's captions take 3 beams, `min_length` 5, `max_length` 20."""
 
     beams: int = 1
-    """k, texts that are kept in view; 1: greedy, or sampling."""
+    """k, number of beams; 1: greedy, or sampling."""
     sample: bool = False
-    """Draw each token instead of taking the likeliest."""
+    """Sample each token instead of taking the most probable one."""
     top_p: float = 1.0
-    """Nucleus sampling (Holtzman et al. 2020): draw from the fewest tokens that have this share together."""
+    """Nucleus sampling (Holtzman et al. 2020): sample from the smallest set of tokens with this total probability."""
     top_k: int = 0
-    """Draw from so many of the likeliest; 0: from all."""
+    """Sample from the k most probable tokens; 0: from all."""
     temperature: float = 1.0
-    """Divides the logits before anything is drawn."""
+    """Divisor of the logits before sampling."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens that are there already become less likely (Keskar et al. 2019, section 4.1)."""
+    """Factor above 1 that makes repeated tokens less probable (Keskar et al. 2019, section 4.1)."""
     length_penalty: float = 1.0
-    """Beams are compared by the sum of their log-probabilities over their length to this power."""
+    """Exponent of the length that divides the sum of log-probabilities when beams are compared."""
     min_length: int = 0
-    """Tokens before which no text ends, the prompt included."""
+    """Minimum number of tokens, including the prompt."""
     max_length: int = 20
-    """L, tokens at most, prompt and end included."""
+    """L, maximum number of tokens, including prompt and end."""
 
     def __post_init__(self):
-        """Checks ranges."""
+        """Check ranges."""
         check_types(self, "decoding")
         for name in ("beams", "max_length"):
             require(getattr(self, name) > 0, f"decoding.{name}", getattr(self, name), "a positive number")
@@ -113,13 +113,13 @@ def search(
         at=jnp.zeros((), jnp.int32), tokens=first, score=score, cache=cache, done=first,
         done_score=jnp.full((b, k), NEVER) if total > 1 else score, ended=jnp.zeros(b, bool))
 
-    def going(state: State) -> Bool[Array, ""]:
+    def cond(state: State) -> Bool[Array, ""]:
         return (state.at < total - 1) & ~state.ended.all()
 
-    def advance(state: State) -> State:
+    def body(state: State) -> State:
         at = state.at
-        held = jnp.arange(total) <= at
-        logits, new = step(state.tokens[:, :, at].reshape(-1), at, state.cache, jnp.broadcast_to(held, (b * k, total)))
+        cache_mask = jnp.broadcast_to(jnp.arange(total) <= at, (b * k, total))
+        logits, new = step(state.tokens[:, :, at].reshape(-1), at, state.cache, cache_mask)
         scores = _scores(logits.reshape(b, k, -1), state.tokens, at, decoding, end_id)
         forced = prompt[:, at + 1]
         in_prompt = at + 1 < lengths
@@ -133,15 +133,15 @@ def search(
                         decoding, end_id, pad_id)
         return _beams(state, new, scores, in_prompt, forced, lengths, decoding, end_id)
 
-    last = jax.lax.while_loop(going, advance, start)
+    last = jax.lax.while_loop(cond, body, start)
     return Generated(last.done, last.done_score)
 
 
 class State(NamedTuple):
-    """Of the loop: texts that go on, and the best of those that have ended."""
+    """State of the loop: unfinished sequences, and the best finished ones."""
 
     at: Int[Array, ""]
-    """The place of the newest token."""
+    """Position of the newest token."""
     tokens: Int[Array, "b k L"]
     score: Float[Array, "b k"]
     """Sums of log-probabilities."""
@@ -150,27 +150,27 @@ class State(NamedTuple):
     done_score: Float[Array, "b k"]
     """Scores of `done`, as in `Generated`."""
     ended: Bool[Array, "b"]
-    """Rows in which nothing that goes on would become better than what has ended."""
+    """Rows whose unfinished sequences cannot become better than the finished ones."""
 
 
 def _scores(
     logits: Float[Array, "b k v"], tokens: Int[Array, "b k L"], at: Int[Array, ""], decoding: Decoding, end_id: int
 ) -> Float[Array, "b k v"]:
-    """Logits (of beams: log-probabilities) after the penalty of repetitions, without an end that comes too early."""
+    """Return logits (for beams log-probabilities) after the repetition penalty, without ends before `min_length`."""
     scores = logits if decoding.beams == 1 else jax.nn.log_softmax(logits)
     if decoding.repetition_penalty != 1:
         b, k, v = scores.shape
-        held = jnp.arange(tokens.shape[2]) <= at
-        there = jnp.zeros((b, k, v), bool).at[
-            jnp.arange(b)[:, None, None], jnp.arange(k)[None, :, None], tokens].max(held[None, None, :])
+        filled = jnp.arange(tokens.shape[2]) <= at
+        present = jnp.zeros((b, k, v), bool).at[
+            jnp.arange(b)[:, None, None], jnp.arange(k)[None, :, None], tokens].max(filled[None, None, :])
         penalty = decoding.repetition_penalty
-        scores = jnp.where(there, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+        scores = jnp.where(present, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
     early = at + 1 < decoding.min_length
     return jnp.where(early & (jnp.arange(scores.shape[-1]) == end_id), NEVER, scores)
 
 
 def _narrowed(logits: Float[Array, "b v"], decoding: Decoding) -> Float[Array, "b v"]:
-    """Logits of what may be drawn: temperature, then the k likeliest, then the nucleus."""
+    """Return the logits to sample from: temperature, then top-k, then the nucleus."""
     logits = logits / decoding.temperature
     if decoding.top_k:
         least = jax.lax.top_k(logits, min(decoding.top_k, logits.shape[-1]))[0][:, -1:]
@@ -184,7 +184,7 @@ def _narrowed(logits: Float[Array, "b v"], decoding: Decoding) -> Float[Array, "
 
 
 def _one(state, cache, token, score, lengths, decoding, end_id, pad_id) -> State:
-    """One token more of the only text of each row; one that has ended stays as it is."""
+    """Append one token to the single sequence of each row, unless it has ended."""
     place = state.at + 1
     token = jnp.where(state.ended, pad_id, token)
     tokens = state.tokens.at[:, 0, place].set(token.astype(state.tokens.dtype))
@@ -197,7 +197,7 @@ def _one(state, cache, token, score, lengths, decoding, end_id, pad_id) -> State
 
 
 def _beams(state, cache, scores, in_prompt, forced, lengths, decoding, end_id) -> State:
-    """The 2k best continuations of k beams: those that end join the ended, k of the others go on."""
+    """Expand k beams to their 2k best continuations: those that end become finished, the best k others continue."""
     b, k, v = scores.shape
     only = jnp.where(jnp.arange(v) == forced[:, None], 0.0, NEVER)[:, None, :]
     scores = jnp.where(in_prompt[:, None, None], only, scores)
@@ -207,21 +207,21 @@ def _beams(state, cache, scores, in_prompt, forced, lengths, decoding, end_id) -
         token.astype(state.tokens.dtype))
     ends = ((token == end_id) & ~in_prompt[:, None]) | (place == decoding.max_length - 1)
 
-    going, order = jax.lax.top_k(jnp.where(ends, NEVER, best), k)
+    alive, order = jax.lax.top_k(jnp.where(ends, NEVER, best), k)
     parents = jnp.take_along_axis(beam, order, axis=1)
     rows = (parents + jnp.arange(b)[:, None] * k).reshape(-1)
     cache = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), cache)
 
     written = _written(place, lengths) ** decoding.length_penalty
     counts = ends & ~state.ended[:, None] & (jnp.arange(best.shape[1]) < k)
-    found = jnp.where(counts, best / written, NEVER)
-    done_score, chosen = jax.lax.top_k(jnp.concatenate([state.done_score, found], axis=1), k)
+    finished = jnp.where(counts, best / written, NEVER)
+    done_score, chosen = jax.lax.top_k(jnp.concatenate([state.done_score, finished], axis=1), k)
     done = jnp.take_along_axis(jnp.concatenate([state.done, tokens], axis=1), chosen[:, :, None], axis=1)
-    ended = (done_score[:, -1] > NEVER) & (done_score[:, -1] >= going[:, 0] / written[:, 0])
-    return State(place, jnp.take_along_axis(tokens, order[:, :, None], axis=1), going, cache, done, done_score,
+    ended = (done_score[:, -1] > NEVER) & (done_score[:, -1] >= alive[:, 0] / written[:, 0])
+    return State(place, jnp.take_along_axis(tokens, order[:, :, None], axis=1), alive, cache, done, done_score,
                  state.ended | ended)
 
 
 def _written(place: Int[Array, ""], lengths: Int[Array, "b"]) -> Float[Array, "b 1"]:
-    """Tokens that were written when the newest is at `place`; at least 1, so that it can divide."""
+    """Return the number of generated tokens if the newest is at `place`; at least 1, because it is a divisor."""
     return jnp.maximum(place + 1 - lengths, 1).astype(jnp.float32)[:, None]

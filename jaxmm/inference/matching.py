@@ -32,10 +32,10 @@ def make_image_encoder(task: Task, mesh: Mesh | None) -> Callable[[Any, Mapping]
 
     def encode(params, batch):
         image_tokens = matcher.encode(params, batch)
-        found = {"image_tokens": image_tokens}
+        encoded = {"image_tokens": image_tokens}
         if matcher.embed is not None:
-            found["image"] = matcher.embed(params, image_tokens)
-        return found | ({"text": embedder.text(params, batch)} if "tokens" in batch else {})
+            encoded["image"] = matcher.embed(params, image_tokens)
+        return encoded | ({"text": embedder.text(params, batch)} if "tokens" in batch else {})
 
     return compile_prediction(encode, mesh)
 

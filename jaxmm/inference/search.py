@@ -1,8 +1,8 @@
-"""Search in pictures, by words or by a picture: an index on disk, searched exactly.
+"""Search images by text or by an image: an index on disk with exact search.
 
-An index is a folder: `index.json` (which model, how long a row), `embeddings.f32` (rows of length 1, one after the
-other) and `pictures.jsonl` (a line a picture: its path, or why it is not in the index). It may be larger than memory,
-when it is made and when it is searched.
+An index is a folder: `index.json` (the model, the row length), `embeddings.f32` (rows of length 1) and `pictures.jsonl`
+(one line per image: its path, or why it is not in the index). It may be larger than memory, when it is built and when
+it is searched.
 """
 
 import json
@@ -19,22 +19,22 @@ from jaxmm.checkpoints import write_atomically
 from jaxmm.data.base import fingerprint
 
 CHUNK = 2048
-"""Pictures between two points from which an interrupted index goes on."""
+"""Number of images after which an interrupted index can continue."""
 ROWS = 2**16
-"""Embeddings that are compared at a time."""
+"""Number of embeddings that are compared at a time."""
 SETTINGS, VECTORS, PICTURES = "index.json", "embeddings.f32", "pictures.jsonl"
 
 Encode = Callable[[Iterable[str], Callable[[str, Exception], None]], Float[np.ndarray, "n e"]]
-"""Embeddings of pictures; those that cannot be read are handed to the second argument and left out."""
+"""Embeddings of images; unreadable ones are passed to the second argument and left out."""
 
 
 class SearchError(RuntimeError):
-    """An index that cannot be made or read."""
+    """An index that cannot be built or read."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A picture and its cosine with the query."""
+    """An image and its cosine with the query."""
 
     path: str
     score: float
@@ -42,16 +42,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Index:
-    """An index that is whole."""
+    """A complete index."""
 
     model: str
-    """What `jaxmm.load` takes."""
+    """Source of the model, for `jaxmm.load`."""
     embeddings: Float[np.ndarray, "n e"]
-    """On disk."""
+    """Embeddings, memory-mapped."""
     paths: list[str]
 
     def search(self, query: Float[np.ndarray, " e"], top: int = 10) -> list[Found]:
-        """The `top` pictures nearest to `query`, a vector of length 1, best first."""
+        """Return the `top` images nearest to `query`, a vector of length 1, best first."""
         best = np.empty(0, np.float32)
         where = np.empty(0, np.int64)
         for start in range(0, len(self.paths), ROWS):
@@ -66,10 +66,10 @@ def build_index(
     encode: Encode, model: str, paths: Sequence[str], folder: Path, *,
     on_error: Callable[[str, Exception], None], on_chunk: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """Encodes `paths` into a new index `folder`; the count of pictures in it.
+    """Encode `paths` into a new index `folder`; return the number of images in it.
 
-    Goes on where the same call was interrupted. `on_error` is told of each picture that cannot be read, which is left
-    out, `on_chunk` how many pictures were just done. Raises `SearchError` where the folder exists.
+    If the same call was interrupted, it continues. `on_error` is called with each unreadable image, which is left out,
+    and `on_chunk` with the number of images just encoded. Raises `SearchError` if the folder exists.
     """
     if folder.exists():
         raise SearchError(f"{folder} exists; wanted a new folder for the index")
@@ -106,7 +106,7 @@ def build_index(
 
 
 def _resume(part: Path, wanted: dict[str, Any]) -> tuple[int, int, int | None]:
-    """How many pictures an interrupted index has done and kept, and the length of its rows; else an empty one."""
+    """Return the numbers of images that an interrupted index has tried and kept, and its row length; or clear it."""
     try:
         settings = json.loads((part / SETTINGS).read_text())
         text = (part / PICTURES).read_text(encoding="utf-8")
@@ -127,7 +127,7 @@ def _resume(part: Path, wanted: dict[str, Any]) -> tuple[int, int, int | None]:
 
 
 def open_index(folder: Path) -> Index:
-    """Opens an index. Raises `SearchError` for anything that is none, or is damaged."""
+    """Open an index. Raises `SearchError` if it is not an index or is damaged."""
     try:
         settings = json.loads((folder / SETTINGS).read_text())
         rows = [json.loads(line) for line in (folder / PICTURES).open(encoding="utf-8")]

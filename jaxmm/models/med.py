@@ -24,7 +24,7 @@ Cache = list[CachedKeysValues]
 
 
 class CrossCache(NamedTuple):
-    """What a layer needs to decode: its parameters, sliced out of the stack once, and the context's keys and values."""
+    """Per-layer inputs of decoding: parameters, sliced out of the stack once, and the context's keys and values."""
 
     params: Any
     keys_values: ContextKeysValues

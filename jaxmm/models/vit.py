@@ -1,7 +1,7 @@
-"""Vision Transformer (Dosovitskiy et al. 2021), in the variants that are published.
+"""Vision Transformer (Dosovitskiy et al. 2021), in the published variants.
 
-A picture becomes patches, patches become tokens, a transformer encoder reads them, and one vector of them is
-classified. CLIP's, SigLIP's and BLIP's picture towers are configurations of the same module.
+An image becomes patches, patches become tokens, a transformer encodes them, and their pooled vector is classified. The
+image towers of CLIP, SigLIP and BLIP are configurations of the same module.
 """
 
 from dataclasses import dataclass, replace
@@ -22,48 +22,48 @@ from jaxmm.sharding import constrain_batch
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """A vision transformer. The defaults are the original's; `vit("B/16")` fills in a published size."""
+    """A vision transformer. The defaults are the original's; `vit("B/16")` returns a published size."""
 
     transformer: TransformerConfig
     image_size: int = 224
-    """Side in pixels of the square pictures that the position table is made for."""
+    """Side in pixels of the square images."""
     patch: int = 16
     """Side of a patch in pixels."""
     pool: Literal["cls", "gap", "map"] = "cls"
-    """Which vector stands for the picture: the class token, the mean of the patches, or attention pooling."""
+    """Pooling: the class token, the mean of the patches, or attention pooling."""
     class_token: bool = True
-    """Whether there is a class token at all; `cls` needs one."""
+    """True if there is a class token; `cls` needs one."""
     positions: Literal["learned", "sincos"] = "learned"
-    """A learned table, or fixed 2-D sine-cosine positions."""
+    """Position embedding: a learned table, or fixed 2-D sine-cosine."""
     positions_std: float | None = 0.02
-    """Of the learned table's initial values; None: width^-1/2 (CLIP, big_vision)."""
+    """Standard deviation of the learned table's initial values; None: width^-1/2 (CLIP, big_vision)."""
     position_class: bool = True
-    """Whether the class token has a slot in the position table (big_vision: no)."""
+    """True if the class token has a slot in the position table (big_vision: False)."""
     distillation_token: bool = False
-    """A second class token behind the first, which learned from a teacher (DeiT, Touvron et al. 2021)."""
+    """True if a second class token, trained by a teacher, follows the first (DeiT, Touvron et al. 2021)."""
     distillation_head: bool = False
-    """A head on that token; the logits are the mean of both heads'."""
+    """True if the distillation token has a head; the logits are the mean of both heads."""
     registers: int = 0
-    """Extra learned tokens without position (Darcet et al. 2024)."""
+    """Number of extra learned tokens without position (Darcet et al. 2024)."""
     norm_pooled: bool = False
-    """The final norm after the pooling instead of before (timm's `fc_norm`)."""
+    """True if the final norm follows the pooling instead of preceding it (timm's `fc_norm`)."""
     pre_norm: bool = False
-    """A layer norm before the stack (CLIP)."""
+    """True if a layer norm precedes the stack (CLIP)."""
     patch_bias: bool = True
-    """CLIP's patches have no bias."""
+    """True if the patch embedding has a bias (CLIP: False)."""
     pre_logits: int | None = None
     """Size of a Dense + tanh before the head (ImageNet-21k's representation layer); None: none."""
     classes: int | None = None
-    """Size of the classification head; None: as many as the training source has, or no head in a tower."""
+    """Number of classes; None: that of the training source, or no head in a tower."""
     head_init: Literal["zeros", "normal"] = "zeros"
-    """Of the head's kernel: zeros (vision_transformer, big_vision) or normal, std 0.02 (timm)."""
+    """Initial kernel of the head: zeros (vision_transformer, big_vision) or normal, std 0.02 (timm)."""
     head_bias: float = 0.0
     """Initial bias of the head; -10 for sigmoid cross-entropy over many classes."""
     patch_dropout: float = 0.0
     """Share of the patches left out in training (FLIP, Li et al. 2023)."""
 
     def __post_init__(self):
-        """Checks that patches tile the picture and that the pooling has what it needs."""
+        """Check that patches tile the image, and that the pooling has the tokens it needs."""
         check_types(self)
         require(self.patch > 0, "patch", self.patch, "a positive number of pixels")
         require(self.image_size > 0 and self.image_size % self.patch == 0, "image_size", self.image_size,
@@ -103,7 +103,7 @@ class ViTConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Numbers of rows and columns of patches."""
         return self.image_size // self.patch, self.image_size // self.patch
 
 
@@ -126,16 +126,16 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 
 
 def transformer(size: str, **overrides) -> TransformerConfig:
-    """The stack of a published size; `overrides` are fields of `TransformerConfig`."""
+    """Return the stack of a published size; `overrides` are fields of `TransformerConfig`."""
     require(size in SIZES, "size", size, "one of " + ", ".join(SIZES))
     width, depth, mlp_dim, heads = SIZES[size]
     return TransformerConfig(**{"width": width, "depth": depth, "mlp_dim": mlp_dim, "heads": heads} | overrides)
 
 
 def vit(variant: str, *, stack: dict | None = None, **overrides) -> ViTConfig:
-    """`vit("B/16", image_size=384)`: a published size and patch.
+    """Return a published size and patch, such as `vit("B/16", image_size=384)`.
 
-    `stack` holds fields of `TransformerConfig`, `overrides` fields of `ViTConfig`.
+    `stack` are fields of `TransformerConfig`, `overrides` fields of `ViTConfig`.
     """
     size, _, patch = variant.partition("/")
     require(patch.isdigit(), "variant", variant, "SIZE/PATCH, such as B/16")
@@ -143,23 +143,23 @@ def vit(variant: str, *, stack: dict | None = None, **overrides) -> ViTConfig:
 
 
 class ViTOutput(NamedTuple):
-    """What a vision transformer sees, from tokens to logits."""
+    """Output of a vision transformer."""
 
     tokens: Float[Array, "b t d"]
-    """After the final norm (before it, with `norm_pooled`): class token, distillation token and registers where there
-    are any, patches."""
+    """Tokens after the final norm (before it, with `norm_pooled`): class token, distillation token, registers (if there
+    are any), patches."""
     pooled: Float[Array, "b d"]
-    """One vector a picture."""
+    """Pooled vector per image."""
     logits: Float[Array, "b classes"] | None
-    """fp32; None without a head."""
+    """Logits in fp32; None without a head."""
     hidden: Float[Array, "l b t d"] | None
-    """The tokens after each layer, where asked for."""
+    """Tokens after each layer, if requested."""
     attention: Float[Array, "l b h t t"] | None
-    """Each layer's attention weights, where asked for."""
+    """Attention weights of each layer, if requested."""
 
 
 def keep_patches(x: Float[Array, "b n d"], share: float, rng: Key[Array, ""]) -> Float[Array, "b m d"]:
-    """A random subset of each picture's patches, leaving out `share` of them (FLIP, section 3)."""
+    """Select a random subset of each image's patches, leaving out `share` of them (FLIP, section 3)."""
     b, n, _ = x.shape
     kept = max(1, round(n * (1 - share)))
     order = jnp.argsort(jax.random.uniform(rng, (b, n)), axis=1)[:, :kept]
@@ -175,9 +175,9 @@ class ViT(nn.Module):
     def __call__(
         self, image: Float[Array, "b H W c"], *, train: bool, hidden: bool = False, attention: bool = False
     ) -> ViTOutput:
-        """Reads normalised pictures whose sides are `config.image_size`.
+        """Encode normalised images with sides `config.image_size`.
 
-        Raises ValueError for pictures of another size: resize the position table (`resize_positions`) and the
+        Raises ValueError for images of another size: resize the position table (`resize_positions`) and the
         configuration together.
         """
         config, width = self.config, self.config.transformer.width
@@ -249,8 +249,3 @@ class ViT(nn.Module):
             skipped = int(self.config.class_token) + self.config.distillation_token + self.config.registers
             return tokens[:, skipped:].mean(axis=1)
         return MapHead(self.config.transformer, name="map_head")(tokens, train=train)
-
-
-def without_head(config: ViTConfig) -> ViTConfig:
-    """The same transformer as a tower: no classification head."""
-    return replace(config, classes=None)
