@@ -14,8 +14,9 @@ import jaxmm
     ("import jaxmm", ("jax", "numpy")),
     ("from jaxmm.cli import main; main(['--help'])", ("jax", "numpy", "tyro")),
     ("import jaxmm; jaxmm.load", (
-        "jaxmm.cli", "jaxmm.evals", "tensorflow_datasets", "pyarrow", "grain", "orbax", "ftfy", "scipy", "PIL.ImageOps",
-        "jax.experimental.pallas", "matplotlib", "sklearn", "jinja2", "pycocoevalcap", "huggingface_hub")),
+        "jaxmm.cli", "jaxmm.training", "jaxmm.evals", "tensorflow_datasets", "pyarrow", "grain", "orbax", "optax",
+        "ftfy", "scipy", "PIL.ImageOps", "jax.experimental.pallas", "matplotlib", "sklearn", "jinja2",
+        "huggingface_hub")),
 ], ids=["jaxmm", "help", "load"])
 def test_nothing_else_is_imported(code, absent):
     code += f"\nimport sys; print([name for name in {absent!r} if name in sys.modules], file=sys.stderr)"
