@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num
 
 
@@ -13,11 +14,11 @@ class Pixels:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
-    def __call__(self, image: Num[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
+    def __call__(self, image: Num[Array | np.ndarray, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
         """Return (x / 255 - mean) / std of images in 0 to 255, on the device, in fp32."""
         scale = 1 / (255 * jnp.asarray(self.std, jnp.float32))
         shift = jnp.asarray(self.mean, jnp.float32) / jnp.asarray(self.std, jnp.float32)
-        return image.astype(jnp.float32) * scale - shift
+        return jnp.asarray(image).astype(jnp.float32) * scale - shift
 
 
 INCEPTION = Pixels()
