@@ -30,7 +30,8 @@ def test_it_begins_with_the_default_run_and_the_tests():
     train, test = block.splitlines()
     assert train == "pip install -e '.[train,captions]' -c constraints.txt && python run_train.py"
     assert test == "pip install -e '.[test]' -c constraints.txt && pytest"
-    assert test.replace("pip install", "pip install -q") in (ROOT / ".ci" / "run").read_text().splitlines()
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert set(test.replace("pip install", "pip install -q").split(" && ")) <= set(ci)
 
 
 @pytest.mark.parametrize("page, link", pages(r"\]\(([^)#\s]+)(?:#[^)]*)?\)"), ids=lambda x: getattr(x, "name", x))
