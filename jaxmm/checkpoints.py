@@ -197,9 +197,9 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what interrupted saves left. Only for the run that has locked the workdir."""
-        whole = {str(step) for step in self.steps()}
+        complete = {str(step) for step in self.steps()}
         for path in self.folder.iterdir():
-            if self._primary and path.is_dir() and path.name not in whole and not path.name.endswith(".damaged"):
+            if self._primary and path.is_dir() and path.name not in complete and not path.name.endswith(".damaged"):
                 log.warning("removing %s, which an interrupted save left unfinished", path)
                 shutil.rmtree(path)
 

@@ -72,7 +72,7 @@ def test_recipes_survive_json(path, tmp_path):
     ("finetune_folder", [(1000, 100, None)]),
     ("capfilt_scenes", [(600, 50, 300), (1000, 50, None), (300, 50, 0)])])
 def test_an_embedded_recipe_can_be_shortened(name, expected):
-    """Its warm-up and ramp are shares of the run; in the whole run they are so many steps as here."""
+    """Warm-up and ramp are shares of the run; in the full run they are these numbers of steps."""
     config = recipe(Path(__file__).parents[1] / "configs" / f"{name}.py")
     runs = [config] if isinstance(config, TrainConfig) else [config.pretrain, config.captioner, config.filter]
     counts = [(run.steps, count_steps(run.optimizer.warmup, run.steps),

@@ -171,10 +171,10 @@ def test_constraints():
     assert constrain_batch(x) is x and constrain_replicated(x) is x
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        batch, whole = jax.jit(lambda x: (constrain_batch(x * 2), constrain_replicated(x * 2)))(x)
+        batch, full = jax.jit(lambda x: (constrain_batch(x * 2), constrain_replicated(x * 2)))(x)
     assert batch.sharding.spec == P(("data", "fsdp")) and batch.addressable_shards[0].data.shape == (2, 3)
-    assert whole.sharding.is_fully_replicated
-    np.testing.assert_array_equal(batch, whole)
+    assert full.sharding.is_fully_replicated
+    np.testing.assert_array_equal(batch, full)
 
 
 def test_path_name():
@@ -190,10 +190,10 @@ def test_a_parameter_is_gathered_where_nothing_else_divides_the_batch(mesh, expe
     mesh = make_mesh(mesh, jax.devices()[:8])
     cut = jax.device_put(x, NamedSharding(mesh, P("fsdp", "tensor")))
     with jax.set_mesh(mesh):
-        found = jax.jit(lambda x: all_gather_params(x, name))(cut)
+        listed = jax.jit(lambda x: all_gather_params(x, name))(cut)
         assert platform() == "cpu"
-    assert found.sharding.is_equivalent_to(NamedSharding(mesh, expected), 2)
-    np.testing.assert_array_equal(found, x)
+    assert listed.sharding.is_equivalent_to(NamedSharding(mesh, expected), 2)
+    np.testing.assert_array_equal(listed, x)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from jaxmm.hosts.heartbeat import caused_elsewhere
 from jaxmm.hosts.supervisor import Link, fork_supervised
 from jaxmm.validation import check_types
 
-SEEN = 70.0
-"""Seconds until what one host wrote is seen on another; NFS keeps what it knows of a folder for up to 60."""
+FILE_TIMEOUT = 70.0
+"""Seconds until a file of one host appears on another; NFS caches a folder for up to 60."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +163,13 @@ def _connect(config: HostsConfig, port: int) -> None:
 
 def _addresses() -> list[str]:
     """Return the names and addresses of this machine, at which other hosts may reach it."""
-    name, found = socket.gethostname(), []
+    name, addresses = socket.gethostname(), []
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
         outward.connect(("192.0.2.1", 9))  # nothing is sent; this says by which address one leaves
-        found.append(outward.getsockname()[0])
+        addresses.append(outward.getsockname()[0])
     with contextlib.suppress(OSError):
-        found += [address[4][0] for address in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
-    return list(dict.fromkeys([name, *found]))
+        addresses += [address[4][0] for address in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+    return list(dict.fromkeys([name, *addresses]))
 
 
 def _broadcast(value: Any) -> Any:
@@ -236,7 +236,7 @@ def wait_for_path(name: str, path: Path) -> None:
 
     Raises `ConfigError` if it does not: then the folder, a field called `name`, is not that of the first host.
     """
-    deadline = time.monotonic() + SEEN
+    deadline = time.monotonic() + FILE_TIMEOUT
     while not path.exists():  # a network's file system may take its time
         require(time.monotonic() < deadline, name, str(path.parent), "a folder that all hosts share: the first one "
                 f"wrote {path.name}, which is not there on this one")
@@ -248,4 +248,4 @@ def assert_same_on_all_hosts(**facts: Any) -> None:
     facts = json.loads(json.dumps(facts))
     changes = differences(_exchange("compare", facts), facts)
     if changes:
-        raise ConfigError("this host was told something else than the first one:\n  " + "\n  ".join(changes))
+        raise ConfigError("this host has another configuration than the first one:\n  " + "\n  ".join(changes))

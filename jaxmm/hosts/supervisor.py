@@ -152,7 +152,7 @@ class Supervisor:
 
     def _judge_child(self) -> None:
         """Say how the child ended without a word. JAX aborts it if another host is gone: then the first host judges."""
-        now, signals = time.monotonic(), {128 + each: each.name for each in signal.Signals}
+        now, signals = time.monotonic(), {128 + number: number.name for number in signal.Signals}
         how = f"exited with status {self.status}" if self.status not in signals else f"got {signals[self.status]}"
         if self.status == 128 + signal.SIGABRT:
             self._update_own(failed="the process was aborted")
@@ -202,11 +202,11 @@ class Supervisor:
                     self._connect(index, count, **first)
         return True
 
-    def _fail(self, found: Failure) -> None:
+    def _fail(self, reason: Failure) -> None:
         """End the run because of this host."""
-        self.own, self.failure = True, found
+        self.own, self.failure = True, reason
         if self.index and self.links:
-            self.links[0].send(failure=asdict(found))
+            self.links[0].send(failure=asdict(reason))
 
     def _finish(self) -> None:
         """Stop judging: all hosts have passed the last barrier."""
@@ -288,22 +288,22 @@ class Supervisor:
             for link in (self.pipe, *self.links.values()):
                 link.send(go=number, value=value)
 
-    def _end(self, found: Failure) -> int:
+    def _end(self, verdict: Failure) -> int:
         """End the child, after it has said why if it is the one that failed; return the exit status."""
         if self.index == 0:
             for link in self.links.values():
-                link.send(failure=asdict(found))
-        mine = found.host == self.index
-        if self.own or (mine and not found.stuck):
+                link.send(failure=asdict(verdict))
+        mine = verdict.host == self.index
+        if self.own or (mine and not verdict.stuck):
             self.pipe.send(yours=True)
             deadline = time.monotonic() + self.timeout
             while not self._ended_quietly() and time.monotonic() < deadline:
                 time.sleep(0.02)
         else:
             sys.stderr.write(
-                f"error: host {found.host} ({found.name}) {found.what}. "
+                f"error: host {verdict.host} ({verdict.name}) {verdict.what}. "
                 + ("This is that host" if mine else f"Host {self.index} ends with it")
-                + ("; the same command on all hosts goes on from the last checkpoint" if found.again else "") + "\n")
+                + ("; the same command on all hosts goes on from the last checkpoint" if verdict.again else "") + "\n")
             sys.stderr.flush()
             if mine:  # it is stuck
                 self._kill(DUMP)

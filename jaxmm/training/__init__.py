@@ -1,1 +1,1 @@
-"""From a configuration to a trained model: state, optimizer, step, checkpoints, loop."""
+"""Train a model: state, optimizer, step, loop."""

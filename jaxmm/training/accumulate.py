@@ -1,4 +1,4 @@
-"""The gradient of a whole batch, computed in parts.
+"""Compute the gradient of a batch in microbatches.
 
 A contrastive loss of a batch is not the mean of the losses of its parts. So the parts are encoded without
 keeping what the backward pass needs, the loss over all outputs is differentiated with respect to them, and then
@@ -18,8 +18,7 @@ from jaxmm.task import Batch, Metrics, Params, Task
 
 
 def check_parts(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises `ConfigError` where the batch cannot be cut into microbatches and shares of devices, or the loss not be
-    computed of it."""
+    """Raise `ConfigError` if the batch does not divide into microbatches and shards, or the loss does not split."""
     shards, part = batch_shards(mesh), config.data.batch_size // config.microbatches
     require(part % shards == 0, "data.batch_size", config.data.batch_size,
             f"a multiple of mesh.data x mesh.fsdp x microbatches = {shards} x {config.microbatches}")
@@ -29,30 +28,30 @@ def check_parts(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def split(tree: Any, parts: int) -> Any:
-    """[b ...] leaves as [parts, b / parts, ...]; part i holds rows i, i + parts, ...
+    """Reshape [b ...] leaves to [parts, b / parts, ...]; part i has rows i, i + parts, ...
 
-    Strided, so that each part is spread over the devices as the whole was and nothing moves.
+    Strided, so that each part is spread over the devices as the batch was and nothing moves.
     """
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
 def join(tree: Any) -> Any:
-    """The inverse of `split`."""
+    """Invert `split`."""
     return jax.tree.map(lambda x: constrain_batch(x.swapaxes(0, 1).reshape(-1, *x.shape[2:])), tree)
 
 
 def value_and_grad(
     task: Task, params: Params, extra: Any, batch: Batch, rng: Key[Array, ""], *, microbatches: int = 1, freeze=None
 ) -> tuple[tuple[Float[Array, ""], tuple[Any, Metrics]], Params]:
-    """As `jax.value_and_grad(task.loss, has_aux=True)`, in `microbatches` parts one after the other.
+    """Compute `jax.value_and_grad(task.loss, has_aux=True)` in `microbatches` parts, one after the other.
 
     `freeze` is applied to the parameters inside the differentiated function (see `Optimizer.stop_frozen_gradients`).
     """
     freeze = freeze or (lambda tree: tree)
     if microbatches == 1:
-        def whole(params):
+        def loss(params):
             return task.loss(freeze(params), extra, batch, rng)
-        return jax.value_and_grad(whole, has_aux=True)(params)
+        return jax.value_and_grad(loss, has_aux=True)(params)
 
     mixing, drawing = jax.random.split(rng)
     batch = task.prepare(batch, mixing)

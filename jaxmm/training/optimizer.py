@@ -1,4 +1,4 @@
-"""The training recipe of the parameters, as one optax chain."""
+"""Build the optimizer: one optax chain."""
 
 import math
 import re
@@ -18,31 +18,31 @@ from jaxmm.validation import ConfigError, count_steps, require
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The optax transformation of a run, and the parts of the recipe that are not one."""
+    """The optax transformation of a run, and the parts of `OptimizerConfig` that are not one."""
 
     tx: optax.GradientTransformation
     schedule: optax.Schedule
-    """Learning rate at a step, before any factor of a layer."""
+    """Learning rate at a step, without factors of layers."""
     freeze: tuple[str, ...] = ()
     average: float | None = None
 
     def stop_frozen_gradients(self, params: Any) -> Any:
-        """`params` with no gradient through the frozen ones, so that nothing is computed for them."""
+        """Return `params` without gradients through the frozen ones, so that nothing is computed for them."""
         if not self.freeze:
             return params
         frozen = matching(params, self.freeze)
-        return jax.tree.map(lambda held, p: jax.lax.stop_gradient(p) if held else p, frozen, params)
+        return jax.tree.map(lambda stop, p: jax.lax.stop_gradient(p) if stop else p, frozen, params)
 
 
 def matching(params: Any, patterns: tuple[str, ...]) -> Any:
-    """A pytree like `params` of bools: whether any of `patterns` is found in the leaf's path."""
+    """Return a pytree like `params` of bools: whether any of `patterns` matches the path of the leaf."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(re.search(pattern, path_name(path)) for pattern in patterns), params
     )
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, the schedule itself, linear cool-down to 0 over the last steps of `steps`.
+    """Return the schedule: linear warm-up, the schedule itself, linear cool-down to 0 over the last of `steps`.
 
     rsqrt falls as sqrt(w / t) after a warm-up of w steps (Zhai et al. 2022, section 3.5); exponential, by the same
     factor every step down to `final`.
@@ -69,14 +69,14 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def clamp_params(clamps: tuple[tuple[str, float, float], ...]) -> optax.GradientTransformation:
-    """Cuts updates so that parameters whose path matches a pattern stay within (lowest, highest)."""
+    """Limit updates so that parameters whose path matches a pattern stay within (lowest, highest)."""
     def update(updates, state, params):
-        def cut(path, u, p):
+        def clamp(path, u, p):
             for pattern, low, high in clamps:
                 if re.search(pattern, path_name(path)):
                     return jnp.clip(p + u, low, high) - p
             return u
-        return jax.tree_util.tree_map_with_path(cut, updates, params), state
+        return jax.tree_util.tree_map_with_path(clamp, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -123,7 +123,7 @@ def layer_scales(params: Any, factor: float, multipliers: tuple[tuple[str, float
 
 
 def scale_by_layer(config: OptimizerConfig, params: Any) -> optax.GradientTransformation:
-    """Layer-wise decay times the recipe's own multipliers."""
+    """Multiply updates by layer-wise decay and the recipe's own multipliers."""
     scales = layer_scales(params, config.layer_decay or 1.0, config.multipliers)
 
     def multiplied(path, scale):
@@ -139,10 +139,10 @@ def scale_by_layer(config: OptimizerConfig, params: Any) -> optax.GradientTransf
 def make_optimizer(
     config: OptimizerConfig, params: Any, steps: int, clamps: tuple[tuple[str, float, float], ...] = ()
 ) -> Optimizer:
-    """The chain: clip, precondition, decay, learning rate, per-layer factors, bounds; nothing for frozen parameters.
+    """Build the chain: clip, precondition, decay, learning rate, per-layer factors, clamps; skip frozen parameters.
 
-    `params` may be abstract. Raises `ConfigError` when a pattern of `freeze`, `multipliers` or `decay` matches none,
-    or when everything is frozen.
+    `params` may be abstract. Raises `ConfigError` if a pattern of `freeze`, `multipliers` or `decay` matches nothing,
+    or if everything is frozen.
     """
     names = [name for name, _ in named_leaves(params)]
     for field, patterns in (("freeze", config.freeze), ("multipliers", [p for p, _ in config.multipliers]),
@@ -175,13 +175,13 @@ def make_optimizer(
         parts.append(clamp_params(clamps))
     tx = optax.chain(*parts)
     if config.freeze:
-        labels = jax.tree.map(lambda held: "frozen" if held else "trained", frozen)
+        labels = jax.tree.map(lambda stop: "frozen" if stop else "trained", frozen)
         tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
     return Optimizer(tx, schedule, config.freeze, config.average)
 
 
 def _adafactor(b1: float, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Adafactor as Zhai et al. 2022 (section 3.4) use it: factored second moment, first moment, clipped updates.
+    """Build Adafactor as Zhai et al. 2022 (section 3.4): factored second moment, first moment, clipped updates.
 
     Dimensions from 32 on are factored, so that the kernels [d h k] of attention are.
     """
@@ -195,8 +195,10 @@ def is_matrix(name: str) -> bool:
 
 
 def _muon(config: OptimizerConfig, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Muon (Jordan 2024): the momentum of every matrix made orthogonal, with the size of Adam's updates (Liu et al.
-    2025, section 2.2); Adam for tables, vectors and what stands before or behind the layers."""
+    """Build Muon (Jordan 2024): momentum of matrices made orthogonal, with the size of Adam's updates.
+
+    (Liu et al. 2025, section 2.2.) Adam is used for tables, vectors, and parameters before or behind the layers.
+    """
     def numbers(path, leaf) -> optax.contrib.MuonDimensionNumbers:
         name, first = path_name(path), 0 if path_name(path).endswith("patches/kernel") else 1  # a layer axis before
         last = leaf.ndim - 1 if name.endswith(("out/kernel", "patches/kernel")) else first + 1

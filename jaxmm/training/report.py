@@ -1,4 +1,4 @@
-"""The run report: one HTML file with the curves, the final metrics and held-out examples of a work folder."""
+"""Write the run report: one HTML file with the curves, the final metrics and held-out examples of a workdir."""
 
 import io
 import json
@@ -26,7 +26,7 @@ _MAX_PANELS = 24
 
 
 def write_report(workdir: Path | str, examples: Iterable[Example] = ()) -> Path:
-    """Writes `report.html` from `config.json`, `metrics.jsonl` and the evaluators' `examples`; returns its path."""
+    """Write `report.html` from `config.json`, `metrics.jsonl` and the evaluators' `examples`; return its path."""
     workdir = Path(workdir)
     examples = list(examples)
     metrics = read_metrics(workdir / "metrics.jsonl")
@@ -47,11 +47,11 @@ def write_report(workdir: Path | str, examples: Iterable[Example] = ()) -> Path:
 
 
 def read_metrics(path: Path) -> Series:
-    """The curves of a `metrics.jsonl`: of a step written twice (a resumed run) the later line counts.
+    """Return the curves of a `metrics.jsonl`; of a step written twice (a resumed run) the later line counts.
 
-    A line cut short by a kill is passed over.
+    A line that a kill cut short is skipped.
     """
-    found: dict[str, dict[int, float]] = {}
+    curves: dict[str, dict[int, float]] = {}
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
@@ -60,12 +60,12 @@ def read_metrics(path: Path) -> Series:
             continue
         for name, value in entry.items():
             if "/" in name and (value is None or type(value) in (int, float)):
-                found.setdefault(name, {})[step] = math.nan if value is None else float(value)
-    return {name: sorted(points.items()) for name, points in found.items()}
+                curves.setdefault(name, {})[step] = math.nan if value is None else float(value)
+    return {name: sorted(points.items()) for name, points in curves.items()}
 
 
 def final_values(metrics: Series) -> list[dict[str, Any]]:
-    """Name, last value and best value with its step of every metric, the held-out ones first."""
+    """Return name, last value, and best value with its step of every metric, the held-out ones first."""
     rows = []
     for name, points in metrics.items():
         train = name.startswith(("train/", "data/"))
@@ -77,7 +77,7 @@ def final_values(metrics: Series) -> list[dict[str, Any]]:
 
 
 def panels(metrics: Series) -> list[dict[str, Any]]:
-    """Curves that belong together (`train/loss` and `val/loss`; `val/top1` and `val/top5`) as one SVG each."""
+    """Draw one SVG per group of curves, such as `train/loss` and `val/loss`, or `val/top1` and `val/top5`."""
     groups: dict[str, Series] = {}
     for name, points in metrics.items():
         key = re.sub(r"@?\d+$", "", name.split("/", 1)[1])
@@ -95,7 +95,7 @@ def panels(metrics: Series) -> list[dict[str, Any]]:
 
 
 def curves(series: Series) -> str:
-    """An SVG of the curves over the steps, coloured by the page's style sheet; logarithmic where they span decades."""
+    """Return an SVG of the curves, coloured by the page's style sheet; logarithmic if they span decades."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     def draw(axes) -> None:
@@ -114,16 +114,16 @@ def curves(series: Series) -> str:
 
 
 def histogram(values: Mapping[str, np.ndarray], label: str) -> str:
-    """An SVG of how each of `values` (numbers by name) is distributed: shares in 40 equal parts of their range."""
+    """Return an SVG of the distributions of `values` (numbers by name): shares in 40 equal bins."""
     from matplotlib.ticker import PercentFormatter
 
-    finite = {name: each[np.isfinite(each)] for name, each in values.items()}
+    finite = {name: numbers[np.isfinite(numbers)] for name, numbers in values.items()}
     every = np.concatenate([*finite.values(), np.zeros(0)])
     edges = np.linspace(every.min(initial=0.0), max(every.max(initial=0.0), 1e-6), 41)
 
     def draw(axes) -> None:
-        for each, color in zip(finite.values(), _COLORS, strict=False):
-            axes.stairs(np.histogram(each, edges)[0] / max(len(each), 1), edges, color=color, linewidth=1.6)
+        for numbers, color in zip(finite.values(), _COLORS, strict=False):
+            axes.stairs(np.histogram(numbers, edges)[0] / max(len(numbers), 1), edges, color=color, linewidth=1.6)
         axes.set_xlabel(label)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
@@ -131,7 +131,7 @@ def histogram(values: Mapping[str, np.ndarray], label: str) -> str:
 
 
 def drawing(draw: Callable[[Any], None], label: str) -> str:
-    """An SVG of what `draw` draws, in the page's colours: `_COLORS` stand for those of the legend."""
+    """Return an SVG of what `draw` draws, in the page's colours: `_COLORS` are placeholders for the legend's."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -159,7 +159,7 @@ def drawing(draw: Callable[[Any], None], label: str) -> str:
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values; long curves as the means of neighbouring points."""
+    """Return steps and values; long curves as the means of neighbouring points."""
     x, y = np.array(points, float).T
     if len(x) <= _MAX_POINTS:
         return x, y
@@ -169,15 +169,15 @@ def _thinned(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarra
 
 
 def summary(notes: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What ran, as (name, text) rows, from the contents of `config.json`."""
+    """Return (name, text) rows about the run from the contents of `config.json`."""
     config = notes.get("config", {})
     data, optimizer = config.get("data", {}), config.get("optimizer", {})
     rows = list(_parts("task", config.get("task")))
     rows.append(("data", " · ".join(f"{k} {data[k]}" for k in ("train", "val") if data.get(k))))
     if "steps" in config and "batch_size" in data:
-        seen = config["steps"] * data["batch_size"]
+        total = config["steps"] * data["batch_size"]
         size = data.get("image", {}).get("size")
-        rows.append(("length", f"{config['steps']:,} steps × {data['batch_size']:,} pictures = {seen:,} seen"
+        rows.append(("length", f"{config['steps']:,} steps × {data['batch_size']:,} images = {total:,} images"
                      + (f", {size} × {size} pixels" if size else "")))
     names = ("name", "learning_rate", "schedule", "warmup", "weight_decay", "average")
     rows.append(("optimizer", " · ".join(f"{k.replace('_', ' ')} {optimizer[k]}".removeprefix("name ")
@@ -188,7 +188,7 @@ def summary(notes: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _parts(name: str, value: Any) -> Iterable[tuple[str, str]]:
-    """A dataclass written by `to_dict` and the dataclasses in its fields, one row each."""
+    """Yield one row for a dataclass written by `to_dict`, and for each dataclass in its fields."""
     if not isinstance(value, dict):
         return
     kind = str(value.get("type", "")).rpartition(".")[2]
@@ -200,8 +200,8 @@ def _parts(name: str, value: Any) -> Iterable[tuple[str, str]]:
 
 def _flat(value: Any) -> str:
     if isinstance(value, dict):
-        shown = {k: v for k, v in value.items() if k != "type" and v is not None and v != []}
-        return " · ".join(f"{k.replace('_', ' ')} {_flat(v)}" for k, v in shown.items())
+        items = {k: v for k, v in value.items() if k != "type" and v is not None and v != []}
+        return " · ".join(f"{k.replace('_', ' ')} {_flat(v)}" for k, v in items.items())
     if isinstance(value, list):
         return ", ".join(map(_flat, value))
     return number(value) if isinstance(value, float) else str(value)

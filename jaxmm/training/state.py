@@ -1,4 +1,4 @@
-"""Everything that a step changes and a checkpoint holds."""
+"""Define the state of a run: everything that a step changes and a checkpoint contains."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,21 +21,20 @@ class State(struct.PyTreeNode):
     params: Any
     opt: Any
     extra: Any
-    """The task's own: momentum copies, queues."""
+    """State of the task besides the parameters: momentum copies, queues."""
     average: Any
-    """Moving average of the parameters; None where the recipe keeps none."""
+    """Moving average of the parameters; None if the recipe keeps none."""
     skips: Any
     """int32 scalar: steps skipped in a row because their loss or gradient was not finite."""
 
 
 def init_state(
-    task: Task, optimizer: Optimizer, rng: Key[Array, ""], given: Mapping[str, Array] | None = None
+    task: Task, optimizer: Optimizer, rng: Key[Array, ""], loaded: Mapping[str, Array] | None = None
 ) -> State:
-    """Parameters, then the `given` ones in their places by path, then what is derived from them, then the optimizer's
-    state."""
+    """Initialise the parameters, replace those in `loaded` by path, then derive the extra and the optimizer's state."""
     params_rng, extra_rng = jax.random.split(rng)
-    given = given or {}
-    params = jax.tree_util.tree_map_with_path(lambda path, leaf: given.get(path_name(path), leaf),
+    loaded = loaded or {}
+    params = jax.tree_util.tree_map_with_path(lambda path, leaf: loaded.get(path_name(path), leaf),
                                               task.init(params_rng))
     zero = jnp.zeros((), jnp.int32)
     average = jax.tree.map(jnp.copy, params) if optimizer.average else None
@@ -44,15 +43,14 @@ def init_state(
 
 
 def abstract_state(task: Task, optimizer: Optimizer) -> State:
-    """Shapes and dtypes of the state; nothing is computed."""
+    """Return shapes and dtypes of the state; nothing is computed."""
     return jax.eval_shape(lambda rng: init_state(task, optimizer, rng), jax.random.key(0))
 
 
 def sharded_state(
-    task: Task, optimizer: Optimizer, seed: int, like: State, given: Mapping[str, Array] | None = None
+    task: Task, optimizer: Optimizer, seed: int, like: State, loaded: Mapping[str, Array] | None = None
 ) -> State:
-    """A state before its first step, laid out as `like`, each device making its own share: the whole never exists in
-    one place."""
-    where = jax.tree.map(lambda leaf: leaf.sharding, like)
-    make = jax.jit(lambda rng, given: init_state(task, optimizer, rng, given), out_shardings=where)
-    return make(jax.random.key(seed), dict(given or {}))
+    """Return the state before the first step, laid out as `like`: each device computes its own shards only."""
+    target = jax.tree.map(lambda leaf: leaf.sharding, like)
+    make = jax.jit(lambda rng, loaded: init_state(task, optimizer, rng, loaded), out_shardings=target)
+    return make(jax.random.key(seed), dict(loaded or {}))

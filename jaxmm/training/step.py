@@ -1,4 +1,4 @@
-"""The one train step: for every model, on every mesh."""
+"""Define the train step, one for every model on every mesh."""
 
 from functools import partial
 
@@ -20,10 +20,10 @@ def train_step(
     task: Task, optimizer: Optimizer, state: State, batch: Batch, rng: Key[Array, ""], *,
     microbatches: int = 1, skip_nonfinite: bool = False,
 ) -> tuple[State, Metrics]:
-    """One optimizer step on a global batch.
+    """Do one optimizer step on a global batch.
 
     `rng` is the run's root key; the step folds its own number in. With `skip_nonfinite`, a step whose loss or
-    gradient is not finite leaves everything as it was but the step count and `skips`.
+    gradient is not finite changes only the step count and `skips`.
     """
     rng = jax.random.fold_in(rng, state.step)
     (loss, (extra, metrics)), grads = value_and_grad(
@@ -46,7 +46,7 @@ def train_step(
 
 
 def compile_step(task: Task, optimizer: Optimizer, mesh: Mesh, state: State, **options):
-    """`train_step` as a jitted function of (state, batch, rng) on `mesh`, its state's buffers donated.
+    """Return `train_step` as a jitted function of (state, batch, rng) on `mesh`, with donated state.
 
     `state` may be abstract; `options` are `train_step`'s own.
     """

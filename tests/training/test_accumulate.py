@@ -51,12 +51,12 @@ def test_parts_give_the_gradient_of_the_whole(name):
 
 
 def test_averaging_the_parts_losses_would_be_wrong():
-    """What the accumulation must not do, so that the test above is known to see the difference."""
+    """The accumulation must not do this; it shows that the test above would notice the difference."""
     loss = jax.jit(lambda batch: SOFTMAX.loss(params(SOFTMAX), {}, batch, jax.random.key(5))[0])
     parts = split(pairs(), 2)
     mean = np.mean([loss(jax.tree.map(lambda x, i=i: x[i], parts)) for i in range(2)])
-    (whole, _), _ = run("softmax", 2)
-    assert abs(mean - whole) > 0.1
+    (full, _), _ = run("softmax", 2)
+    assert abs(mean - full) > 0.1
 
 
 @pytest.mark.parametrize("name, frozen", [("classify with mixup", "patches"), ("softmax", "vision")])

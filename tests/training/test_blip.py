@@ -50,12 +50,12 @@ def test_an_interrupted_run_goes_on_bit_for_bit(kind, data, tmp_path):
         evals += (Retrieval(batch_size=16),)
     config = replace(clip_run(data, steps=6), task=TASKS[kind], evals=evals)
     config = replace(config, data=replace(config.data, val="scenes:tiny/val"))
-    whole = train(config, tmp_path / "whole")
+    metrics = train(config, tmp_path / "whole")
     train(replace(config, steps=3, evals=()), tmp_path / "run")
-    assert train(config, tmp_path / "run") == whole
+    assert train(config, tmp_path / "run") == metrics
     one, other = restored(tmp_path / "run", 6), restored(tmp_path / "whole", 6)
     assert_same_bits(one, other)
-    assert 0 <= whole["val/caption_exact"] <= 1 and whole["val/caption_score"] < 0
+    assert 0 <= metrics["val/caption_exact"] <= 1 and metrics["val/caption_score"] < 0
     assert [step for step, _ in lines(tmp_path / "run", "train/loss")] == list(range(1, 7))
     if kind == "pretraining":
         assert int(one["extra"]["place"]) == 6 * 12 % 31 and int(one["extra"]["step"]) == 6

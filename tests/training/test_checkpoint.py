@@ -139,13 +139,13 @@ def test_a_flipped_bit_in_any_file_is_found(three, mesh):
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
     assert len(files) > 3 and folder / MANIFEST in files
     for path in files:
-        whole = path.read_bytes()
+        contents = path.read_bytes()
         for _ in range(20 if path.name == MANIFEST else 2):
-            flip(path, int(rng.integers(len(whole))), int(rng.integers(8)))
+            flip(path, int(rng.integers(len(contents))), int(rng.integers(8)))
             damage = three.damage(9)
             name = path.relative_to(folder).as_posix()
             assert damage is not None and (name in damage or path.name == MANIFEST), (name, damage)
-            path.write_bytes(whole)
+            path.write_bytes(contents)
     assert three.damage(9) is None
 
 

@@ -60,7 +60,7 @@ class Nursery:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         return Run(self, out, [self.ask(
-            args=[str(each) for each in (self.folder, runs, out, *options)]
+            args=[str(entry) for entry in (self.folder, runs, out, *options)]
             + (["--hosts", address, str(count), str(host)] if count > 1 else []),
             devices=devices, output=str(self.folder / f"{out}-{host}.txt")) for host in range(count)])
 
@@ -80,7 +80,7 @@ class Run:
         return (self.nursery.folder / f"{self.out}-{host}.txt").read_text()
 
     def steps(self, host: int) -> list[list[int]]:
-        """The records that a host used, a list a step."""
+        """Return the records that a host used, one list per step."""
         path = self.nursery.folder / self.out / f"steps-{host}"
         rows = path.read_text().split("\n")[:-1] if path.exists() else []
         return [(int(row.split()[0]), json.loads(row.partition(" ")[2])) for row in rows]
@@ -88,7 +88,7 @@ class Run:
     def reaches(self, host: int, step: int) -> None:
         """Returns once `host` is in `step`."""
         deadline = time.monotonic() + PATIENCE
-        while not any(each == step for each, _ in self.steps(host)):
+        while not any(entry == step for entry, _ in self.steps(host)):
             assert time.monotonic() < deadline, self.text(host)
             time.sleep(0.01)
 
@@ -131,7 +131,7 @@ def nursery(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(nursery):
-    """`runs(name, count)`: four devices' run of that name by so many processes, made once."""
+    """Return `runs(name, count)`: that run on four devices by that number of processes, made once."""
     return cache(lambda name, count: nursery.start(
         f"{name}-of-{count}", name, count, 4 // count, "--heartbeat", 60).ends())
 
@@ -147,40 +147,40 @@ def arrays(workdir: Path, step: int):
 
 def difference(one: Path, other: Path) -> float:
     """The largest of all metrics (relative) and of the final state (absolute)."""
-    found = []
+    values = []
     for a, b in zip(lines(one), lines(other), strict=True):
         assert a.keys() == b.keys()
-        found += [abs(a[name] - b[name]) / max(1, abs(a[name])) for name in a if "pictures_per_second" not in name]
-    states = [dict(named_leaves(arrays(each, STEPS))) for each in (one, other)]
+        values += [abs(a[name] - b[name]) / max(1, abs(a[name])) for name in a if "pictures_per_second" not in name]
+    states = [dict(named_leaves(arrays(entry, STEPS))) for entry in (one, other)]
     assert states[0].keys() == states[1].keys()
-    return max(found + [float(np.abs(value.astype(float) - states[1][name]).max())
+    return max(values + [float(np.abs(value.astype(float) - states[1][name]).max())
                         for name, value in states[0].items()])
 
 
 @pytest.mark.parametrize("name, count", [
-    ("few", 2), *(pytest.param(*each, marks=pytest.mark.long) for each in (
+    ("few", 2), *(pytest.param(*entry, marks=pytest.mark.long) for entry in (
         ("few", 4), *itertools.product(("clip", "siglip", "blip"), (2, 4))))])
 def test_several_processes_train_and_evaluate_as_one(runs, nursery, name, count, record_property):
-    one, several = (nursery.folder / runs(name, each).out / name for each in (1, count))
+    one, several = (nursery.folder / runs(name, entry).out / name for entry in (1, count))
     assert [row["step"] for row in lines(several) if "train/loss" in row] == list(range(1, STEPS + 1))
     assert any(key.startswith("val/") for key in lines(several)[-1])
-    found = difference(one, several)
-    record_property(f"{name}, {count} processes and one, largest difference", f"{found:.1e}")
-    assert found < 1e-5
+    largest = difference(one, several)
+    record_property(f"{name}, {count} processes and one, largest difference", f"{largest:.1e}")
+    assert largest < 1e-5
     assert (several / "report.html").exists()
     for host in range(1, count):
         assert "training records" not in runs(name, count).text(host)      # progress comes from the first alone
 
 
 @pytest.mark.parametrize("name, count, length, broken", [
-    ("few", 2, 3, 2), *(pytest.param(*each, marks=pytest.mark.long) for each in (
+    ("few", 2, 3, 2), *(pytest.param(*entry, marks=pytest.mark.long) for entry in (
         ("few", 4, 3, 2), ("clip", 2, 160, None)))])
 def test_every_host_reads_its_share_and_as_many_steps(runs, nursery, name, count, length, broken):
     """Also of three records, one of which is broken, for four hosts (`long`)."""
-    run, found = config(name, nursery.folder), [runs(name, count).steps(host)[:STEPS] for host in range(count)]
-    assert all([step for step, _ in each] == list(range(1, STEPS + 1)) for each in found)
+    run, steps = config(name, nursery.folder), [runs(name, count).steps(host)[:STEPS] for host in range(count)]
+    assert all([step for step, _ in entry] == list(range(1, STEPS + 1)) for entry in steps)
     for step in range(STEPS):
-        used = np.concatenate([each[step][1] for each in found])
+        used = np.concatenate([entry[step][1] for entry in steps])
         drawn = step_records(length, run.data.batch_size, run.seed, step)
         np.testing.assert_array_equal(used[drawn != broken], drawn[drawn != broken])
         assert len(used) == len(drawn) and broken not in used              # another one is in its place
@@ -194,7 +194,7 @@ def test_every_bad_record_is_counted_once(runs, nursery, count):
 
 
 @pytest.mark.parametrize("wrote, count, devices", [
-    (2, 1, 4), *(pytest.param(*each, marks=pytest.mark.long) for each in ((4, 1, 4), (4, 2, 2)))])
+    (2, 1, 4), *(pytest.param(*entry, marks=pytest.mark.long) for entry in ((4, 1, 4), (4, 2, 2)))])
 def test_what_several_wrote_others_go_on_with(runs, nursery, wrote, count, devices):
     out = f"from-{wrote}-{count}"
     shutil.copytree(nursery.folder / runs("few", wrote).out / "few", nursery.folder / out / "few")
@@ -241,9 +241,9 @@ def test_a_run_whose_hosts_hang_and_die_ends_each_time_and_goes_on_exactly(runs,
 
     last = nursery.start(out, "few", 2, 2).ends()
     assert f"going on after step {EVERY}" in last.text(0)
-    again, whole = (nursery.folder / each / "few" for each in (out, runs("few", 2).out))
-    assert lines(again, "train/loss") == lines(whole, "train/loss")
-    assert_same_bits(arrays(again, STEPS), arrays(whole, STEPS))
+    again, undisturbed = (nursery.folder / entry / "few" for entry in (out, runs("few", 2).out))
+    assert lines(again, "train/loss") == lines(undisturbed, "train/loss")
+    assert_same_bits(arrays(again, STEPS), arrays(undisturbed, STEPS))
 
 
 def test_all_hosts_stop_after_the_same_step_if_one_is_asked_to(nursery):
@@ -256,10 +256,10 @@ def test_all_hosts_stop_after_the_same_step_if_one_is_asked_to(nursery):
     assert f"stopped after step {last} as asked, everything is saved" in run.text(0)
 
 
-def test_a_host_that_was_told_something_else_is_named(nursery):
+def test_a_host_with_another_configuration_is_named(nursery):
     odd = nursery.start("odd", "few", 2, 1, "--odd", 1)
     assert (odd.status(0), odd.status(1)) == (STATUS, 2)
-    assert re.search(r"error: this host was told something else than the first one:\n  config\.seed was 3 and is 99$",
+    assert re.search(r"error: this host has another configuration than the first one:\n  config\.seed was 3 and is 99$",
                      odd.text(1), re.M)
     assert re.search(r"error: host 1 \(.*\) failed .*ConfigError: this .*seed was 3 and is 99\. Host 0 ends with it$",
                      odd.text(0), re.M)
@@ -368,7 +368,7 @@ def test_open_mpi_says_how_many(monkeypatch):
 
 
 def seen(alive=0.0, moved=0.0, failed=None, **pulse):
-    """Of a host that last lived, moved and failed so many seconds ago, at second 1000."""
+    """Return the status, at second 1000, of a host that lived, moved and failed this many seconds before."""
     return HostStatus(Heartbeat("worker", failed=None if failed is None else "JaxRuntimeError: x", **pulse),
                       1000 - alive,
                 1000 - moved, None if failed is None else 1000 - failed)
@@ -394,7 +394,7 @@ def seen(alive=0.0, moved=0.0, failed=None, **pulse):
       {"moved": 301, "phase": "evaluating", "blocking": True}], None),
 ], ids=str)
 def test_who_ends_a_run(hosts, named):
-    verdict = detect_failure([seen(**each) for each in hosts], 1000.0, timeout=300.0, heartbeat=60.0, interval=2.0)
+    verdict = detect_failure([seen(**entry) for entry in hosts], 1000.0, timeout=300.0, heartbeat=60.0, interval=2.0)
     if named is None:
         assert verdict is None
     else:

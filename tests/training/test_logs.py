@@ -10,13 +10,13 @@ from tests.training.common import lines
 
 def records(path):
     """The payloads of a TFRecord file: length, its checksum, payload, its checksum."""
-    data, found = path.read_bytes(), []
+    data, payloads = path.read_bytes(), []
     while data:
         (length,) = struct.unpack("<Q", data[:8])
         assert len(data) >= length + 16
-        found.append(data[12:12 + length])
+        payloads.append(data[12:12 + length])
         data = data[16 + length:]
-    return found
+    return payloads
 
 
 def write(folder, steps, start=0):

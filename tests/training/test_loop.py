@@ -36,7 +36,7 @@ class Scripted(Evaluator):
 
     grades: tuple[float, ...]
     name: str = "val/grade"
-    seen: ClassVar[list] = []
+    biases: ClassVar[list] = []
 
     def check(self, context):
         pass
@@ -45,36 +45,36 @@ class Scripted(Evaluator):
         return (self.name,)
 
     def run(self, context):
-        self.seen.append(np.array(context.params["head"]["bias"]))
-        yield self.name, self.grades[len(self.seen) - 1]
+        self.biases.append(np.array(context.params["head"]["bias"]))
+        yield self.name, self.grades[len(self.biases) - 1]
 
 
 def graded(*grades, **fields):
-    Scripted.seen.clear()
+    Scripted.biases.clear()
     return replace(LINEAR, evals=(Scripted(grades=grades),), data=replace(LINEAR.data, val="digits:test"), **fields)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def undisturbed(tmp_path_factory):
     """An undisturbed run of 12 steps."""
     workdir = tmp_path_factory.mktemp("whole")
     train(LINEAR, workdir)
     return workdir
 
 
-def test_a_work_folder_holds_what_it_should(whole):
-    assert {p.name for p in whole.iterdir()} >= {"config.json", "metrics.jsonl", "tensorboard", "checkpoints",
+def test_a_work_folder_holds_what_it_should(undisturbed):
+    assert {p.name for p in undisturbed.iterdir()} >= {"config.json", "metrics.jsonl", "tensorboard", "checkpoints",
                                                  "report.html"}
-    notes = json.loads((whole / "config.json").read_text())
+    notes = json.loads((undisturbed / "config.json").read_text())
     assert notes["versions"]["jax"] == jax.__version__ and notes["fingerprint"]
     assert notes["config"] == json.loads(json.dumps(to_dict(LINEAR))) and "cpu" in notes["devices"]
-    rows = lines(whole)
+    rows = lines(undisturbed)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert set(rows[0]) == {"step", "train/loss", "train/grad_norm", "train/learning_rate", "train/skips",
                             "train/pictures_per_second", "data/bad_records"}
     assert rows[-1]["train/loss"] < rows[0]["train/loss"]
-    assert Checkpoints(whole / "checkpoints").steps() == [4, 8, 12]
-    assert list(whole.glob("*.part")) == []
+    assert Checkpoints(undisturbed / "checkpoints").steps() == [4, 8, 12]
+    assert list(undisturbed.glob("*.part")) == []
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2)], ids=str)
@@ -95,10 +95,10 @@ def test_the_loop_moves_nothing_between_host_and_devices_unasked(mesh, tmp_path,
 
 
 def test_every_batch_is_seen_once_and_in_order(tmp_path):
-    seen = []
-    train(replace(LINEAR, steps=5, log_every=2), tmp_path, observe=lambda step, batch: seen.append((step, batch)))
-    assert [step for step, _ in seen] == [1, 2, 3, 4, 5]
-    records = np.concatenate([batch["index"] for _, batch in seen])
+    used = []
+    train(replace(LINEAR, steps=5, log_every=2), tmp_path, observe=lambda step, batch: used.append((step, batch)))
+    assert [step for step, _ in used] == [1, 2, 3, 4, 5]
+    records = np.concatenate([batch["index"] for _, batch in used])
     assert len(set(records.tolist())) == 5 * 16
     assert [row["step"] for row in lines(tmp_path)] == [2, 4, 5]           # and the last, whatever `log_every`
 
@@ -109,7 +109,7 @@ def test_evaluations_are_logged_and_choose_what_is_kept(tmp_path):
     assert train(config, tmp_path) == {"val/grade": 0.1}
     assert lines(tmp_path, "val/grade") == [(3, 0.3), (6, 0.5), (8, 0.1)]
     assert Checkpoints(tmp_path / "checkpoints").steps() == [6, 8]
-    for step, bias in ((6, Scripted.seen[1]), (8, Scripted.seen[2])):      # saved is what was measured
+    for step, bias in ((6, Scripted.biases[1]), (8, Scripted.biases[2])):      # saved is what was measured
         np.testing.assert_array_equal(restored(tmp_path, step)["params"]["head"]["bias"], bias)
 
 
@@ -119,7 +119,7 @@ def test_a_metric_that_no_evaluator_yields_is_named(tmp_path):
         train(config, tmp_path)
     with pytest.raises(ConfigError, match=r"checkpoint.best is 'val/grade'; wanted one of no metrics"):
         train(replace(LINEAR, checkpoint=CheckpointConfig(best="val/grade")), tmp_path)
-    assert Scripted.seen == [] and not (tmp_path / "config.json").exists()
+    assert Scripted.biases == [] and not (tmp_path / "config.json").exists()
 
 
 def test_two_evaluators_of_one_name_are_refused(tmp_path):
@@ -136,7 +136,7 @@ def test_of_losses_the_lowest_is_the_best(tmp_path):
 
 
 def test_an_evaluator_with_a_source_needs_no_held_out_one(tmp_path):
-    Scripted.seen.clear()
+    Scripted.biases.clear()
     config = replace(LINEAR, steps=1, evals=(Scripted(grades=(0.25,), source="digits:test"), TopKAccuracy()))
     assert train(config, tmp_path) == {"val/grade": 0.25}
 
@@ -172,15 +172,15 @@ def test_skips_are_counted_over_a_resume(tmp_path):
         train(config, tmp_path)
 
 
-def test_a_run_goes_on_exactly(whole, tmp_path):
+def test_a_run_goes_on_exactly(undisturbed, tmp_path):
     for steps in (3, 8, 12, 12):                                           # the last has nothing left to do
         assert train(replace(LINEAR, steps=steps), tmp_path) == {}
-    assert lines(tmp_path, "train/loss") == lines(whole, "train/loss")
-    assert_same_bits(restored(tmp_path, 12), restored(whole, 12))
+    assert lines(tmp_path, "train/loss") == lines(undisturbed, "train/loss")
+    assert_same_bits(restored(tmp_path, 12), restored(undisturbed, 12))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_when_asked_to_stop_it_saves_and_the_run_goes_on_exactly(number, whole, tmp_path, capsys):
+def test_when_asked_to_stop_it_saves_and_the_run_goes_on_exactly(number, undisturbed, tmp_path, capsys):
     before = signal.getsignal(number)
 
     def ask(step, batch):
@@ -193,8 +193,8 @@ def test_when_asked_to_stop_it_saves_and_the_run_goes_on_exactly(number, whole, 
     assert signal.getsignal(number) is before
     assert not (tmp_path / "report.html").exists()
     train(LINEAR, tmp_path)
-    assert lines(tmp_path, "train/loss") == lines(whole, "train/loss")
-    assert_same_bits(restored(tmp_path, 12), restored(whole, 12))
+    assert lines(tmp_path, "train/loss") == lines(undisturbed, "train/loss")
+    assert_same_bits(restored(tmp_path, 12), restored(undisturbed, 12))
 
 
 def test_sigterm_at_any_line_of_the_loop_saves_the_last_step(tmp_path, monkeypatch):
@@ -212,15 +212,15 @@ def test_sigterm_at_any_line_of_the_loop_saves_the_last_step(tmp_path, monkeypat
     assert len(rows) < 12 and Checkpoints(tmp_path / "checkpoints").steps() == [rows[-1]]
 
 
-def test_two_runs_do_not_share_a_folder(whole):
-    other = filelock.FileLock(whole / ".lock")
-    with other, pytest.raises(ConfigError, match=f"workdir is '{whole}', which another run is writing to"):
-        train(LINEAR, whole)
-    with pytest.raises(TrainError) as held:                                # an error, kept, does not hold the folder
-        train(poison(LINEAR, 1), whole.parent / "held")
+def test_two_runs_do_not_share_a_folder(undisturbed):
+    other = filelock.FileLock(undisturbed / ".lock")
+    with other, pytest.raises(ConfigError, match=f"workdir is '{undisturbed}', which another run is writing to"):
+        train(LINEAR, undisturbed)
+    with pytest.raises(TrainError) as error:                                # an error, kept, does not hold the folder
+        train(poison(LINEAR, 1), undisturbed.parent / "held")
     with pytest.raises(TrainError):
-        train(poison(LINEAR, 1), whole.parent / "held")
-    assert "step 1" in str(held.value)
+        train(poison(LINEAR, 1), undisturbed.parent / "held")
+    assert "step 1" in str(error.value)
 
 
 def test_a_folder_that_cannot_be_is_named(tmp_path):
@@ -237,16 +237,16 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
     ({"optimizer": replace(LINEAR.optimizer, learning_rate=0.5)}, "optimizer.learning_rate was 0.001 and is 0.5"),
     ({"task": Linear(width=5)}, "task.width was 3 and is 5"),
 ], ids=lambda value: "" if isinstance(value, dict) else value)
-def test_another_configuration_is_refused(whole, change, message):
-    untouched = (whole / "config.json").read_bytes()
+def test_another_configuration_is_refused(undisturbed, change, message):
+    untouched = (undisturbed / "config.json").read_bytes()
     with pytest.raises(ConfigError) as caught:
-        train(replace(LINEAR, **change), whole)
+        train(replace(LINEAR, **change), undisturbed)
     text = str(caught.value)
-    assert text.splitlines()[1:] == [f"  {message}"] and str(whole) in text
-    assert (whole / "config.json").read_bytes() == untouched
+    assert text.splitlines()[1:] == [f"  {message}"] and str(undisturbed) in text
+    assert (undisturbed / "config.json").read_bytes() == untouched
 
 
-def test_what_is_free_may_change(whole, tmp_path):
+def test_what_is_free_may_change(undisturbed, tmp_path):
     plain = replace(LINEAR, task=Plain())
     train(replace(plain, steps=4), tmp_path)
     free = {"microbatches": 2, "log_every": 3, "mesh": MeshConfig(data=2), "nonfinite": "skip", "max_skips": 7,
@@ -255,7 +255,7 @@ def test_what_is_free_may_change(whole, tmp_path):
     train(replace(plain, **free), tmp_path)
     assert [row["step"] for row in lines(tmp_path)] == [1, 2, 3, 4, 6, 9]
     np.testing.assert_allclose(lines(tmp_path, "train/loss")[-2:],
-                               [pair for pair in lines(whole, "train/loss") if pair[0] in (6, 9)], rtol=1e-5)
+                               [pair for pair in lines(undisturbed, "train/loss") if pair[0] in (6, 9)], rtol=1e-5)
 
 
 def test_a_warm_up_of_as_many_steps_is_the_same_configuration(tmp_path):

@@ -90,8 +90,8 @@ def test_muon_makes_the_matrices_of_layers_orthogonal_and_leaves_the_rest_to_ada
         for update, gradient in zip(flat[name].reshape(-1, rows, columns),
                                     dict(named_leaves(grads))[name].reshape(-1, rows, columns), strict=True):
             u, _, v = np.linalg.svd(np.asarray(gradient), full_matrices=False)
-            told = -u.T @ np.asarray(update, np.float64) @ v.T / (2 * 0.2 * max(rows, columns)**0.5)
-            assert np.abs(told - np.diag(np.diag(told))).max() < 0.02 and np.all(np.abs(np.diag(told) - 1) < 0.35)
+            ratio = -u.T @ np.asarray(update, np.float64) @ v.T / (2 * 0.2 * max(rows, columns)**0.5)
+            assert np.abs(ratio - np.diag(np.diag(ratio))).max() < 0.02 and np.all(np.abs(np.diag(ratio) - 1) < 0.35)
     adam = optimizer(params, learning_rate=1.0, moment_dtype=dtype).tx
     want, state = step(adam, params, grads)
     want, _ = step(adam, want, jax.tree.map(jnp.zeros_like, grads), state)
@@ -275,7 +275,7 @@ def test_layer_decay_refuses_parameters_of_no_layer():
 
 
 def test_multipliers_and_layer_decay_multiply_the_learning_rate():
-    """Of the first pattern that matches; decay is scaled with the rest of the update."""
+    """The first pattern that matches counts; decay is scaled with the rest of the update."""
     params = {"encoder": {"blocks": {"kernel": jnp.ones((2, 3))}}, "head": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}}
     tx = optimizer(params, name="sgd", learning_rate=1.0, momentum=0.0, weight_decay=0.5, layer_decay=0.5,
                    multipliers=(("^head/bias$", 0.1), ("^head/", 10.0))).tx

@@ -132,10 +132,10 @@ def test_a_whole_report_is_self_contained_and_escapes_what_people_wrote(tmp_path
     task = Classification(model=vit("Ti/16"))
     save_config(TrainConfig(task=task, steps=40, data=DataConfig(train=f"folder:{ATTACK}"), evals=(Evaluator(),)),
                 tmp_path / "config.json", versions={"jax": "9.8.7"}, devices=["cpu", "cpu"])
-    found = (Retrieved(item=ATTACK, score=0.5, right=True), Retrieved(item="a dog " * 100, score=-0.25, right=False))
-    seen = (Retrieved(item=PICTURE, score=0.75, right=False),)
+    results = (Retrieved(item=ATTACK, score=0.5, right=True), Retrieved(item="a dog " * 100, score=-0.25, right=False))
+    other = (Retrieved(item=PICTURE, score=0.75, right=False),)
     path = write_report(tmp_path, [
-        RetrievalExample(query=PICTURE, results=found), RetrievalExample(query=ATTACK, results=seen),
+        RetrievalExample(query=PICTURE, results=results), RetrievalExample(query=ATTACK, results=other),
         PredictionExample(image=PICTURE, truth=ATTACK, predictions=((ATTACK, 0.625), ("cat", 0.25))),
         CaptionExample(image=PICTURE, caption="a dog", right=True, truth="a cat",
                        words=(("a", np.eye(3)), (ATTACK, np.ones((3, 3)))))])
@@ -161,5 +161,5 @@ def test_summary_counts_the_pictures_seen():
     rows = dict(summary({"config": {"steps": 2000, "data": {"train": "a:b", "val": None, "batch_size": 64,
                                                             "image": {"size": 32}},
                                     "optimizer": {"name": "lion", "learning_rate": 3e-4, "average": None}}}))
-    assert rows == {"data": "train a:b", "length": "2,000 steps × 64 pictures = 128,000 seen, 32 × 32 pixels",
+    assert rows == {"data": "train a:b", "length": "2,000 steps × 64 images = 128,000 images, 32 × 32 pixels",
                     "optimizer": "lion · learning rate 0.0003"}

@@ -78,14 +78,14 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
+def undisturbed(data, tmp_path_factory):
     """An undisturbed run."""
     workdir = tmp_path_factory.mktemp("whole")
     run(workdir, data)
     return workdir
 
 
-def test_killed_again_and_again_a_run_ends_as_if_undisturbed(whole, data, tmp_path, monkeypatch, capsys):
+def test_killed_again_and_again_a_run_ends_as_if_undisturbed(undisturbed, data, tmp_path, monkeypatch, capsys):
     """At random and while Orbax writes, as a process; while digests are taken and when asked to stop, in this one."""
     workdir = tmp_path / "killed"
     workdir.mkdir()
@@ -122,9 +122,9 @@ def test_killed_again_and_again_a_run_ends_as_if_undisturbed(whole, data, tmp_pa
     run(workdir, data)
     assert "report: " in capsys.readouterr().err
 
-    assert lines(workdir, "train/loss") == lines(whole, "train/loss")
+    assert lines(workdir, "train/loss") == lines(undisturbed, "train/loss")
     assert [step for step, _ in lines(workdir, "train/loss")] == list(range(1, STEPS + 1))
-    assert_same_bits(restored(workdir, STEPS), restored(whole, STEPS))
+    assert_same_bits(restored(workdir, STEPS), restored(undisturbed, STEPS))
     assert not unfinished(workdir)
     ledger = used(workdir)
     assert len(ledger) > STEPS                                             # some steps were done again
@@ -138,9 +138,9 @@ def test_killed_again_and_again_a_run_ends_as_if_undisturbed(whole, data, tmp_pa
         assert sorted(order[epoch * 160:(epoch + 1) * 160]) == list(range(160))
 
 
-def test_one_device_and_eight_go_on_with_what_the_other_wrote(whole, data, tmp_path, capsys):
+def test_one_device_and_eight_go_on_with_what_the_other_wrote(undisturbed, data, tmp_path, capsys):
     up, down = tmp_path / "up", tmp_path / "down"
-    shutil.copytree(whole, up)
+    shutil.copytree(undisturbed, up)
     half = 3 * EVERY
     for step in Checkpoints(up / "checkpoints").steps():
         if step > half:
@@ -150,6 +150,6 @@ def test_one_device_and_eight_go_on_with_what_the_other_wrote(whole, data, tmp_p
     run(up, data, mesh=(2, 2, 2))
     assert f"going on after step {half}" in capsys.readouterr().err
     run(down, data)
-    wanted = lines(whole, "train/loss")
+    wanted = lines(undisturbed, "train/loss")
     for workdir in (up, down):
         np.testing.assert_allclose(lines(workdir, "train/loss"), wanted, rtol=1e-5)

@@ -91,13 +91,13 @@ def test_unrolled_layers_compute_what_scanned_ones_do(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_microbatches_give_the_same_losses_in_less_memory(kind, record_property):
-    whole, parts = run(kind, ONE), run(kind, ONE, microbatches=4)
+    full, parts = run(kind, ONE), run(kind, ONE, microbatches=4)
     record_property(f"{kind}, batch {BATCH}, temporary memory",
-                    f"{whole.temp_bytes:,} bytes with --microbatches 1, {parts.temp_bytes:,} with 4 "
-                    f"({parts.temp_bytes / whole.temp_bytes:.2f} of it)")
-    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
-    np.testing.assert_allclose(parts.norms, whole.norms, rtol=1e-4)
-    assert parts.temp_bytes < 0.6 * whole.temp_bytes
+                    f"{full.temp_bytes:,} bytes with --microbatches 1, {parts.temp_bytes:,} with 4 "
+                    f"({parts.temp_bytes / full.temp_bytes:.2f} of it)")
+    np.testing.assert_allclose(parts.losses, full.losses, rtol=1e-5)
+    np.testing.assert_allclose(parts.norms, full.norms, rtol=1e-4)
+    assert parts.temp_bytes < 0.6 * full.temp_bytes
 
 
 def test_microbatches_are_exact_on_a_mesh():
@@ -134,8 +134,8 @@ def test_the_state_is_updated_in_place():
         state = sharded_state(task, optimizer, 0, with_shardings(abstract_state(task, optimizer), mesh))
         step = compile_step(task, optimizer, mesh, state)
         inputs = state, place_batch(jax.tree.map(np.asarray, digits(0)), mesh), jax.random.key(1)
-        held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
-        assert step.lower(*inputs).compile().memory_analysis().alias_size_in_bytes >= held
+        frozen_grads = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+        assert step.lower(*inputs).compile().memory_analysis().alias_size_in_bytes >= frozen_grads
         after, _ = step(*inputs)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt, state.average)))
     assert int(after.step) == 1 and int(after.extra["seen"]) == 16
