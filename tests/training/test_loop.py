@@ -309,7 +309,7 @@ def test_a_refused_start_leaves_nothing_behind(tmp_path):
     train(config, tmp_path / "run")
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").exists()
     (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds no tokenizer"):
+    with pytest.raises(ConfigError, match="has no tokenizer that"):
         train(replace(config, steps=2), tmp_path / "run")
 
 
