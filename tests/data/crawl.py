@@ -1,4 +1,4 @@
-"""Tar shards as a crawl leaves them: sixteen records that are wrong in different ways, and archives that lie."""
+"""Tar shards as a crawl leaves them: sixteen records with different faults, and functions that write archives."""
 
 import io
 import json
@@ -51,20 +51,20 @@ CASES = {      # members by ending, and why the record is unusable
 
 
 def files(cases):
-    """Names and contents of the members of `cases`."""
+    """Return names and contents of the members of `cases`."""
     return [(f"{key}.{ending}", content) for key, (members, _) in cases.items()
             for ending, content in members.items()]
 
 
 def pairs(start, count):
-    """Good records, as img2dataset writes them."""
+    """Return good records, as img2dataset writes them."""
     return [(f"{number:09d}.{ending}", content) for number in range(start, start + count) for ending, content in (
         ("jpg", jpeg(number)), ("txt", f"picture {number}".encode()),
         ("json", json.dumps({"key": number, "caption": "not this"}).encode()))]
 
 
 def write_tar(path, contents, **options):
-    """A tar of (name, bytes) or ready `TarInfo`s."""
+    """Write a tar of (name, bytes) pairs or `TarInfo`s."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as tar:
         for item in contents:

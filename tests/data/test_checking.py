@@ -1,4 +1,4 @@
-"""Sixteen records of a crawl, each judged by hand; what a report counts."""
+"""Checking: sixteen records of a crawl, judged by hand, and the numbers of a report."""
 
 import hashlib
 import io
@@ -78,7 +78,7 @@ def test_sources_with_classes_need_labels_and_no_texts():
     assert report["caption_words"] is None and report["width"]["most"] == 8
 
 
-def test_the_id_of_a_picture_is_of_its_pixels():
+def test_the_id_of_a_image_is_of_its_pixels():
     image = photo(3, 5, 7)
     raw = b"7 5 " + np.asarray(image).tobytes()
     assert pixel_id(image) == hashlib.blake2b(raw, digest_size=16).hexdigest()

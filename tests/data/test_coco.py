@@ -41,7 +41,7 @@ KARPATHY = [("train2014", "train", 11), ("val2014", "restval", 12), ("val2014", 
 
 
 def karpathy(tmp_path, folders=True):
-    """A file of five pictures in four splits, each with two captions."""
+    """A file of five images in four splits, each with two captions."""
     images = []
     for folder, split, number in KARPATHY:
         image = {"filename": f"{number}.png", "split": split, "sentences": [{"raw": f"{k} of {number}."} for k in "ab"]}

@@ -108,7 +108,7 @@ def test_exif_orientation(kind, orientation):
     np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
-def test_garbage_in_exif_does_not_spoil_the_picture():
+def test_garbage_in_exif_does_not_spoil_the_image():
     image = decode(encode(Image.fromarray(pixels()), "png", exif=b"Exif\0\0garbage that is no TIFF header"))
     np.testing.assert_array_equal(np.asarray(image), pixels())
 

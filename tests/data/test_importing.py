@@ -39,7 +39,7 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory):
+def reference(shards, tmp_path_factory):
     dest = tmp_path_factory.mktemp("whole") / "web"
     return dest, import_source(open_source(shards), dest)
 
@@ -48,8 +48,8 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_both_readers_see_the_pictures(shards, whole):
-    dest, imported = whole
+def test_both_readers_see_the_images(shards, reference):
+    dest, imported = reference
     assert (imported.tally.records, imported.tally.usable, imported.shards) == (26, 18, 3)
     assert not imported.complete_before
     assert imported.tally.broken == {"truncated": 1, "empty": 1, "no text": 2, "no image": 2, "not an image": 1,
@@ -76,9 +76,9 @@ def test_both_readers_see_the_pictures(shards, whole):
     assert len(set(ids)) == 16      # pair 3 is in two shards, pair 1 is ok_0
 
 
-def test_the_bytes_do_not_depend_on_workers(shards, whole, tmp_path):
+def test_the_bytes_do_not_depend_on_workers(shards, reference, tmp_path):
     import_source(open_source(shards), tmp_path / "web", workers=3)
-    assert contents(tmp_path / "web") == contents(whole[0])
+    assert contents(tmp_path / "web") == contents(reference[0])
 
 
 class Deadly(Source):
@@ -119,7 +119,7 @@ def killed(spec, dest, where):
 
 
 @pytest.mark.parametrize("where", ["shard 2", "in a shard", "naming", "describing", "tidying"])
-def test_a_killed_import_goes_on(shards, whole, tmp_path, where):
+def test_a_killed_import_goes_on(shards, reference, tmp_path, where):
     dest = tmp_path / "web"
     process = multiprocessing.get_context("spawn").Process(target=killed, args=(shards, dest, where))
     process.start()
@@ -131,16 +131,16 @@ def test_a_killed_import_goes_on(shards, whole, tmp_path, where):
         note = dest.with_name("web.part") / "work" / "train-00000.json"
         note.write_text(json.dumps(json.loads(note.read_text()) | {"bytes": 1_000_000}))
     again = import_source(open_source(shards), dest)
-    assert again.tally == whole[1].tally and again.complete_before == (where == "tidying")
-    found, expected = contents(dest), contents(whole[0])
+    assert again.tally == reference[1].tally and again.complete_before == (where == "tidying")
+    written, expected = contents(dest), contents(reference[0])
     if where == "shard 2":
-        assert json.loads(found.pop("dataset_info.json"))["splits"][0]["numBytes"] > "1000000"
+        assert json.loads(written.pop("dataset_info.json"))["splits"][0]["numBytes"] > "1000000"
         expected.pop("dataset_info.json")
-    assert found == expected and not dest.with_name("web.part").exists()
+    assert written == expected and not dest.with_name("web.part").exists()
 
 
-def test_what_is_there_already(shards, whole, tmp_path):
-    dest, _ = whole
+def test_what_is_there_already(shards, reference, tmp_path):
+    dest, _ = reference
     before = contents(dest)
     assert import_source(open_source(shards), dest).complete_before
     write_tar(tmp_path / "0.tar", pairs(0, 2))
@@ -175,7 +175,7 @@ def interrupt(records):
 
 
 @pytest.mark.parametrize("name", ["rgb16", "grey", "rgba", "key", "webp", "apng", "plain", "progressive"])
-def test_pictures_that_others_see_otherwise_are_written_anew(tmp_path, name):
+def test_images_that_others_see_otherwise_are_written_anew(tmp_path, name):
     deep = np.arange(90, dtype=np.uint16).reshape(5, 6, 3) * 700
     data = {
         "rgb16": rgb16(deep), "grey": encode(photo().convert("L"), "jpeg"), "rgba": encode(photo().convert("RGBA")),
@@ -188,9 +188,9 @@ def test_pictures_that_others_see_otherwise_are_written_anew(tmp_path, name):
     import_source(open_source(f"tars:{tmp_path}"), tmp_path / "out")
     record = open_source(f"tfds:{tmp_path}/out:train")[0]
     assert (record["image"] == data) == (name in ("plain", "progressive"))
-    seen = Image.open(io.BytesIO(record["image"]))
-    assert seen.mode == "RGB" and "transparency" not in seen.info
-    np.testing.assert_array_equal(np.asarray(seen), np.asarray(decode(data)))
+    image = Image.open(io.BytesIO(record["image"]))
+    assert image.mode == "RGB" and "transparency" not in image.info
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(decode(data)))
 
 
 def rgb16(values):
@@ -205,7 +205,7 @@ def rgb16(values):
 
 
 def test_several_splits_and_one_feature_more(tmp_path):
-    """What a merge of two sources writes, and mixing by naming a split twice."""
+    """Write two splits as a merge does, and mix them by naming a split twice."""
     features = image_features(origin=tfds.features.Text())
     folder = tmp_path / "merged.part"
     image = encode(photo())

@@ -1,4 +1,4 @@
-"""Sentences about two pictures: both layouts of files, batches, and what chance exchanges in training."""
+"""Sentences about two images: both layouts of files, batches, and what chance exchanges in training."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ from tests.data.test_sources import png, write
 
 PLAIN = ImageConfig(size=4, train_crop="squash", eval_crop="squash", flip=False)
 SIDES = {"the left is dark": "the right is dark", "two dogs": "two dogs"}
-"""Sentences as they are read, and with left and right exchanged."""
+"""Sentences as they are read, and with left and right swapped."""
 
 
 class Names:
@@ -31,7 +31,7 @@ class Names:
 
 
 def pairs(folder, layout="", count=6):
-    """NLVR2's own lines: the first picture of pair i is of value i, the second of 100 + i."""
+    """Write NLVR2's own lines: the first image of pair i has value i, the second 100 + i."""
     lines = []
     for i in range(count):
         for k in (0, 1):
@@ -79,7 +79,7 @@ def test_bad_files(tmp_path, text, message):
 
 
 def test_batches(tmp_path):
-    """Which picture is which shows in its red."""
+    """The red channel identifies the image."""
     source = open_source(f"nlvr:{pairs(tmp_path, 'dev')}")
     config = DataConfig(batch_size=6, image=PLAIN)
     (first, second) = eval_batches(source, config, 4, Names())
@@ -100,12 +100,12 @@ def test_batches(tmp_path):
     assert 40 < sum(turned) < 80
 
 
-def test_words_that_are_swap_left_right():
+def test_left_and_right_are_swapped():
     assert swap_left_right("the left, left-hand one is right of leftovers") == (
         "the right, right-hand one is left of leftovers")
 
 
-def test_a_picture_that_is_broken_spoils_its_pair(tmp_path):
+def test_a_image_that_is_broken_spoils_its_pair(tmp_path):
     source = open_source(f"nlvr:{pairs(tmp_path, 'dev')}")
     write(tmp_path / "dev/dev-3-0-img1.png", b"no picture")
     (batch,) = eval_batches(source, DataConfig(image=PLAIN), 6, Names())

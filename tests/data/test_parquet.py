@@ -1,4 +1,4 @@
-"""Parquet files with pictures, in the layouts of the hub's data sets and img2dataset."""
+"""Parquet files with images, in the layouts of the hub's data sets and img2dataset."""
 
 import pickle
 
@@ -23,13 +23,13 @@ def test_the_hub_s_layout(tmp_path):
                                                                                         "path": "/etc/passwd"}]
     captions = [["a", "b"], None, ["c"], [], ["d\0"], [None, "e"], ["f"], ["g"]]
     source = write(tmp_path / "train.parquet", image=images, captions=captions, image_id=[*range(8)])
-    found = [source[i] for i in range(len(source))]
-    assert [r.get("image") for r in found] == [b"picture %d" % i for i in range(7)] + [None]
-    assert [r.get("texts", ()) for r in found] == [("a", "b"), (), ("c",), (), ("d",), ("e",), ("f",), ("g",)]
-    assert [record_texts(source, i) for i in range(8)] == [r.get("texts", ()) for r in found]
-    assert [(r["key"], r["image_id"]) for r in found] == [(f"train/{i}", str(i)) for i in range(8)]
-    assert [source.key(i) for i in range(8)] == [r["key"] for r in found] and source.classes is None
-    assert pickle.loads(pickle.dumps(source))[5] == found[5]
+    records = [source[i] for i in range(len(source))]
+    assert [r.get("image") for r in records] == [b"picture %d" % i for i in range(7)] + [None]
+    assert [r.get("texts", ()) for r in records] == [("a", "b"), (), ("c",), (), ("d",), ("e",), ("f",), ("g",)]
+    assert [record_texts(source, i) for i in range(8)] == [r.get("texts", ()) for r in records]
+    assert [(r["key"], r["image_id"]) for r in records] == [(f"train/{i}", str(i)) for i in range(8)]
+    assert [source.key(i) for i in range(8)] == [r["key"] for r in records] and source.classes is None
+    assert pickle.loads(pickle.dumps(source))[5] == records[5]
     with pytest.raises(IndexError):
         source[8]
 
@@ -51,9 +51,10 @@ def test_a_shard_a_file_and_a_group_at_a_time(tmp_path, monkeypatch):
     assert len(source) == 15 and [len(part) for part in parts] == [5] * 3
     assert len({part.fingerprint for part in parts}) == 3 and parts[2][4] == source[14]
     read = []
-    whole = pq.ParquetFile.read_row_group
+    read_row_group = pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group",
-                        lambda self, group, columns: read.append((group, *columns)) or whole(self, group, columns))
+                        lambda self, group, columns: read.append((group, *columns)) or read_row_group(
+                            self, group, columns))
     parquet._column.cache_clear()
     assert [source[i]["image"] for i in range(5, 10)] == [b"1 %d" % i for i in range(5)]
     assert read == [(0, "text"), (0, "image"), (1, "text"), (1, "image")]

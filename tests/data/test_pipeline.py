@@ -43,7 +43,7 @@ def png(seed):
 
 @pytest.fixture
 def folder(tmp_path):
-    """23 pictures in three classes."""
+    """23 images in three classes."""
     for i in range(23):
         path = tmp_path / f"class{i % 3}" / f"{i:02}.png"
         path.parent.mkdir(exist_ok=True)
@@ -53,7 +53,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def captions(tmp_path):
-    """11 records: i % 3 + 1 captions; 3 and 4 show the same picture in different files; 5 says what 6 says."""
+    """11 records: i % 3 + 1 captions; 3 and 4 show the same image in different files; 5 says what 6 says."""
     lines = []
     for i in range(11):
         (tmp_path / f"{i}.png").write_bytes(png(3 if i == 4 else i))
@@ -133,11 +133,11 @@ def test_workers_and_restarts_do_not_change_the_batches(folder):
 
 
 def test_hosts_share_a_batch(captions):
-    whole = train_batches(captions, CONFIG, Letters(), seed=5)
+    full = train_batches(captions, CONFIG, Letters(), seed=5)
     hosts = [train_batches(captions, CONFIG, Letters(), seed=5, shard=(host, 2)) for host in range(2)]
     for _ in range(3):
         parts = [next(host) for host in hosts]
-        assert_same(next(whole), {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        assert_same(next(full), {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     with pytest.raises(DataError, match="a batch of 6 does not divide over host 0 of 4"):
         train_batches(captions, CONFIG, seed=5, shard=(0, 4))
 
@@ -171,17 +171,17 @@ def test_state_of_other_data_is_refused(folder, tmp_path):
 
 
 def test_texts_are_drawn_from_all_captions(captions):
-    seen = {}
+    drawn_texts = {}
     for batch in take(train_batches(captions, CONFIG, Letters(), seed=5), 40):
         for row, index in enumerate(batch["index"].tolist()):
             text = Letters().decode(batch["tokens"][row])
             assert text in captions.texts(index)
-            seen.setdefault(index, set()).add(text)
+            drawn_texts.setdefault(index, set()).add(text)
             np.testing.assert_array_equal(batch["text_id"][row], text_id(text))
-    assert seen == {i: set(captions.texts(i)) for i in range(11)}
+    assert drawn_texts == {i: set(captions.texts(i)) for i in range(11)}
 
 
-def test_ids_are_equal_where_the_picture_or_the_words_are(captions):
+def test_ids_are_equal_where_the_image_or_the_words_are(captions):
     batch = next(eval_batches(captions, CONFIG, 11, Letters()))
     same_picture = (batch["image_id"][:, None] == batch["image_id"][None]).all(-1)
     same_words = (batch["text_id"][:, None] == batch["text_id"][None]).all(-1)
@@ -251,20 +251,20 @@ def test_eval_batches_are_in_order_and_filled_up(folder, tmp_path):
     bad = spoil(folder, tmp_path)
     batches = list(eval_batches(folder, CONFIG, 10))
     assert [len(batch["mask"]) for batch in batches] == [10, 10, 10]
-    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    np.testing.assert_array_equal(whole["index"], [*range(23), *[0] * 7])
-    np.testing.assert_array_equal(whole["mask"], [i < 23 and i not in bad for i in range(30)])
-    np.testing.assert_array_equal(whole["fault"], [1 + REASONS.index(bad[i]) if i in bad else 0 for i in range(30)])
+    full = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    np.testing.assert_array_equal(full["index"], [*range(23), *[0] * 7])
+    np.testing.assert_array_equal(full["mask"], [i < 23 and i not in bad for i in range(30)])
+    np.testing.assert_array_equal(full["fault"], [1 + REASONS.index(bad[i]) if i in bad else 0 for i in range(30)])
     for i in range(30):
-        expected = transforms.eval_image(decode(folder[i]["image"]), IMAGE) if whole["mask"][i] else 0
-        np.testing.assert_array_equal(whole["image"][i], np.broadcast_to(expected, (16, 16, 3)))
-        assert whole["label"][i] == (folder.labels[i] if whole["mask"][i] else 0)
+        expected = transforms.eval_image(decode(folder[i]["image"]), IMAGE) if full["mask"][i] else 0
+        np.testing.assert_array_equal(full["image"][i], np.broadcast_to(expected, (16, 16, 3)))
+        assert full["label"][i] == (folder.labels[i] if full["mask"][i] else 0)
 
 
 def test_eval_batches_of_hosts(captions):
     parts = [list(eval_batches(captions, CONFIG, 8, Letters(), shard=(host, 2))) for host in range(2)]
-    for whole, *shares in zip(eval_batches(captions, CONFIG, 8, Letters()), *parts, strict=True):
-        assert_same(whole, {name: np.concatenate([share[name] for share in shares]) for name in whole})
+    for full, *shares in zip(eval_batches(captions, CONFIG, 8, Letters()), *parts, strict=True):
+        assert_same(full, {name: np.concatenate([share[name] for share in shares]) for name in full})
 
 
 def test_eval_texts_are_all_captions(captions, tmp_path):
@@ -272,13 +272,13 @@ def test_eval_texts_are_all_captions(captions, tmp_path):
         (tmp_path / f"{i}.png").unlink()                                  # pictures are not read
     batches = list(eval_texts(captions, Letters(), 4))
     assert all(batch["tokens"].shape == (4, 9) and batch["tokens"].dtype == np.int32 for batch in batches)
-    whole = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    full = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     owners = [i for i in range(11) for _ in captions.texts(i)]
-    np.testing.assert_array_equal(whole["mask"], np.arange(len(whole["mask"])) < len(owners))
-    np.testing.assert_array_equal(whole["owner"][whole["mask"]], owners)
+    np.testing.assert_array_equal(full["mask"], np.arange(len(full["mask"])) < len(owners))
+    np.testing.assert_array_equal(full["owner"][full["mask"]], owners)
     texts = [text for i in range(11) for text in captions.texts(i)]
-    assert [Letters().decode(row) for row in whole["tokens"][whole["mask"]]] == texts
-    np.testing.assert_array_equal(whole["text_id"][whole["mask"]], np.stack([*map(text_id, texts)]))
+    assert [Letters().decode(row) for row in full["tokens"][full["mask"]]] == texts
+    np.testing.assert_array_equal(full["text_id"][full["mask"]], np.stack([*map(text_id, texts)]))
 
 
 def test_a_program_that_ends_without_closing_is_quiet(folder):

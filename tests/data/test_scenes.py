@@ -1,4 +1,4 @@
-"""Scenes: the words are true of the objects, the pixels are the objects', the data set is whole and repeatable."""
+"""Scenes: captions are true of the objects, pixels show them, the data set is complete and repeatable."""
 
 import io
 import itertools
@@ -27,7 +27,7 @@ def fake(shape, color, size, x, y):
 
 
 def is_true(text: str, objects) -> bool:
-    """Whether every object, size, count, relation and place that `text` names is so: an oracle of its own."""
+    """Return whether all that `text` says is true of the objects: an independent oracle."""
     def find(match):
         size = {"little": "small", "big": "large"}.get(match[1], match[1])
         return next((o for o in objects if (o.color, o.shape) == match.group(2, 3) and size in (None, o.size)), None)
@@ -223,12 +223,12 @@ def test_web_keeps_the_truth(folder):
 
 
 def test_no_scene_is_in_two_places(folder):
-    seen = Counter(source[i]["true_texts"][0] for split in scenes.SPLITS
+    counts = Counter(source[i]["true_texts"][0] for split in scenes.SPLITS
                    for source in [open_scenes(f"tiny/{split}", folder)] for i in range(len(source)))
-    assert seen.total() == 300 and max(seen.values()) == 1
+    assert counts.total() == 300 and max(counts.values()) == 1
 
 
-def test_held_out_pictures_do_not_depend_on_the_sizes_of_other_splits():
+def test_held_out_images_do_not_depend_on_the_sizes_of_other_splits():
     from jaxmm.data.scenes.builder import Scenes, ScenesConfig, make_scenes
 
     small = make_scenes(ScenesConfig(name="a", val=12, test=0, train=9, web=0))

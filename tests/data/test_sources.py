@@ -99,7 +99,7 @@ def test_digits_are_split_by_class():
 
 
 class TinyPictures(tfds.core.GeneratorBasedBuilder):
-    """Seven pictures with labels, captions and ids."""
+    """Seven images with labels, captions and ids."""
 
     VERSION = tfds.core.Version("1.2.3")
 

@@ -1,4 +1,4 @@
-"""Tar shards, honest and hostile."""
+"""Tar shards, valid and hostile."""
 
 import json
 import pickle
@@ -102,19 +102,19 @@ def test_stems_that_are_alike_and_keys_that_come_again(tmp_path):
     assert len({source.key(i) for i in range(2)}) == 2
     again = write_tar(tmp_path / "c.tar", [("x.jpg", b"1"), ("y.jpg", b"2"), ("x.jpg", b"3"), ("x#2.jpg", b"4"),
                                            ("d/x.jpg", b"5"), ("x.JPEG", b"6"), ("x.png", b"7"), ("x.txt", b"t")])
-    found = records(open_source(f"tars:{again}"))
-    assert [(r["key"], r["image"]) for r in found] == [("c/x", b"1"), ("c/y", b"2"), ("c/x#2", b"3"), ("c/x#2#2", b"4"),
-                                                       ("c/d/x", b"5"), ("c/x#3", b"6")]
-    assert found[-1]["texts"] == ("t",)
+    actual = records(open_source(f"tars:{again}"))
+    assert [(r["key"], r["image"]) for r in actual] == [("c/x", b"1"), ("c/y", b"2"), ("c/x#2", b"3"),
+                                                        ("c/x#2#2", b"4"), ("c/d/x", b"5"), ("c/x#3", b"6")]
+    assert actual[-1]["texts"] == ("t",)
 
 
 def test_captions_come_from_text_or_json(tmp_path):
     contents = [("a.jpg", b"a"), ("a.json", json.dumps({"caption": "of \ud800JSON\0"}).encode()),
                 ("b.json", b"{" * 100_000), ("b.jpg", b"b"), ("c.jpg", b"c"), ("c.json", b'{"caption": 5}'),
                 ("d.json", b'["caption"]'), ("d.jpg", b"d"), ("e.txt", b"caf\xe9\0"), ("e.json", b'{"caption": "no"}')]
-    found = records(open_source(f"tars:{write_tar(tmp_path / 'a.tar', contents)}"))
-    assert [r.get("texts") for r in found] == [("of ?JSON",), None, None, None, ("caf\ufffd",)]
-    assert ["image" in r for r in found] == [True, True, True, True, False]
+    actual = records(open_source(f"tars:{write_tar(tmp_path / 'a.tar', contents)}"))
+    assert [r.get("texts") for r in actual] == [("of ?JSON",), None, None, None, ("caf\ufffd",)]
+    assert ["image" in r for r in actual] == [True, True, True, True, False]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -140,8 +140,8 @@ def test_names_are_only_names_and_only_plain_files_count(tmp_path):
     ]
     path = write_tar(tmp_path / "in" / "a.tar", contents, format=tarfile.PAX_FORMAT)
     before = sorted(tmp_path.rglob("*"))
-    found = records(open_source(f"tars:{path}"))
-    assert [(r["key"], r["image"]) for r in found] == [("a/../../../etc/up", b"1"), ("a//root/there", b"2"),
+    actual = records(open_source(f"tars:{path}"))
+    assert [(r["key"], r["image"]) for r in actual] == [("a/../../../etc/up", b"1"), ("a//root/there", b"2"),
                                                        ("a/we\ufffd[31mird\ufffd", b"3"), ("a/last", b"4")]
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -181,10 +181,10 @@ def test_what_comes_before_the_damage_is_kept_and_the_damage_named(tmp_path, cap
     source = open_source(f"tars:{tmp_path}")
     damaged = source.shards()[0]
     assert fault in damaged.fault and fault in caplog.text and str(tmp_path / "0.tar") in caplog.text
-    found = [source.key(i) for i in range(len(source))]
-    assert [key for key in found if key != "0/c"] == ["0/a", "0/b", "1/000000005", "1/000000006"]
+    actual = [source.key(i) for i in range(len(source))]
+    assert [key for key in actual if key != "0/c"] == ["0/a", "0/b", "1/000000005", "1/000000006"]
     assert source[0]["image"] == b"a"
-    if "0/c" in found:
+    if "0/c" in actual:
         with pytest.raises(BadRecord, match="truncated"):
             source[2]
 

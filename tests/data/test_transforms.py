@@ -45,12 +45,12 @@ def test_squash_is_antialiased_bicubic(size):
 ])
 def test_center_crop_by_hand(image_size, size, resize, resized, left, top):
     image = picture(*image_size)
-    whole = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+    resized_image = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
     got = eval_image(image, ImageConfig(size=size, eval_resize=resize))
-    np.testing.assert_array_equal(got, whole[top:top + size, left:left + size])
+    np.testing.assert_array_equal(got, resized_image[top:top + size, left:left + size])
     left, top = (resized[0] - size) // 2, (resized[1] - size) // 2      # 7 instead of 8 in the third
     got = eval_image(image, ImageConfig(size=size, eval_resize=resize, eval_crop="center_floor"))
-    np.testing.assert_array_equal(got, whole[top:top + size, left:left + size])
+    np.testing.assert_array_equal(got, resized_image[top:top + size, left:left + size])
 
 
 def test_squash_may_leave_a_border_and_interpolation_is_chosen():
@@ -65,11 +65,11 @@ def test_squash_may_leave_a_border_and_interpolation_is_chosen():
     np.testing.assert_array_equal(train_image(image, train, np.random.default_rng(0)), expected)
 
 
-def test_long_pictures_are_cropped_before_they_are_resized():
+def test_long_images_are_cropped_before_they_are_resized():
     y, x = np.mgrid[:130, :9]
     image = Image.fromarray((120 + 100 * np.sin(x / 4 + y / 9)[..., None] * [1, 0.5, 0.2]).astype(np.uint8))
-    whole = np.asarray(image.resize((24, 346), Image.Resampling.BICUBIC), int)
-    assert np.abs(np.asarray(center_crop(image, 24), int) - whole[161:185]).max() <= 1
+    resized_image = np.asarray(image.resize((24, 346), Image.Resampling.BICUBIC), int)
+    assert np.abs(np.asarray(center_crop(image, 24), int) - resized_image[161:185]).max() <= 1
     # 224 x 2,240,000 as a whole; every picture row is 224 rows of one colour, but for the blend at its ends
     rows = np.arange(10_000) % 251
     thin = Image.fromarray(np.repeat(rows.astype(np.uint8)[:, None, None], 3, -1))
@@ -113,11 +113,11 @@ def test_pad_shifts_by_up_to_an_eighth():
     padded = np.pad(np.asarray(image), ((2, 2), (2, 2), (0, 0)))
     shifts = {padded[y:y + 16, x:x + 16].tobytes(): (x, y) for y in range(5) for x in range(5)}
     rng = np.random.default_rng(0)
-    seen = {shifts[train_image(image, config, rng).tobytes()] for _ in range(400)}
-    assert len(seen) == 25
+    corners = {shifts[train_image(image, config, rng).tobytes()] for _ in range(400)}
+    assert len(corners) == 25
 
 
-def test_half_of_the_pictures_are_mirrored():
+def test_half_of_the_images_are_mirrored():
     image, config = picture(16, 16), ImageConfig(size=16, train_crop="center")
     rng = np.random.default_rng(0)
     got = [train_image(image, config, rng) for _ in range(400)]

@@ -1,4 +1,4 @@
-"""Questions and answers: every layout, what is wrong with files, and the arrays of a batch."""
+"""Questions and answers: every layout, faults of files, and the arrays of a batch."""
 
 import json
 import pickle
@@ -37,11 +37,11 @@ def source(folder):
 
 def test_list_and_lines(source, folder):
     lines = open_source(f"vqa:{write(folder / 'qa.jsonl', chr(10).join(map(json.dumps, ROWS)))}")
-    for each in (source, lines, pickle.loads(pickle.dumps(source))):
-        assert [(each[i]["question"], each[i]["answers"], each[i]["image"]) for i in range(4)] == [
+    for opened in (source, lines, pickle.loads(pickle.dumps(source))):
+        assert [(opened[i]["question"], opened[i]["answers"], opened[i]["image"]) for i in range(4)] == [
             ("what is 1?", ("a cat", "cat", "a cat"), png(1)), ("is it red?", ("yes",), png(2)),
             ("how many?", ("3",), png(1)), ("why?", (), png(2))]
-        assert "texts" not in each[0] and each.most_answers == 2 and each.classes is None
+        assert "texts" not in opened[0] and opened.most_answers == 2 and opened.classes is None
     assert record_texts(source, 0) == ("what is 1?", "a cat", "cat")
     assert len({source.key(i) for i in range(4)}) == 4 and source.key(1).startswith("p/2.png")
     np.testing.assert_array_equal(image_id(source[0]), image_id(source[2]))
@@ -87,7 +87,7 @@ def test_vqav2(names, picture, tmp_path):
     assert alone.most_answers == 0 and alone[1]["answers"] == ()
 
 
-def test_blip_lists_find_their_pictures_in_the_folder_beside(tmp_path):
+def test_blip_lists_find_their_images_in_the_folder_beside(tmp_path):
     rows = [{"question": "What?", "answer": ["a", "b"], "image": "val2014/1.jpg", "question_id": 5, "dataset": "vqa"}]
     write(tmp_path / "coco/val2014/1.jpg", png(1))
     source = open_source(f"vqa:{write(tmp_path / 'lists/vqa_train.json', json.dumps(rows))}")
@@ -148,15 +148,15 @@ def test_batches(source):
     assert batch["fault"].sum() == 0 and "no answer" in REASONS
 
 
-def test_several_questions_of_a_picture(folder):
-    """The drawn one, then others of the same picture that have answers, each once as long as there are new ones."""
+def test_several_questions_of_a_image(folder):
+    """The drawn question, then others about the same image that have answers, each once if there are enough."""
     rows = [{"image": "p/1.png", "question": f"which {i}?", "answers": [f"a{i}", "b"]} for i in range(4)]
     source = open_source(f"vqa:{write(folder / 'many.json', json.dumps(rows + ROWS[1:2] + ROWS[3:]))}")
     tokenizer = make_tokenizer(TokenizerConfig(vocab_size=90), [text for i in range(6) for text in record_texts(
         source, i)]).at_length(11)
     config = DataConfig(batch_size=6, questions=3, image=ImageConfig(size=6), max_bad=1.0,
                         tokenizer=TokenizerConfig(answer_length=5))
-    seen, batches = set(), train_batches(source, config, tokenizer, seed=3)
+    triples, batches = set(), train_batches(source, config, tokenizer, seed=3)
     for _, batch in zip(range(8), batches, strict=False):
         assert batch["tokens"].shape == (6, 3, 11) and batch["answers"].shape == (6, 3, 2, 5)
         assert batch["image"].shape[0] == 6 and batch["answer_weight"].shape == (6, 3, 2)
@@ -165,10 +165,10 @@ def test_several_questions_of_a_picture(folder):
             assert asked[0] == tokenizer.decode(tokenizer([source[index]["question"]])[0])
             if index < 4:
                 assert len(set(asked)) == 3 and all("which" in question for question in asked)
-                seen.add(tuple(asked))
-                told = [tokenizer.decode(answers[0]) for answers in batch["answers"][row]]
-                assert [answer[-1] for answer in told] == [question.rstrip(" ?")[-1] for question in asked]
+                triples.add(tuple(asked))
+                decoded = [tokenizer.decode(answers[0]) for answers in batch["answers"][row]]
+                assert [answer[-1] for answer in decoded] == [question.rstrip(" ?")[-1] for question in asked]
             else:
                 assert asked == ["is it red?"] * 3
-    assert len(seen) > 12
+    assert len(triples) > 12
     batches.close()
