@@ -1,4 +1,4 @@
-"""What the rest of jaxmm knows of an objective: its loss, and what a model trained with it can do."""
+"""The interface of an objective: its loss, and records of what a model trained with it can do."""
 
 import dataclasses
 from collections.abc import Callable
@@ -55,10 +55,10 @@ class Decoder:
     """
 
     context: Callable[[Params, Batch], tuple[Array, Bool[Array, "b n"] | None]] | None
-    """What cross-attention reads, from `batch["image"]` (and `batch["tokens"]`, if `reads_text`), and the mask of its
+    """The input of cross-attention, from `batch["image"]` (and `batch["tokens"]`, if `reads_text`), and the mask of its
     valid positions (None: all are valid). None: the decoder has no context."""
     prepare: Callable[[Params, Any], Any] = lambda params, context: context
-    """What all steps share, computed once: the cross-attention cache of each layer. `context` is None without one."""
+    """Values that all steps share, computed once: the cross-attention cache of each layer. `context` may be None."""
     cache: Callable[[int, int], Any]
     """(rows, length) to an empty self-attention cache: a pytree of arrays with the leading axis `rows`."""
     decode_step: Callable[..., tuple[Float[Array, "r v"], Any]]

@@ -20,7 +20,7 @@ from jaxmm.task import Decoder, Task
 from jaxmm.validation import require
 
 ANSWERS = Decoding(beams=3, min_length=1, max_length=10)
-"""How BLIP's authors write answers without a list to choose from."""
+"""Settings of BLIP's authors for answers without a list to choose from."""
 SHORTLIST = 128
 """Candidates that BLIP's authors score in full."""
 LOGITS_AT_ONCE = 2**26

@@ -17,7 +17,7 @@ from jaxmm.task import Decoder, Task
 from jaxmm.tasks.image_captioning import prompt_ids
 
 CAPTIONS = Decoding(beams=3, min_length=5, max_length=20)
-"""How BLIP's authors write captions of COCO."""
+"""Settings of BLIP's authors for captions of COCO."""
 
 
 @lru_cache(maxsize=16)

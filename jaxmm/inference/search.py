@@ -74,7 +74,7 @@ def build_index(
     if folder.exists():
         raise SearchError(f"{folder} exists; wanted a new folder for the index")
     if not paths:
-        raise SearchError("there are no pictures to put into an index")
+        raise SearchError("there are no images to put into an index")
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
     wanted = {"model": model, "pictures": fingerprint(paths)}
@@ -100,7 +100,7 @@ def build_index(
             kept += len(rows)
             on_chunk(len(chunk))
     if not kept:
-        raise SearchError(f"none of the {len(paths)} pictures can be read")
+        raise SearchError(f"none of the {len(paths)} images can be read")
     part.rename(folder)
     return kept
 

@@ -182,7 +182,7 @@ class ViT(nn.Module):
         """
         config, width = self.config, self.config.transformer.width
         if image.shape[1:3] != (config.image_size, config.image_size):
-            raise ValueError(f"pictures are {image.shape[1]} x {image.shape[2]}; this model's position table is for "
+            raise ValueError(f"images are {image.shape[1]} x {image.shape[2]}; this model's position table is for "
                              f"{config.image_size} x {config.image_size}")
         patches = PatchEmbedding(config.patch, width, config.patch_bias, jnp.dtype(config.transformer.dtype),
                                  initializers(config.transformer).patches, name="patches")

@@ -1,4 +1,4 @@
-"""What the built-in tasks share to start from a trained model: their models' configurations know what corresponds."""
+"""Methods of the built-in tasks to start from a trained model; the configurations know which parts correspond."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""What BLIP's tasks share: new parameters, the vocabulary of a run's tokenizer, and the capabilities of the model."""
+"""Shared by BLIP's tasks: new parameters, the vocabulary of a run's tokenizer, and the capabilities of the model."""
 
 from collections.abc import Callable
 from dataclasses import replace

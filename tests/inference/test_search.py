@@ -103,7 +103,7 @@ def test_another_list_of_pictures_starts_anew(tmp_path):
 
 
 def test_what_is_no_index(tmp_path):
-    for paths, message in (([], "no pictures"), (["/p/bad.png"], "none of the 1 pictures can be read")):
+    for paths, message in (([], "no images"), (["/p/bad.png"], "none of the 1 images can be read")):
         with pytest.raises(SearchError, match=message):
             build_index(encode, "m", paths, tmp_path / "index", on_error=lambda *_: None)
     build_index(encode, "m", names(12), tmp_path / "index", on_error=lambda *_: None)

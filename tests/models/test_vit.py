@@ -102,7 +102,7 @@ def test_scanned_is_unrolled():
 def test_refuses_pictures_of_another_size(size):
     config, _, params = setting("cls")
     image, = arrays((1, size, 6, 3))
-    with pytest.raises(ValueError, match=f"pictures are {size} x 6; .* is for 6 x 6"):
+    with pytest.raises(ValueError, match=f"images are {size} x 6; .* is for 6 x 6"):
         ViT(config).apply({"params": params}, image, train=False)
 
 
