@@ -163,6 +163,11 @@ class Task:
         """True if there is a decoder that reads a text and then writes."""
         return self.decoder is not None and self.decoder.reads_text
 
+    def with_blockwise_loss(self, size: int) -> "Task | None":
+        """Return this task with its loss in blocks of `size` x `size` logits; None if it has none, or does so already.
+        """
+        return None
+
     def adopt(self, trained: "Task", image_size: int) -> "Task | None":
         """Return this task with the architecture of `trained` at `image_size`, to start from its parameters.
 

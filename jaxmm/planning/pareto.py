@@ -86,8 +86,8 @@ def suggestions(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
     meshes = [mesh for mesh in _meshes(config, topology) if mesh.fsdp > config.mesh.fsdp]
     changes = [replace(config, mesh=mesh) for mesh in meshes]
     tiled = config
-    if getattr(config.task, "tile", 0) is None:
-        tiled = replace(config, task=replace(config.task, tile=TILE))
+    if (task := config.task.with_blockwise_loss(TILE)) is not None:
+        tiled = replace(config, task=task)
         changes.append(tiled)
     policy = remat_of(config)
     changes += [with_remat(config, stronger) for stronger in (REMATS[REMATS.index(policy) + 1:] if policy else ())]

@@ -96,6 +96,10 @@ class BLIPPretraining(Task):
         """Return this task with `ramp` as a number of steps."""
         return replace(self, ramp=count_steps(self.ramp, steps))
 
+    def with_blockwise_loss(self, size):
+        """Return this task with `tile` = `size`; None if it has a tile."""
+        return replace(self, tile=size) if self.tile is None else None
+
     def check_batch(self, size):
         """Check that a batch of `size` fits into the queue and divides into groups of negatives."""
         require(size <= self.queue, "task.queue", self.queue, f"at least data.batch_size = {size}")

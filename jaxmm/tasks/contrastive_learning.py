@@ -63,6 +63,10 @@ class ContrastiveLearning(Task):
             text = replace(text, eos_id=tokenizer.eos_id)
         return replace(self, model=replace(model, text=text))
 
+    def with_blockwise_loss(self, size):
+        """Return this task with `tile` = `size`; None if it has a tile."""
+        return replace(self, tile=size) if self.tile is None else None
+
     def init(self, rng):
         """Initialise the parameters."""
         size = self.model.vision.image_size

@@ -282,7 +282,7 @@ def test_answers_are_what_the_decoder_writes_or_finds_likeliest():
     same = model.answer(pictures[1:2], questions[1], choices=choices, top=1)
     assert same[0][0][0] == chosen[1][0][0] and len(same[0]) == 1
     for arguments, options, message in (
-            ((pictures, questions[:2]), {}, "there are 2 questions for 3 pictures"),
+            ((pictures, questions[:2]), {}, "there are 2 questions for 3 images"),
             ((pictures, ["a", " . ", "b"]), {}, "question ' . ' has no words"),
             ((pictures, "a"), {"choices": []}, r"choices is \[\]; wanted a list of one text or more"),
             ((pictures, "a"), {"choices": ["a"], "top": 0}, "top is 0"),
