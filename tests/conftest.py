@@ -74,6 +74,79 @@ def drawings(_undrawn, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """The folder of a data set of small scenes."""
+    from jaxmm.data.sources.registry import open_source
+
+    folder = tmp_path_factory.mktemp("scenes")
+    open_source("scenes:tiny/train", data_dir=str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_programs():
+    """Let the runs of a session share steps and first states: each task, optimizer and mesh is traced once."""
+    import jax
+    import numpy as np
+
+    from jaxmm.sharding import named_leaves
+    from jaxmm.training import loop, setup
+    from jaxmm.training import step as steps_module
+
+    optimizers, shapes, states, steps = {}, {}, {}, {}
+    make_optimizer, abstract_state, sharded_state, compile_step = (
+        setup.make_optimizer, setup.abstract_state, loop.sharded_state, loop.compile_step)
+
+    def layout(tree):
+        return tuple((path, leaf.shape, leaf.dtype, leaf.sharding) for path, leaf in named_leaves(tree))
+
+    def shared(made, key, make):
+        if key not in made:
+            made[key] = make()
+        return made[key]
+
+    def optimizer(config, params, total, bounds=()):
+        return shared(optimizers, (config, layout(params), total, bounds),
+                      lambda: make_optimizer(config, params, total, bounds))
+
+    def shape(task, optimizer):
+        return shared(shapes, (task, id(optimizer)), lambda: abstract_state(task, optimizer))
+
+    def state(task, optimizer, seed, like, given=None):
+        if given:
+            return sharded_state(task, optimizer, seed, like, given)
+        first = shared(states, (task, id(optimizer), seed, layout(like)), lambda: jax.tree.map(
+            np.asarray, sharded_state(task, optimizer, seed, like)))
+        return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), first, like)
+
+    def traced_once(program):
+        traces, train_step = [], steps_module.train_step
+
+        def counted(*args, **options):
+            traces.append(args)
+            assert len(traces) == 1, "the step was traced again"
+            return train_step(*args, **options)
+
+        def run(*inputs):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(steps_module, "train_step", counted)
+                return program(*inputs)
+
+        return run
+
+    def step(task, optimizer, mesh, like, **options):
+        return shared(steps, (task, id(optimizer), mesh, layout(like), tuple(options.items())),
+                      lambda: traced_once(compile_step(task, optimizer, mesh, like, **options)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_optimizer", optimizer)
+        patch.setattr(setup, "abstract_state", shape)
+        patch.setattr(loop, "sharded_state", state)
+        patch.setattr(loop, "compile_step", step)
+        yield
+
+
+@pytest.fixture(scope="session")
 def _cache_home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache-home")
     if programs := os.environ.get("JAX_COMPILATION_CACHE_DIR"):

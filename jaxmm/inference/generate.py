@@ -166,7 +166,7 @@ def _scores(
         penalty = decoding.repetition_penalty
         scores = jnp.where(present, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
     early = at + 1 < decoding.min_length
-    return jnp.where(early & (jnp.arange(scores.shape[-1]) == end_id), NEVER, scores)
+    return jnp.where(early & (jnp.arange(scores.shape[-1]) == end_id)[None, None], NEVER, scores)
 
 
 def _narrowed(logits: Float[Array, "b v"], decoding: Decoding) -> Float[Array, "b v"]:
@@ -199,7 +199,7 @@ def _one(state, cache, token, score, lengths, decoding, end_id, pad_id) -> State
 def _beams(state, cache, scores, in_prompt, forced, lengths, decoding, end_id) -> State:
     """Expand k beams to their 2k best continuations: those that end become finished, the best k others continue."""
     b, k, v = scores.shape
-    only = jnp.where(jnp.arange(v) == forced[:, None], 0.0, NEVER)[:, None, :]
+    only = jnp.where(jnp.arange(v)[None] == forced[:, None], 0.0, NEVER)[:, None, :]
     scores = jnp.where(in_prompt[:, None, None], only, scores)
     best, where = jax.lax.top_k((state.score[:, :, None] + scores).reshape(b, k * v), min(2 * k, k * v))
     beam, token, place = where // v, where % v, state.at + 1
@@ -213,7 +213,7 @@ def _beams(state, cache, scores, in_prompt, forced, lengths, decoding, end_id) -
     cache = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), cache)
 
     written = _written(place, lengths) ** decoding.length_penalty
-    counts = ends & ~state.ended[:, None] & (jnp.arange(best.shape[1]) < k)
+    counts = ends & ~state.ended[:, None] & (jnp.arange(best.shape[1]) < k)[None]
     finished = jnp.where(counts, best / written, NEVER)
     done_score, chosen = jax.lax.top_k(jnp.concatenate([state.done_score, finished], axis=1), k)
     done = jnp.take_along_axis(jnp.concatenate([state.done, tokens], axis=1), chosen[:, :, None], axis=1)

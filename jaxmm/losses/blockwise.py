@@ -78,7 +78,7 @@ class LogitSums(NamedTuple):
         total = jnp.exp(logits - jnp.expand_dims(highest, axis)).sum(axis=axis)
         return LogitSums(highest, self.total * jnp.exp(self.highest - highest) + total,
                          self.positive + jnp.where(positive, logits, 0.0).sum(axis=axis),
-                         self.count + positive.sum(axis=axis))
+                         self.count + positive.sum(axis=axis).astype(self.count.dtype))
 
     @property
     def log_total(self) -> Float[Array, "n"]:
@@ -115,7 +115,8 @@ class Softmax:
         """Return probabilities minus targets, averaged over both directions."""
         [s] = logits
         directions = (row[0][:, None], row[1][:, None]), (column[0][None], column[1][None])
-        return sum(jnp.exp(s - log_total) - positive / count for log_total, count in directions) / 2
+        weight = positive.astype(s.dtype)
+        return sum(jnp.exp(s - log_total) - weight / count for log_total, count in directions) / 2
 
 
 class Sigmoid:
@@ -175,7 +176,7 @@ class Distilled:
         """Return probabilities minus targets."""
         s, teacher = logits
         log_total, count, teacher_log_total = (x[:, None] for x in row)
-        target = self.alpha * jnp.exp(teacher - teacher_log_total) + (1 - self.alpha) * positive / count
+        target = self.alpha * jnp.exp(teacher - teacher_log_total) + (1 - self.alpha) * positive.astype(s.dtype) / count
         return jnp.exp(s - log_total) - target
 
 

@@ -55,7 +55,7 @@ def cutmix(
 
     def inside(rng, length):
         centre, half = jax.random.uniform(rng) * length, side * length / 2
-        at = jnp.arange(length) + 0.5
+        at = jnp.arange(length, dtype=jnp.float32) + 0.5
         return (at > centre - half) & (at < centre + half)
 
     box = inside(row_rng, height)[:, None] & inside(column_rng, width)[None, :]

@@ -21,11 +21,12 @@ def positive_mask(image_ids: Ids | None, text_ids: Ids | None, size: int) -> Boo
     Positives are the diagonal and all pairs with the same image or the same text: another caption of the same image
     is not a negative.
     """
-    same = jnp.eye(size, dtype=bool)
+    positive = jnp.eye(size, dtype=bool)
     for ids in (image_ids, text_ids):
         if ids is not None:
-            same = same | equal_ids(ids)
-    return same
+            same = equal_ids(ids)
+            positive = jnp.broadcast_to(positive, same.shape) | same
+    return positive
 
 
 def contrastive_logits(
@@ -40,8 +41,10 @@ def softmax_contrastive(logits: Float[Array, "b b"], positive: Bool[Array, "b b"
 
     A row with several positives has a uniform target over them.
     """
+    weight = positive.astype(logits.dtype)
+
     def direction(axis):
-        target = positive / positive.sum(axis=axis, keepdims=True)
+        target = weight / weight.sum(axis=axis, keepdims=True)
         return -(target * jax.nn.log_softmax(logits, axis=axis)).sum(axis=axis).mean()
 
     return (direction(1) + direction(0)) / 2
@@ -62,5 +65,6 @@ def distilled_targets(
     teacher: Float[Array, "b n"], positive: Bool[Array, "b n"], alpha: Float[Array, ""]
 ) -> Float[Array, "b n"]:
     """Return alpha * softmax(teacher) + (1 - alpha) * uniform over a row's positives (ALBEF, Li et al. 2021, eq. 6)."""
-    hard = positive / positive.sum(axis=1, keepdims=True)
+    weight = positive.astype(teacher.dtype)
+    hard = weight / weight.sum(axis=1, keepdims=True)
     return jax.lax.stop_gradient(alpha * jax.nn.softmax(teacher) + (1 - alpha) * hard)

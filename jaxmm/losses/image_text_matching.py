@@ -24,6 +24,7 @@ def matching_loss(
     """Return the mean cross-entropy and the accuracy over the pairs where `counts` is True."""
     import optax  # a tenth of a second of import that using a trained model does without
 
+    counts = counts.astype(logits.dtype)
     total = jnp.maximum(counts.sum(), 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = logits.argmax(axis=1) == labels

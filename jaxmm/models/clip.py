@@ -128,7 +128,7 @@ class TextTower(nn.Module):
         if length > config.context_length:
             raise ValueError(f"texts are {length} tokens long; this model reads at most {config.context_length}")
         x = TokenEmbedding(config.vocab_size, width, name="tokens")(tokens)
-        x = x + self.param("positions", nn.initializers.normal(0.01), (config.context_length, width))[:length]
+        x = x + self.param("positions", nn.initializers.normal(0.01), (config.context_length, width))[None, :length]
         valid = None if config.pad_id is None else tokens != config.pad_id
         mask = padding_mask = None if valid is None else valid[:, None, None, :]
         if config.causal:

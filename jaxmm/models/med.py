@@ -54,7 +54,7 @@ class Embedding(nn.Module):
             raise ValueError(f"texts are {tokens.shape[1]} tokens long; this model reads at most "
                              f"{self.config.positions}")
         positions = jax.lax.dynamic_slice_in_dim(self.positions, start, tokens.shape[1])
-        x = self.norm(self.tokens(tokens) + positions)
+        x = self.norm(self.tokens(tokens) + positions[None])
         return self.dropout(x, deterministic=not train).astype(self.config.transformer.dtype)
 
     def attend(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
@@ -75,7 +75,7 @@ class LanguageHead(nn.Module):
         transform = Linear((stack.width,), dtype=jnp.dtype(stack.dtype), kernel_init=initializers(stack).up,
                            name="transform")
         x = layer_norm(stack, "norm")(ACTIVATIONS[stack.activation](transform(x)))
-        return embedding.attend(x) + self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
+        return embedding.attend(x) + self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))[None, None]
 
 
 class Med(nn.Module):

@@ -195,7 +195,7 @@ class ViT(nn.Module):
             table = self.param("positions", nn.initializers.normal(std), (slots + on_class, width))
         else:
             table = jnp.pad(sincos_positions(*config.grid, width), ((on_class, 0), (0, 0)))
-        x = x + table[on_class:]
+        x = x + table[None, on_class:]
         if train and config.patch_dropout > 0:
             x = keep_patches(x, config.patch_dropout, self.make_rng("dropout"))
         first = []

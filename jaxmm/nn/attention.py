@@ -50,7 +50,8 @@ def attend(
     weights = attention_weights(query, key, mask)
     dropped = weights
     if rng is not None and dropout > 0:
-        dropped = weights * jax.random.bernoulli(rng, 1 - dropout, weights.shape) / (1 - dropout)
+        kept = jax.random.bernoulli(rng, 1 - dropout, weights.shape)
+        dropped = weights * kept.astype(weights.dtype) / (1 - dropout)
     return jnp.einsum("bhts,bshk->bthk", dropped.astype(value.dtype), value), weights
 
 
@@ -182,7 +183,7 @@ class Linear(nn.Module):
         backend = platform()
         x = x.astype(self.dtype).reshape(*(batch if backend == "tpu" else (-1,)), shape[0])
         y = jnp.matmul(x, kernel, preferred_element_type=self.dtype if backend == "gpu" else bias.dtype)
-        return (y + bias).astype(self.dtype).reshape(*batch, *self.features)
+        return (y + jnp.expand_dims(bias, range(y.ndim - 1))).astype(self.dtype).reshape(*batch, *self.features)
 
 
 KeysValues = tuple[Float[Array, "b s h k"], Float[Array, "b s h k"]]

@@ -38,7 +38,7 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape).reshape(-1, self.width)
         x = patchify(image.astype(self.dtype), self.patch) @ kernel.astype(self.dtype)
         if self.bias:
-            x = x + self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
+            x = x + self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)[None, None]
         return x
 
 

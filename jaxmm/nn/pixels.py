@@ -18,7 +18,8 @@ class Pixels:
         """Return (x / 255 - mean) / std of images in 0 to 255, on the device, in fp32."""
         scale = 1 / (255 * jnp.asarray(self.std, jnp.float32))
         shift = jnp.asarray(self.mean, jnp.float32) / jnp.asarray(self.std, jnp.float32)
-        return jnp.asarray(image).astype(jnp.float32) * scale - shift
+        return jnp.asarray(image).astype(jnp.float32) * jnp.broadcast_to(scale, image.shape) - jnp.broadcast_to(
+            shift, image.shape)
 
 
 INCEPTION = Pixels()

@@ -7,7 +7,7 @@ from jaxtyping import Array, Num
 
 def wide(dtype: DTypeLike) -> jnp.dtype:
     """Return the type for scores, sums, logits and losses of `dtype`: fp32, or `dtype` if that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def widened(x: Num[Array, "*b"]) -> Num[Array, "*b"]:

@@ -68,7 +68,7 @@ class Captioning(Task):
         start = jnp.broadcast_to(jnp.asarray((text.decode_id, *given), jnp.int32), (b, 1 + len(given)))
         tokens = jnp.concatenate([start, batch["tokens"][:, 1:]], axis=1)
         logits = module.apply(variables, tokens, image_tokens, train=True, method=BLIP.decode, rngs=second)
-        counts = (tokens != text.pad_id) & (jnp.arange(tokens.shape[1]) > len(given))
+        counts = (tokens != text.pad_id) & (jnp.arange(tokens.shape[1]) > len(given))[None]
         loss = language_loss(logits, tokens, counts, self.smoothing)
         right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]
         return loss, (extra, {"accuracy": right.sum() / jnp.maximum(counts.sum(), 1)})

@@ -34,7 +34,7 @@ def train_step(
     if optimizer.average:
         average = optax.incremental_update(params, state.average, 1 - optimizer.average)
 
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = state.replace(step=state.step + 1, params=params, opt=opt, extra=extra, average=average)
     if skip_nonfinite:

@@ -25,9 +25,9 @@ def small(run, steps, data_dir):
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(scenes):
     """The recipe itself, with small towers and little data."""
-    data_dir = str(tmp_path_factory.mktemp("data"))
+    data_dir = str(scenes)
     whole = load_recipe(RECIPE)
 
     def smaller(run):

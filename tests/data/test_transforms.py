@@ -90,6 +90,11 @@ def test_random_box_draws_area_and_aspect_uniformly():
         np.testing.assert_allclose(quantiles, np.linspace(low, high, 5), atol=0.06 * (high - low))
 
 
+def test_the_aspect_ratio_is_width_over_height():
+    left, top, right, bottom = random_box((400, 400), (0.1, 0.1), (2.0, 2.0), np.random.default_rng(0))
+    assert abs((right - left) / (bottom - top) - 2) < 0.02
+
+
 def test_random_box_falls_back_to_the_centre():
     rng = np.random.default_rng(0)
     assert random_box((10, 1000), (0.9, 1.0), (3 / 4, 4 / 3), rng) == (0, 493, 10, 506)   # round(10 / 0.75) = 13

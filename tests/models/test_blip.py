@@ -41,9 +41,8 @@ def parameters(config, image=IMAGE):
         lambda key: BLIP(config).init(key, image, TOKENS, train=False)["params"], jax.random.key(0)))
 
 
-@pytest.fixture(scope="module", params=SHARING, ids=str)
-def model(request):
-    config = replace(MODEL, text=replace(MED, own=SHARING[request.param]))
+def shared(name):
+    config = replace(MODEL, text=replace(MED, own=SHARING[name]))
     return config, parameters(config)
 
 
@@ -74,8 +73,11 @@ def assert_same_gradients(config, change):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
 
 
-def test_every_mode(model):
-    config, params = model
+@pytest.mark.parametrize("sharing", [
+    "all but self-attention", "nothing", *(pytest.param(name, marks=pytest.mark.long) for name in (
+        "all but cross-attention", "everything"))])
+def test_every_mode(sharing):
+    config, params = shared(sharing)
     p, image, tokens = fp64(params), np.asarray(IMAGE, np.float64), np.asarray(TOKENS)
     seen = reference.vit(p["vision"], image, config.vision)[0]
     got = apply(config, params, IMAGE, TOKENS, train=False, method=BLIP.__call__)
@@ -114,8 +116,9 @@ def test_texts_that_look_at_the_same_picture_in_turn():
     np.testing.assert_allclose(got, apply(MODEL, params, tokens, each, train=False, method=BLIP.match), atol=1e-6)
 
 
-def test_what_is_shared_is_there_once(model):
-    config, params = model
+@pytest.mark.parametrize("sharing", SHARING)
+def test_what_is_shared_is_there_once(sharing):
+    config, params = shared(sharing)
     blocks = {path.split("/")[0] for path, _ in named_leaves(params["text"]["blocks"])}
     own = config.text.own
     assert blocks == {name for part in ("attention", "cross_attention", "mlp") for each in (
@@ -176,7 +179,8 @@ def test_padding_and_what_comes_later_are_not_seen():
         np.testing.assert_allclose(other[:, :T] if method is BLIP.decode else other, one, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"remat": "cheap"}, {"scan": False}], ids=str)
+@pytest.mark.parametrize("change", [
+    {"remat": "cheap"}, {"scan": False}, pytest.param({"remat": "full"}, marks=pytest.mark.long)], ids=str)
 def test_how_it_is_computed_does_not_matter(change):
     assert_same_gradients(MODEL, change)
 

@@ -255,10 +255,23 @@ class Variants(chex.TestCase):
         np.testing.assert_allclose(out.image, x, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(out.text, y, rtol=1e-3, atol=1e-4)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, with_pmap=True)
     def test_clip(self):
         self.check("clip")
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, with_pmap=True)
+    def test_siglip(self):
+        self.check("siglip")
+
+
+@pytest.mark.long
+class Eager(Variants):
+    """Without jit, one operation after the other."""
+
+    @chex.variants(without_jit=True)
+    def test_clip(self):
+        self.check("clip")
+
+    @chex.variants(without_jit=True)
     def test_siglip(self):
         self.check("siglip")

@@ -190,9 +190,21 @@ def test_names():
 class Variants(chex.TestCase):
     """The same numbers with jit, without, and under pmap, which gives every device a copy of the arguments."""
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
-    def test_vit(self):
+    def check(self):
         config, image, params = setting("map with registers")
         run = self.variant(lambda p, x: ViT(config).apply({"params": p}, x, train=False).logits, n_devices=2)
         expected = reference.vit(fp64(params), fp64(image), config)[2]
         np.testing.assert_allclose(run(params, image), expected, rtol=1e-3, atol=1e-4)
+
+    @chex.variants(with_jit=True, with_pmap=True)
+    def test_vit(self):
+        self.check()
+
+
+@pytest.mark.long
+class Eager(Variants):
+    """Without jit, one operation after the other."""
+
+    @chex.variants(without_jit=True)
+    def test_vit(self):
+        self.check()

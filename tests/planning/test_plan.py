@@ -31,6 +31,12 @@ def recipe(batch_size=16, **fields):
 
 
 @pytest.fixture
+def plans_folder(user_cache):
+    """Where the command keeps plans: what one test compiled the others find there."""
+    return user_cache / "jaxmm" / "plans"
+
+
+@pytest.fixture
 def eight():
     """The topology `h100:8` with the tests' eight CPU devices."""
     return Topology("h100:8", "h100", CHIPS["h100"], tuple(jax.devices()))
@@ -56,9 +62,9 @@ def test_topologies(name, count):
 
 
 @TPU
-def test_a_plan_for_tpus(tmp_path, monkeypatch):
+def test_a_plan_for_tpus(plans_folder, monkeypatch):
     topology = open_topology("v5e:2x2")
-    made = make_plan(recipe(), topology, tmp_path)
+    made = make_plan(recipe(), topology, plans_folder)
     assert made.fits and made.chips == 4 and made.mesh == {"data": 2, "fsdp": 2, "tensor": 1}
     assert made.peak_bytes == (made.argument_bytes + made.temporary_bytes + made.output_bytes + made.code_bytes
                                - made.aliased_bytes) < made.hbm_bytes == 15.75 * 2**30
@@ -71,9 +77,9 @@ def test_a_plan_for_tpus(tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("compiled again")
     monkeypatch.setattr(plans, "compiler_report", refuse)
-    assert make_plan(recipe(), topology, tmp_path) == made
+    assert make_plan(recipe(), topology, plans_folder) == made
     with pytest.raises(AssertionError):
-        make_plan(recipe(32), topology, tmp_path)
+        make_plan(recipe(32), topology, plans_folder)
 
 
 @TPU

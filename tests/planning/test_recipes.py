@@ -23,7 +23,6 @@ from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "shardings"
-QUICK = "vit_s16_imagenet"
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 
 
@@ -96,8 +95,8 @@ def test_headers_have_plans_that_fit():
 
 
 @pytest.mark.skipif(NO_LIBTPU, reason="libtpu is not installed: pip install 'jaxmm[tpu]'")
-@pytest.mark.parametrize("name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.long)
-                                  for name in TARGETS])
+@pytest.mark.long
+@pytest.mark.parametrize("name", TARGETS)
 def test_it_fits_its_topology(name):
     """Compile for the target topology: seconds for the smallest, ten minutes on two cores for BLIP's pre-training.
 

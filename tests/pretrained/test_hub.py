@@ -13,15 +13,23 @@ import pytest
 from tests.pretrained import tiny
 
 COMMIT = {"main": "a" * 40, "v2": "b" * 40}
-LOAD = """
-import json, sys
-from jaxmm.pretrained.io.files import FileError
+LOADER = """
+import json, os, sys
 from jaxmm.inference.model import load
-try:
-    model = load(sys.argv[1], revision=sys.argv[2] or None)
-    print(json.dumps({"parameters": model.num_parameters, "ids": model.tokenize(["a red circle"]).tolist()}))
-except FileError as error:
-    print(json.dumps({"error": str(error)}))
+from jaxmm.pretrained.io.files import FileError
+for line in sys.stdin:
+    source, revision, env = json.loads(line)
+    if os.fork():
+        os.wait()
+        continue
+    os.environ.update(env)
+    try:
+        model = load(source, revision=revision or None)
+        answer = {"parameters": model.num_parameters, "ids": model.tokenize(["a red circle"]).tolist()}
+    except FileError as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), flush=True)
+    os._exit(0)
 """
 
 
@@ -76,8 +84,18 @@ def files(tmp_path_factory):
     return data | {"pytorch_model.bin": b"not wanted", "flax_model.msgpack": b"not wanted", "README.md": b"# hello"}
 
 
+@pytest.fixture(scope="module")
+def loader():
+    """A process that has imported everything; each load is in a fork of it, as `huggingface_hub` reads the environment
+    when it is imported."""
+    with subprocess.Popen([sys.executable, "-c", LOADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.fixture
-def hub(files, tmp_path):
+def hub(files, loader, tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.asked, server.token = [], None
     server.files = {"main": files, "v2": {name: data for name, data in files.items() if name != "model.safetensors"}}
@@ -86,12 +104,11 @@ def hub(files, tmp_path):
 
     def load(source="some/model", revision="", **env):
         asked = len(server.asked)
-        env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
-                            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "JAX_PLATFORMS": "cpu",
-                            "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"} | env
-        done = subprocess.run([sys.executable, "-c", LOAD, source, revision], env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout), [path for _, path in server.asked[asked:]]
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
+               "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1",
+               "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"} | env
+        print(json.dumps([source, revision, env]), file=loader.stdin, flush=True)
+        return json.loads(loader.stdout.readline()), [path for _, path in server.asked[asked:]]
 
     load.server = server
     yield load

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 
 import chex
 import jax
@@ -21,6 +22,18 @@ from tests.reference import fp64, log_softmax
 
 B, T, QUEUE = 4, 6, 10
 TASK = BLIPPretraining(model=MODEL, queue=QUEUE, momentum=0.9, alpha=0.4, ramp=3, smoothing=0.1)
+
+
+@cache
+def loss_among(negatives):
+    """The loss, compiled."""
+    return jax.jit(replace(TASK, negatives=negatives).loss)
+
+
+@cache
+def gradients(task):
+    """Value of the loss of `task`, and its gradients for the parameters, compiled."""
+    return jax.jit(jax.value_and_grad(task.loss, has_aux=True))
 
 
 def batch(step):
@@ -120,7 +133,7 @@ class Oracle:
 def test_the_three_losses_over_steps(negatives):
     params, extra = start()
     oracle = Oracle(params, extra, negatives or B)
-    loss = jax.jit(replace(TASK, negatives=negatives).loss)
+    loss = loss_among(negatives)
     for step in range(5):
         rng = jax.random.key(step)
         want = oracle.losses(batch(step), rng)
@@ -162,11 +175,11 @@ def test_pictures_stay_where_they_are_if_their_negatives_do(negatives, gathers):
 
 def test_pairs_without_ids_belong_to_themselves_alone():
     params, extra = start()
-    loss = jax.jit(lambda data: replace(TASK, negatives=2).loss(params, extra, data, jax.random.key(0))[0])
     names = "image_id", "text_id"
     bare = {name: value for name, value in batch(0).items() if name not in names}
     different = dict.fromkeys(names, jnp.arange(2 * B, dtype=jnp.int32).reshape(B, 2))
-    np.testing.assert_allclose(loss(bare), loss(bare | different), rtol=1e-6)
+    one, other = (loss_among(2)(params, extra, data, jax.random.key(0))[0] for data in (bare, bare | different))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_a_queue_that_cannot_be_shared():
@@ -234,10 +247,11 @@ def test_gradients_are_finite_differences():
             np.testing.assert_allclose((slope * direction).reshape(3, -1).sum(axis=1), want, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=4), MeshConfig(data=2, fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize("mesh", [
+    MeshConfig(data=2, fsdp=2, tensor=2), pytest.param(MeshConfig(data=4), marks=pytest.mark.long)], ids=str)
 def test_one_device_and_eight_compute_the_same(mesh):
     params, extra = start()
-    want, (state, _) = jax.jit(TASK.loss)(params, extra, batch(0), jax.random.key(0))
+    want, (state, _) = loss_among(None)(params, extra, batch(0), jax.random.key(0))
     mesh = make_mesh(mesh)
     spread = jax.device_put((params, extra), shardings((params, extra), mesh))
     with jax.set_mesh(mesh):
@@ -261,8 +275,7 @@ def test_all_of_one_picture():
     """Nothing is a negative: only the pairs themselves are matched, and every gradient is finite."""
     task, params, extra = writes_not(*start())
     data = batch(0) | {"image_id": jnp.zeros((B, 2), jnp.int32)}
-    (total, (_, metrics)), slopes = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(
-        params, extra, data, jax.random.key(0))
+    (total, (_, metrics)), slopes = gradients(task)(params, extra, data, jax.random.key(0))
     module = BLIP(task.model)
     logits = module.apply({"params": params}, task.pixels(data["image"]), data["tokens"], train=False).match_logits
     np.testing.assert_allclose(metrics["matching"], -jax.nn.log_softmax(logits)[:, 1].mean(), rtol=1e-5)
@@ -302,7 +315,7 @@ def test_what_cannot_be():
 def test_without_a_decoder_it_does_not_write():
     params, extra = start()
     task, few, state = writes_not(params, extra)
-    total, (_, metrics) = jax.jit(task.loss)(few, state, batch(0), jax.random.key(0))
-    whole, (_, all_metrics) = jax.jit(TASK.loss)(params, extra, batch(0), jax.random.key(0))
+    (total, (_, metrics)), _ = gradients(task)(few, state, batch(0), jax.random.key(0))
+    whole, (_, all_metrics) = loss_among(None)(params, extra, batch(0), jax.random.key(0))
     assert "writing" not in metrics
     np.testing.assert_allclose(total, whole - all_metrics["writing"], rtol=1e-5)

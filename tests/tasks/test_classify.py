@@ -113,7 +113,19 @@ def test_refuses(field, value):
 class Variants(chex.TestCase):
     """The whole loss with jit, without, and under pmap."""
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
-    def test_loss(self):
+    def check(self):
         loss = self.variant(lambda p, batch, rng: CLASSIFY.loss(p, {}, batch, rng)[0], n_devices=2)
         np.testing.assert_allclose(loss(params(CLASSIFY), labelled(), jax.random.key(0)), numpy_loss(), rtol=1e-4)
+
+    @chex.variants(with_jit=True, with_pmap=True)
+    def test_loss(self):
+        self.check()
+
+
+@pytest.mark.long
+class Eager(Variants):
+    """Without jit, one operation after the other."""
+
+    @chex.variants(without_jit=True)
+    def test_loss(self):
+        self.check()

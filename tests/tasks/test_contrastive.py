@@ -161,10 +161,23 @@ class Variants(chex.TestCase):
         loss = self.variant(lambda p, batch, rng: task.loss(p, {}, batch, rng)[0], n_devices=2)
         np.testing.assert_allclose(loss(params(task), pairs(), jax.random.key(0)), numpy_loss(task)[0], rtol=1e-4)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, with_pmap=True)
     def test_softmax(self):
         self.check(SOFTMAX)
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    @chex.variants(with_jit=True, with_pmap=True)
+    def test_sigmoid(self):
+        self.check(SIGMOID)
+
+
+@pytest.mark.long
+class Eager(Variants):
+    """Without jit, one operation after the other."""
+
+    @chex.variants(without_jit=True)
+    def test_softmax(self):
+        self.check(SOFTMAX)
+
+    @chex.variants(without_jit=True)
     def test_sigmoid(self):
         self.check(SIGMOID)

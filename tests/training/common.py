@@ -35,6 +35,10 @@ from jaxmm.training.optimizer import Optimizer, make_optimizer
 SIDE, CLASSES, VOCABULARY, LENGTH = 12, 10, 64, 7
 
 
+class Killed(BaseException):
+    """An end that no handler of errors sees."""
+
+
 def vision(**stack) -> ViTConfig:
     """9 patches of width 40 for 4 heads of 10: the mesh axes of the tests divide them."""
     stack = TransformerConfig(**{"width": 40, "depth": 2, "heads": 4, "mlp_dim": 56} | stack)

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxmm import checkpoints
 from jaxmm.config import CheckpointConfig, MeshConfig
 from jaxmm.training.loop import train
-from tests.training.common import clip_run
+from tests.training.common import Killed, clip_run
 
 STEPS, EVERY = 28, 4
 
@@ -23,11 +23,13 @@ def config(data_dir, *, steps=STEPS, mesh=(1, 1, 1)):
                     checkpoint=CheckpointConfig(every=EVERY, keep=9))
 
 
-def run(workdir, data_dir, pause=None, **options):
-    """Train in `workdir`, with a ledger of the records that each step used."""
+def run(workdir, data_dir, pause=None, end=None, **options):
+    """Train in `workdir`, with a ledger of the records that each step used; raise `Killed` before step `end` is."""
     workdir.mkdir(exist_ok=True)
     with (workdir / "ledger.jsonl").open("a") as ledger:
         def observe(step, batch):
+            if step == end:
+                raise Killed
             ledger.write(json.dumps({"step": step, "records": batch["index"].tolist()}) + "\n")
             ledger.flush()
             if step == pause:

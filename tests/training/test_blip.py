@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
+from jaxmm.config import CheckpointConfig, ConfigError
 from jaxmm.evals import Captions, Retrieval
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import load
@@ -17,7 +17,7 @@ from jaxmm.tasks.blip_pretraining import BLIPPretraining
 from jaxmm.tasks.image_captioning import Captioning
 from jaxmm.training.loop import train
 from jaxmm.training.setup import prepare
-from tests.training.common import assert_same_bits, clip_run, lines, restored
+from tests.training.common import Killed, assert_same_bits, clip_run, lines, restored
 
 pytestmark = pytest.mark.usefixtures("no_java")
 STACK = {"depth": 2, "heads": 2, "dropout": 0.1}
@@ -31,27 +31,29 @@ TASKS = {
         vision=VISION, text=replace(TEXT, encoder=False), embed_dim=None, matching=False, temperature=None))}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
-
-
-def test_a_queue_with_too_little_room_stops_the_run_before_it_begins(data, tmp_path):
-    config = replace(clip_run(data, steps=6), task=replace(TASKS["pretraining"], queue=11), evals=())
+def test_a_queue_with_too_little_room_stops_the_run_before_it_begins(scenes, tmp_path):
+    config = replace(clip_run(scenes, steps=6), task=replace(TASKS["pretraining"], queue=11), evals=())
     with pytest.raises(ConfigError, match=r"task\.queue is 11; wanted at least data\.batch_size = 12"):
         prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_an_interrupted_run_goes_on_bit_for_bit(kind, data, tmp_path):
+def test_an_interrupted_run_goes_on_bit_for_bit(kind, scenes, tmp_path):
     evals = (Captions(decoding=Decoding(max_length=8), limit=12, batch_size=8, examples=2),)
     if kind == "pretraining":
         evals += (Retrieval(batch_size=16),)
-    config = replace(clip_run(data, steps=6), task=TASKS[kind], evals=evals)
+    config = replace(clip_run(scenes, steps=6), task=TASKS[kind], evals=evals)
     config = replace(config, data=replace(config.data, val="scenes:tiny/val"))
+    config = replace(config, checkpoint=CheckpointConfig(every=3))
     metrics = train(config, tmp_path / "whole")
-    train(replace(config, steps=3, evals=()), tmp_path / "run")
+
+    def end(step, batch):
+        if step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", observe=end)
     assert train(config, tmp_path / "run") == metrics
     one, other = restored(tmp_path / "run", 6), restored(tmp_path / "whole", 6)
     assert_same_bits(one, other)

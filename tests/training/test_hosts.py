@@ -25,7 +25,6 @@ from PIL import Image
 from jaxmm.checkpoints import whole_steps
 from jaxmm.config import ConfigError
 from jaxmm.data.pipeline import step_records
-from jaxmm.data.sources.registry import open_source
 from jaxmm.hosts import clusters
 from jaxmm.hosts.heartbeat import LONG, STATUS, Heartbeat, HostStatus, caused_elsewhere, detect_failure
 from jaxmm.hosts.startup import HostsConfig, count_hosts, detect_process_count, join
@@ -113,9 +112,9 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
+def nursery(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
-    open_source("scenes:tiny/train", data_dir=str(folder / "data"))
+    (folder / "data").symlink_to(scenes)
     rng = np.random.default_rng(0)
     for split, count, broken in (("train", 3, {1}), ("val", 5, {2, 3})):
         for i in range(count):

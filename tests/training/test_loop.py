@@ -300,8 +300,8 @@ def test_a_loss_with_extra_state_is_not_computed_in_parts(tmp_path):
         train(replace(LINEAR, microbatches=2), tmp_path)
 
 
-def test_a_refused_start_leaves_nothing_behind(tmp_path):
-    config = clip_run(tmp_path / "tfds", steps=1)
+def test_a_refused_start_leaves_nothing_behind(scenes, tmp_path):
+    config = clip_run(scenes, steps=1)
     short = replace(config, data=replace(config.data, tokenizer=TokenizerConfig(vocab_size=150, context_length=9)))
     with pytest.raises(ConfigError, match="context_length is 9"):
         train(short, tmp_path / "run")

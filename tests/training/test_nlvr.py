@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -34,7 +36,7 @@ def colour(name):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A work folder, and the last metrics."""
+    """`run(steps)`: a work folder, and the last metrics."""
     folder, lines = tmp_path_factory.mktemp("nlvr"), []
     for name in COLOURS:
         Image.fromarray(colour(name)).save(folder / f"{name}.png")
@@ -47,28 +49,43 @@ def run(tmp_path_factory):
                       image=ImageConfig(size=8, scale=(0.5, 1.0), eval_crop="squash"),
                       tokenizer=TokenizerConfig(vocab_size=40, context_length=8))
     config = TrainConfig(
-        task=PairClassification(model=MODEL), steps=150, log_every=10, data=data,
+        task=PairClassification(model=MODEL), steps=150, log_every=1, data=data,
         mesh=MeshConfig(data=1), microbatches=2,
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup=10, weight_decay=0.0), evals=(TopKAccuracy(examples=3),))
-    return folder / "run", train(config, folder / "run")
+    return cache(lambda steps: (folder / str(steps), train(replace(config, steps=steps), folder / str(steps))))
 
 
+@pytest.mark.long
 def test_it_learns(run):
-    folder, metrics = run
+    folder, metrics = run(150)
     losses = [loss for _, loss in lines(folder, "train/loss")]
     assert losses[0] > 0.5 and losses[-1] < 0.1 and metrics["val/loss"] < 0.1 and metrics["val/top1"] == 1
     assert (folder / "report.html").read_text().count("<b>True</b>") >= 1
 
 
+def test_it_is_trained_and_asked_about_pictures(run):
+    folder, metrics = run(10)
+    assert len(lines(folder, "train/loss")) == 10 and metrics["val/loss"] > 0
+    assert "<b>True</b>" in (folder / "report.html").read_text()
+    asked(folder)
+
+
+@pytest.mark.long
 def test_what_it_learned_is_asked_of_pictures(run):
-    model = load(run[0])
+    assert (asked(run(150)[0]) > 0.5).tolist() == [True, False, True]
+
+
+def asked(folder):
+    """Answers of the model in `folder`, compared with what it computes."""
+    model = load(folder)
     red, blue = map(colour, COLOURS)
     found = model.compare_pair([(red, blue), (blue, red), (red, blue)],
                           ["The left is red!", "the left is red", "the right is blue"])
-    assert (found > 0.5).tolist() == [True, False, True] and found.shape == (3,)
+    assert found.shape == (3,)
     batch = {"image": model.preprocess([blue, red])[None], "tokens": model.tokenize(["the left is red"])}
     logits = jax.jit(model.task.classifier.logits)(model.params, batch)
     np.testing.assert_allclose(found[1], jax.nn.softmax(logits)[0, 1], rtol=1e-4)
     assert model.encode_image([red]).shape == (1, 24) and model.compare_pair([], []).shape == (0,)
     with pytest.raises(ValueError, match="1 pairs and 2 texts"):
         model.compare_pair([(red, blue)], ["one", "two"])
+    return found

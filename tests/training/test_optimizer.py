@@ -154,6 +154,14 @@ def test_adafactor_factors():
     assert sizes[-1] == 128 * 130 and sizes[-2] == 130 and sizes[-3] == 128, "first moment, rows, columns"
 
 
+def test_adafactors_first_moment_is_not_debiased():
+    """The first update is 1 - b1 of the clipped one, whose largest entries are of size 1."""
+    params = {"bias": jnp.full(3, 2.0)}
+    tx = optimizer(params, name="adafactor", b1=0.9, learning_rate=0.5, weight_decay=0.0).tx
+    new, _ = step(tx, params, {"bias": jnp.full(3, 0.3)})
+    np.testing.assert_allclose(new["bias"], 2 - 0.5 * (1 - 0.9), rtol=1e-4)
+
+
 def test_moments_in_bf16():
     for name in ("adamw", "lion", "sgd", "adafactor", "muon"):
         state = jax.eval_shape(optimizer(TREE, name=name, moment_dtype="bfloat16").tx.init, TREE)

@@ -15,18 +15,13 @@ import pytest
 from jaxmm import checkpoints
 from jaxmm.checkpoints import MANIFEST, Checkpoints
 from jaxmm.data.pipeline import step_records
-from jaxmm.data.sources.registry import open_source
 from jaxmm.training.logs import MetricLog
-from tests.training.common import assert_same_bits, lines, restored
+from tests.training.common import Killed, assert_same_bits, lines, restored
 from tests.training.process import EVERY, STEPS, config, run
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900
 """Seconds that a process may take for what takes a few."""
-
-
-class Killed(BaseException):
-    """An end that no handler of errors sees."""
 
 
 class Trainer:
@@ -71,30 +66,23 @@ def unfinished(workdir):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    open_source("scenes:tiny/train", data_dir=str(folder))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
+def undisturbed(scenes, tmp_path_factory):
     """An undisturbed run."""
     workdir = tmp_path_factory.mktemp("whole")
-    run(workdir, data)
+    run(workdir, scenes)
     return workdir
 
 
-def test_killed_again_and_again_a_run_ends_as_if_undisturbed(undisturbed, data, tmp_path, monkeypatch, capsys):
+def test_killed_again_and_again_a_run_ends_as_if_undisturbed(undisturbed, scenes, tmp_path, monkeypatch, capsys):
     """At random and while Orbax writes, as a process; while digests are taken and when asked to stop, in this one."""
     workdir = tmp_path / "killed"
     workdir.mkdir()
-    trainer = Trainer(workdir, data, "--pause", 9)
+    trainer = Trainer(workdir, scenes, "--pause", 9)
     trainer.wait_for(lambda: len(used(workdir)) >= 6)
     assert "from the start" in trainer.kill()
 
     start = last(workdir)
-    trainer = Trainer(workdir, data, "--block")
+    trainer = Trainer(workdir, scenes, "--block")
     trainer.wait_for((workdir / "blocked").exists)
     assert (f"going on after step {start}" if start else "from the start") in trainer.kill()
     assert unfinished(workdir) and last(workdir) == start                  # it was killed in the middle of a save
@@ -104,7 +92,7 @@ def test_killed_again_and_again_a_run_ends_as_if_undisturbed(undisturbed, data, 
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(checkpoints, "digests", end)
-        run(workdir, data)
+        run(workdir, scenes)
     assert unfinished(workdir) and last(workdir) == start
 
     stopped, plain = start + 6, MetricLog.write
@@ -116,10 +104,10 @@ def test_killed_again_and_again_a_run_ends_as_if_undisturbed(undisturbed, data, 
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricLog, "write", write)
-        assert run(workdir, data) == {}
+        assert run(workdir, scenes) == {}
     assert "as asked, everything is saved" in capsys.readouterr().err
     assert stopped <= last(workdir) < STEPS
-    run(workdir, data)
+    run(workdir, scenes)
     assert "report: " in capsys.readouterr().err
 
     assert lines(workdir, "train/loss") == lines(undisturbed, "train/loss")
@@ -138,18 +126,19 @@ def test_killed_again_and_again_a_run_ends_as_if_undisturbed(undisturbed, data, 
         assert sorted(order[epoch * 160:(epoch + 1) * 160]) == list(range(160))
 
 
-def test_one_device_and_eight_go_on_with_what_the_other_wrote(undisturbed, data, tmp_path, capsys):
+def test_one_device_and_eight_go_on_with_what_the_other_wrote(undisturbed, scenes, tmp_path, capsys):
     up, down = tmp_path / "up", tmp_path / "down"
     shutil.copytree(undisturbed, up)
     half = 3 * EVERY
     for step in Checkpoints(up / "checkpoints").steps():
         if step > half:
             shutil.rmtree(up / "checkpoints" / str(step))
-    run(down, data, mesh=(2, 2, 2), steps=half)
+    with pytest.raises(Killed):
+        run(down, scenes, mesh=(2, 2, 2), end=half + 1)
     assert "from the start" in capsys.readouterr().err
-    run(up, data, mesh=(2, 2, 2))
+    run(up, scenes, mesh=(2, 2, 2))
     assert f"going on after step {half}" in capsys.readouterr().err
-    run(down, data)
+    run(down, scenes)
     wanted = lines(undisturbed, "train/loss")
     for workdir in (up, down):
         np.testing.assert_allclose(lines(workdir, "train/loss"), wanted, rtol=1e-5)

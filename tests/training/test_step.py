@@ -64,8 +64,9 @@ def assert_learning(losses):
     assert np.isfinite(losses).all() and np.abs(np.diff(losses)).min() > 1e-3
 
 
-@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, axes", [
+    pytest.param(kind, axes, id=f"{kind}-{name}", marks=[] if kind == "vit" or name == "2x2x2" else pytest.mark.long)
+    for kind in KINDS for name, axes in MESHES.items()])
 def test_eight_devices_compute_what_one_does(kind, axes, record_property):
     one, many = run(kind, ONE), run(kind, axes)
     assert_learning(one.losses)
@@ -84,12 +85,12 @@ def test_what_is_random_is_the_same_on_eight_devices():
     assert np.abs(one.losses / run("clip", ONE).losses - 1).max() > 1e-3        # it was drawn at all
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["vit", *(pytest.param(kind, marks=pytest.mark.long) for kind in KINDS[1:])])
 def test_unrolled_layers_compute_what_scanned_ones_do(kind):
     np.testing.assert_allclose(run(kind, ONE, scan=False).losses, run(kind, ONE).losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["vit", "clip", pytest.param("siglip", marks=pytest.mark.long)])
 def test_microbatches_give_the_same_losses_in_less_memory(kind, record_property):
     full, parts = run(kind, ONE), run(kind, ONE, microbatches=4)
     record_property(f"{kind}, batch {BATCH}, temporary memory",
@@ -105,7 +106,7 @@ def test_microbatches_are_exact_on_a_mesh():
     np.testing.assert_allclose(parts.losses, run("clip", ONE).losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", ["clip", pytest.param("siglip", marks=pytest.mark.long)])
 def test_losses_in_blocks_are_exact_with_microbatches_on_a_mesh(kind):
     blocks = run(kind, MESHES["2x2x2"], microbatches=4, tile=3)
     np.testing.assert_allclose(blocks.losses, run(kind, ONE).losses, rtol=1e-5)
