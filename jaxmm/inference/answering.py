@@ -59,7 +59,7 @@ def rank(
     def score(chosen):
         tokens = candidates[chosen].reshape(-1, t)
         logits = decoder.logits(params, tokens, prepared, context_mask)
-        counts = (tokens != decoder.pad_id) & (jnp.arange(t) >= given)
+        counts = (tokens != decoder.pad_id) & (jnp.arange(t) >= given)[None]
         return -token_losses(logits, tokens, counts, smoothing).sum(axis=1).reshape(b, -1)
 
     size = chosen.shape[1]

@@ -152,6 +152,7 @@ class TextTower(nn.Module):
                 at = jnp.zeros((b,), int)
             case "mean":
                 valid = jnp.ones((b, length), bool) if valid is None else valid
+                valid = valid.astype(jnp.float32)
                 weights = (valid / valid.sum(axis=1, keepdims=True).clip(1)).astype(x.dtype)
                 return jnp.einsum("btd,bt->bd", x, weights)
             case "map":
