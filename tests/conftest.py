@@ -11,6 +11,9 @@ import tests.typecheck  # noqa: F401  (the hook names it but does not import it)
 from tests.xla import flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+STRICT_DTYPES = ("losses", "models", "nn", "tasks")
+"""Folders whose tests refuse implicit promotion of dtypes: what these import computes nothing with it."""
 PROCESSES = ("test_hosts", "test_resume", "test_stages", "test_processes")
 """Files whose tests start processes."""
 
@@ -54,6 +57,16 @@ def pytest_terminal_summary(terminalreporter):
 
 
 install_import_hook("jaxmm", "tests.typecheck.typechecked")
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtypes(request):
+    """Refuse implicit promotion of dtypes, except where Flax's or optax's own code promotes them."""
+    import jax
+
+    strict = request.path.parent.name in STRICT_DTYPES and "standard_promotion" not in request.keywords
+    with jax.numpy_dtype_promotion("strict" if strict else "standard"):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

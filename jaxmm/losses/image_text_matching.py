@@ -28,4 +28,4 @@ def matching_loss(
     total = jnp.maximum(counts.sum(), 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = logits.argmax(axis=1) == labels
-    return (losses * counts).sum() / total, (correct * counts).sum() / total
+    return (losses * counts).sum() / total, (correct.astype(counts.dtype) * counts).sum() / total

@@ -134,7 +134,7 @@ def _fused_gradients(query, key, value, out, log_total, mask, gradient):
     """Compute the gradients with scores laid out as [b h s t], which saves a transposed copy of them."""
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     kind = {"preferred_element_type": wide(dtype)}
-    delta = (widened(gradient) * out).sum(axis=-1).swapaxes(1, 2)  # [b h t]
+    delta = (widened(gradient) * widened(out)).sum(axis=-1).swapaxes(1, 2)  # [b h t]
     q, k, v, g = to_bhtd(query * scale), to_bhtd(key), to_bhtd(value), to_bhtd(gradient)
     with jax.named_scope("recomputed"):
         scores = jnp.einsum("bhsk,bhtk->bhst", k, q, **kind)

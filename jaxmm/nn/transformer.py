@@ -180,7 +180,7 @@ class Block(nn.Module):
             y = nn.Dropout(config.dropout, deterministic=not train)(y)
             if train and config.drop_path > 0:
                 keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_path, (len(y), 1, 1))
-                y = y * (keep / (1 - drop_path)).astype(y.dtype)
+                y = y * (keep.astype(jnp.float32) / (1 - drop_path)).astype(y.dtype)
             return y
 
         y = layer_norm(config, "attention_norm")(x)

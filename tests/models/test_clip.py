@@ -218,6 +218,7 @@ def test_initial_scale_and_bias():
     assert values["siglip"]["logit_bias"] == -10
 
 
+@pytest.mark.standard_promotion
 def test_bf16():
     config, image, params = setting("siglip")
     half = {"dtype": "bfloat16"}

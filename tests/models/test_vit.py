@@ -106,6 +106,7 @@ def test_refuses_pictures_of_another_size(size):
         ViT(config).apply({"params": params}, image, train=False)
 
 
+@pytest.mark.standard_promotion
 def test_bf16():
     """Parameters, logits and softmax stay fp32, and the result is close to fp32's."""
     config, image, params = setting("map")

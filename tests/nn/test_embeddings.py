@@ -52,7 +52,8 @@ def test_patch_embedding_is_a_convolution(bias):
     ours = jax.jit(lambda p: module.apply({"params": p}, image))(params)
     convolved = jax.lax.conv_general_dilated(image, jnp.asarray(params["kernel"]), (4, 4), "VALID",
                                              dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    np.testing.assert_allclose(ours, convolved.reshape(2, 6, 5) + params.get("bias", 0), rtol=1e-4, atol=1e-5)
+    convolved = np.asarray(convolved).reshape(2, 6, 5)
+    np.testing.assert_allclose(ours, convolved + np.asarray(params.get("bias", 0)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows, columns, width", [(3, 5, 8), (2, 2, 12)])

@@ -190,6 +190,7 @@ def test_dropout_only_in_training():
     np.testing.assert_allclose(apply(jax.random.key(0), False), run(CONFIG, params, x).tokens, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.standard_promotion
 def test_bf16_activations_fp32_norm_statistics():
     """A large common offset: variance taken in bf16 would be nonsense."""
     config = replace(CONFIG, dtype="bfloat16", depth=1)

@@ -214,6 +214,7 @@ def watched(patch, held):
     return found
 
 
+@pytest.mark.standard_promotion
 def test_gradients_are_finite_differences():
     """fp64: along a random direction of every parameter, each loss's central difference is its slope to 1e-6."""
     with jax.enable_x64(True):

@@ -76,6 +76,7 @@ def test_predict():
     assert predicted["features"].shape == (B, 12) and predicted["features"].dtype == jnp.float32
 
 
+@pytest.mark.standard_promotion
 def test_bf16():
     half = bf16(CLASSIFY)
     value, grads = jax.jit(jax.value_and_grad(lambda p: half.loss(p, {}, labelled(), jax.random.key(0))[0]))(

@@ -84,6 +84,7 @@ def test_predict(kind):
     assert out["features"].shape == (B, 12) and {x.dtype for x in out.values()} == {np.dtype("float32")}
 
 
+@pytest.mark.standard_promotion
 @pytest.mark.parametrize("kind", TASKS)
 def test_bf16(kind):
     task = TASKS[kind]

@@ -97,7 +97,7 @@ class Linear(Task):
 
     def encode(self, params, batch, rng):
         x = batch["image"].reshape(len(batch["image"]), -1) / 255.0
-        return x @ params["up"]["kernel"] @ params["head"]["kernel"] + params["head"]["bias"]
+        return x @ params["up"]["kernel"] @ params["head"]["kernel"] + params["head"]["bias"][None]
 
     def objective(self, params, outputs, batch):
         loss = jnp.square(outputs - jax.nn.one_hot(batch["label"], CLASSES)).mean()
