@@ -136,8 +136,9 @@ def shared_programs():
         traces, train_step = [], steps_module.train_step
 
         def counted(*args, **options):
-            traces.append(args)
-            assert len(traces) == 1, "the step was traced again"
+            inputs = str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), args[2:]))
+            assert inputs not in traces, "the step was traced again for arrays of the same shapes"
+            traces.append(inputs)
             return train_step(*args, **options)
 
         def run(*inputs):

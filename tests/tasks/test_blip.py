@@ -245,7 +245,7 @@ def test_gradients_are_finite_differences():
                     np.testing.assert_array_equal(one[0], other[0])
                 ends.append(end)
             want = (ends[0] - ends[1]) / (2 * step)
-            np.testing.assert_allclose((slope * direction).reshape(3, -1).sum(axis=1), want, rtol=1e-6, atol=1e-9)
+            np.testing.assert_allclose((slope * direction[None]).reshape(3, -1).sum(axis=1), want, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("mesh", [

@@ -102,7 +102,7 @@ class Linear(Task):
     def objective(self, params, outputs, batch):
         loss = jnp.square(outputs - jax.nn.one_hot(batch["label"], CLASSES)).mean()
         for bad in self.poison:
-            loss = loss * jnp.where((batch["image_id"] == jnp.asarray(bad)).all(axis=1).any(), jnp.nan, 1.0)
+            loss = loss * jnp.where((batch["image_id"] == jnp.asarray([bad])).all(axis=1).any(), jnp.nan, 1.0)
         return loss, {}
 
     def loss(self, params, extra, batch, rng):
