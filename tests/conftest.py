@@ -45,6 +45,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Puts tests that start processes first: they wait, and whichever worker is left with them ends last."""
     items.sort(key=lambda item: not item.path.stem.startswith(PROCESSES))
+    for item in items:
+        if item.get_closest_marker("parity"):                       # the published libraries warn of their own
+            item.add_marker(pytest.mark.filterwarnings("default"))
 
 
 def pytest_terminal_summary(terminalreporter):
