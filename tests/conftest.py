@@ -68,7 +68,8 @@ def _strict_dtypes(request):
     import jax
 
     strict = request.path.parent.name in STRICT_DTYPES and "standard_promotion" not in request.keywords
-    with jax.numpy_dtype_promotion("strict" if strict else "standard"):
+    ranks = "allow" if request.node.get_closest_marker("parity") else "raise"
+    with jax.numpy_dtype_promotion("strict" if strict else "standard"), jax.numpy_rank_promotion(ranks):
         yield
 
 
