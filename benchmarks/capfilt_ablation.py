@@ -184,7 +184,7 @@ def main() -> None:
     seeds = args.seeds or (1 if args.quick else 3)
     arms = args.only.split(",") if args.only else list(QUICK if args.quick else ARMS)
     if unknown := set(arms) - set(ARMS):
-        parser.error(f"--only has {', '.join(sorted(unknown))}; wanted some of {', '.join(ARMS)}")
+        parser.error(f"--only has {', '.join(sorted(unknown))}; expected some of {', '.join(ARMS)}")
     out = args.out or Path("runs") / ("capfilt-quick" if args.quick else "capfilt-benchmark")
     keep_memory()
     use_compilation_cache()

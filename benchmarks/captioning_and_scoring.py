@@ -145,7 +145,8 @@ def main():
         worker(args.worker[0], Path(args.worker[1]), args.loop)
         return
     if args.pictures < 1 or args.pictures % BATCH or not 0 < args.loop <= args.pictures:
-        parser.error(f"--pictures is {args.pictures}, --loop {args.loop}; wanted a multiple of {BATCH}, and 1 to that")
+        parser.error(f"--pictures is {args.pictures}, --loop {args.loop}; expected a multiple of {BATCH}, "
+                     "and 1 to that")
     busy = is_busy(args.force)
     about, rows = machine(), []
     counts = {what: args.loop if what == "loop" else args.pictures for what in SIDES}

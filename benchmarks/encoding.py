@@ -92,7 +92,7 @@ def prepare(args, folder: Path) -> None:
     texts = ([row["caption"] for row in json.loads(text)["annotations"]] if args.texts.endswith(".json")
              else text.splitlines())[:args.count]
     if min(len(pictures), len(texts)) < args.count:
-        sys.exit(f"there are {len(pictures)} pictures and {len(texts)} texts; wanted {args.count}")
+        sys.exit(f"there are {len(pictures)} pictures and {len(texts)} texts; expected {args.count}")
     step = len(pictures) // args.count
     (folder / "work.json").write_text(json.dumps({"pictures": pictures[::step][:args.count], "texts": texts}))
     task = ContrastiveLearning(model=clip("ViT-B-32", activation="quick_gelu"))

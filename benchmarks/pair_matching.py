@@ -143,7 +143,7 @@ def main():
         worker(args.worker[0], Path(args.worker[1]), args.queries, args.plain)
         return
     if args.queries < 1 or args.queries % BATCH or not 0 < args.plain <= CANDIDATES:
-        parser.error(f"--queries is {args.queries}, --plain {args.plain}; wanted a multiple of {BATCH}, and 1 to "
+        parser.error(f"--queries is {args.queries}, --plain {args.plain}; expected a multiple of {BATCH}, and 1 to "
                      f"{CANDIDATES}")
     busy = is_busy(args.force)
     about, rows, pairs = machine(), [], args.queries * CANDIDATES

@@ -86,6 +86,6 @@ def use_compilation_cache(folder: Path | None = None) -> None:
         log.warning("compiled programs are not kept: %s", error)
         return
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
-        raise ConfigError(f"the compilation cache {folder} can be written by others; wanted a folder that only you "
+        raise ConfigError(f"the compilation cache {folder} can be written by others; expected a folder that only you "
                           "can write (chmod 700)")
     jax.config.update("jax_compilation_cache_dir", str(folder))

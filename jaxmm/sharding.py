@@ -45,7 +45,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     inner = config.fsdp * config.tensor
     if config.data == -1:
         if len(devices) % inner or not len(devices) // inner:
-            raise ConfigError(f"mesh.fsdp x mesh.tensor is {config.fsdp} x {config.tensor} = {inner}; wanted a "
+            raise ConfigError(f"mesh.fsdp x mesh.tensor is {config.fsdp} x {config.tensor} = {inner}; expected a "
                               f"divisor of the {len(devices)} devices")
         data = len(devices) // inner
     else:

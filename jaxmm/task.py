@@ -114,7 +114,7 @@ def check_pairs(image_size: int, vision: Any, tokenizer: Any | None) -> None:
     require(image_size == vision.image_size, "data.image.size", image_size,
             f"the model's task.model.vision.image_size = {vision.image_size}")
     if tokenizer is None:
-        raise ConfigError("data.train has no texts; wanted a source with captions, such as captions:FILE.jsonl")
+        raise ConfigError("data.train has no texts; expected a source with captions, such as captions:FILE.jsonl")
 
 
 class Task:

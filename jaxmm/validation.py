@@ -12,10 +12,10 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message names the field, the value and what is allowed."""
 
 
-def require(condition: object, name: str, value: object, wanted: str) -> None:
-    """Raise `ConfigError` with the field `name`, its `value` and what is `wanted`, unless `condition` is true."""
+def require(condition: object, name: str, value: object, expected: str) -> None:
+    """Raise `ConfigError` with the field `name`, its `value` and what is `expected`, unless `condition` is true."""
     if not condition:
-        raise ConfigError(f"{name} is {value!r}; wanted {wanted}")
+        raise ConfigError(f"{name} is {value!r}; expected {expected}")
 
 
 def count_steps(value: float, steps: int) -> int:
@@ -32,7 +32,7 @@ def check_types(config: Any, name: str = "") -> None:
     hints = typing.get_type_hints(type(config))
     for part in dataclasses.fields(config):
         hint, value = hints[part.name], getattr(config, part.name)
-        require(_allows(hint, value), f"{name}.{part.name}".lstrip("."), value, _wanted(hint))
+        require(_allows(hint, value), f"{name}.{part.name}".lstrip("."), value, _expected(hint))
 
 
 def _allows(hint: Any, value: Any) -> bool:
@@ -54,7 +54,7 @@ def _allows(hint: Any, value: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
-def _wanted(hint: Any) -> str:
+def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
@@ -66,4 +66,4 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"{name} holds {pattern!r}; wanted a regular expression: {error}") from None
+            raise ConfigError(f"{name} holds {pattern!r}; expected a regular expression: {error}") from None

@@ -105,7 +105,7 @@ def test_plain_values():
     {"data": 1},
 ])
 def test_refuses_other_types(value):
-    with pytest.raises(ConfigError, match=r"type is .*; wanted a frozen dataclass at the top level"):
+    with pytest.raises(ConfigError, match=r"type is .*; expected a frozen dataclass at the top level"):
         from_dict({"type": "jaxmm.config.TrainConfig", "task": value})
 
 
@@ -127,42 +127,42 @@ def test_reading_checks_values_again():
 
 
 @pytest.mark.parametrize("build, message", [
-    (lambda: ImageConfig(size=0), "data.image.size is 0; wanted a positive number of pixels"),
-    (lambda: ImageConfig(scale=(0.5, 0.2)), "data.image.scale is (0.5, 0.2); wanted 0 < from <= to <= 1"),
+    (lambda: ImageConfig(size=0), "data.image.size is 0; expected a positive number of pixels"),
+    (lambda: ImageConfig(scale=(0.5, 0.2)), "data.image.scale is (0.5, 0.2); expected 0 < from <= to <= 1"),
     (lambda: ImageConfig(scale=(0.5, 1.2)), "data.image.scale is (0.5, 1.2)"),
     (lambda: ImageConfig(ratio=(0, 1)), "data.image.ratio is (0, 1)"),
     (lambda: ImageConfig(randaugment_layers=-1), "data.image.randaugment_layers is -1"),
-    (lambda: ImageConfig(randaugment_magnitude=31), "data.image.randaugment_magnitude is 31; wanted 0 to 30"),
-    (lambda: ImageConfig(eval_resize=0.9), "data.image.eval_resize is 0.9; wanted >= 1"),
-    (lambda: TokenizerConfig(context_length=2), "data.tokenizer.context_length is 2; wanted 3 or more"),
+    (lambda: ImageConfig(randaugment_magnitude=31), "data.image.randaugment_magnitude is 31; expected 0 to 30"),
+    (lambda: ImageConfig(eval_resize=0.9), "data.image.eval_resize is 0.9; expected >= 1"),
+    (lambda: TokenizerConfig(context_length=2), "data.tokenizer.context_length is 2; expected 3 or more"),
     (lambda: TokenizerConfig(vocab_size=15), "data.tokenizer.vocab_size is 15"),
-    (lambda: TokenizerConfig(kind="clip"), "data.tokenizer.file is None; wanted a path, for kind 'clip'"),
-    (lambda: DataConfig(questions=0), "data.questions is 0; wanted a positive number"),
-    (lambda: DataConfig(batch_size=0), "data.batch_size is 0; wanted a positive number"),
+    (lambda: TokenizerConfig(kind="clip"), "data.tokenizer.file is None; expected a path, for kind 'clip'"),
+    (lambda: DataConfig(questions=0), "data.questions is 0; expected a positive number"),
+    (lambda: DataConfig(batch_size=0), "data.batch_size is 0; expected a positive number"),
     (lambda: DataConfig(workers=-1), "data.workers is -1"),
-    (lambda: DataConfig(max_bad=1.5), "data.max_bad is 1.5; wanted a share from 0 to 1"),
-    (lambda: OptimizerConfig(learning_rate=-1), "optimizer.learning_rate is -1; wanted 0 or more"),
+    (lambda: DataConfig(max_bad=1.5), "data.max_bad is 1.5; expected a share from 0 to 1"),
+    (lambda: OptimizerConfig(learning_rate=-1), "optimizer.learning_rate is -1; expected 0 or more"),
     (lambda: OptimizerConfig(warmup=-1), "optimizer.warmup is -1"),
     (lambda: OptimizerConfig(cooldown=-1), "optimizer.cooldown is -1"),
     (lambda: OptimizerConfig(weight_decay=-1), "optimizer.weight_decay is -1"),
-    (lambda: OptimizerConfig(clip=0), "optimizer.clip is 0; wanted a positive norm or None"),
-    (lambda: OptimizerConfig(layer_decay=1.5), "optimizer.layer_decay is 1.5; wanted above 0, at most 1, or None"),
+    (lambda: OptimizerConfig(clip=0), "optimizer.clip is 0; expected a positive norm or None"),
+    (lambda: OptimizerConfig(layer_decay=1.5), "optimizer.layer_decay is 1.5; expected above 0, at most 1, or None"),
     (lambda: OptimizerConfig(average=0), "optimizer.average is 0"),
-    (lambda: OptimizerConfig(b2=1), "optimizer.b2 is 1; wanted 0 or more, below 1"),
+    (lambda: OptimizerConfig(b2=1), "optimizer.b2 is 1; expected 0 or more, below 1"),
     (lambda: OptimizerConfig(momentum=-0.1), "optimizer.momentum is -0.1"),
-    (lambda: OptimizerConfig(freeze=("[",)), "optimizer.freeze holds '['; wanted a regular expression"),
+    (lambda: OptimizerConfig(freeze=("[",)), "optimizer.freeze holds '['; expected a regular expression"),
     (lambda: OptimizerConfig(decay="("), "optimizer.decay holds '('"),
     (lambda: OptimizerConfig(multipliers=(("*", 1.0),)), "optimizer.multipliers holds '*'"),
-    (lambda: MeshConfig(data=0), "mesh.data is 0; wanted a positive number, or -1 for the rest"),
+    (lambda: MeshConfig(data=0), "mesh.data is 0; expected a positive number, or -1 for the rest"),
     (lambda: MeshConfig(tensor=-1), "mesh.tensor is -1"),
-    (lambda: CheckpointConfig(every=0), "checkpoint.every is 0; wanted a positive number of steps"),
+    (lambda: CheckpointConfig(every=0), "checkpoint.every is 0; expected a positive number of steps"),
     (lambda: CheckpointConfig(keep=0), "checkpoint.keep is 0"),
     (lambda: Evaluator(batch_size=0), "evals.batch_size is 0"),
-    (lambda: TrainConfig(task=TASK, steps=0), "steps is 0; wanted a positive number"),
+    (lambda: TrainConfig(task=TASK, steps=0), "steps is 0; expected a positive number"),
     (lambda: TrainConfig(task=TASK, log_every=0), "log_every is 0"),
     (lambda: TrainConfig(task=TASK, max_skips=0), "max_skips is 0"),
-    (lambda: TrainConfig(task=TASK, eval_every=0), "eval_every is 0; wanted positive, or None"),
-    (lambda: TrainConfig(task=TASK, microbatches=3), "microbatches is 3; wanted a divisor of data.batch_size = 64"),
+    (lambda: TrainConfig(task=TASK, eval_every=0), "eval_every is 0; expected positive, or None"),
+    (lambda: TrainConfig(task=TASK, microbatches=3), "microbatches is 3; expected a divisor of data.batch_size = 64"),
 ])
 def test_refuses_values(build, message):
     """The message names the field as the command line does, the value, and what is wanted."""
@@ -172,18 +172,18 @@ def test_refuses_values(build, message):
 
 
 @pytest.mark.parametrize("config, field, value, message", [
-    (ImageConfig(), "train_crop", "centre", "train_crop is 'centre'; wanted one of 'random', 'pad', 'center'"),
-    (ImageConfig(), "scale", (0.1, 0.5, 1.0), "scale is (0.1, 0.5, 1.0); wanted tuple[float, float]"),
-    (OptimizerConfig(), "name", "adam", "name is 'adam'; wanted one of 'adamw', 'adafactor', 'lion', 'muon', 'sgd'"),
-    (OptimizerConfig(), "average", "yes", "average is 'yes'; wanted float | None"),
+    (ImageConfig(), "train_crop", "centre", "train_crop is 'centre'; expected one of 'random', 'pad', 'center'"),
+    (ImageConfig(), "scale", (0.1, 0.5, 1.0), "scale is (0.1, 0.5, 1.0); expected tuple[float, float]"),
+    (OptimizerConfig(), "name", "adam", "name is 'adam'; expected one of 'adamw', 'adafactor', 'lion', 'muon', 'sgd'"),
+    (OptimizerConfig(), "average", "yes", "average is 'yes'; expected float | None"),
     (OptimizerConfig(), "multipliers", (("a", "b"),), "multipliers is (('a', 'b'),)"),
     (OptimizerConfig(), "freeze", ["a"], "freeze is ['a']"),
-    (TASK.model, "pool", "avg", "pool is 'avg'; wanted one of 'cls', 'gap', 'map'"),
-    (TASK.model.transformer, "init", "trunc", "init is 'trunc'; wanted one of 'xavier', 'clip', 'torch', 'normal'"),
-    (TrainConfig(task=TASK), "nonfinite", "raise", "nonfinite is 'raise'; wanted one of 'stop', 'skip'"),
-    (TrainConfig(task=TASK), "steps", 10.5, "steps is 10.5; wanted int"),
-    (TrainConfig(task=TASK), "steps", True, "steps is True; wanted int"),
-    (TrainConfig(task=TASK), "data", None, "data is None; wanted DataConfig"),
+    (TASK.model, "pool", "avg", "pool is 'avg'; expected one of 'cls', 'gap', 'map'"),
+    (TASK.model.transformer, "init", "trunc", "init is 'trunc'; expected one of 'xavier', 'clip', 'torch', 'normal'"),
+    (TrainConfig(task=TASK), "nonfinite", "raise", "nonfinite is 'raise'; expected one of 'stop', 'skip'"),
+    (TrainConfig(task=TASK), "steps", 10.5, "steps is 10.5; expected int"),
+    (TrainConfig(task=TASK), "steps", True, "steps is True; expected int"),
+    (TrainConfig(task=TASK), "data", None, "data is None; expected DataConfig"),
 ])
 def test_types_are_checked_in_recipes_too(config, field, value, message):
     check_types(config)

@@ -169,7 +169,7 @@ def test_only_frozen_dataclasses_are_built(monkeypatch):
     exec("from dataclasses import dataclass\n@dataclass\nclass Open:\n    a: int = 0\nvalue = 3", module.__dict__)
     monkeypatch.setitem(sys.modules, "own_module", module)
     for name in ("Open", "value", "dataclass"):
-        with pytest.raises(ConfigError, match=rf"type is 'own_module\.{name}'; wanted a frozen dataclass"):
+        with pytest.raises(ConfigError, match=rf"type is 'own_module\.{name}'; expected a frozen dataclass"):
             from_dict({"type": f"own_module.{name}"})
 
 

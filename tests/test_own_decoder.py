@@ -140,9 +140,9 @@ def test_it_captions(run):
     choices = [text for text, _ in beams[0]] + ["two stars"]
     chosen = model.caption(some, choices=choices, top=4)
     assert all({text for text, _ in row} == set(choices) for row in chosen)
-    with pytest.raises(ValueError, match="which writes captions; wanted one that matches"):
+    with pytest.raises(ValueError, match="which writes captions; expected one that matches"):
         model.match(some, ["a star"])
-    with pytest.raises(ValueError, match="which writes captions; wanted one that embeds images"):
+    with pytest.raises(ValueError, match="which writes captions; expected one that embeds images"):
         model.encode_image(some)
 
 

@@ -147,8 +147,8 @@ def test_make_mesh(config, shape):
 
 
 @pytest.mark.parametrize("config, message", [
-    (MeshConfig(fsdp=3), "mesh.fsdp x mesh.tensor is 3 x 1 = 3; wanted a divisor of the 8 devices"),
-    (MeshConfig(fsdp=4, tensor=4), "mesh.fsdp x mesh.tensor is 4 x 4 = 16; wanted a divisor"),
+    (MeshConfig(fsdp=3), "mesh.fsdp x mesh.tensor is 3 x 1 = 3; expected a divisor of the 8 devices"),
+    (MeshConfig(fsdp=4, tensor=4), "mesh.fsdp x mesh.tensor is 4 x 4 = 16; expected a divisor"),
     (MeshConfig(data=3, fsdp=4), r"is 3 x 4 x 1 = 12 devices; this run has 8 \(cpu\)")])
 def test_make_mesh_refuses(config, message):
     with pytest.raises(ConfigError, match=message):

@@ -38,7 +38,7 @@ def record_facts(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict
     changed = differences({name: value for name, value in known.items() if name in facts},
                           {name: value for name, value in facts.items() if name in known}, free=free)
     if changed:
-        raise ConfigError(f"out is {str(folder)!r}, which holds a run of something else; wanted the same, or another "
+        raise ConfigError(f"out is {str(folder)!r}, which holds a run of something else; expected the same, or another "
                           "folder:\n  " + "\n  ".join(changed))
     if jax.process_index() == 0 and known | facts != known:
         folder.mkdir(parents=True, exist_ok=True)

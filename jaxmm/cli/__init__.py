@@ -88,7 +88,7 @@ def _help(args: list[str]) -> int:
     if rest and not asked:
         wrong, known = prefix + rest[0], list(group or COMMANDS)
         close = difflib.get_close_matches(wrong, group or [*known, *(name.split()[0] for name in known)], 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"wanted one of {', '.join(known)}"
+        hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
         print(f"error: jaxmm has no command {wrong!r}; {hint}", file=sys.stderr)
         return 2
     lines = [f"usage: jaxmm {prefix}COMMAND [OPTIONS]", "",

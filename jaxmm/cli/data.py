@@ -95,7 +95,7 @@ def show_data(source: Spec, count: int = 8, html: Path | None = None, data_dir: 
     from jaxmm.data.tools import showing
 
     if count < 1:
-        raise DataError(f"count is {count}; wanted 1 or more")
+        raise DataError(f"count is {count}; expected 1 or more")
     shown = showing.first(_open(source, data_dir), count)
     if html is not None:
         showing.write_html(source, shown, html)
@@ -106,13 +106,13 @@ def show_data(source: Spec, count: int = 8, html: Path | None = None, data_dir: 
 
 def _open(spec: str, data_dir: str | None, shard_records: int = 1000) -> Source:
     if shard_records < 1:
-        raise DataError(f"shard_records is {shard_records}; wanted 1 or more")
+        raise DataError(f"shard_records is {shard_records}; expected 1 or more")
     return open_source(spec, data_dir=data_dir)
 
 
 def _workers(workers: int | None) -> int:
     if workers is not None and workers < 1:
-        raise DataError(f"workers is {workers}; wanted 1 or more")
+        raise DataError(f"workers is {workers}; expected 1 or more")
     return workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count()
 
 

@@ -55,7 +55,7 @@ def load_two_towers(source: str) -> model.Model:
     """Load the model of a search. Raises `ConfigError` for one that does not encode text."""
     loaded = load_model(source)
     if loaded.task.embedder is None or loaded.task.embedder.text is None:
-        raise ConfigError(f"model is {source!r}, a {type(loaded.config).__name__}; wanted CLIP or SigLIP")
+        raise ConfigError(f"model is {source!r}, a {type(loaded.config).__name__}; expected CLIP or SigLIP")
     return loaded
 
 

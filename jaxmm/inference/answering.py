@@ -110,7 +110,7 @@ def choose_texts(
     Raise `ValueError` for numbers that are not positive, or choices that are none.
     """
     if top < 1 or shortlist < 1:
-        raise ValueError(f"top is {top} and shortlist {shortlist}; wanted positive numbers")
+        raise ValueError(f"top is {top} and shortlist {shortlist}; expected positive numbers")
     candidates, given = candidate_tokens(tokenizer, choices, task.decoder, prompt)
     ranked = partial(make_rank_fn(task, given, top, shortlist, 0.0, mesh), candidates=candidates)
     padded = (pad_to_power_of_two(batch, mesh) for batch in batches)

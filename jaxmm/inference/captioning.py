@@ -87,7 +87,7 @@ def write_texts(
     Raise `ValueError` if there are fewer beams, or no room for a text behind the prompt.
     """
     if not 0 < top <= decoding.beams:
-        raise ValueError(f"top is {top}; wanted 1 to decoding.beams = {decoding.beams}")
+        raise ValueError(f"top is {top}; expected 1 to decoding.beams = {decoding.beams}")
     start = prompt_tokens(tokenizer, prompt, task.decoder)
     given = start.shape[1]
     if given >= decoding.max_length:

@@ -143,7 +143,7 @@ class Model:
         embedder, classifier = self.task.embedder, self.task.classifier
         if classifier is None and embedder is not None and embedder.text is not None:
             if not labels or isinstance(labels, str):
-                raise ValueError(f"labels is {labels!r}; wanted a list of class names, such as ['a cat', 'a dog']")
+                raise ValueError(f"labels is {labels!r}; expected a list of class names, such as ['a cat', 'a dog']")
             text = class_means(self.encode_text(class_prompts(labels, templates)), len(labels))
             logits = np.asarray(embedder.scale(self.params)) * self.encode_image(images, on_error=on_error) @ text.T
         else:
@@ -184,7 +184,7 @@ class Model:
         images = list(as_images(images))
         questions = [questions] * len(images) if isinstance(questions, str) else questions
         if len(questions) != len(images):
-            raise ValueError(f"there are {len(questions)} questions for {len(images)} images; wanted one for each")
+            raise ValueError(f"there are {len(questions)} questions for {len(images)} images; expected one for each")
         clean = [clean_question(question) for question in questions]
         if "" in clean:
             raise ValueError(f"question {questions[clean.index('')]!r} has no words")
@@ -215,7 +215,7 @@ class Model:
         self._require(self.task.classifier and self.task.classifier.reads_text,
                       "judges a text about two images, such as model_base_nlvr.pth")
         if len(pairs) != len(texts):
-            raise ValueError(f"there are {len(pairs)} pairs and {len(texts)} texts; wanted a text for each")
+            raise ValueError(f"there are {len(pairs)} pairs and {len(texts)} texts; expected a text for each")
         if not pairs:
             return np.zeros(0, np.float32)
         tokens, size = self.tokenize([clean_sentence(text) for text in texts]), BATCH // 2
@@ -237,7 +237,7 @@ class Model:
         """Raise `ValueError` unless the model has the capability `wanted`."""
         if not offered:
             can = ", ".join(capabilities(self.task)) or "can only be trained"
-            raise ValueError(f"this model is a {type(self.task).__name__}, which {can}; wanted one that {wanted}")
+            raise ValueError(f"this model is a {type(self.task).__name__}, which {can}; expected one that {wanted}")
 
     def _batches(self, images: Images, on_error: OnError | None = None) -> Batches:
         """Yield batches, decoded while the device computes those before."""
@@ -269,7 +269,7 @@ def as_images(images: Any) -> Iterable[ImageLike]:
     if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim in (2, 3)):
         return [images]
     if isinstance(images, (bytes, dict)) or not isinstance(images, Iterable):
-        raise TypeError(f"images is of type {type(images).__name__}; wanted a file, a PIL image, an array uint8 "
+        raise TypeError(f"images is of type {type(images).__name__}; expected a file, a PIL image, an array uint8 "
                         "[h, w, 3], or several")
     return images
 
@@ -279,7 +279,7 @@ def as_texts(texts: Any) -> list[str]:
     texts = [texts] if isinstance(texts, str) else list(texts)
     for text in texts:
         if not isinstance(text, str):
-            raise TypeError(f"texts holds {text!r:.80}; wanted strings")
+            raise TypeError(f"texts holds {text!r:.80}; expected strings")
     return texts
 
 

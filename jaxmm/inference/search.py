@@ -72,7 +72,7 @@ def build_index(
     and `on_chunk` with the number of images just encoded. Raises `SearchError` if the folder exists.
     """
     if folder.exists():
-        raise SearchError(f"{folder} exists; wanted a new folder for the index")
+        raise SearchError(f"{folder} exists; expected a new folder for the index")
     if not paths:
         raise SearchError("there are no images to put into an index")
     part = folder.with_name(folder.name + ".part")

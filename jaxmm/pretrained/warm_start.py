@@ -28,7 +28,7 @@ def adopt(task: Task, trained: Task, image_size: int) -> Task:
     """Return `task` with the architecture of `trained` (see `Task.adopt`). Raise `ConfigError` if there is none."""
     adopted = task.adopt(trained, image_size)
     if adopted is None:
-        raise ConfigError(f"init.from is {type(trained).__name__!r}; wanted a ViT, or a BLIP that reads or writes as "
+        raise ConfigError(f"init.from is {type(trained).__name__!r}; expected a ViT, or a BLIP that reads or writes as "
                           f"{type(task).__name__} does")
     return adopted
 
@@ -57,7 +57,7 @@ def start_weights(init: InitConfig, task: Task, mesh: Mesh) -> tuple[Mapping[str
             table = resize_positions(table, grid.shape, opened.resize, prefix=grid.extra)
             value = put_global(np.asarray(table), replicated(mesh))
         if value.shape != leaf.shape:
-            raise ConfigError(f"init.from is {init.source!r}, whose {path} is {list(value.shape)}; wanted "
+            raise ConfigError(f"init.from is {init.source!r}, whose {path} is {list(value.shape)}; expected "
                               f"{list(leaf.shape)}, or the path in init.skip")
         loaded[path] = value
     return loaded, reinitialised

@@ -44,7 +44,7 @@ class Classification(Task):
         require(image_size == self.model.image_size, "data.image.size", image_size,
                 f"the model's task.model.image_size = {self.model.image_size}")
         if classes is None:
-            raise ConfigError("data.train has no labels; wanted a source with classes, such as folder:DIR")
+            raise ConfigError("data.train has no labels; expected a source with classes, such as folder:DIR")
         require(self.model.classes in (None, classes), "task.model.classes", self.model.classes,
                 f"None, or the source's {classes}")
         return replace(self, model=replace(self.model, classes=classes))

@@ -130,7 +130,7 @@ def _make_tokenizer(config: TrainConfig, task: Task, source: Source, workdir: Pa
     tokenizer = config.data.tokenizer
     if config.init.source is not None and task.text_config != config.task.text_config:  # a trained text tower
         if tokenizer.kind.startswith("train-"):
-            raise ConfigError(f"init.from is {config.init.source!r}, which came without a vocabulary; wanted "
+            raise ConfigError(f"init.from is {config.init.source!r}, which came without a vocabulary; expected "
                               "data.tokenizer.kind and .file, such as clip and bpe_simple_vocab_16e6.txt.gz")
         length = task.context_length or tokenizer.context_length
         tokenizer = dataclasses.replace(tokenizer, context_length=length)

@@ -66,7 +66,7 @@ def read_run_config(config: TrainConfig, workdir: Path, source: Source) -> dict[
         changes.append(f"data.train is {config.data.train!r} as before, but lists other records")
     if changes:
         raise ConfigError(f"workdir is {str(workdir)!r}, which holds a run with another configuration; "
-                          "wanted the same, or another folder:\n  " + "\n  ".join(changes))
+                          "expected the same, or another folder:\n  " + "\n  ".join(changes))
     return notes
 
 

@@ -117,10 +117,10 @@ def test_a_run_that_is_asked_to_stop_stops_all(recipe, tmp_path, monkeypatch):
 def test_what_cannot_be(tmp_path):
     whole = load_recipe(RECIPE)
     slow = replace(whole.filter, steps=40, optimizer=replace(whole.filter.optimizer, warmup=50))
-    with pytest.raises(ConfigError, match=r"warmup \+ optimizer\.cooldown is 50; wanted at most steps = 40"):
+    with pytest.raises(ConfigError, match=r"warmup \+ optimizer\.cooldown is 50; expected at most steps = 40"):
         bootstrap(replace(whole, filter=slow), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="rounds is 0; wanted a positive number"):
+    with pytest.raises(ConfigError, match="rounds is 0; expected a positive number"):
         replace(whole, rounds=0)
     assert isinstance(whole, CapFiltConfig)
 

@@ -69,8 +69,8 @@ def test_a_quantile_counts_the_texts_that_may_stay():
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"quantile": 1.0}, "rule.quantile is 1.0; wanted 0 or more, below 1"),
-    ({"best": 0}, "rule.best is 0; wanted a positive number"), ({"origins": ()}, "rule.origins")])
+    ({"quantile": 1.0}, "rule.quantile is 1.0; expected 0 or more, below 1"),
+    ({"best": 0}, "rule.best is 0; expected a positive number"), ({"origins": ()}, "rule.origins")])
 def test_rules_that_cannot_be(fields, message):
     with pytest.raises(ConfigError, match=message):
         Rule(**fields)

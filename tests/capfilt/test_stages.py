@@ -176,7 +176,7 @@ def test_what_cannot_be_done_is_said_first(tmp_path, data, models):
     with pytest.raises(ConfigError, match=r"captioner is .*a model that writes captions.* this one .*matches images"):
         write_captions(folder, [str(models / "filter")])
     folder = begin(tmp_path / "b", f"tars:{data}/00002.tar", None)
-    with pytest.raises(ConfigError, match=r"captions is 2; wanted at most decoding.beams = 1"):
+    with pytest.raises(ConfigError, match=r"captions is 2; expected at most decoding.beams = 1"):
         write_captions(folder, [str(models / "captioner")], CaptionOptions(decoding=Decoding(max_length=9), captions=2))
     folder = begin(tmp_path / "c", f"tars:{data}/00002.tar", None)
     write_captions(folder, [str(models / "captioner")])

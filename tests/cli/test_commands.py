@@ -79,7 +79,7 @@ def test_search(jaxmm, models, tmp_path):
     status, _, err = jaxmm("search", "index", tmp_path / "pictures", tmp_path / "index", "--model", models / "clip")
     assert status == 1 and "exists" in err
     status, _, err = jaxmm("search", "index", tmp_path / "pictures", tmp_path / "other", "--model", models / "vit")
-    assert status == 2 and "wanted CLIP or SigLIP" in err
+    assert status == 2 and "expected CLIP or SigLIP" in err
 
 
 def test_caption_and_match(jaxmm, models, tmp_path):
@@ -93,7 +93,7 @@ def test_caption_and_match(jaxmm, models, tmp_path):
     want = tiny.matcher().match(paths[:1], ["a red circle", "two stars"])[0]
     assert status == 0 and [row["probability"] for row in rows(out)] == pytest.approx(want.tolist(), abs=1e-5)
     status, _, err = jaxmm("caption", *paths, "--model", models / "vit")
-    assert status == 1 and "wanted one that writes" in err
+    assert status == 1 and "expected one that writes" in err
 
 
 def test_answer_and_choices(jaxmm, models, tmp_path):
@@ -110,7 +110,7 @@ def test_answer_and_choices(jaxmm, models, tmp_path):
     status, _, err = jaxmm("answer", path, "a?", "--model", models / "answerer", "--choices", ",")
     assert status == 2 and "choices is []" in err
     status, _, err = jaxmm("answer", path, "?", "--model", models / "captioner")
-    assert status == 1 and "wanted one that answers" in err
+    assert status == 1 and "expected one that answers" in err
 
 
 def test_convert(jaxmm, models, tmp_path):

@@ -31,8 +31,8 @@ def test_help_without_a_recipe(name, capsys):
     (["search", "--help"], 0, "usage: jaxmm search COMMAND"), ([], 2, "usage: jaxmm COMMAND"),
     (["data"], 2, "usage: jaxmm data COMMAND"), (["clasify", "a.png"], 2, "'clasify'; did you mean 'classify'?"),
     (["data", "imprt", "x"], 2, "'data imprt'; did you mean 'data import'?"),
-    (["data", "zzz"], 2, "wanted one of data import, data check, data show"),
-    (["capfil"], 2, "did you mean 'capfilt'?"), (["plan"], 2, "error: config is None; wanted --config RECIPE"),
+    (["data", "zzz"], 2, "expected one of data import, data check, data show"),
+    (["capfil"], 2, "did you mean 'capfilt'?"), (["plan"], 2, "error: config is None; expected --config RECIPE"),
     (["--config", "clip_scenes"], 2, "no command '--config'")])
 def test_top_level(args, status, words, capsys):
     assert cli.main(args) == status

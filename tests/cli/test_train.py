@@ -247,11 +247,11 @@ def test_a_cache_that_cannot_be(tmp_path, caplog):
 def test_hosts_need_one_folder_and_a_cluster(command, recipe, tmp_path):
     there = "--hosts.address", "localhost:1", "--hosts.count", 2, "--hosts.index"
     status, text = command("--config", recipe, *there, 1)
-    assert status == 2 and "workdir is None; wanted one folder for all 2 hosts" in text
+    assert status == 2 and "workdir is None; expected one folder for all 2 hosts" in text
     status, text = command("--config", recipe, *there, 2)
-    assert status == 2 and "hosts.index is 2; wanted the number of this process, 0 to 1" in " ".join(text.split())
+    assert status == 2 and "hosts.index is 2; expected the number of this process, 0 to 1" in " ".join(text.split())
     status, text = command("--config", recipe, "--hosts.count", 2, "--workdir", tmp_path / "run")
-    assert status == 2 and "hosts.count is 2; wanted 1, which JAX found here" in text and len(text.splitlines()) == 1
+    assert status == 2 and "hosts.count is 2; expected 1, which JAX found here" in text and len(text.splitlines()) == 1
 
 
 def test_a_disk_that_fills_up_is_one_message(command, recipe, tmp_path, monkeypatch):

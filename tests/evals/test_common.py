@@ -151,5 +151,5 @@ def test_an_evaluator_of_a_users_module_is_one_method(context, params, pictures)
     lambda: Retrieval(pool=1), lambda: Retrieval(ks=()), lambda: KNN(k=0), lambda: ZeroShot(templates=("a photo",)),
     lambda: TopKAccuracy(batch_size=0)])
 def test_fields_out_of_range_are_refused(make):
-    with pytest.raises(ConfigError, match="wanted"):
+    with pytest.raises(ConfigError, match="expected"):
         make()

@@ -153,5 +153,5 @@ def test_what_cannot_run_is_refused():
                            (tiny.captioner(), wanted + "Captioning .*writes captions")):
         with pytest.raises(ConfigError, match=message):
             Reranking().check(context(source(3), model=model))
-    with pytest.raises(ConfigError, match=r"evals\.candidates is 8; wanted at least the largest of evals\.ks"):
+    with pytest.raises(ConfigError, match=r"evals\.candidates is 8; expected at least the largest of evals\.ks"):
         Reranking(candidates=8)

@@ -116,5 +116,5 @@ def test_examples_show_what_was_found(context, params, pictures):
 
 
 def test_a_pool_larger_than_the_source_is_refused(context, pictures):
-    with pytest.raises(ValueError, match=r"Retrieval\.pool is 100; wanted at most the 12 images"):
+    with pytest.raises(ValueError, match=r"Retrieval\.pool is 100; expected at most the 12 images"):
         Retrieval(pool=100).check(context(captioned(pictures, 12, 1)))

@@ -100,8 +100,8 @@ def test_what_cannot_be_measured(source, tmp_path):
     for evaluator, where, message in (
             (VQAAccuracy(answers=None), captioner,
              "VQAAccuracy needs a task that answers questions; Captioning .*writes captions"),
-            (VQAAccuracy(answers=None), context(captions), "source is 'memory'; wanted questions with answers"),
-            (VQAAccuracy(), run, "answers is 'train'; wanted a run that trains on questions"),
+            (VQAAccuracy(answers=None), context(captions), "source is 'memory'; expected questions with answers"),
+            (VQAAccuracy(), run, "answers is 'train'; expected a run that trains on questions"),
             (VQAAccuracy(answers=str(tmp_path / "none.txt")), run, "one answer a line; it has none"),
             (VQAAccuracy(answers=str(tmp_path / "no.txt")), run, "no.txt': No such file")):
         with pytest.raises(ConfigError, match=message):

@@ -116,8 +116,8 @@ def test_candidate_tokens():
     longest, _ = candidate_tokens(TOKENIZER, ["red " * 50], CAPTIONER.decoder)
     assert longest.shape == (1, CAPTIONER.model.text.positions) and longest[0, -1] == TOKENIZER.eos_id
     for nothing in ([], "red"):
-        with pytest.raises(ConfigError, match="wanted a list of one text or more"):
+        with pytest.raises(ConfigError, match="expected a list of one text or more"):
             candidate_tokens(TOKENIZER, nothing, CAPTIONER.decoder)
     short = replace(CAPTIONER.decoder, longest=4)
-    with pytest.raises(ConfigError, match="prompt is 'a small red'; wanted at most 1 tokens"):
+    with pytest.raises(ConfigError, match="prompt is 'a small red'; expected at most 1 tokens"):
         candidate_tokens(TOKENIZER, ["a"], short, "a small red")

@@ -94,12 +94,12 @@ def test_one_image_or_text_is_a_list_of_one(clip, vit, tmp_path):
     assert vit.classify(grey) == vit.classify([grey]) and len(vit.classify(grey)) == 1
     assert (clip.encode_text("a red circle") == clip.encode_text(["a red circle"])).all()
     assert (clip.tokenize("a red circle") == clip.tokenize(["a red circle"])).all()
-    with pytest.raises(ValueError, match=r"labels is 'a cat,a dog'; wanted a list of class names"):
+    with pytest.raises(ValueError, match=r"labels is 'a cat,a dog'; expected a list of class names"):
         clip.classify(array, "a cat,a dog")
     for wrong in (b"bytes", {"image": array}, 3, None):
-        with pytest.raises(TypeError, match=r"images is of type \w+; wanted a file, a PIL image, an array"):
+        with pytest.raises(TypeError, match=r"images is of type \w+; expected a file, a PIL image, an array"):
             as_images(wrong)
-    with pytest.raises(TypeError, match="texts holds 3; wanted strings"):
+    with pytest.raises(TypeError, match="texts holds 3; expected strings"):
         as_texts(["a", 3])
     with pytest.raises(BadImage, match=r"array float32\[17, 34, 3\]"):
         clip.encode_image(array.astype(np.float32))
@@ -130,7 +130,7 @@ def test_classify(clip, vit):
     want = jax.nn.softmax(np.exp(float(clip.params["logit_scale"])) * clip.encode_image(pictures) @ text.T, axis=1)
     for row, found in zip(np.asarray(want), clip.classify(pictures, labels, templates=["a {}"]), strict=True):
         assert {name: pytest.approx(share, abs=1e-5) for name, share in zip(labels, row, strict=True)} == dict(found)
-    with pytest.raises(ValueError, match="labels is None; wanted a list of class names"):
+    with pytest.raises(ValueError, match="labels is None; expected a list of class names"):
         clip.classify(pictures)
     with pytest.raises(ValueError, match="a head for 5 of its own"):
         vit.classify(pictures, labels)
@@ -249,11 +249,11 @@ def test_captions_are_what_the_decoder_writes_whatever_the_batch():
     assert model.caption(pictures[:1], decoding=decoding, top=2)[0][0][0] == captions[0][0][0]
     drawn = Decoding(sample=True, top_p=0.9, max_length=9)
     assert model.caption(pictures, decoding=drawn, seed=1) == model.caption(pictures, decoding=drawn, seed=1)
-    with pytest.raises(ValueError, match=r"top is 3; wanted 1 to decoding\.beams = 2"):
+    with pytest.raises(ValueError, match=r"top is 3; expected 1 to decoding\.beams = 2"):
         model.caption(pictures, decoding=decoding, top=3)
     with pytest.raises(ValueError, match="leaves no room behind it"):
         model.caption(pictures, prompt="a small red circle", decoding=Decoding(max_length=4))
-    with pytest.raises(ValueError, match="wanted one that writes"):
+    with pytest.raises(ValueError, match="expected one that writes"):
         tiny.vit().caption(pictures)
 
 
@@ -284,13 +284,13 @@ def test_answers_are_what_the_decoder_writes_or_finds_likeliest():
     for arguments, options, message in (
             ((pictures, questions[:2]), {}, "there are 2 questions for 3 images"),
             ((pictures, ["a", " . ", "b"]), {}, "question ' . ' has no words"),
-            ((pictures, "a"), {"choices": []}, r"choices is \[\]; wanted a list of one text or more"),
+            ((pictures, "a"), {"choices": []}, r"choices is \[\]; expected a list of one text or more"),
             ((pictures, "a"), {"choices": ["a"], "top": 0}, "top is 0"),
-            ((pictures, "a"), {"top": 4}, r"wanted 1 to decoding\.beams = 3")):
+            ((pictures, "a"), {"top": 4}, r"expected 1 to decoding\.beams = 3")):
         with pytest.raises(ValueError, match=message):
             model.answer(*arguments, **options)
     for other in (tiny.vit(), tiny.captioner()):
-        with pytest.raises(ValueError, match="wanted one that answers questions"):
+        with pytest.raises(ValueError, match="expected one that answers questions"):
             other.answer(pictures, "a")
 
 
@@ -305,7 +305,7 @@ def test_captions_among_choices():
     assert given == 2
     assert [[text for text, _ in row] for row in found] == [[choices[i] for i in row] for row in want.index]
     np.testing.assert_allclose([[score for _, score in row] for row in found], want.score, atol=1e-4)
-    with pytest.raises(ValueError, match="wanted a list of one text or more"):
+    with pytest.raises(ValueError, match="expected a list of one text or more"):
         model.caption(pictures, choices=[])
 
 
@@ -321,7 +321,7 @@ def test_matching_is_of_every_picture_with_every_text():
         np.testing.assert_allclose(got[i, j], want, atol=1e-5)
     cosines = model.encode_image(pictures) @ model.encode_text(texts).T
     np.testing.assert_allclose(model.similarity(pictures, texts), cosines, atol=1e-6)
-    with pytest.raises(ValueError, match="wanted one that matches"):
+    with pytest.raises(ValueError, match="expected one that matches"):
         tiny.clip().match(pictures, texts)
 
 

@@ -258,14 +258,14 @@ def test_attention_weights_of_answers_and_pairs():
 
 
 @pytest.mark.parametrize("build, message", [
-    (lambda: replace(PAIR, matching=True), "text.merge_from is 2; wanted None, for embed_dim, matching"),
-    (lambda: replace(MED, merge_from=2), "text.decoder is True; wanted False: with merge_from"),
-    (lambda: replace(MED, decoder=False, merge_from=3), "text.merge_from is 3; wanted 1 to 2"),
+    (lambda: replace(PAIR, matching=True), "text.merge_from is 2; expected None, for embed_dim, matching"),
+    (lambda: replace(MED, merge_from=2), "text.decoder is True; expected False: with merge_from"),
+    (lambda: replace(MED, decoder=False, merge_from=3), "text.merge_from is 3; expected 1 to 2"),
     (lambda: replace(MODEL, text=replace(MED, context_width=11)), "text.context_width is 11"),
-    (lambda: replace(MODEL, answer=MED), "answer.context_width is 10; wanted the question encoder's width = 12"),
+    (lambda: replace(MODEL, answer=MED), "answer.context_width is 10; expected the question encoder's width = 12"),
     (lambda: replace(MED, encoder=False, decoder=False), "text.encoder is False"),
     (lambda: replace(MODEL, text=replace(MED, encoder=False)), "text.encoder is False"),
-    (lambda: blip("huge"), "size is 'huge'; wanted base or large"),
+    (lambda: blip("huge"), "size is 'huge'; expected base or large"),
     (lambda: replace(MED, end_id=99), "text.end_id is 99")])
 def test_what_does_not_fit(build, message):
     with pytest.raises(ConfigError, match=message):

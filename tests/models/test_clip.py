@@ -233,10 +233,10 @@ def test_bf16():
 
 
 @pytest.mark.parametrize("build, message", [
-    (lambda: clip("ViT-Q"), "name is 'ViT-Q'; wanted one of ViT-S-32"),
-    (lambda: siglip("Q/1"), "name is 'Q/1'; wanted one of B/16"),
+    (lambda: clip("ViT-Q"), "name is 'ViT-Q'; expected one of ViT-S-32"),
+    (lambda: siglip("Q/1"), "name is 'Q/1'; expected one of B/16"),
     (lambda: replace(CONFIGS["clip"], embed_dim=0), "embed_dim is 0"),
-    (lambda: replace(CONFIGS["siglip"], embed_dim=9), "embed_dim is 9; wanted the image tower's 8"),
+    (lambda: replace(CONFIGS["siglip"], embed_dim=9), "embed_dim is 9; expected the image tower's 8"),
     (lambda: replace(CONFIGS["clip"], vision=replace(VISION, classes=3)), "vision.classes is 3"),
     (lambda: text(context_length=0), "text.context_length is 0"),
     (lambda: text(vocab_size=0), "text.vocab_size is 0")])

@@ -169,11 +169,11 @@ def test_patch_dropout_keeps_position_and_class_token():
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"image_size": 7}, "image_size is 7; wanted a multiple of patch = 2"),
-    ({"class_token": False}, "pool is 'cls'; wanted gap or map"),
+    ({"image_size": 7}, "image_size is 7; expected a multiple of patch = 2"),
+    ({"class_token": False}, "pool is 'cls'; expected gap or map"),
     ({"registers": -1}, "registers is -1"),
     ({"patch_dropout": 1.0}, "patch_dropout is 1.0"),
-    ({"positions": "sincos", "transformer": replace(STACK, width=18)}, "transformer.width is 18; wanted a multiple")])
+    ({"positions": "sincos", "transformer": replace(STACK, width=18)}, "transformer.width is 18; expected a multiple")])
 def test_config_refuses(fields, message):
     with pytest.raises(ConfigError, match=message):
         replace(TINY, **fields)
@@ -182,9 +182,9 @@ def test_config_refuses(fields, message):
 def test_names():
     assert vit("L/14", image_size=28).patch == 14
     assert transformer("Ti", dtype="bfloat16").dtype == "bfloat16"
-    with pytest.raises(ConfigError, match=r"size is 'Q'; wanted one of mu, Ti"):
+    with pytest.raises(ConfigError, match=r"size is 'Q'; expected one of mu, Ti"):
         vit("Q/16")
-    with pytest.raises(ConfigError, match=r"variant is 'B'; wanted SIZE/PATCH"):
+    with pytest.raises(ConfigError, match=r"variant is 'B'; expected SIZE/PATCH"):
         vit("B")
 
 

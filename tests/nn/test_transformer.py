@@ -219,7 +219,7 @@ def test_later_tokens_do_not_change_earlier_ones():
 def test_refuses(field, value, wanted):
     with pytest.raises(ConfigError) as error:
         replace(CONFIG, **{field: value})
-    assert f"transformer.{field} is {value!r}; wanted {wanted}" in str(error.value)
+    assert f"transformer.{field} is {value!r}; expected {wanted}" in str(error.value)
 
 
 def test_flax_agrees():

@@ -117,11 +117,11 @@ def test_a_plan_for_gpus(eight):
 
 
 def test_a_recipe_that_a_run_refuses(eight):
-    with pytest.raises(ConfigError, match=r"data\.batch_size is 12; wanted a multiple"):
+    with pytest.raises(ConfigError, match=r"data\.batch_size is 12; expected a multiple"):
         trace(recipe(12), eight)
     with pytest.raises(ConfigError, match=r"mesh\.fsdp x mesh\.tensor is 3"):
         trace(recipe(mesh=MeshConfig(fsdp=3)), eight)
-    with pytest.raises(ConfigError, match=r"microbatches is 2; wanted 1"):
+    with pytest.raises(ConfigError, match=r"microbatches is 2; expected 1"):
         trace(replace(LINEAR, microbatches=2), eight)
 
 

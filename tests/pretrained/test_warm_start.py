@@ -74,7 +74,7 @@ def test_blip_takes_a_picture_tower_and_its_own_kind(saved):
     assert not anew and given["vision/positions"].shape == (26, 24)
     np.testing.assert_array_equal(given["text/head/bias"], tiny.captioner().params["text"]["head"]["bias"])
     assert adopt(tiny.VIT, tiny.CAPTIONER, tiny.SIDE).model.transformer == tiny.TOWER.transformer
-    with pytest.raises(ConfigError, match=r"init\.from is 'BLIPPretraining'; wanted a ViT"):
+    with pytest.raises(ConfigError, match=r"init\.from is 'BLIPPretraining'; expected a ViT"):
         adopt(tiny.CAPTIONER, tiny.MATCHER, tiny.SIDE)
     with pytest.raises(ConfigError, match=r"init\.from is 'ContrastiveLearning'"):
         adopt(tiny.CAPTIONER, tiny.CLIP, tiny.SIDE)
@@ -122,9 +122,9 @@ def test_two_pictures_are_read_as_one_was(saved):
         for part in ("query", "out"):
             np.testing.assert_array_equal(given[f"text/blocks/{twin}_cross_attention/{part}/kernel"],
                                           blocks["cross_attention"][part]["kernel"])
-    with pytest.raises(ConfigError, match=r"init\.from is 'Captioning'; wanted a ViT"):
+    with pytest.raises(ConfigError, match=r"init\.from is 'Captioning'; expected a ViT"):
         adopt(tiny.PAIR, tiny.CAPTIONER, tiny.SIDE)
-    with pytest.raises(ConfigError, match=r"init\.from is 'PairClassification'; wanted a ViT"):
+    with pytest.raises(ConfigError, match=r"init\.from is 'PairClassification'; expected a ViT"):
         adopt(tiny.MATCHER, tiny.PAIR, tiny.SIDE)
 
 

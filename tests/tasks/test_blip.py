@@ -186,7 +186,7 @@ def test_pairs_without_ids_belong_to_themselves_alone():
 def test_a_queue_that_cannot_be_shared():
     params, extra = start()
     with (jax.set_mesh(make_mesh(MeshConfig(data=4, tensor=2))),
-          pytest.raises(ConfigError, match=r"task\.queue is 10; wanted a multiple of the 4 devices")):
+          pytest.raises(ConfigError, match=r"task\.queue is 10; expected a multiple of the 4 devices")):
         jax.eval_shape(replace(TASK, tile=3).loss, params, extra, batch(0), jax.random.key(0))
 
 
@@ -301,12 +301,12 @@ def test_texts_without_words_and_texts_with_holes(trained):
 
 
 def test_what_cannot_be():
-    with pytest.raises(ConfigError, match=r"task\.queue is 3; wanted at least data\.batch_size = 4"):
+    with pytest.raises(ConfigError, match=r"task\.queue is 3; expected at least data\.batch_size = 4"):
         params, extra = start()
         jax.eval_shape(lambda: replace(TASK, queue=3).loss(params, extra, batch(0), jax.random.key(0)))
-    with pytest.raises(ConfigError, match=r"task\.negatives is 3; wanted a divisor of data\.batch_size = 4"):
+    with pytest.raises(ConfigError, match=r"task\.negatives is 3; expected a divisor of data\.batch_size = 4"):
         replace(TASK, negatives=3).check_batch(4)
-    with pytest.raises(ConfigError, match=r"task\.negatives is 1; wanted two or more pairs"):
+    with pytest.raises(ConfigError, match=r"task\.negatives is 1; expected two or more pairs"):
         replace(TASK, negatives=1)
     with pytest.raises(ConfigError, match=r"task\.alpha is 1"):
         replace(TASK, alpha=1.0)

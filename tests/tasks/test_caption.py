@@ -55,7 +55,7 @@ def test_bind_takes_the_prompt_and_the_vocabulary_from_the_tokenizer():
     kept = replace(WRITES.text, vocab_size=size + 50, decode_id=size + 30, encode_id=size + 31)
     assert with_vocabulary(kept, TOKENIZER).decode_id == size + 30
     for narrow in (replace(kept, vocab_size=size + 31), replace(kept, decode_id=size - 1)):
-        with pytest.raises(ConfigError, match=rf"vocab_size is {narrow.vocab_size}; wanted None: .* {size} tokens"):
+        with pytest.raises(ConfigError, match=rf"vocab_size is {narrow.vocab_size}; expected None: .* {size} tokens"):
             with_vocabulary(narrow, TOKENIZER)
     for tokenizer, message in ((None, "has no texts"), (TOKENIZER, r"at most task\.model\.text\.positions = 9")):
         with pytest.raises(ConfigError, match=message):

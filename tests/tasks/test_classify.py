@@ -97,9 +97,9 @@ def test_bind():
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"image_size": 8}, "data.image.size is 8; wanted the model's task.model.image_size = 6"),
+    ({"image_size": 8}, "data.image.size is 8; expected the model's task.model.image_size = 6"),
     ({"classes": None}, "data.train has no labels"),
-    ({"classes": 4}, "task.model.classes is 5; wanted None, or the source's 4")])
+    ({"classes": 4}, "task.model.classes is 5; expected None, or the source's 4")])
 def test_bind_refuses(fields, message):
     with pytest.raises(ConfigError, match=message):
         CLASSIFY.bind(**{"image_size": 6, "classes": CLASSES, "tokenizer": None} | fields)

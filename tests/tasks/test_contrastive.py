@@ -135,23 +135,23 @@ def test_bind():
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"image_size": 8}, "data.image.size is 8; wanted the model's task.model.vision.image_size = 6"),
+    ({"image_size": 8}, "data.image.size is 8; expected the model's task.model.vision.image_size = 6"),
     ({"tokenizer": None}, "data.train has no texts"),
-    ({"tokenizer": Words(context_length=9)}, "data.tokenizer.context_length is 9; wanted .* = 7"),
-    ({"tokenizer": Words(eos_id=4)}, "task.model.text.pool is 'argmax'; wanted eos: this tokenizer's end token is 4"),
-    ({"tokenizer": Words(vocab_size=12)}, "task.model.text.vocab_size is 11; wanted None, or at least .* 12")])
+    ({"tokenizer": Words(context_length=9)}, "data.tokenizer.context_length is 9; expected .* = 7"),
+    ({"tokenizer": Words(eos_id=4)}, "task.model.text.pool is 'argmax'; expected eos: this tokenizer's end token is 4"),
+    ({"tokenizer": Words(vocab_size=12)}, "task.model.text.vocab_size is 11; expected None, or at least .* 12")])
 def test_bind_refuses(fields, message):
     with pytest.raises(ConfigError, match=message):
         bind(SOFTMAX, **fields)
 
 
 def test_bind_refuses_another_padding():
-    with pytest.raises(ConfigError, match=r"task\.model\.text\.pad_id is 3; wanted None, or the tokenizer's 0"):
+    with pytest.raises(ConfigError, match=r"task\.model\.text\.pad_id is 3; expected None, or the tokenizer's 0"):
         bind(with_text(pad_id=3))
 
 
 def test_sigmoid_needs_a_bias():
-    with pytest.raises(ConfigError, match=r"task\.model\.logit_bias is None; wanted a number"):
+    with pytest.raises(ConfigError, match=r"task\.model\.logit_bias is None; expected a number"):
         ContrastiveLearning(model=SOFTMAX.model, kind="sigmoid")
 
 

@@ -81,7 +81,7 @@ def test_bind():
         with pytest.raises(ConfigError, match=message):
             TASK.bind(image_size=6, classes=None, tokenizer=tokenizer)
     long = BATCH | {"answers": jnp.ones((4, 3, 8), jnp.int32)}
-    with pytest.raises(ConfigError, match=r"answer_length is 8; wanted at most task\.model\.answer\.positions = 7"):
+    with pytest.raises(ConfigError, match=r"answer_length is 8; expected at most task\.model\.answer\.positions = 7"):
         jax.eval_shape(TASK.loss, jax.eval_shape(TASK.init, jax.random.key(0)), {}, long, jax.random.key(0))
     with pytest.raises(ConfigError, match=r"task\.model\.answer is None"):
         QuestionAnswering(model=replace(ANSWERS, answer=None))

@@ -33,7 +33,7 @@ TASKS = {
 
 def test_a_queue_with_too_little_room_stops_the_run_before_it_begins(scenes, tmp_path):
     config = replace(clip_run(scenes, steps=6), task=replace(TASKS["pretraining"], queue=11), evals=())
-    with pytest.raises(ConfigError, match=r"task\.queue is 11; wanted at least data\.batch_size = 12"):
+    with pytest.raises(ConfigError, match=r"task\.queue is 11; expected at least data\.batch_size = 12"):
         prepare(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

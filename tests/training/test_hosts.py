@@ -266,16 +266,16 @@ def test_a_host_with_another_configuration_is_named(nursery):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"address": "a:1"}, r"hosts\.count is None; wanted the number of processes, with hosts\.address"),
-    ({"address": "a:1", "count": 2}, r"hosts\.index is None; wanted the number of this process, 0 to 1"),
-    ({"address": "a:1", "count": 2, "index": 2}, r"hosts\.index is 2; wanted .* 0 to 1"),
+    ({"address": "a:1"}, r"hosts\.count is None; expected the number of processes, with hosts\.address"),
+    ({"address": "a:1", "count": 2}, r"hosts\.index is None; expected the number of this process, 0 to 1"),
+    ({"address": "a:1", "count": 2, "index": 2}, r"hosts\.index is 2; expected .* 0 to 1"),
     ({"address": "a:1", "count": 2, "index": -1}, r"hosts\.index is -1"),
-    ({"address": "a", "count": 2, "index": 0}, r"hosts\.address is 'a'; wanted HOST:PORT"),
+    ({"address": "a", "count": 2, "index": 0}, r"hosts\.address is 'a'; expected HOST:PORT"),
     ({"address": "a:99999", "count": 2, "index": 0}, r"hosts\.address is 'a:99999'"),
-    ({"count": 2, "index": 0}, r"hosts\.index is 0; wanted hosts\.address and hosts\.count with it"),
+    ({"count": 2, "index": 0}, r"hosts\.index is 0; expected hosts\.address and hosts\.count with it"),
     ({"count": 0}, r"hosts\.count is 0"), ({"timeout": 0.0}, r"hosts\.timeout is 0"),
     ({"heartbeat": float("inf")}, r"hosts\.heartbeat is inf"),
-    ({"alone": True, "count": 2}, r"hosts\.count is 2; wanted nothing with hosts\.alone"),
+    ({"alone": True, "count": 2}, r"hosts\.count is 2; expected nothing with hosts\.alone"),
 ], ids=str)
 def test_half_of_what_has_to_be_said_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
@@ -284,14 +284,14 @@ def test_half_of_what_has_to_be_said_is_refused(fields, message):
 
 def test_clusters_are_recognised_and_one_machine_is_alone(monkeypatch, tmp_path):
     assert detect_process_count() == count_hosts(HostsConfig()) == count_hosts(HostsConfig(count=1)) == 1
-    with pytest.raises(ConfigError, match=r"hosts\.count is 3; wanted 1, which JAX found here"):
+    with pytest.raises(ConfigError, match=r"hosts\.count is 3; expected 1, which JAX found here"):
         count_hosts(HostsConfig(count=3), tmp_path)
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     assert detect_process_count() == 3 and count_hosts(HostsConfig(alone=True)) == 1
-    with pytest.raises(ConfigError, match=r"hosts\.count is 4; wanted 3"):
+    with pytest.raises(ConfigError, match=r"hosts\.count is 4; expected 3"):
         count_hosts(HostsConfig(count=4), tmp_path)
-    with pytest.raises(ConfigError, match=r"out is None; wanted one folder for all 3 hosts"):
+    with pytest.raises(ConfigError, match=r"out is None; expected one folder for all 3 hosts"):
         count_hosts(HostsConfig(), name="out")
     with pytest.raises(ConfigError, match=r"the 3 hosts of this run do not come together: .*before any JAX calls"):
         jax.devices()

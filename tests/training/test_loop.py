@@ -115,16 +115,16 @@ def test_evaluations_are_logged_and_choose_what_is_kept(tmp_path):
 
 def test_a_metric_that_no_evaluator_yields_is_named(tmp_path):
     config = graded(0.5, steps=1, checkpoint=CheckpointConfig(best="val/top2"))
-    with pytest.raises(ConfigError, match=r"checkpoint.best is 'val/top2'; wanted one of val/grade"):
+    with pytest.raises(ConfigError, match=r"checkpoint.best is 'val/top2'; expected one of val/grade"):
         train(config, tmp_path)
-    with pytest.raises(ConfigError, match=r"checkpoint.best is 'val/grade'; wanted one of no metrics"):
+    with pytest.raises(ConfigError, match=r"checkpoint.best is 'val/grade'; expected one of no metrics"):
         train(replace(LINEAR, checkpoint=CheckpointConfig(best="val/grade")), tmp_path)
     assert Scripted.biases == [] and not (tmp_path / "config.json").exists()
 
 
 def test_two_evaluators_of_one_name_are_refused(tmp_path):
     config = replace(graded(), evals=(Scripted(grades=()), Scripted(grades=(1.0,))))
-    with pytest.raises(ConfigError, match=r"evals is 'val/grade'; wanted different names"):
+    with pytest.raises(ConfigError, match=r"evals is 'val/grade'; expected different names"):
         train(config, tmp_path)
 
 
@@ -296,7 +296,7 @@ def test_a_work_folder_with_a_broken_config_is_named(tmp_path):
 
 
 def test_a_loss_with_extra_state_is_not_computed_in_parts(tmp_path):
-    with pytest.raises(ConfigError, match=r"microbatches is 2; wanted 1: the loss of Linear"):
+    with pytest.raises(ConfigError, match=r"microbatches is 2; expected 1: the loss of Linear"):
         train(replace(LINEAR, microbatches=2), tmp_path)
 
 
@@ -315,7 +315,7 @@ def test_a_refused_start_leaves_nothing_behind(scenes, tmp_path):
 
 def test_batches_that_do_not_divide_are_refused_before_anything_is_written(tmp_path):
     config = replace(LINEAR, mesh=MeshConfig(data=2, fsdp=4), microbatches=4)
-    with pytest.raises(ConfigError, match=r"data.batch_size is 16; wanted a multiple of .* = 8 x 4"):
+    with pytest.raises(ConfigError, match=r"data.batch_size is 16; expected a multiple of .* = 8 x 4"):
         train(config, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] in ([], [".lock"])
 

@@ -48,7 +48,7 @@ def test_learning_rate(fields, expected):
 
 
 def test_warmup_and_cooldown_must_fit():
-    with pytest.raises(ConfigError, match=r"optimizer.warmup \+ optimizer.cooldown is 12; wanted at most steps = 10"):
+    with pytest.raises(ConfigError, match=r"optimizer.warmup \+ optimizer.cooldown is 12; expected at most steps = 10"):
         learning_rate(OptimizerConfig(warmup=8, cooldown=4), 10)
 
 
