@@ -23,7 +23,7 @@ class TopKAccuracy(Evaluator):
         """Raise `ConfigError` if the source has no labels, or others than `data.train`."""
         check_labels(self, source)
         known = context.train.classes if context.train is not None else None
-        require(known in (None, source.classes), "Classification.source", source.name,
+        require(known in (None, source.classes), "TopKAccuracy.source", source.name,
                 f"a source with the classes of data.train: {known}")
 
     def names(self, source: Source) -> tuple[str, ...]:
