@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names as in `_MODUL
     from jaxmm.evals import KNN as KNN
     from jaxmm.evals import Captions as Captions
     from jaxmm.evals import EvalContext as EvalContext
+    from jaxmm.evals import ImageLikelihood as ImageLikelihood
+    from jaxmm.evals import ImageSamples as ImageSamples
+    from jaxmm.evals import LayerProbes as LayerProbes
     from jaxmm.evals import LinearProbe as LinearProbe
     from jaxmm.evals import Reranking as Reranking
     from jaxmm.evals import Retrieval as Retrieval
@@ -66,7 +69,8 @@ _MODULES = {
               "TrainConfig",
     "data.base": "DataError Source",
     "data.sources.registry": "open_source",
-    "evals": "Captions EvalContext KNN LinearProbe Reranking Retrieval TopKAccuracy VQAAccuracy ZeroShot",
+    "evals": "Captions EvalContext ImageLikelihood ImageSamples KNN LayerProbes LinearProbe Reranking Retrieval "
+             "TopKAccuracy VQAAccuracy ZeroShot",
     "inference.generate": "Decoding",
     "inference.model": "Model load",
     "models.blip": "BLIP BLIPConfig blip",

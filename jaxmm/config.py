@@ -92,7 +92,7 @@ class TokenizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training and validation data. A source is one string: `scenes:train`, `digits:train`, `folder:DIR`,
-    `captions:FILE.jsonl`, `coco:FILE.json[:SPLIT]`, `nlvr:FILE.json`, `tars:GLOB`, `parquet:GLOB`,
+    `captions:FILE.jsonl`, `coco:FILE.json[:SPLIT]`, `nlvr:FILE.json`, `tars:GLOB`, `parquet:GLOB`, `shapes:train`,
     `tfds:NAME:SPLIT`, `vqa:PLACE`."""
 
     train: str = "scenes:train"

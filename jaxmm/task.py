@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from jaxmm.validation import ConfigError, require
 
@@ -30,6 +30,8 @@ class Embedder:
     """Embeddings of `batch["tokens"]`, of length 1; None: texts are not embedded."""
     features: Callable[[Params, Batch], Float[Array, "b d"]]
     """Features of `batch["image"]` in the backbone, for linear probes and nearest neighbours."""
+    layers: Callable[[Params, Batch], Float[Array, "b l d"]] | None = None
+    """Features of `batch["image"]` in every layer, the first one first; None: only `features` are offered."""
     scale: Callable[[Params], Float[Array, ""]] = lambda params: jnp.ones(())
     bias: Callable[[Params], Float[Array, ""]] = lambda params: jnp.zeros(())
     text_length: Callable[[Int[Any, "b t"]], Int[Any, "b"]] | None = None
@@ -82,6 +84,12 @@ class Decoder:
     """Text that training put before each text."""
     reads_text: bool = False
     """True if the context depends on `batch["tokens"]`: a question."""
+    to_tokens: Callable[[UInt8[Array, "b s s 3"]], Int[Array, "b t"]] | None = None
+    """Tokens of images behind the first token; None: the decoder writes no images."""
+    to_images: Callable[[Int[Array, "b t"]], UInt8[Array, "b s s 3"]] | None = None
+    """Images of tokens, as `to_tokens` returns them; None: the decoder writes no images."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the image that the tokens are read from, row by row; None: the decoder writes no images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +163,14 @@ class Task:
 
     @property
     def writes_captions(self) -> bool:
-        """True if there is a decoder that needs an image and nothing else."""
-        return self.decoder is not None and self.decoder.context is not None and not self.decoder.reads_text
+        """True if there is a decoder that writes a text and needs an image and nothing else."""
+        decoder = self.decoder
+        return not (decoder is None or decoder.context is None or decoder.reads_text or decoder.to_images)
+
+    @property
+    def generates_images(self) -> bool:
+        """True if there is a decoder that writes images and needs nothing."""
+        return self.decoder is not None and self.decoder.context is None and self.decoder.to_images is not None
 
     @property
     def answers_questions(self) -> bool:
@@ -191,6 +205,13 @@ class Task:
     def bind(self, *, image_size: int, classes: int | None, tokenizer: Any | None) -> "Task":
         """Return this task with what only the data knows filled in. Raise `ConfigError` if they do not fit."""
         raise NotImplementedError
+
+    def fit(self, images: Callable[[int], UInt8[Any, "n s s 3"]]) -> "Task":
+        """Return this task with what it computes from the training images before the first step, such as a palette.
+
+        `images(count)` returns up to `count` of them, evenly spaced, resized as for evaluation.
+        """
+        return self
 
     def with_steps(self, steps: int) -> "Task":
         """Return this task with its shares of a run of `steps` as numbers of steps."""
@@ -231,12 +252,13 @@ class Task:
 
 def capabilities(task: Task) -> tuple[str, ...]:
     """Return what a model trained with `task` can do, in words for messages."""
-    embedder, classifier, decoder = task.embedder, task.classifier, task.decoder
-    offered = {"embeds images": embedder, "embeds texts": embedder and embedder.text,
+    embedder, classifier = task.embedder, task.classifier
+    offered = {"embeds images": embedder, "embeds images in every layer": embedder and embedder.layers,
+               "embeds texts": embedder and embedder.text,
                "classifies images": classifier and not classifier.reads_text,
                "judges a text about several images": classifier and classifier.reads_text,
                "writes captions": task.writes_captions, "answers questions": task.answers_questions,
-               "generates without an image": decoder and decoder.context is None,
+               "generates images": task.generates_images,
                "matches images and texts": task.matcher}
     return tuple(name for name, record in offered.items() if record)
 

@@ -12,10 +12,10 @@ import numpy as np
 from jaxmm.capfilt.selection import REASONS
 from jaxmm.capfilt.stages import SELECTED, Folder
 from jaxmm.capfilt.tables import Texts, totals
+from jaxmm.charts import histogram
 from jaxmm.data.images import decode
 from jaxmm.evals.context import evenly_spaced
 from jaxmm.pages import write_page
-from jaxmm.training.report import histogram
 
 ORIGINS = ("web", "synthetic", "human")
 SIDE = 160

@@ -12,6 +12,8 @@ COMMANDS = {
     "caption": ("caption:caption", "Caption images."),
     "answer": ("answer:answer", "Answer a question about an image."),
     "match": ("match:match", "Estimate how likely texts and an image belong together."),
+    "generate": ("image_grids:generate", "Generate images."),
+    "complete": ("image_grids:complete", "Complete images of which a part is kept."),
     "search index": ("image_search:index", "Encode all images in a folder into an index that `search query` reads."),
     "search query": ("image_search:query", "Find the images of an index that are nearest to a text or an image."),
     "data import": ("data:import_data", "Write a source as a TFDS data set that `tfds:DEST:train` reads."),

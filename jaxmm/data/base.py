@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, UInt8
 
 Record = dict[str, Any]
 """Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]; or a tuple of two such), `image_id` (str; without
@@ -38,6 +39,8 @@ class Source:
     """The largest number of different answers to one question; 0: records have no questions with answers."""
     grades_captions: bool = False
     """True if `is_true` and `names_largest` can grade a caption."""
+    grades_images: bool = False
+    """True if `shows_largest` can grade an image."""
     fault: str | None = None
     """The reason why the file of this source is damaged or cannot be read."""
 
@@ -102,6 +105,14 @@ class Source:
 
     def names_largest(self, index: int, caption: str) -> bool:
         """Return whether `caption` names the largest object of the image of a record."""
+        raise NotImplementedError
+
+    def shows_largest(
+        self, index: int, images: UInt8[np.ndarray, "n s s 3"], part: Bool[np.ndarray, "s s"]
+    ) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]] | None:
+        """Return whether `images` show the largest object of a record's image in its colour, and in its shape, judged
+        by the pixels in `part`. None: not enough of it is in `part`, or outside of it.
+        """
         raise NotImplementedError
 
 

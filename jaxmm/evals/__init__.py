@@ -2,8 +2,19 @@
 
 from jaxmm.evals.accuracy import TopKAccuracy
 from jaxmm.evals.captions import Captions
-from jaxmm.evals.context import CaptionExample, EvalContext, PredictionExample, RetrievalExample, Retrieved
+from jaxmm.evals.context import (
+    CaptionExample,
+    Drawing,
+    EvalContext,
+    ImageGrid,
+    PredictionExample,
+    RetrievalExample,
+    Retrieved,
+)
+from jaxmm.evals.image_likelihood import ImageLikelihood
+from jaxmm.evals.image_samples import ImageSamples
 from jaxmm.evals.knn import KNN
+from jaxmm.evals.layer_probes import LayerProbes
 from jaxmm.evals.probe import LinearProbe
 from jaxmm.evals.reranking import Reranking
 from jaxmm.evals.retrieval import Retrieval
@@ -14,7 +25,12 @@ __all__ = [
            "KNN",
            "CaptionExample",
            "Captions",
+           "Drawing",
            "EvalContext",
+           "ImageGrid",
+           "ImageLikelihood",
+           "ImageSamples",
+           "LayerProbes",
            "LinearProbe",
            "PredictionExample",
            "Reranking",

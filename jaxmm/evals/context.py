@@ -39,7 +39,8 @@ class EvalContext:
     mesh: Mesh | None = None
     """The batch is cut over its `data` and `fsdp` axes; None: the default device."""
     examples: list = field(default_factory=list)
-    """Evaluators add held-out examples for the report: `RetrievalExample`, `PredictionExample`, `CaptionExample`."""
+    """Evaluators add what the report shows: `RetrievalExample`, `PredictionExample`, `CaptionExample`, `ImageGrid`,
+    `Drawing`."""
 
     def check(self, evaluator: Evaluator) -> Source:
         """Return the source that `evaluator` measures on. Raise `ConfigError` if the task, the weights or the source
@@ -132,6 +133,30 @@ class CaptionExample:
     """The first of the image's own captions."""
     words: tuple[tuple[str, np.ndarray], ...]
     """Each word of the caption with its cross-attention map over the patches, [g, g]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageGrid:
+    """Rows of uint8 [h, w, 3] images under a title."""
+
+    title: str
+    text: str
+    """Explanation of what the images are."""
+    rows: tuple[tuple[np.ndarray, ...], ...]
+    columns: tuple[str, ...] = ()
+    """Names of the columns; (): they have none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """A chart of `jaxmm.charts` under a title."""
+
+    title: str
+    text: str
+    """Explanation of what is drawn."""
+    svg: str
+    names: tuple[str, ...] = ()
+    """Legend: what is drawn in each of the page's colours."""
 
 
 def check_labels(evaluator: Evaluator, source: Source) -> None:

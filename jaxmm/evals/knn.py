@@ -8,7 +8,7 @@ import numpy as np
 from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source
 from jaxmm.evals.context import EvalContext
-from jaxmm.evals.frozen_features import check_train, train_and_test
+from jaxmm.evals.frozen_features import check_layer, check_train, train_and_test
 from jaxmm.optional import require_extra
 
 
@@ -22,6 +22,8 @@ class KNN(Evaluator):
     """Neighbours that vote, by cosine similarity."""
     temperature: float = 0.07
     """A neighbour of similarity s votes with weight exp(s / temperature)."""
+    layer: int | None = None
+    """Layer whose features are used, counted from 0; None: the task's own choice."""
     metric_names: ClassVar = ("knn_top1",)
     needs: ClassVar = ("embeds images",)
 
@@ -34,10 +36,11 @@ class KNN(Evaluator):
     def validate(self, context: EvalContext, source: Source) -> None:
         """Raise `ConfigError` if the two sources do not have the same labels."""
         check_train(self, self.train, context, source)
+        check_layer(self, self.layer, context)
 
     def measure(self, context: EvalContext, source: Source) -> tuple[float, ...]:
         """Return the accuracy."""
-        train, test = train_and_test(self, self.train, context, source)
+        train, test = train_and_test(self, self.train, context, source, self.layer)
         return (knn(*train, *test, k=self.k, temperature=self.temperature),)
 
 

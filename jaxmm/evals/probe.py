@@ -8,7 +8,7 @@ import numpy as np
 from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source
 from jaxmm.evals.context import EvalContext
-from jaxmm.evals.frozen_features import check_train, train_and_test
+from jaxmm.evals.frozen_features import check_layer, check_train, train_and_test
 from jaxmm.optional import require_extra
 
 
@@ -22,6 +22,8 @@ class LinearProbe(Evaluator):
     """Inverse strength of the L2 penalty; of several, the best on a fifth of the training data."""
     max_iter: int = 1000
     """Most L-BFGS iterations."""
+    layer: int | None = None
+    """Layer whose features are used, counted from 0; None: the task's own choice."""
     metric_names: ClassVar = ("probe_top1",)
     needs: ClassVar = ("embeds images",)
 
@@ -34,10 +36,11 @@ class LinearProbe(Evaluator):
     def validate(self, context: EvalContext, source: Source) -> None:
         """Raise `ConfigError` if the two sources do not have the same labels."""
         check_train(self, self.train, context, source)
+        check_layer(self, self.layer, context)
 
     def measure(self, context: EvalContext, source: Source) -> tuple[float, ...]:
         """Return the accuracy."""
-        train, test = train_and_test(self, self.train, context, source)
+        train, test = train_and_test(self, self.train, context, source, self.layer)
         return (probe(*train, *test, c=self.c, max_iter=self.max_iter),)
 
 

@@ -17,7 +17,7 @@ from jaxmm.compiling import compile_prediction
 from jaxmm.sharding import put_global
 from jaxmm.task import Batch, Params, Task
 
-INPUTS = ("image", "tokens", "prompt", "row", "image_tokens")
+INPUTS = ("image", "tokens", "prompt", "row", "image_tokens", "kept")
 """Keys of a batch that compiled functions may read; the rest stays on the host."""
 
 
@@ -32,10 +32,13 @@ def padded_batch_size(batch_size: int, mesh: Mesh | None) -> int:
 
 
 def predictions(task: Task) -> dict[str, Callable[[Params, Batch], jax.Array]]:
-    """Return what `task` computes for each example, by name: `image`, `text`, `features`, `logits`; pure functions."""
+    """Return what `task` computes for each example, by name: pure functions.
+
+    The names are `image`, `text`, `features`, `layers` and `logits`.
+    """
     embedder, classifier = task.embedder, task.classifier
     functions = {} if embedder is None else {"image": embedder.image, "text": embedder.text,
-                                             "features": embedder.features}
+                                             "features": embedder.features, "layers": embedder.layers}
     if classifier is not None:
         functions["logits"] = classifier.logits
     return {name: function for name, function in functions.items() if function is not None}

@@ -76,12 +76,13 @@ these."""
 def generate(
     decoder: Decoder, params: Any, context: Any, prompt: Int[Array, "r p"], lengths: Int[Array, "r"],
     keys: Key[Array, "r"], decoding: Decoding, context_mask: Bool[Array, "b n"] | None = None,
+    kept: Bool[Array, "r p"] | None = None,
 ) -> Generated:
     """Continue each prompt's first `lengths` tokens with `decoder`, given what its `context` returned (or None).
 
     The first token of a prompt is replaced by `decoder.start_id`. There may be several prompts per context: those of
     the first context, then those of the next. What the decoder prepares from a context is computed once for all of its
-    prompts and beams.
+    prompts and beams. Behind the first `lengths`, tokens of the prompt where `kept` is True are kept too.
     """
     prepared = decoder.prepare(params, context)
 
@@ -90,23 +91,27 @@ def generate(
 
     return search(step, decoder.cache(len(prompt) * decoding.beams, decoding.max_length),
                   prompt.at[:, 0].set(decoder.start_id), lengths, keys, decoding, end_id=decoder.end_id,
-                  pad_id=decoder.pad_id)
+                  pad_id=decoder.pad_id, kept=kept)
 
 
 def search(
     step: Step, cache: Any, prompt: Int[Array, "b p"], lengths: Int[Array, "b"], keys: Key[Array, "b"],
-    decoding: Decoding, *, end_id: int | None, pad_id: int | None,
+    decoding: Decoding, *, end_id: int | None, pad_id: int | None, kept: Bool[Array, "b p"] | None = None,
 ) -> Generated:
     """Continue the first `lengths` (at least 1) tokens of each prompt, as `decoding` says.
 
     `cache` has room for b x k rows and L positions: leaves [r ...], row r being sequence r % k of prompt r // k.
-    Without `end_id` every sequence has `decoding.max_length` tokens.
+    Without `end_id` every sequence has `decoding.max_length` tokens. Tokens of the prompt where `kept` is True are
+    those of the sequence at any position.
     """
     end_id, pad_id = NO_TOKEN if end_id is None else end_id, 0 if pad_id is None else pad_id
     b, p = prompt.shape
     k, total = decoding.beams, decoding.max_length
     prompt = jnp.pad(prompt, ((0, 0), (0, max(0, total - p))), constant_values=pad_id)[:, :total]
-    lengths = jnp.minimum(lengths, total)
+    given = jnp.arange(total)[None] < jnp.minimum(lengths, total)[:, None]
+    if kept is not None:
+        given = given | jnp.pad(kept, ((0, 0), (0, max(0, total - p))))[:, :total]
+    written = jnp.maximum(jnp.cumsum(~given, axis=1), 1).astype(jnp.float32)  # at least 1, because it is a divisor
     first = jnp.full((b, k, total), pad_id, prompt.dtype).at[:, :, 0].set(prompt[:, :1])
     score = jnp.full((b, k), NEVER).at[:, 0].set(0.0)
     start = State(
@@ -122,16 +127,16 @@ def search(
         logits, new = step(state.tokens[:, :, at].reshape(-1), at, state.cache, cache_mask)
         scores = _scores(logits.reshape(b, k, -1), state.tokens, at, decoding, end_id)
         forced = prompt[:, at + 1]
-        in_prompt = at + 1 < lengths
+        in_prompt, count = given[:, at + 1], written[:, at + 1][:, None]
         if k == 1:
             chosen = scores[:, 0].argmax(axis=-1)
             if decoding.sample:
                 chosen = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, at), row))(
                     keys, _narrowed(scores[:, 0], decoding))
             drawn = jax.nn.log_softmax(scores[:, 0])[jnp.arange(b), chosen]
-            return _one(state, new, jnp.where(in_prompt, forced, chosen), jnp.where(in_prompt, 0.0, drawn), lengths,
-                        decoding, end_id, pad_id)
-        return _beams(state, new, scores, in_prompt, forced, lengths, decoding, end_id)
+            return _one(state, new, jnp.where(in_prompt, forced, chosen), jnp.where(in_prompt, 0.0, drawn), in_prompt,
+                        count, decoding, end_id, pad_id)
+        return _beams(state, new, scores, in_prompt, forced, count, decoding, end_id)
 
     last = jax.lax.while_loop(cond, body, start)
     return Generated(last.done, last.done_score)
@@ -183,20 +188,20 @@ def _narrowed(logits: Float[Array, "b v"], decoding: Decoding) -> Float[Array, "
     return logits
 
 
-def _one(state, cache, token, score, lengths, decoding, end_id, pad_id) -> State:
+def _one(state, cache, token, score, in_prompt, written, decoding, end_id, pad_id) -> State:
     """Append one token to the single sequence of each row, unless it has ended."""
     place = state.at + 1
     token = jnp.where(state.ended, pad_id, token)
     tokens = state.tokens.at[:, 0, place].set(token.astype(state.tokens.dtype))
     total = state.score + jnp.where(state.ended, 0.0, score)[:, None]
-    ends = ((token == end_id) & (place >= lengths)) | (place == decoding.max_length - 1)
+    ends = ((token == end_id) & ~in_prompt) | (place == decoding.max_length - 1)
     now = (ends & ~state.ended)[:, None]
-    done_score = jnp.where(now, total / _written(place, lengths) ** decoding.length_penalty, state.done_score)
+    done_score = jnp.where(now, total / written ** decoding.length_penalty, state.done_score)
     return State(place, tokens, total, cache, jnp.where(now[:, :, None], tokens, state.done), done_score,
                  state.ended | ends)
 
 
-def _beams(state, cache, scores, in_prompt, forced, lengths, decoding, end_id) -> State:
+def _beams(state, cache, scores, in_prompt, forced, written, decoding, end_id) -> State:
     """Expand k beams to their 2k best continuations: those that end become finished, the best k others continue."""
     b, k, v = scores.shape
     only = jnp.where(jnp.arange(v)[None] == forced[:, None], 0.0, NEVER)[:, None, :]
@@ -212,7 +217,7 @@ def _beams(state, cache, scores, in_prompt, forced, lengths, decoding, end_id) -
     rows = (parents + jnp.arange(b)[:, None] * k).reshape(-1)
     cache = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), cache)
 
-    written = _written(place, lengths) ** decoding.length_penalty
+    written = written ** decoding.length_penalty
     counts = ends & ~state.ended[:, None] & (jnp.arange(best.shape[1]) < k)[None]
     finished = jnp.where(counts, best / written, NEVER)
     done_score, chosen = jax.lax.top_k(jnp.concatenate([state.done_score, finished], axis=1), k)
@@ -220,8 +225,3 @@ def _beams(state, cache, scores, in_prompt, forced, lengths, decoding, end_id) -
     ended = (done_score[:, -1] > NEVER) & (done_score[:, -1] >= alive[:, 0] / written[:, 0])
     return State(place, jnp.take_along_axis(tokens, order[:, :, None], axis=1), alive, cache, done, done_score,
                  state.ended | ended)
-
-
-def _written(place: Int[Array, ""], lengths: Int[Array, "b"]) -> Float[Array, "b 1"]:
-    """Return the number of generated tokens if the newest is at `place`; at least 1, because it is a divisor."""
-    return jnp.maximum(place + 1 - lengths, 1).astype(jnp.float32)[:, None]

@@ -26,6 +26,7 @@ from jaxmm.inference.batching import decode_ahead, pad_to_power_of_two, predict
 from jaxmm.inference.captioning import CAPTIONS, write_texts
 from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts
 from jaxmm.inference.generate import Decoding
+from jaxmm.inference.image_generation import Keep, complete_images, generate_images, image_decoding
 from jaxmm.inference.matching import match_probabilities
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.registry import Format, open_checkpoint, save_checkpoint
@@ -223,6 +224,25 @@ class Model:
                     "tokens": tokens[size * number:][:len(batch["image"]) // 2]}
                    for number, batch in enumerate(self._batches(list(chain(*pairs)))))
         return np.asarray(jax.nn.softmax(self._predict("logits", batches))[:, 1])
+
+    def generate_images(self, count: int = 1, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                        seed: int = 0) -> UInt8[np.ndarray, "n size size 3"]:
+        """Return `count` sampled images; image number i depends on `seed` and i only."""
+        self._require(self.task.generates_images, "generates images, such as openai/imagegpt-small")
+        decoding = image_decoding(self.task.decoder, temperature=temperature, top_k=top_k, top_p=top_p)
+        return generate_images(self.task, self.params, count, decoding, seed=seed, mesh=self.mesh)
+
+    def complete(self, images: Images, *, keep: Keep = "top", samples: int = 1, temperature: float = 1.0,
+                 top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> UInt8[np.ndarray, "b n size size 3"]:
+        """Return `samples` sampled completions of each image.
+
+        `keep` is the part that stays: `top` or `left` (half of the image), or the share of it that comes first. The
+        model writes row by row: what it writes depends on the pixels above and to the left, not on those to come.
+        """
+        self._require(self.task.generates_images, "generates images, such as openai/imagegpt-small")
+        decoding = image_decoding(self.task.decoder, temperature=temperature, top_k=top_k, top_p=top_p)
+        return complete_images(self.task, self.params, self.preprocess(images), keep, samples, decoding, seed=seed,
+                               mesh=self.mesh)
 
     def save(self, folder: str | Path, *, format: Format = "jaxmm") -> None:
         """Write a new `folder` with configuration, preprocessing, vocabulary and weights, in a library's `format`.

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tokenizers
 from jax.sharding import Mesh
 
@@ -44,7 +45,9 @@ def bind(config: TrainConfig) -> Bound:
         assumed.append(f"{ANSWERS} different answers to a question at most")
     if config.init.source is not None:
         assumed.append(f"the recipe's own architecture, not that of init.from = {config.init.source!r}")
-    return Bound(task.bind(image_size=config.data.image.size, classes=classes, tokenizer=tokenizer), tuple(assumed))
+    size = config.data.image.size
+    task = task.bind(image_size=size, classes=classes, tokenizer=tokenizer)
+    return Bound(task.fit(lambda count: np.zeros((1, size, size, 3), np.uint8)), tuple(assumed))
 
 
 def _tokenizer(data: DataConfig) -> tuple[Tokenizer, list[str]]:

@@ -66,10 +66,11 @@ def save_checkpoint(
     folder = Path(folder)
     if folder.exists():
         raise FileError(f"{folder} exists; expected a new folder")
+    kind = type(getattr(task, "model", task))  # a task of another module may have no model
     families = {family.name: family for family in FAMILIES
-                if family.write is not None and issubclass(type(task.model), family.architecture)}
+                if family.write is not None and issubclass(kind, family.architecture)}
     if format not in families:
-        raise FileError(f"format is {format!r}, which has no {type(task.model).__name__}; expected "
+        raise FileError(f"format is {format!r}, which has no {kind.__name__}; expected "
                         f"{', '.join(name for name in get_args(Format) if name in families)}")
     family = families[format]
     export = family.write(task, image, labels, tokenizer)

@@ -1,28 +1,21 @@
 """Write the run report: one HTML file with the curves, the final metrics and held-out examples of a workdir."""
 
-import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jaxmm.evals.context import CaptionExample, PredictionExample, RetrievalExample
+from jaxmm.charts import COLORS, curves
+from jaxmm.evals.context import CaptionExample, Drawing, ImageGrid, PredictionExample, RetrievalExample
 from jaxmm.pages import number, write_page
 
-Example = RetrievalExample | PredictionExample | CaptionExample
+Example = RetrievalExample | PredictionExample | CaptionExample | ImageGrid | Drawing
 
 Series = dict[str, list[tuple[int, float]]]
 """Metric name to (step, value) pairs by rising step; NaN where the run wrote null."""
-
-# Placeholders in matplotlib's SVG for what the page's style sheet sets, so that dark mode reaches the curves.
-_INK, _GRID = "#010101", "#020202"
-_COLORS = [f"#03030{i}" for i in range(1, 7)]
-_MAX_POINTS = 400
-_MAX_PANELS = 24
+_MAX_PANELS, _MAX_VALUES = 24, 40
 
 
 def write_report(workdir: Path | str, examples: Iterable[Example] = ()) -> Path:
@@ -43,6 +36,8 @@ def write_report(workdir: Path | str, examples: Iterable[Example] = ()) -> Path:
         text_queries=[e for e in queries if isinstance(e.query, str)],
         predictions=[e for e in examples if isinstance(e, PredictionExample)],
         captions=[e for e in examples if isinstance(e, CaptionExample)],
+        grids=[e for e in examples if isinstance(e, ImageGrid)],
+        drawings=[e for e in examples if isinstance(e, Drawing)],
     )
 
 
@@ -87,85 +82,11 @@ def panels(metrics: Series) -> list[dict[str, Any]]:
         values = [[v for _, v in points if math.isfinite(v)] for points in series.values()]
         if max(map(len, values)) < 2 or not any(map(any, values)):
             continue                                           # a single point or only zeros says nothing as a curve
-        series = dict(list(series.items())[:len(_COLORS)])
+        series = dict(list(series.items())[:len(COLORS)])
         held_out = any(not name.startswith("train/") for name in series)
         drawn.append({"title": next(iter(series)).split("/", 1)[1] if len(series) == 1 else key,
                       "names": list(series), "svg": curves(series), "order": (key != "loss", not held_out)})
     return sorted(drawn, key=lambda panel: panel["order"])[:_MAX_PANELS]
-
-
-def curves(series: Series) -> str:
-    """Return an SVG of the curves, coloured by the page's style sheet; logarithmic if they span decades."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    def draw(axes) -> None:
-        finite = []
-        for (_, points), color in zip(series.items(), _COLORS, strict=False):
-            x, y = _thinned(points)
-            axes.plot(x, y, color=color, linewidth=1.6, marker="o" if len(x) <= 30 else None, markersize=3.2)
-            finite.extend(y[np.isfinite(y)])
-        if min(finite) > 0 and max(finite) / min(finite) > 100 and not any("learning_rate" in n for n in series):
-            axes.set_yscale("log")
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if abs(x) >= 10_000 else f"{x:g}"))
-
-    return drawing(draw, "curves over the steps")
-
-
-def histogram(values: Mapping[str, np.ndarray], label: str) -> str:
-    """Return an SVG of the distributions of `values` (numbers by name): shares in 40 equal bins."""
-    from matplotlib.ticker import PercentFormatter
-
-    finite = {name: numbers[np.isfinite(numbers)] for name, numbers in values.items()}
-    every = np.concatenate([*finite.values(), np.zeros(0)])
-    edges = np.linspace(every.min(initial=0.0), max(every.max(initial=0.0), 1e-6), 41)
-
-    def draw(axes) -> None:
-        for numbers, color in zip(finite.values(), _COLORS, strict=False):
-            axes.stairs(np.histogram(numbers, edges)[0] / max(len(numbers), 1), edges, color=color, linewidth=1.6)
-        axes.set_xlabel(label)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-    return drawing(draw, f"distribution: {label}")
-
-
-def drawing(draw: Callable[[Any], None], label: str) -> str:
-    """Return an SVG of what `draw` draws, in the page's colours: `_COLORS` are placeholders for the legend's."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style = {"svg.fonttype": "none", "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK,
-             "ytick.color": _INK, "axes.edgecolor": _GRID, "axes.spines.top": False, "axes.spines.right": False,
-             "svg.hashsalt": "jaxmm"}
-    with rc_context(style):
-        figure = Figure(figsize=(4.6, 2.3), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(length=0)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg"):]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', rf'\1 role="img" aria-label="{label}"', svg, count=1)
-    svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--line)")
-    for i, color in enumerate(_COLORS):
-        svg = svg.replace(color, f"var(--c{i + 1})")
-    return svg
-
-
-def _thinned(points: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and values; long curves as the means of neighbouring points."""
-    x, y = np.array(points, float).T
-    if len(x) <= _MAX_POINTS:
-        return x, y
-    parts = np.array_split(np.arange(len(x)), _MAX_POINTS)
-    means = [y[p][np.isfinite(y[p])].mean() if np.isfinite(y[p]).any() else math.nan for p in parts]
-    return np.array([x[p].mean() for p in parts]), np.array(means)
 
 
 def summary(notes: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -203,7 +124,7 @@ def _flat(value: Any) -> str:
         items = {k: v for k, v in value.items() if k != "type" and v is not None and v != []}
         return " · ".join(f"{k.replace('_', ' ')} {_flat(v)}" for k, v in items.items())
     if isinstance(value, list):
-        return ", ".join(map(_flat, value))
+        return ", ".join(map(_flat, value)) if len(value) <= _MAX_VALUES else f"{len(value)} values"
     return number(value) if isinstance(value, float) else str(value)
 
 

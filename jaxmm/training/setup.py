@@ -1,19 +1,25 @@
 """Prepare a run: open its sources, bind its task to them, check everything that can be checked before compiling."""
 
+import contextlib
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxmm import hosts
-from jaxmm.config import Evaluator, TrainConfig, from_dict, to_dict
-from jaxmm.data.base import Source, record_texts
+from jaxmm.config import Evaluator, ImageConfig, TrainConfig, from_dict, to_dict
+from jaxmm.data.bad_records import BadRecord
+from jaxmm.data.base import DataError, Source, record_texts
+from jaxmm.data.rows import load_row, transform_images
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
-from jaxmm.evals.context import EvalContext
+from jaxmm.data.transforms import eval_image
+from jaxmm.evals.context import EvalContext, evenly_spaced
 from jaxmm.pretrained.warm_start import adopt, open_start
 from jaxmm.sharding import host_share, make_mesh, with_shardings
 from jaxmm.task import Task
@@ -66,7 +72,7 @@ def prepare(config: TrainConfig, workdir: Path) -> Setup:
     like = with_shardings(abstract_state(task, optimizer), mesh)
     setup = Setup(config, workdir, task, optimizer, train, val, tokenizer, mesh, evals, like)
     _check_evals(setup)
-    hosts.assert_same_on_all_hosts(config=to_dict(config), records=train.fingerprint,
+    hosts.assert_same_on_all_hosts(config=to_dict(config), task=to_dict(task), records=train.fingerprint,
                                    words=None if tokenizer is None else tokenizer.fingerprint)
     hosts.barrier("begin")  # all hosts have read what was in the workdir
     if jax.process_index() == 0:
@@ -109,12 +115,26 @@ def _bind_task(
         tokenizer = None
     elif tokenizer is None:
         tokenizer = _make_tokenizer(config, task, train, workdir)
-    if start is not None and notes is not None:  # the trained model may be gone by now
+    fits = type(task).fit is not Task.fit
+    if notes is not None and (fits or start is not None):  # the trained model may be gone by now
         task = from_dict(notes["task"], workdir / "config.json")
     else:
         task = task.bind(image_size=config.data.image.size, tokenizer=tokenizer,
                          classes=None if train.classes is None else len(train.classes))
+        task = task.fit(partial(_sample, train, config.data.image))
     return task.with_steps(config.steps), tokenizer
+
+
+def _sample(source: Source, image: ImageConfig, count: int) -> np.ndarray:
+    """Return up to `count` evenly spaced images of `source`, uint8 [n size size 3], without unreadable ones."""
+    images = []
+    for index in evenly_spaced(len(source), count).tolist():
+        with contextlib.suppress(BadRecord):
+            row = load_row(source, index, with_text=False, with_label=False, rng=None)
+            images.append(transform_images(row["image"], eval_image, image))
+    if not images:
+        raise DataError(f"source {source.name!r}: none of {min(count, len(source)):,} images can be read")
+    return np.stack(images)
 
 
 def _make_tokenizer(config: TrainConfig, task: Task, source: Source, workdir: Path) -> Tokenizer | None:

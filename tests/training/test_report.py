@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxmm.charts import curves, drawing
 from jaxmm.config import DataConfig, Evaluator, TrainConfig, save_config
-from jaxmm.evals import CaptionExample, PredictionExample, RetrievalExample, Retrieved
+from jaxmm.evals import CaptionExample, Drawing, ImageGrid, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.models.vit import vit
 from jaxmm.pages import data_uri, number, overlay
 from jaxmm.tasks.image_classification import Classification
-from jaxmm.training.report import curves, final_values, panels, read_metrics, summary, write_report
+from jaxmm.training.report import final_values, panels, read_metrics, summary, write_report
 
 pytestmark = pytest.mark.usefixtures("drawings")
 PICTURE = np.random.default_rng(0).integers(0, 256, (7, 9, 3)).astype(np.uint8)
@@ -155,6 +156,24 @@ def test_a_whole_report_is_self_contained_and_escapes_what_people_wrote(tmp_path
     assert any(w.endswith("…") for w in page.words) and "jax 9.8.7" in page.words and "cpu, cpu" in page.words
     assert "Classification · kind softmax · label smoothing 0 · mixup 0 · cutmix 0" in page.words
     assert len(text) < 120_000
+
+
+def test_grids_and_drawings_of_any_evaluator(tmp_path):
+    svg = drawing(lambda axes: axes.plot([0, 1], [0, 1], color="#030302"), "a line", size=(2, 1))
+    text = write_report(tmp_path, [
+        ImageGrid(title="Grid", text=ATTACK, columns=("one", ATTACK), rows=((PICTURE, PICTURE), (PICTURE, PICTURE))),
+        ImageGrid(title="Row", text="", rows=((PICTURE,),)),
+        Drawing(title="Line", text="rises", svg=svg, names=("the line",))]).read_text()
+    page = Page(text)
+    assert page.count("img", alt="Grid") == 4 and page.count("img", alt="Row") == 1 and page.count("script") == 0
+    assert page.words.count(ATTACK) == 2 and page.count("th") == 2
+    assert page.count("svg", **{"aria-label": "a line"}) == 1 and "var(--c2)" in text and 'viewBox="0 0 144 72"' in text
+    assert {"Grid", "Line", "rises", "the line"} <= set(page.words)
+
+
+def test_long_values_are_counted():
+    rows = dict(summary({"task": {"levels": list(range(50)), "steps": [1, 2]}}))
+    assert rows["task"] == "levels 50 values · steps 1, 2"
 
 
 def test_summary_counts_the_pictures_seen():

@@ -13,16 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from jaxmm.data.base import DataError, Record, Source
 from jaxmm.data.scenes.drawing import COLORS, SHAPES, SIZES, Object, Scene, cell, draw, random_scene, relation
+from jaxmm.data.scenes.grading import nearest_look
 from jaxmm.data.scenes.language import NOISE, Question, captions, describe, plain, questions, true_captions, web_caption
 from jaxmm.data.sources.shards import Slice
 
 __all__ = ["COLORS", "NOISE", "SHAPES", "SIZES", "Object", "Question", "Scene", "ScenesSource", "captions",
-           "cell", "describe", "draw", "open_scenes", "plain", "prepare", "questions", "random_scene", "relation",
-           "scene_of", "true_captions", "web_caption"]
+           "cell", "describe", "draw", "nearest_look", "open_scenes", "plain", "prepare", "questions", "random_scene",
+           "relation", "scene_of", "true_captions", "web_caption"]
 
 SPLITS = ("train", "val", "test", "web")
 _SLICE = re.compile(r"(.*?)(?:\[(\d*):(\d*)\])?", re.DOTALL)
@@ -37,7 +39,7 @@ class ScenesSource(Source):
     several answers) and `objects` (dicts with `shape`, `color`, `size`, `x`, `y`, `radius`).
     """
 
-    grades_captions = True
+    grades_captions = grades_images = True
 
     def __init__(self, folder: str, split: str, name: str, length: int):
         self.folder, self.split, self.name, self._length = folder, split, name, length
@@ -92,6 +94,14 @@ class ScenesSource(Source):
         """Return whether `caption` names colour and shape of the largest object of image `index`."""
         largest = max(self[index]["objects"], key=lambda o: o["radius"])
         return f"{largest['color']} {largest['shape']}" in caption
+
+    def shows_largest(self, index: int, images: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return whether `images` show the largest object's colour, and its shape, in `part` (see `nearest_look`)."""
+        scene = scene_of(self[index])
+        largest = max(scene.objects, key=lambda o: o.radius)
+        looks = nearest_look(scene, largest, images, part)
+        return None if looks is None else tuple(np.array([look[i] == own for look in looks], bool)
+                                                for i, own in enumerate((largest.color, largest.shape)))
 
 
 def scene_of(record: dict[str, Any]) -> Scene:

@@ -58,6 +58,11 @@ class Slice(Source):
         return self.source.grades_captions
 
     @property
+    def grades_images(self) -> bool:
+        """True if the source grades images."""
+        return self.source.grades_images
+
+    @property
     def varies(self) -> bool:
         """True if the source varies records."""
         return self.source.varies
@@ -99,6 +104,10 @@ class Slice(Source):
     def names_largest(self, index: int, caption: str) -> bool:
         """Return whether `caption` names the largest object, as the source says."""
         return self.source.names_largest(self._at(index), caption)
+
+    def shows_largest(self, index: int, images: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return whether `images` show the largest object, as the source says."""
+        return self.source.shows_largest(self._at(index), images, part)
 
     def _at(self, index: int) -> int:
         if not 0 <= index < len(self):

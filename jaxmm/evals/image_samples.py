@@ -1,0 +1,103 @@
+"""Images that a model generates, and completions of held-out images, which scenes can grade."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import ClassVar
+
+import numpy as np
+
+from jaxmm.config import ConfigError, Evaluator, require
+from jaxmm.data.base import Source
+from jaxmm.data.images import decode
+from jaxmm.data.transforms import eval_image
+from jaxmm.evals.context import EvalContext, ImageGrid, evenly_spaced
+from jaxmm.inference.image_generation import (
+    complete_images,
+    generate_images,
+    image_decoding,
+    kept_tokens,
+    without_rest,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSamples(Evaluator):
+    """Adds generated images, and completions of held-out images, to the report.
+
+    If the source grades images (scenes), it measures completions of images whose largest object is partly kept:
+    `completion_color` and `completion_shape` are the shares that continue it in its colour and in its shape. With the
+    suffix `_limit` they are those of the images themselves, through the model's tokens: the most that can be reached.
+    """
+
+    count: int = 16
+    """Generated images in the report."""
+    keep: str = "top"
+    """Part of an image that is completed: `top`, `left`, or the share of it that comes first."""
+    graded: int = 200
+    """Number of images that are completed to be graded, the first ones that allow it."""
+    examples: int = 6
+    """Completed images in the report."""
+    samples: int = 4
+    """Completions of each image."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    needs: ClassVar = ("generates images",)
+
+    def __post_init__(self):
+        """Check ranges."""
+        super().__post_init__()
+        for name in ("count", "graded", "examples", "samples"):
+            require(getattr(self, name) > 0, f"evals.{name}", getattr(self, name), "a positive number")
+
+    def validate(self, context: EvalContext, source: Source) -> None:
+        """Raise `ConfigError` for values out of range."""
+        image_decoding(context.task.decoder, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        try:
+            kept_tokens(context.task.decoder, self.keep)
+        except ValueError as error:
+            raise ConfigError(f"evals.{error}") from None
+
+    def names(self, source: Source) -> tuple[str, ...]:
+        """Return the names of the metrics."""
+        return ("completion_color", "completion_shape", "completion_color_limit",
+                "completion_shape_limit") if source.grades_images else ()
+
+    def measure(self, context: EvalContext, source: Source) -> Iterator[float]:
+        """Yield the shares."""
+        task, decoder, params = context.task, context.task.decoder, context.weights_of(self)
+        decoding = image_decoding(decoder, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        options = {"seed": 0, "mesh": context.mesh}
+        drawn = generate_images(task, params, self.count, decoding, **options)
+        context.examples.append(ImageGrid(title="Generated images", text="Samples of the model, without any input.",
+                                          rows=tuple(map(tuple, np.split(drawn, range(8, len(drawn), 8))))))
+        images = self._images(context, source, evenly_spaced(len(source), self.examples))
+        completed = complete_images(task, params, images, self.keep, self.samples, decoding, **options)
+        context.examples.append(ImageGrid(
+            title="Completions", text="Held-out images, what the model is given of them, and what it makes of that.",
+            columns=("image", "given", *["completed"] * self.samples),
+            rows=tuple(zip(images, without_rest(decoder, images, self.keep), *completed.swapaxes(0, 1), strict=True))))
+        if source.grades_images:
+            yield from self._grades(context, source, decoding)
+
+    def _images(self, context: EvalContext, source: Source, indices: np.ndarray) -> np.ndarray:
+        return np.stack([eval_image(decode(source[int(i)]["image"]), context.data.image) for i in indices])
+
+    def _grades(self, context: EvalContext, source: Source, decoding) -> Iterator[float]:
+        """Yield the shares of completions, then of the images through the model's tokens, in colour and in shape."""
+        decoder, side = context.task.decoder, context.data.image.size
+        none = np.zeros((0, side, side, 3), np.uint8)
+        part = (without_rest(decoder, np.zeros((side, side, 3), np.uint8), self.keep) > 0).any(axis=-1)
+        gradable = (i for i in range(len(source)) if source.shows_largest(i, none, part) is not None)
+        chosen = list(islice(gradable, self.graded))
+        if not chosen:
+            yield from [float("nan")] * 4
+            return
+        images = self._images(context, source, np.array(chosen))
+        limit = np.asarray(decoder.to_images(decoder.to_tokens(images)))
+        completed = complete_images(context.task, context.weights_of(self), images, self.keep, 1, decoding, seed=1,
+                                    mesh=context.mesh)[:, 0]
+        grades = [source.shows_largest(i, np.stack(pair), part)
+                  for i, *pair in zip(chosen, completed, limit, strict=True)]
+        yield from np.mean(grades, axis=0).T.reshape(-1)
