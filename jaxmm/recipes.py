@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmm.config import RECIPE, ConfigError
+from jaxmm.paths import user_path
 
 
 def recipe_folder() -> Path:
@@ -21,7 +22,7 @@ def find_recipe(recipe: str | Path) -> Path:
 
     Raises `ConfigError`, which lists jaxmm's own, if there is none.
     """
-    path = Path(recipe).expanduser()
+    path = user_path(recipe, "config")
     if path.is_file():
         return path
     known = {path.stem: path for path in sorted(recipe_folder().glob("*.py"))}

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from jaxmm.data.bad_records import BadRecord
-from jaxmm.data.base import Source
+from jaxmm.data.base import Source, record_key
 from jaxmm.data.tools.checking import pixel_id
 from jaxmm.data.usable import read_usable
 from jaxmm.inference.batching import decode_ahead, pad_batch
@@ -48,14 +48,14 @@ def read_images(source: Source, prepare: Sequence[Prepare], on_bad: OnBad, recor
         usable = read_usable(source, record, ())
         row, image = usable.record, usable.images[0]
         own_id = row.get("image_id") if source.image_id_scope is None else None  # others may occur in another source
-        return WebImage(record, row.get("key") or source.key(record), own_id or pixel_id(image),
+        return WebImage(record, row.get("key") or record_key(source, record), own_id or pixel_id(image),
                         clean(row.get("texts", ())), tuple(view(image) for view in prepare))
 
     for record, future in decode_ahead(range(len(source)) if records is None else records, load, AHEAD):
         try:
             yield future.result()
         except BadRecord as error:
-            on_bad(source.key(record), error.reason)
+            on_bad(record_key(source, record), error.reason)
 
 
 def grouped(images: Iterator[WebImage]) -> Iterator[list[WebImage]]:

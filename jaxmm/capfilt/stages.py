@@ -29,6 +29,7 @@ from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import shards
 from jaxmm.hosts.startup import barrier
 from jaxmm.inference.model import load
+from jaxmm.paths import user_path
 
 VERSION = 1
 """Version of what the stages write; shards of another version are written again."""
@@ -89,6 +90,7 @@ class Folder:
 def begin(path: Path, web: str, human: str | None, *, size: int = SHARD_RECORDS, data_dir: str | None = None) -> Folder:
     """Return a new folder, or one of the same data. Raise `ConfigError` or `DataError`."""
     require(size > 0, "shard_records", size, "a positive number")
+    path = user_path(path, "out")
     record_facts(path, version=VERSION, web=web, human=human, shard_records=size)
     barrier("begin")
     hosts.wait_for_path("out", path / NAME)

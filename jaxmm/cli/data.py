@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from jaxmm.cli.parsing import positional
 from jaxmm.data import DataError, Source, open_source
+from jaxmm.data.cleaning import printable
 from jaxmm.terminal import print_json, print_table
 
 Spec = Annotated[str, *positional("SOURCE")]
@@ -46,10 +47,10 @@ def import_data(
 
 def check_data(
     source: Spec, workers: int | None = None, json: bool = False, records: bool = False, data_dir: str | None = None,
-) -> None:
+) -> int:
     """Report what is in a source and which records cannot be used, and why.
 
-    Nothing is written.
+    Nothing is written. The exit status is 1 if no record can be used.
 
     Args:
         source: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
@@ -64,13 +65,14 @@ def check_data(
     with _progress(opened, 1000, "checking") as on_shard:
         report = check(opened, workers=_workers(workers), on_shard=on_shard,
                        on_record=(lambda judgement: print_json(asdict(judgement))) if records else None)
+    status = 0 if report["usable"] else 1
     if records:
-        return
+        return status
     if json:
         print_json(report)
-        return
-    print(f"{source}: {report['usable']:,} of {report['records']:,} records can be used; {report['texts']:,} captions; "
-          f"{report['duplicates']:,} duplicate images")
+        return status
+    print(f"{printable(source)}: {report['usable']:,} of {report['records']:,} records can be used; "
+          f"{report['texts']:,} captions; {report['duplicates']:,} duplicate images")
     if report["broken"]:
         print_table(("why not", "records", "first"), (
             (reason, f"{count:,}", ", ".join(report["examples"][reason]))
@@ -81,10 +83,13 @@ def check_data(
                                             for name, values in measured))
     for fault in report["faults"]:
         print(f"{fault['shard']}: {fault['fault']}")
+    return status
 
 
-def show_data(source: Spec, count: int = 8, html: Path | None = None, data_dir: str | None = None) -> None:
+def show_data(source: Spec, count: int = 8, html: Path | None = None, data_dir: str | None = None) -> int:
     """Show the first records of a source: a table, or one HTML file with the images.
+
+    The exit status is 1 if no record of the source can be used.
 
     Args:
         source: tars:GLOB, parquet:GLOB, coco:FILE.json, captions:FILE.jsonl, folder:DIR and others.
@@ -96,12 +101,15 @@ def show_data(source: Spec, count: int = 8, html: Path | None = None, data_dir: 
 
     if count < 1:
         raise DataError(f"count is {count}; expected 1 or more")
-    shown = showing.first(_open(source, data_dir), count)
+    opened = _open(source, data_dir)
+    shown = showing.first(opened, count)
+    status = 1 if len(shown) == len(opened) and not any(record.images for record in shown) else 0
     if html is not None:
         showing.write_html(source, shown, html)
         print(f"{html}: {len(shown)} records")
-        return
+        return status
     print_table(("key", "size", "texts"), ((record.key, record.size, "\n".join(record.texts)) for record in shown))
+    return status
 
 
 def _open(spec: str, data_dir: str | None, shard_records: int = 1000) -> Source:

@@ -83,5 +83,6 @@ def run_on_images(
 
 def read_labels(labels: str) -> list[str]:
     """Return labels separated by commas, or the lines of a file."""
-    lines = Path(labels).read_text(encoding="utf-8").splitlines() if os.path.isfile(labels) else labels.split(",")
+    file = os.path.expanduser(labels)
+    lines = Path(file).read_text(encoding="utf-8").splitlines() if os.path.isfile(file) else labels.split(",")
     return [line.strip() for line in lines if line.strip()]

@@ -23,10 +23,10 @@ def index(folder: Annotated[Path, *positional("FOLDER")], out: Out, model: str =
         model: CLIP or SigLIP: a repository of the hub, a folder, a file, or a run's workdir.
     """
     paths, skipped = expand((folder,)), Skipped()
-    loaded = load_two_towers(model)
+    loaded, local = load_two_towers(model), os.path.expanduser(model)
     with tqdm(total=len(paths), **PROGRESS) as bar:
         kept = build_index(lambda chunk, on_error: loaded.encode_image(chunk, on_error=on_error),
-                           os.path.abspath(model) if os.path.exists(model) else model, paths, out,
+                           os.path.abspath(local) if os.path.exists(local) else model, paths, out,
                            on_error=skipped, on_chunk=bar.update)
     print(f"{out}: {kept:,} images")
     skipped.report(kept)
@@ -43,7 +43,8 @@ def query(out: Out, words: Annotated[str, *positional("QUERY")], top: int = 10, 
     """
     opened = open_index(out)
     loaded = load_two_towers(opened.model)
-    embedding = loaded.encode_image([words]) if os.path.isfile(words) else loaded.encode_text([words])
+    is_image = os.path.isfile(os.path.expanduser(words))
+    embedding = loaded.encode_image([words]) if is_image else loaded.encode_text([words])
     nearest = opened.search(embedding[0], top)
     if json:
         for image in nearest:

@@ -10,8 +10,21 @@ from typing import Annotated, Any
 
 import tyro
 
+from jaxmm.paths import user_path
 from jaxmm.recipes import load_recipe
 from jaxmm.validation import ConfigError, require
+
+PATHS = tyro.constructors.ConstructorRegistry()
+"""How arguments become values: every path may start with `~`, and addresses are refused."""
+
+
+@PATHS.primitive_rule
+def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="PATH", instance_from_str=lambda given: user_path(given[0]),
+        is_instance=lambda value: isinstance(value, Path), str_from_instance=lambda path: [str(path)])
 
 
 def positional(metavar: str) -> tuple[Any, Any]:
@@ -46,7 +59,7 @@ class RecipeCommand:
         help_of = {"prog": prog, "description": inspect.getdoc(self.function), "config": (tyro.conf.AvoidSubcommands,)}
         if path is None and {"--help", "-h"} & set(args):
             help_of["description"] += "\n\nWith `--config RECIPE`, `--help` explains the recipe's fields too."
-            tyro.cli(self.options, args=["--help"], **help_of)
+            tyro.cli(self.options, args=["--help"], registry=PATHS, **help_of)
         require(path is not None, "config", path, "--config RECIPE, its name or a Python file with get_config()")
         recipe = load_recipe(path)
         require(isinstance(recipe, self.recipe), "config", str(path),
@@ -54,7 +67,8 @@ class RecipeCommand:
         both = dataclasses.make_dataclass("Arguments", [
             ("options", Annotated[self.options, tyro.conf.arg(name="")]),
             ("recipe", Annotated[self.recipe, tyro.conf.arg(name="")])])
-        parsed = tyro.cli(both, args=list(args), default=both(self.options(config=path), recipe), **help_of)
+        default = both(self.options(config=path), recipe)
+        parsed = tyro.cli(both, args=list(args), default=default, registry=PATHS, **help_of)
         return parsed.options, parsed.recipe
 
 
@@ -67,4 +81,4 @@ def run(command: RecipeCommand | Callable[..., int | None], args: Sequence[str],
     """Run a command with `args` and return its exit status."""
     if isinstance(command, RecipeCommand):
         return command.function(*command.parse(args, prog)) or 0
-    return tyro.cli(command, args=list(args), prog=prog) or 0
+    return tyro.cli(command, args=list(args), prog=prog, registry=PATHS) or 0

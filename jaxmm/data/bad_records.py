@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxmm.data.base import DataError, Record, Source
+from jaxmm.data.base import DataError, Record, Source, record_key
+from jaxmm.data.cleaning import clean, cleaned_record
 
 Batch = dict[str, np.ndarray]
 
 REASONS = ("empty", "not an image", "too large", "truncated", "corrupt", "unreadable", "no text", "no label",
-           "no answer", "no image")
+           "no answer", "no image", "malformed")
 """Reasons why a record cannot be used. `fault` in a batch is 1 + the position in this list, 0 for a good record."""
 
 
@@ -18,6 +19,7 @@ class BadRecord(Exception):
     """A record that cannot be used: `reason` is one of `REASONS`, `detail` is for people."""
 
     def __init__(self, reason: str, detail: str = ""):
+        detail = clean(detail)
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
@@ -26,9 +28,9 @@ class BadRecord(Exception):
 
 
 def read_record(source: Source, index: int) -> Record:
-    """Read a record. Raises `BadRecord` for every error but `MemoryError`."""
+    """Read a record and clean its texts and names. Raises `BadRecord` for every error but `MemoryError`."""
     try:
-        return source[index]
+        return cleaned_record(source[index])
     except (BadRecord, MemoryError):
         raise
     except Exception as error:  # sources read files and foreign formats, which fail in many ways
@@ -55,7 +57,7 @@ class FaultCounter:
             reason = REASONS[int(batch["fault"][row]) - 1]
             self.counts[reason] += 1
             if len(self.examples) < self.keep:
-                self.examples.append((self.source.key(int(batch["drawn"][row])), reason))
+                self.examples.append((record_key(self.source, int(batch["drawn"][row])), reason))
         if self.records >= self.least and self.bad > self.max_bad * self.records:
             raise DataError(f"{self.summary()}; data.max_bad allows a share of {self.max_bad}")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from jaxmm.data.cleaning import printable, usable_texts
+
 Record = dict[str, Any]
 """Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]; or a tuple of two such), `image_id` (str; without
 one, images of the same bytes count as the same), `texts` (tuple of str: all captions of the image), `label` (int),
 `question` (str) with `answers` (tuple of str, repeats counted)."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
+                            "lost+found"})
+"""Names of folders that a system makes among a user's, besides hidden ones. They are passed over."""
 
 
 class DataError(ValueError):
@@ -43,6 +49,8 @@ class Source:
     """True if `shows_largest` can grade an image."""
     fault: str | None = None
     """The reason why the file of this source is damaged or cannot be read."""
+    notes: tuple[str, ...] = ()
+    """Remarks on what was left out, counted. `open_source` logs them."""
 
     def __len__(self) -> int:
         """Return the number of records, at least one."""
@@ -117,8 +125,13 @@ class Source:
 
 
 def record_texts(source: Source, index: int) -> tuple[str, ...]:
-    """Return all captions of a record that are not blank."""
-    return tuple(text for text in source.texts(index) if text.strip())
+    """Return all captions of a record that are not blank, cleaned."""
+    return usable_texts(source.texts(index))
+
+
+def record_key(source: Source, index: int) -> str:
+    """Return the name of a record, as it can be printed and written."""
+    return printable(source.key(index))
 
 
 def digest(parts: Iterable[bytes], size: int = 16) -> str:
@@ -134,28 +147,29 @@ def fingerprint(parts: Iterable[object]) -> str:
     return digest((str(part).encode(errors="surrogatepass") + b"\0" for part in parts), size=8)
 
 
-def find_images(folder: str | Path) -> list[str]:
-    """Return the sorted paths of all image files in `folder` and its subfolders, chosen by file extension."""
-    return sorted(os.path.join(parent, file) for parent, _, names in os.walk(folder) for file in names
-                  if file.lower().endswith(EXTENSIONS) and not file.startswith("."))
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or the system's own."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
-def read_text(spec: str, location: str) -> str:
-    """Return the text of a file of the source `spec`. Raises `DataError`."""
-    try:
-        return Path(location).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise DataError(f"source {spec!r}: cannot read {location}: {error.strerror}") from None
+def find_images(folder: str | Path, passed: Counter[str] | None = None) -> list[str]:
+    """Return the sorted paths of all image files in `folder` and its subfolders, chosen by file extension.
 
-
-def image_folder(file: Path, image: str) -> Path | None:
-    """Return the folder that `image` is relative to: near the annotations in `file`, as COCO is laid out."""
-    folder = file.resolve().parent
-    for candidate in (folder, folder / "images", *_folders(folder), folder.parent, *_folders(folder.parent)):
-        if (candidate / image).is_file():
-            return candidate
-    return None
-
-
-def _folders(parent: Path) -> list[Path]:
-    return sorted(path for path in parent.iterdir() if path.is_dir())
+    Links to folders are followed. Hidden and system folders are passed over, as are files of other types, which are
+    counted by extension in `passed`.
+    """
+    images, visited, passed = [], set(), Counter() if passed is None else passed
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add(real)
+        passed["hidden folders"] += sum(map(is_hidden, folders))
+        folders[:] = (name for name in folders if not is_hidden(name))
+        for name in names:
+            if name.lower().endswith(EXTENSIONS) and not is_hidden(name):
+                images.append(os.path.join(parent, name))
+            else:
+                passed["hidden files" if is_hidden(name) else f"{os.path.splitext(name)[1].lower() or name} files"] += 1
+    return sorted(images)

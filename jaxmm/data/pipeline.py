@@ -22,7 +22,7 @@ from jaxtyping import Int
 from jaxmm.config import DataConfig
 from jaxmm.data import transforms
 from jaxmm.data.bad_records import REASONS, BadRecord, Batch
-from jaxmm.data.base import DataError, Source
+from jaxmm.data.base import DataError, Source, record_key
 from jaxmm.data.processes import start_worker
 from jaxmm.data.rows import Shard, host_rows, image_shape, load_row, stack_rows, transform_images
 from jaxmm.data.sources.vqa import answer_arrays, answer_shares
@@ -176,7 +176,7 @@ class TrainBatch:
                 continue
             return row | {"index": index, "drawn": drawn, "fault": fault}
         raise DataError(f"source {self.source.name!r}: {TRIES} records in a row cannot be used; the last was "
-                        f"{self.source.key(index)}: {last}")
+                        f"{record_key(self.source, index)}: {last}")
 
 
 def prefetched(

@@ -23,6 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxmm.config import ConfigError, TokenizerConfig
 from jaxmm.data.base import digest
+from jaxmm.paths import user_path
 
 Cleaning = Literal["none", "openai", "whitespace", "canonical", "siglip", "lower"]
 """Cleaning of a text before it is encoded.
@@ -157,7 +158,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str] | None = None) 
         train = _train_wordpiece if config.kind == "train-wordpiece" else _train_bpe
         backend, special = train(corpus, config.vocab_size), {"pad_id": 0, "bos_id": 2, "eos_id": 3}
     else:
-        path = Path(config.file or "")
+        path = user_path(config.file or "", "data.tokenizer.file")
         read: Callable = {"clip": read_clip, "bert": read_bert, "file": read_file}[config.kind]
         try:
             backend, special = read(path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from jaxmm.data import images
 from jaxmm.data.bad_records import BadRecord, read_record
 from jaxmm.data.base import Record, Source
+from jaxmm.data.cleaning import usable_texts
 
 Need = Literal["text", "answer", "label"]
 
@@ -43,14 +45,13 @@ def read_usable(
     record = read_record(source, index)
     if rng is not None:
         record = source.vary(record, rng)
-    texts = (record["question"],) if "question" in record else record.get("texts", ())
-    texts = tuple(text for text in texts if text.strip())
+    texts = usable_texts(record["question"] if "question" in record else record.get("texts", ()))
     if "text" in wanted and not texts:
         raise BadRecord("no text", "it has no caption and no question")
     if "answer" in wanted and "question" in record and not any(map(str.strip, record.get("answers", ()))):
         raise BadRecord("no answer", "its question has no answer")
     label = record.get("label")
-    if "label" in wanted and (label is None or not 0 <= label < len(source.classes)):
+    if "label" in wanted and not (isinstance(label, Integral) and 0 <= label < len(source.classes)):
         raise BadRecord("no label", f"label {label} of {len(source.classes)} classes")
     if "image" not in record:
         raise BadRecord("no image", "it has no image")

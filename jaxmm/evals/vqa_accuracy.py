@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +15,7 @@ from jaxmm.evals.context import EvalContext, PredictionExample, evenly_spaced, t
 from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, make_rank_fn
 from jaxmm.inference.captioning import make_caption_fn, prompt_tokens
 from jaxmm.inference.generate import Decoding
+from jaxmm.paths import user_path
 
 NUMBERS = dict(zip(("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
                    map(str, (0, *range(11))), strict=True))
@@ -80,7 +80,7 @@ class VQAAccuracy(Evaluator):
                     "a run that trains on questions with answers, a file of one answer a line, or None")
             return common_answers(context.train, self.limit)
         try:
-            lines = Path(self.answers).read_text(encoding="utf-8").splitlines()
+            lines = user_path(self.answers, "answers").read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise ConfigError(f"VQAAccuracy.answers is {self.answers!r}: {error.strerror}") from None
         choices = list(dict.fromkeys(line.strip() for line in lines if line.strip()))

@@ -28,6 +28,7 @@ from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.image_generation import Keep, complete_images, generate_images, image_decoding
 from jaxmm.inference.matching import match_probabilities
+from jaxmm.paths import user_path
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.registry import Format, open_checkpoint, save_checkpoint
 from jaxmm.sharding import with_shardings
@@ -84,7 +85,7 @@ class Model:
     def prepare(self, image: ImageLike) -> UInt8[np.ndarray, "size size 3"]:
         """Decode and resize one image as the model expects it."""
         if isinstance(image, (str, Path)):
-            image = Path(image).read_bytes()
+            image = user_path(image, "image").read_bytes()
         image = image.convert("RGB") if isinstance(image, Image.Image) else decode(image)
         size = self.task.image_size
         return eval_image(image, self.preprocessing)[:size, :size]  # part of a patch at the border is not read

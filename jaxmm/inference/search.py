@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from jaxmm.checkpoints import write_atomically
 from jaxmm.data.base import fingerprint
+from jaxmm.paths import user_path
 
 CHUNK = 2048
 """Number of images after which an interrupted index can continue."""
@@ -71,6 +72,7 @@ def build_index(
     If the same call was interrupted, it continues. `on_error` is called with each unreadable image, which is left out,
     and `on_chunk` with the number of images just encoded. Raises `SearchError` if the folder exists.
     """
+    folder = user_path(folder, "folder")
     if folder.exists():
         raise SearchError(f"{folder} exists; expected a new folder for the index")
     if not paths:
@@ -128,6 +130,7 @@ def _resume(part: Path, wanted: dict[str, Any]) -> tuple[int, int, int | None]:
 
 def open_index(folder: Path) -> Index:
     """Open an index. Raises `SearchError` if it is not an index or is damaged."""
+    folder = user_path(folder, "folder")
     try:
         settings = json.loads((folder / SETTINGS).read_text())
         rows = [json.loads(line) for line in (folder / PICTURES).open(encoding="utf-8")]

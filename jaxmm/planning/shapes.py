@@ -1,7 +1,6 @@
 """A recipe without its data: the task with a vocabulary of the expected size, and the shapes of a batch."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxmm.config import DataConfig, TrainConfig
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
+from jaxmm.paths import user_path
 from jaxmm.sharding import batch_sharding
 from jaxmm.task import Task
 
@@ -53,7 +53,7 @@ def bind(config: TrainConfig) -> Bound:
 def _tokenizer(data: DataConfig) -> tuple[Tokenizer, list[str]]:
     """Return the data's tokenizer if its file exists, else a placeholder with a vocabulary of the same size."""
     config = data.tokenizer
-    if config.file is not None and Path(config.file).exists():
+    if config.file is not None and user_path(config.file, "data.tokenizer.file").exists():
         return make_tokenizer(config), []
     size = VOCAB_SIZES.get(config.kind, config.vocab_size)
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))

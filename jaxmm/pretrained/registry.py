@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from jaxmm.config import ImageConfig
 from jaxmm.data.tokenizers import Tokenizer
+from jaxmm.paths import expand, user_path
 from jaxmm.pretrained.families import (
     native,
     npz,
@@ -36,6 +37,7 @@ def open_checkpoint(
     source: str | Path, *, revision: str | None = None, tokenizer: str | Path | None = None
 ) -> Opened:
     """Recognise and describe `source`; see `jaxmm.load` for its kinds. Raises `FileError`."""
+    source = expand(source, "source")
     path = Path(source)
     if native.is_run(path):
         return native.open_run(path, revision)
@@ -47,7 +49,7 @@ def open_checkpoint(
             f"{files.name} has no configuration that says what model it is; expected a config.json with model_type "
             "(transformers) or architecture (timm), an open_clip_config.json, or the weights of OpenAI or Salesforce")
     checkpoint = family.read(files, tensors)
-    vocabulary, given = checkpoint.vocabulary, None if tokenizer is None else Path(tokenizer)
+    vocabulary, given = checkpoint.vocabulary, None if tokenizer is None else user_path(tokenizer, "tokenizer")
     return Opened(
         name=files.name, family=family.name, task=checkpoint.task, image=checkpoint.image, labels=checkpoint.labels,
         notes=checkpoint.notes, tensors=tensors, resize=family.resize,
@@ -63,7 +65,7 @@ def save_checkpoint(
 
     The folder appears complete or not at all. Raises `FileError` if it exists, or if the format cannot hold the model.
     """
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     if folder.exists():
         raise FileError(f"{folder} exists; expected a new folder")
     kind = type(getattr(task, "model", task))  # a task of another module may have no model

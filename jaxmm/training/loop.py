@@ -15,6 +15,7 @@ from jaxmm.config import TrainConfig
 from jaxmm.data.bad_records import FaultCounter
 from jaxmm.data.pipeline import train_batches
 from jaxmm.optional import require_extra
+from jaxmm.paths import user_path
 from jaxmm.pretrained.warm_start import start_weights
 from jaxmm.sharding import host_share, place_batch, unsharded_dims
 from jaxmm.training.logs import MetricLog, Progress, duration
@@ -43,7 +44,7 @@ def train(config: TrainConfig, workdir: Path | str, *, observe: Observer | None 
     `TrainError`.
     """
     require_extra("train", "training")
-    workdir = Path(workdir)
+    workdir = user_path(workdir, "workdir")
     with lock_workdir(workdir):
         hosts.heartbeat("starting", 0)
         setup = prepare(config, workdir)

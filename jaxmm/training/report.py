@@ -10,6 +10,7 @@ from typing import Any
 from jaxmm.charts import COLORS, curves
 from jaxmm.evals.context import CaptionExample, Drawing, ImageGrid, PredictionExample, RetrievalExample
 from jaxmm.pages import number, write_page
+from jaxmm.paths import user_path
 
 Example = RetrievalExample | PredictionExample | CaptionExample | ImageGrid | Drawing
 
@@ -20,7 +21,7 @@ _MAX_PANELS, _MAX_VALUES = 24, 40
 
 def write_report(workdir: Path | str, examples: Iterable[Example] = ()) -> Path:
     """Write `report.html` from `config.json`, `metrics.jsonl` and the evaluators' `examples`; return its path."""
-    workdir = Path(workdir)
+    workdir = user_path(workdir, "workdir")
     examples = list(examples)
     metrics = read_metrics(workdir / "metrics.jsonl")
     notes = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}

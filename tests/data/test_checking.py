@@ -94,7 +94,7 @@ def test_showing(crawl, tmp_path):
     source = open_source(f"tars:{tmp_path}/a.tar")
     showing.write_html("<i>", showing.first(source, 1), tmp_path / "a.html")
     page = (tmp_path / "a.html").read_text()
-    assert "&lt;script&gt;alert(1)&lt;/script&gt; \ufffd[31m" in page and "a/&lt;b&gt; · 31 x 24" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; [31m" in page and "a/&lt;b&gt; · 31 x 24" in page
     assert "<script" not in page and "<b>" not in page and page.count("data:image/webp;base64,") == 1
 
 

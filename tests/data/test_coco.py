@@ -90,7 +90,7 @@ def test_splits_and_fields_that_are_not_there(tmp_path):
     for content, split, message in [
         ([{"image": "1.png", "caption": "a"}], ":val", "has BLIP's layout, without splits; given 'val'"),
         ({"images": [], "annotations": []}, ":val", "has COCO's layout, without splits"),
-        ([{"image": "1.png"}], "", "not BLIP's captions layout: KeyError 'caption'"),
+        ([{"image": "1.png"}], "", "a.json: entry 0 has no `caption`"),
         ({"images": [{"sentences": [], "filename": "1.png"}]}, ":val", "not Karpathy's captions layout: KeyError"),
     ]:
         file = write(tmp_path / "a.json", json.dumps(content))

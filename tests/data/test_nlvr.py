@@ -69,9 +69,9 @@ def test_blips_list(tmp_path):
     ('{"identifier": "a-0", "sentence": "x", "label": "True"}\n{', "dev.json:2 is not JSON"),
     ('{"identifier": "a-0", "sentence": "x", "label": "yes"}', "dev.json:1: expected an object with `sentence`"),
     ('[{"images": ["a.png"], "sentence": "x", "label": true}]', "entry 0: expected an object with"),
-    ('[3]', "entry 0: expected an object with"),
+    ('[3]', "entry 0 is int; expected an object"),
     ("[]", "is empty"),
-    ('{"identifier": "a-0-0-0", "sentence": "x", "label": "True"}', "'a-0-0-img0.png', the first image, is neither"),
+    ('{"identifier": "a-0-0-0", "sentence": "x", "label": "True"}', "'a-0-0-img0.png', the first image, none is"),
 ])
 def test_bad_files(tmp_path, text, message):
     with pytest.raises(DataError, match=message):

@@ -84,7 +84,7 @@ def test_what_is_no_parquet(tmp_path, caplog):
     assert str(tmp_path / "0.parquet") in caplog.text
     with pytest.raises(DataError, match=r"0.parquet: it cannot be read as Parquet"):
         open_source(f"parquet:{tmp_path}/0.parquet")
-    with pytest.raises(DataError, match="none of its columns url, image is image, jpg"):
+    with pytest.raises(DataError, match="none of its columns url, image has images"):
         write(tmp_path / "2.parquet", url=["x"], image=["a text"])
     with pytest.raises(DataError, match="no file matches"):
         open_source(f"parquet:{tmp_path}/*.pq")

@@ -110,7 +110,7 @@ def test_stems_that_are_alike_and_keys_that_come_again(tmp_path):
 
 def test_captions_come_from_text_or_json(tmp_path):
     contents = [("a.jpg", b"a"), ("a.json", json.dumps({"caption": "of \ud800JSON\0"}).encode()),
-                ("b.json", b"{" * 100_000), ("b.jpg", b"b"), ("c.jpg", b"c"), ("c.json", b'{"caption": 5}'),
+                ("b.json", b"{" * 100_000), ("b.jpg", b"b"), ("c.jpg", b"c"), ("c.json", b'{"caption": NaN}'),
                 ("d.json", b'["caption"]'), ("d.jpg", b"d"), ("e.txt", b"caf\xe9\0"), ("e.json", b'{"caption": "no"}')]
     actual = records(open_source(f"tars:{write_tar(tmp_path / 'a.tar', contents)}"))
     assert [r.get("texts") for r in actual] == [("of ?JSON",), None, None, None, ("caf\ufffd",)]

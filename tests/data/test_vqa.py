@@ -97,14 +97,17 @@ def test_blip_lists_find_their_images_in_the_folder_beside(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("a.json", "[1,", r"a\.json:1 is not JSON"),
     ("a.jsonl", '{"image": "x", "question": "y"}\n{"image"', r"a\.jsonl:2 is not JSON"),
-    ("a.json", "5", "is int; expected questions"),
+    ("a.json", "5", "is int; expected objects"),
     ("a.json", "[]", "is empty"),
-    ("a.json", '[{"image": "x"}]', "record 1: expected an object with `image`"),
-    ("a.json", '[{"image": "x", "question": "y", "answers": [["z"]]}]', "record 1: expected `answer`"),
-    ("a.json", '{"questions": [{"image_id": 1, "question": "y"}]}', "not VQAv2's layout .*'question_id'"),
+    ("a.json", '[{"image": "x"}]', "entry 0 names no image or has no question; expected an object with `image`"),
+    ("a.json", '{"questions": [{"image_id": 1, "question": "y"}], "annotations": [{"question_id": 1}]}',
+     "not VQAv2's layout .*'question_id'"),
+    ("a.json", '{"questions": [{"image_id": 1, "question": "y", "question_id": 3}],"annotations": [{"question_id":1}]}',
+     "no `question_id` of its 1 annotations, such as '1', is that of a question, such as '3'"),
+    ("a.json", '{"answers": []}', "has 'answers'; expected `questions`, `annotations`, `data`, or a list"),
     ("a.json", '{"questions": [{"image_id": 1, "question": "y", "question_id": 2}]}', "_000000000001.jpg', the first"),
     ("v2_mscoco_val2014_annotations.json", '{"annotations": []}', "v2_OpenEnded_mscoco_val2014_questions.json"),
-    ("b/questions.json", '[["a", "b"]]', r"record 1 is \['a', 'b'\]; expected \[question"),
+    ("b/questions.json", '[["a", "b"]]', r"entry 0 is \['a', 'b'\]; expected \[question"),
     ("b/other.json", "[]", "no questions.json in the folder")])
 def test_bad_files(name, content, message, tmp_path):
     file = write(tmp_path / name, content)

@@ -1,13 +1,18 @@
 """Read COCO captions as COCO, Karpathy and the authors of BLIP publish them, and Flickr30k in Karpathy's layout."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-from jaxmm.data.base import DataError, fingerprint, image_folder, read_text
+from jaxmm.data.base import DataError, fingerprint
+from jaxmm.data.cleaning import usable_texts
+from jaxmm.data.sources.annotations import normal_ids, read_json
+from jaxmm.data.sources.columns import read_location
 from jaxmm.data.sources.files import Files
+from jaxmm.data.sources.image_roots import find_root
 
 TRAIN = ("train", "restval")
 """Splits that `train` includes, as in BLIP: 113,287 images of COCO. Karpathy's own `train` is `train-only`."""
@@ -18,33 +23,43 @@ LAYOUTS = """none of the known layouts:
   BLIP's: a list of objects with `image`, `caption`"""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Image:
     file: str
-    captions: tuple[str, ...]
-    image_id: str | None
+    captions: list[str] = field(default_factory=list)
+    image_id: str | None = None
+    fault: str | None = None
+    """The reason why the entry cannot be read; `file` is its place then."""
+
+
+@dataclass
+class _Found:
+    images: list[_Image]
+    notes: list[str] = field(default_factory=list)
 
 
 def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
     """Open one record per image, with all its captions, in the order of the file; Karpathy's layout: `FILE.json:SPLIT`.
 
-    Split `train` includes `restval`, `train-only` does not; `a+b` is both. Raises `DataError`.
+    Split `train` includes `restval`, `train-only` does not; `a+b` is both. An entry that cannot be read is one bad
+    record. Raises `DataError`.
     """
-    location, split = _cut(location)
-    text = read_text(spec, location)
-    where = f"source {spec!r}: {location}"
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"source {spec!r}: {location}:{error.lineno} is not JSON: {error}") from None
-    images = _images(content, split, where)
-    files = [image.file for image in images]
-    root = image_folder(Path(location), files[0]) if files else Path(location).parent
-    if root is None:
-        raise DataError(f"source {spec!r}: {files[0]!r}, the first image, is neither beside {location} nor in a "
-                        f"folder beside it or beside its folder")
-    return Files(name=spec, root=str(root), files=files, captions=[image.captions for image in images],
-                 image_ids=[image.image_id for image in images], fingerprint=fingerprint([split, text]))
+    place = read_location(spec, location, exists=lambda path: Path(_cut(path)[0]).exists())
+    path, split = _cut(place.path)
+    read = read_json(spec, path)
+    where = f"source {spec!r}: {path}"
+    found = _images(read.content, split, where)
+    images = found.images
+    faults = {number: image.fault for number, image in enumerate(images) if image.fault}
+    if images and len(faults) == len(images):
+        raise DataError(f"{where}: {images[0].file} {images[0].fault}")
+    root = find_root(spec, Path(path), [["" if image.fault else image.file for image in images]], root=place.root,
+                     split=split)
+    notes = [*read.notes, *found.notes, *root.notes]
+    notes += [f"{len(faults)} of {len(images)} entries cannot be read"] if faults else []
+    return Files(name=spec, root=root.path, files=[image.file for image in images], faults=faults, notes=tuple(notes),
+                 captions=[tuple(image.captions) for image in images],
+                 image_ids=[image.image_id for image in images], fingerprint=fingerprint([split, read.text]))
 
 
 def _cut(location: str) -> tuple[str, str | None]:
@@ -53,11 +68,11 @@ def _cut(location: str) -> tuple[str, str | None]:
     return (file, split) if colon and file.endswith(".json") and not Path(location).is_file() else (location, None)
 
 
-def _images(content: Any, split: str | None, where: str) -> list[_Image]:
+def _images(content: Any, split: str | None, where: str) -> _Found:
     images = content.get("images") if isinstance(content, dict) else None
     if isinstance(content, list):
         layout, read = "BLIP's", _blip
-    elif isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
+    elif isinstance(images, list) and any(isinstance(image, dict) and "sentences" in image for image in images):
         layout, read = "Karpathy's", _karpathy
     elif images is not None:
         layout, read = "COCO's", _coco
@@ -66,31 +81,78 @@ def _images(content: Any, split: str | None, where: str) -> list[_Image]:
     if read is not _karpathy and split is not None:
         raise DataError(f"{where} has {layout} layout, without splits; given {split!r}")
     try:
-        return _karpathy(content, split, where) if read is _karpathy else read(content)
+        return _karpathy(content, split, where) if read is _karpathy else read(content, where)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{where} is not {layout} captions layout: {type(error).__name__} {error}; it is "
                         f"{LAYOUTS}") from None
 
 
-def _coco(content: dict) -> list[_Image]:
-    captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
-    for annotation in content["annotations"]:
-        captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
-    return [_Image(image["file_name"], tuple(captions[image["id"]]), str(image["id"]))
-            for image in content["images"]]
+def _coco(content: dict, where: str) -> _Found:
+    listed, annotations = content["images"], [row for row in content["annotations"] if isinstance(row, dict)]
+    ids, used = normal_ids([image.get("id") if isinstance(image, dict) else None for image in listed],
+                           [row.get("image_id") for row in annotations])
+    images, by_id = [], {}
+    files_of: dict[str | None, set[str | None]] = {}
+    for image, image_id in zip(listed, ids, strict=True):
+        files_of.setdefault(image_id, set()).add(_file(image))
+    for number, (image, image_id) in enumerate(zip(listed, ids, strict=True)):
+        file = _file(image)
+        fault = ("has no `file_name`" if file is None else "has no `id`" if image_id is None else
+                 f"has the id {image_id} of another image" if len(files_of[image_id]) > 1 else None)
+        images.append(_Image(file, [], str(image["id"])) if fault is None else _Image(
+            f"`images`, entry {number}", fault=fault))
+        by_id.setdefault(image_id, []).append(images[-1])
+    without, lost, known = 0, [], 0
+    for row, image_id in zip(annotations, used, strict=True):
+        texts = usable_texts(row.get("caption"))
+        without += not texts
+        known += "caption" in row
+        if image_id is None or image_id not in by_id:
+            lost.append(row.get("image_id"))
+            continue
+        for image in by_id[image_id]:
+            image.captions += texts
+    if annotations and not known:
+        raise DataError(f"{where} has no `caption` in its annotations, which have {', '.join(annotations[0])}")
+    if annotations and len(lost) == len(annotations):
+        raise DataError(f"{where}: no `image_id` of its {len(annotations)} annotations, such as {lost[0]!r}, is an "
+                        f"`id` of its images, such as {next(iter(by_id), None)!r}")
+    notes = [f"{len(lost)} of {len(annotations)} captions are of images that are not listed, such as image_id "
+             f"{lost[0]!r}"] if lost else []
+    return _Found(images, notes + _empty(without, len(annotations)))
 
 
-def _karpathy(content: dict, split: str | None, where: str) -> list[_Image]:
+def _file(image: Any) -> str | None:
+    """Return the file of an entry of `images`: its `file_name`, else the last part of its `coco_url`."""
+    if not isinstance(image, dict):
+        return None
+    if isinstance(image.get("file_name"), str) and image["file_name"]:
+        return image["file_name"]
+    return os.path.basename(urlparse(str(image.get("coco_url") or "")).path) or None
+
+
+def _karpathy(content: dict, split: str | None, where: str) -> _Found:
     images = content["images"]
     splits = list(dict.fromkeys(image["split"] for image in images))
     if split is None and len(splits) > 1:
         raise DataError(f"{where} has the splits {', '.join(splits)}; expected one of them behind the file, "
                         f"as in FILE.json:{splits[0]}")
     chosen = splits if split is None else _chosen(split, splits, where)
-    return [_Image(str(Path(image.get("filepath", ""), image["filename"])),
-                     tuple(str(sentence["raw"]) for sentence in image["sentences"]),
-                     str(image["cocoid"] if "cocoid" in image else image["imgid"]))
-            for image in images if image["split"] in chosen]
+    found, without, total = [], 0, 0
+    for number, image in enumerate(images):
+        if image["split"] not in chosen:
+            continue
+        if not isinstance(image.get("filename"), str):
+            found.append(_Image(f"`images`, entry {number}", fault="has no `filename`"))
+            continue
+        sentences = image.get("sentences") or ()
+        texts = [text for sentence in sentences for text in usable_texts(
+            sentence.get("raw") if isinstance(sentence, dict) else sentence)]
+        without, total = without + len(sentences) - len(texts), total + len(sentences)
+        image_id = image["cocoid"] if "cocoid" in image else image.get("imgid")
+        found.append(_Image(str(Path(image.get("filepath") or "", image["filename"])), texts,
+                            None if image_id is None else str(image_id)))
+    return _Found(found, _empty(without, total))
 
 
 def _chosen(split: str, splits: Sequence[str], where: str) -> set[str]:
@@ -103,13 +165,24 @@ def _chosen(split: str, splits: Sequence[str], where: str) -> set[str]:
     return chosen
 
 
-def _blip(content: list) -> list[_Image]:
+def _blip(content: Iterable[Any], where: str) -> _Found:
     """Read entries of one caption each (train), several per image, or of all captions of an image (val, test)."""
-    captions: dict[str, list[str]] = {}
-    ids: dict[str, str | None] = {}
-    for entry in content:
-        texts = entry["caption"]
-        captions.setdefault(entry["image"], []).extend([texts] if isinstance(texts, str) else map(str, texts))
-        ids.setdefault(entry["image"], str(entry["image_id"]) if "image_id" in entry else None)
-    return [_Image(file, tuple(texts), ids[file]) for file, texts in captions.items()]
+    images: dict[str, _Image] = {}
+    without = total = 0
+    for number, entry in enumerate(content):
+        file = entry.get("image") if isinstance(entry, dict) else None
+        fault = ("has no `image`" if not isinstance(file, str) or not file else
+                 "has no `caption`" if "caption" not in entry else None)
+        if fault is not None:
+            images[f"\0{number}"] = _Image(f"entry {number}", fault=fault)
+            continue
+        captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
+        texts, given = usable_texts(captions), len(captions)
+        without, total = without + given - len(texts), total + given
+        image_id = entry.get("image_id")
+        images.setdefault(file, _Image(file, [], None if image_id is None else str(image_id))).captions += texts
+    return _Found(list(images.values()), _empty(without, total))
 
+
+def _empty(without: int, total: int) -> list[str]:
+    return [f"{without} of {total} captions are null, blank or no text"] if without else []

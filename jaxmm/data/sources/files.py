@@ -1,15 +1,22 @@
-"""Read images in files: one folder per class, a list of captions, or arrays in memory."""
+"""Read images in files: one folder per class, files of a list, or arrays in memory."""
 
-import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from jaxmm.data.base import EXTENSIONS, DataError, Record, Source, digest, find_images, fingerprint, read_text
+from jaxmm.data.bad_records import BadRecord
+from jaxmm.data.base import EXTENSIONS, DataError, Record, Source, digest, find_images, fingerprint, is_hidden
+from jaxmm.data.cleaning import printable
+from jaxmm.data.sources.image_roots import locate
 from jaxmm.optional import require_extra
+from jaxmm.paths import is_address
+
+SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+"""Names of folders that are not classes if no others are beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +30,19 @@ class Files(Source):
     classes: tuple[str, ...] | None = None
     captions: Sequence[tuple[str, ...]] | None = None
     image_ids: Sequence[str | None] | None = None
+    faults: Mapping[int, str] = field(default_factory=dict, repr=False)
+    """The reasons why lines or entries could not be read, by record; `files` has their places instead of a file."""
+    notes: tuple[str, ...] = field(default=(), repr=False)
     fingerprint: str = field(repr=False)
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Record:
-        """Read the bytes of the image."""
-        with open(os.path.join(self.root, self.files[index]), "rb") as file:
-            record: Record = {"key": self.key(index), "image": file.read()}
+        """Read the bytes of the image. Raises `BadRecord` for a line or an entry that could not be read."""
+        if index in self.faults:
+            raise BadRecord("malformed", f"{self.files[index]} {self.faults[index]}")
+        record: Record = {"key": self.key(index), "image": read_image(self.root, self.files[index])}
         if self.labels is not None:
             record["label"] = int(self.labels[index])
         if self.captions is not None:
@@ -47,6 +58,14 @@ class Files(Source):
     def texts(self, index: int) -> tuple[str, ...]:
         """Return the captions."""
         return self.captions[index] if self.captions is not None else ()
+
+
+def read_image(root: str, file: str) -> bytes:
+    """Return the bytes of an image file. Raises `BadRecord` or `OSError`."""
+    if not file or is_address(file):
+        raise BadRecord("no image", f"its image is {file!r}, an address" if file else "it names no image")
+    with open(locate(root, file), "rb") as stream:
+        return stream.read()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,46 +91,48 @@ class Arrays(Source):
 
 
 def open_folder(spec: str, location: str, data_dir: str | None = None) -> Files:
-    """Open one folder per class. Classes are the sorted folder names; images may be in subfolders of any depth."""
+    """Open one folder per class. Classes are the sorted folder names; images may be in subfolders of any depth.
+
+    Hidden and system folders are no classes. What is passed over is counted in `notes`. Raises `DataError`.
+    """
     root = Path(location)
     if not root.is_dir():
         raise DataError(f"source {spec!r}: no folder {location!r}")
-    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        paths = [os.path.relpath(path, root) for path in find_images(root / name)]
+    folders = [p.name for p in root.iterdir() if p.is_dir()]
+    names = sorted(name for name in folders if not is_hidden(name))
+    splits = [name for name in names if name.lower() in SPLITS and any(
+        part.is_dir() and not is_hidden(part.name) for part in (root / name).iterdir())]
+    if splits and all(name.lower() in SPLITS for name in names):
+        raise DataError(f"source {spec!r}: {', '.join(names)} are splits, not classes; expected one of them, as in "
+                        f"folder:{Path(location, splits[0])}")
+    passed = Counter({"hidden folders": len(folders) - len(names)})
+    files, labels, empty = [], [], []
+    for label, name in enumerate(names):
+        paths = [os.path.relpath(path, root) for path in find_images(root / name, passed)]
         files += paths
         labels += [label] * len(paths)
+        empty += [] if paths else [printable(name)]
     if not files:
         raise DataError(f"source {spec!r} is empty: expected one folder per class in {location!r}, with images "
-                        f"({' '.join(EXTENSIONS)})")
-    return Files(name=spec, root=location, files=files, labels=np.asarray(labels, np.int32), classes=classes,
-                 fingerprint=fingerprint([*classes, *files]))
+                        f"({' '.join(EXTENSIONS)}){'; ' * bool(+passed)}{_passed_over(passed)}")
+    loose = sum(p.name.lower().endswith(EXTENSIONS) for p in root.iterdir())
+    notes = [f"{len(empty)} of {len(names)} classes have no images: {', '.join(empty[:5])}"] if empty else []
+    notes += [_passed_over(passed)] if +passed else []
+    notes += [f"{loose} images are not in the folder of a class and are passed over"] if loose else []
+    return Files(name=spec, root=location, files=files, labels=np.asarray(labels, np.int32), notes=tuple(notes),
+                 classes=_class_names(names), fingerprint=fingerprint([*names, *files]))
 
 
-def open_captions(spec: str, location: str, data_dir: str | None = None) -> Files:
-    """Open JSON lines with `image` (a path relative to the file), `caption` or `captions`, and perhaps `image_id`."""
-    lines = read_text(spec, location).split("\n")
-    files, captions, image_ids = [], [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"source {spec!r}: {location}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-            raise DataError(f"{where}: expected an object with `image`, a path")
-        texts = next((row[name] for name in ("captions", "texts", "caption") if row.get(name) is not None), ())
-        texts = (texts,) if isinstance(texts, str) else texts
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{where}: expected `caption`, a text, or `captions`, a list of texts")
-        files.append(row["image"])
-        captions.append(tuple(texts))
-        image_ids.append(None if row.get("image_id") is None else str(row["image_id"]))
-    return Files(name=spec, root=str(Path(location).parent), files=files, captions=captions, image_ids=image_ids,
-                 fingerprint=fingerprint(lines))
+def _class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return names of folders as they can be written, with a number if two are equal then."""
+    written = [printable(name) for name in names]
+    return tuple(f"{name}#{number}" if written.count(name) > 1 else name for number, name in enumerate(written)
+                 ) if len(set(written)) < len(written) else tuple(written)
+
+
+def _passed_over(passed: Counter[str]) -> str:
+    counts = ", ".join(f"{printable(what)}: {count}" for what, count in (+passed).most_common(8))
+    return f"passed over {counts}" if counts else ""
 
 
 def open_digits(spec: str, location: str, data_dir: str | None = None) -> Arrays:

@@ -1,21 +1,28 @@
 """Read NLVR2 (Suhr et al. 2019): sentences that are true or false of two images, as its authors or BLIP's list them."""
 
-import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmm.data.base import DataError, Record, Source, fingerprint, image_folder, read_text
+from jaxmm.data.bad_records import BadRecord
+from jaxmm.data.base import DataError, Record, Source, fingerprint
+from jaxmm.data.cleaning import usable_texts
+from jaxmm.data.sources.annotations import Row, read_rows
+from jaxmm.data.sources.columns import read_location
+from jaxmm.data.sources.files import read_image
+from jaxmm.data.sources.image_roots import find_root
 
 CLASSES = ("False", "True")
 WORDS = 40
 """The largest number of words of a sentence that are read."""
 OTHER = {"left": "right", "right": "left"}
+EXPECTED = ("expected an object with `sentence`, a text, `label`, True or False, and `images`, two paths, or NLVR2's "
+            "`identifier`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,9 @@ class Pairs(Source):
     files: Sequence[tuple[str, str]]
     sentences: Sequence[str]
     labels: np.ndarray
+    faults: Mapping[int, str] = field(default_factory=dict, repr=False)
+    """The reasons why rows could not be read, by record; `files` has their places."""
+    notes: tuple[str, ...] = field(default=(), repr=False)
     fingerprint: str = field(repr=False)
     classes = CLASSES
     images_per_record = 2
@@ -35,8 +45,10 @@ class Pairs(Source):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Record:
-        """Read the bytes of both images."""
-        both = tuple(Path(self.root, file).read_bytes() for file in self.files[index])
+        """Read the bytes of both images. Raises `BadRecord` for a row that could not be read."""
+        if index in self.faults:
+            raise BadRecord("malformed", f"{self.files[index][0]} {self.faults[index]}")
+        both = tuple(read_image(self.root, file) for file in self.files[index])
         return {"key": self.key(index), "image": both, "texts": self.texts(index), "label": int(self.labels[index])}
 
     def key(self, index: int) -> str:
@@ -60,33 +72,36 @@ class Pairs(Source):
 def open_nlvr(spec: str, location: str, data_dir: str | None = None) -> Pairs:
     """Open NLVR2's JSON lines, whose image names follow from `identifier`, or BLIP's JSON list with `images`.
 
-    The images may be beside the file, or in a folder beside it or beside its folder. NLVR2's may be in folders named
-    after the split or after their `directory`. Raises `DataError`.
+    See `image_roots` for the folder of the images; NLVR2's may be in folders named after the split or after their
+    `directory`. A row that cannot be read is one bad record. Raises `DataError`.
     """
-    text = read_text(spec, location)
-    files, sentences, labels, layouts = [], [], [], []
-    for where, row in _rows(f"source {spec!r}: {location}", text):
-        named = _named(row)
-        label = str(row.get("label")) if isinstance(row, dict) else None
-        if named is None or not isinstance(row.get("sentence"), str) or label not in CLASSES:
-            raise DataError(f"{where}: expected an object with `sentence`, a text, `label`, True or False, and "
-                            "`images`, two paths, or NLVR2's `identifier`")
-        files.append(named[0])
-        layouts.append(named[1])
-        sentences.append(clean_sentence(row["sentence"]))
-        labels.append(CLASSES.index(label))
-    if not files:
-        raise DataError(f"source {spec!r} is empty: it has no records")
-    tries = ((number, image_folder(Path(location), os.path.join(folder, files[0][0])))
-             for number, folder in enumerate(layouts[0]))
-    number, root = next(((number, root) for number, root in tries if root is not None), (0, None))
-    if root is None:
-        raise DataError(f"source {spec!r}: {files[0][0]!r}, the first image, is neither beside {location} nor in a "
-                        "folder beside it or beside its folder")
-    files = [tuple(os.path.join(folders[number], file) for file in both)
-             for both, folders in zip(files, layouts, strict=True)]
-    return Pairs(name=spec, root=str(root), files=files, sentences=sentences, labels=np.asarray(labels, np.int32),
-                 fingerprint=fingerprint([text]))
+    place = read_location(spec, location, exists=os.path.exists)
+    read = read_rows(spec, place.path, place.columns, ("images", "sentence"))
+    rows = read.rows or ((Row(":1", read.content),) if read.content is not None else ())
+    names, sentences, labels, faults = [], [], [], {}
+    for number, row in enumerate(rows):
+        named = None if row.value is None else _named(row.value)
+        label = None if row.value is None else str(row.value.get("label")).capitalize()
+        fault = row.fault
+        if row.value is not None and (named is None or not usable_texts(row.value.get("sentence")) or
+                                      label not in CLASSES):
+            fault = EXPECTED
+        if fault is not None:
+            faults[number] = fault
+        names.append(named if fault is None else [(f"{Path(place.path).name}{row.place}",) * 2])
+        sentences.append("" if fault else clean_sentence(*usable_texts(row.value["sentence"])))
+        labels.append(0 if fault else CLASSES.index(label))
+    if rows and len(faults) == len(rows):
+        raise DataError(f"source {spec!r}: {place.path}{rows[0].place}: {faults[0]}")
+    most = max((len(forms) for forms in names), default=0)
+    first = [["" if number in faults else forms[min(form, len(forms) - 1)][0] for number, forms in enumerate(names)]
+             for form in range(most)]
+    root = find_root(spec, Path(place.path), first, root=place.root)
+    notes = [*read.notes, *root.notes]
+    notes += [f"{len(faults)} of {len(rows)} rows cannot be read"] if faults else []
+    return Pairs(name=spec, root=root.path, files=[forms[min(root.form, len(forms) - 1)] for forms in names],
+                 sentences=sentences, labels=np.asarray(labels, np.int32), faults=faults, notes=tuple(notes),
+                 fingerprint=fingerprint([read.text]))
 
 
 def clean_sentence(sentence: str) -> str:
@@ -99,32 +114,14 @@ def swap_left_right(sentence: str) -> str:
     return re.sub(r"\b(left|right)\b", lambda match: OTHER[match[0]], sentence)
 
 
-def _rows(where: str, text: str) -> Iterator[tuple[str, Any]]:
-    """Yield each row of a JSON list or of JSON lines, with its place for messages."""
-    is_list = text.lstrip().startswith("[")
-    for number, part in enumerate([text] if is_list else text.split("\n"), 1):
-        if not part.strip():
-            continue
-        try:
-            value = json.loads(part)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}:{error.lineno if is_list else number} is not JSON: {error}") from None
-        if is_list:
-            yield from ((f"{where}, entry {entry}", row) for entry, row in enumerate(value))
-        else:
-            yield f"{where}:{number}", value
-
-
-def _named(row: Any) -> tuple[tuple[str, str], tuple[str, ...]] | None:
-    """Return the two files that a row names and the folders that they may be in; None if it names none."""
-    if not isinstance(row, dict):
-        return None
+def _named(row: dict[str, Any]) -> list[tuple[str, str]] | None:
+    """Return the two files that a row names, in every folder that they may be in; None if it names none."""
     both = row.get("images")
     if isinstance(both, list) and len(both) == 2 and all(isinstance(file, str) for file in both):
-        return tuple(both), ("",)
+        return [tuple(both)]
     name = row.get("identifier")
     if not isinstance(name, str) or "-" not in name:
         return None
     stem, split, folder = name.rpartition("-")[0], name.partition("-")[0], str(row.get("directory", ""))
-    layouts = ("", split, folder, f"{split}/{folder}")
-    return (f"{stem}-img0.png", f"{stem}-img1.png"), layouts
+    return [tuple(os.path.join(layout, f"{stem}-img{number}.png") for number in (0, 1))
+            for layout in ("", split, folder, f"{split}/{folder}")]

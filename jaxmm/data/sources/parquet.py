@@ -1,8 +1,10 @@
 """Read Parquet files with encoded images, as Hugging Face data sets and img2dataset write them."""
 
 import functools
+import json
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,17 @@ import pyarrow.parquet as pq
 
 from jaxmm.data.bad_records import BadRecord
 from jaxmm.data.base import DataError, Record, Source, fingerprint
-from jaxmm.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT, Shards, clean, open_files, printable
+from jaxmm.data.cleaning import TEXT_NAMES, clean, printable, usable_texts
+from jaxmm.data.sources.columns import Columns, read_location
+from jaxmm.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT, Shards, find_files
 
 log = logging.getLogger(__name__)
 
-IMAGES = ("image", "jpg", "jpeg", "png", "webp", "bytes")
-"""Names of the image column. The first one with bytes, or with structs of `bytes`, is used."""
-CAPTIONS = ("texts", "captions", "text", "caption")
-"""Names of the caption column. The first one with texts or lists of texts is used."""
+FIRST = ("texts", "captions", "text", "caption")
+"""Names of caption columns that come before the others of `columns.NAMES`."""
+NOT_CAPTIONS = ("key", "url", "id", "split", "status", "path", "file", "name", "sha256", "md5", "exif", "license",
+                "error")
+"""Parts of the names of text columns that are no captions."""
 LARGEST_GROUP = 2**31
 """Uncompressed bytes of one column in a row group; records of larger ones are refused as too large."""
 CACHED_GROUPS = 4
@@ -30,7 +35,11 @@ CACHED_GROUPS = 4
 @dataclass(frozen=True)
 class _Index:
     image: str
-    captions: str | None
+    captions: tuple[str, ...]
+    """The caption columns; the first one with a text is used."""
+    label: str | None
+    classes: tuple[str, ...] | None
+    notes: tuple[str, ...]
     names: tuple[str, ...]
     """All columns."""
     starts: np.ndarray
@@ -45,6 +54,9 @@ class File(Source):
 
     path: Path
     stem: str
+    columns: Columns = field(default_factory=Columns)
+    classes: tuple[str, ...] | None = None
+    """Names of the labels, which are the same in all files."""
 
     @property
     def name(self) -> str:
@@ -72,7 +84,13 @@ class File(Source):
             record["image_id"] = clean(str(image_id))
         if texts := self.texts(index):
             record["texts"] = texts
+        if self.classes is not None:
+            record["label"] = self._value(self._index.label, index)
         image = self._value(self._index.image, index)
+        if isinstance(image, list):
+            if len(image) > 1:
+                raise BadRecord("malformed", f"it has {len(image)} images; expected one")
+            image = image[0] if image else None
         image = image["bytes"] if isinstance(image, dict) else image  # its path is untrusted and is not followed
         if image is None:
             return record
@@ -87,11 +105,13 @@ class File(Source):
 
     def texts(self, index: int) -> tuple[str, ...]:
         """Return the captions; images are not read."""
-        value = self._value(self._index.captions, index)
-        texts = value if isinstance(value, list) else [value]
-        if any(len(text) > LARGEST_TEXT for text in texts if text is not None):
-            raise BadRecord("too large", f"a text has more than {LARGEST_TEXT} bytes")
-        return tuple(clean(text) for text in texts if text is not None)
+        for column in self._index.captions:
+            texts = usable_texts(self._value(column, index))
+            if any(len(text) > LARGEST_TEXT for text in texts):
+                raise BadRecord("too large", f"a text has more than {LARGEST_TEXT} bytes")
+            if texts:
+                return texts
+        return ()
 
     def _value(self, column: str | None, index: int) -> Any:
         if not 0 <= index < len(self):
@@ -102,20 +122,35 @@ class File(Source):
         rows = _column(self.path, self.path.stat().st_mtime_ns, group, column)
         return rows[index - int(self._index.starts[group])].as_py()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A remark on columns that may have captions, if it is not clear which do."""
+        return self._index.notes
+
+    @property
+    def own_classes(self) -> tuple[str, ...] | None:
+        """The classes that the file itself names."""
+        return self._index.classes
+
     @cached_property
     def _index(self) -> _Index:
+        found, names, starts, schema = _Found("", ()), (), np.zeros(1, np.int64), ""
+        fault = None
         try:
             with pq.ParquetFile(self.path) as file:
-                image, captions = _columns(file.schema_arrow)
+                names = tuple(file.schema_arrow.names)
                 rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-                schema = str(file.schema_arrow.remove_metadata())
-            starts, fault, names = np.cumsum([0, *rows]), None, tuple(file.schema_arrow.names)
+                found, schema = _columns(file.schema_arrow, self.columns), str(file.schema_arrow.remove_metadata())
+            if self.classes not in (None, found.classes):
+                raise DataError("its classes are not those of the first file")
+            starts = np.cumsum([0, *rows])
         except (pa.ArrowException, OSError, DataError) as error:
-            image, captions, names, starts, schema = "", None, (), np.zeros(1, np.int64), ""
             fault = f"it cannot be read as Parquet with images: {str(error).splitlines()[0]}"
             log.warning("%s: %s", self.path, fault)
         size = self.path.stat().st_size
-        return _Index(image, captions, names, starts, fingerprint([self.path.name, size, schema, *starts]), fault)
+        chosen = [str(self.columns)] if self.columns.chosen else []
+        return _Index(found.image, found.captions, found.label, found.classes, found.notes, names, starts,
+                      fingerprint([self.path.name, size, schema, *starts, *chosen]), fault)
 
 
 @functools.lru_cache(maxsize=2 * CACHED_GROUPS)
@@ -133,29 +168,81 @@ def _column(path: Path, changed: int, group: int, column: str) -> pa.ChunkedArra
 
 def open_parquet(spec: str, location: str, data_dir: str | None = None) -> Shards:
     """Open each file that the pattern `location` matches as one shard. Raises `DataError`."""
-    source = open_files(spec, location, ".parquet", File)
-    first = source.parts[0]
-    if first.fault and len(source.parts) == 1:
+    place = read_location(spec, location, ("image", "caption", "label"))
+    files = [File(path, stem, place.columns) for path, stem in find_files(spec, place.path, (".parquet",))]
+    first = next((file for file in files if not file.fault), files[0])
+    if first.fault and len(files) == 1:
         raise DataError(f"source {spec!r}: {first.path}: {first.fault}")
-    return source
+    if first.own_classes is not None:
+        files = [replace(file, classes=first.own_classes) for file in files]
+    return Shards(name=spec, parts=tuple(files), classes=first.own_classes, notes=first.notes)
 
 
-def _columns(schema: pa.Schema) -> tuple[str, str | None]:
-    """Return the names of the image and caption columns. Raises `DataError` if there is no image column."""
-    image = next((name for name in IMAGES if name in schema.names and _holds_bytes(schema.field(name).type)), None)
-    if image is None:
-        raise DataError(f"none of its columns {', '.join(schema.names)} is {', '.join(IMAGES)} with bytes")
-    return image, next((name for name in CAPTIONS if name in schema.names and _holds_text(schema.field(name).type)),
-                       None)
+@dataclass(frozen=True)
+class _Found:
+    """The columns of a schema."""
+
+    image: str
+    captions: tuple[str, ...]
+    label: str | None = None
+    classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def _columns(schema: pa.Schema, columns: Columns) -> _Found:
+    """Return the columns of images, captions and labels. Raises `DataError` if it is not clear which has the images."""
+    names = {field.name: field.type for field in schema}
+    missing = [column for column in columns.chosen.values() if column not in names]
+    if missing:
+        raise DataError(f"none of its columns {', '.join(names)} is {', '.join(missing)}")
+    with_bytes = [name for name, kind in names.items() if _holds(kind, "bytes")]
+    images = columns.candidates("image", with_bytes) or with_bytes
+    if not images or ("image" in columns.chosen and columns.chosen["image"] not in with_bytes):
+        raise DataError(f"none of its columns {', '.join(names)} has images (bytes, or structs of `bytes`)")
+    if len(images) > 1 and images == with_bytes and not columns.candidates("image", with_bytes):
+        raise DataError(f"its columns {', '.join(images)} may be images; name one, as in @image={images[0]}")
+    with_text = [name for name, kind in names.items() if _holds(kind, "text")]
+    captions, notes = columns.candidates("caption", with_text, FIRST), ()
+    labels = _class_labels(schema)
+    if not captions and columns.candidates("question", with_text):
+        notes = ("it has questions, which are not read from Parquet; expected vqa:FILE with JSON, CSV or TSV",)
+    elif not captions and not labels:
+        others = [name for name in with_text if not set(re.split(r"[\W_]+", name.lower())) & set(NOT_CAPTIONS)]
+        captions = others if len(others) == 1 else []
+        if others:
+            notes = (f"captions are read from the column {others[0]}" if captions else
+                     f"none of its columns {', '.join(others)} is known to have captions; name one, as in "
+                     f"@caption={others[0]}",)
+    label = columns.chosen.get("label")
+    if label is None and not captions and labels:
+        label = next(iter(columns.candidates("label", labels) if len(labels) > 1 else labels), None)
+        if len(labels) > 1 and "label" not in labels:
+            raise DataError(f"its columns {', '.join(labels)} have classes; name one, as in @label={label}")
+    if label is not None and label not in labels:
+        raise DataError(f"its column {label} has no names of classes (a ClassLabel of the Hub)")
+    return _Found(images[0], tuple(captions), label, None if label is None else labels[label], notes)
+
+
+def _class_labels(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """Return the names of the classes of every column that the Hub's metadata describe as labels."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: tuple(map(printable, feature["names"])) for name, feature in features.items()
+                if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and name in schema.names}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _holds(kind: pa.DataType, what: str) -> bool:
+    """Return whether a column has encoded images ("bytes") or "text", perhaps in dictionaries, lists or structs."""
+    if pa.types.is_dictionary(kind):
+        return _holds(kind.value_type, what)
+    if any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list,
+                                   pa.types.is_list_view, pa.types.is_large_list_view)):
+        return _holds(kind.value_type, what)
     if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and _holds_bytes(kind.field("bytes").type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _holds_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _holds_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        names = ("bytes",) if what == "bytes" else TEXT_NAMES
+        return any(kind.get_field_index(name) >= 0 and _holds(kind.field(name).type, what) for name in names)
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view) if what == "bytes" else (
+        pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(test(kind) for test in tests)

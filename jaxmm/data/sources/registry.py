@@ -5,12 +5,17 @@ To add a kind: write one file and one row of `KINDS`, or call `register_source` 
 
 import difflib
 import importlib
+import logging
+import os
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxmm.data.base import DataError, Source
 from jaxmm.data.sources.mixed import Mixed
+from jaxmm.paths import expand, is_address
+
+log = logging.getLogger(__name__)
 
 Opener = Callable[[str, str, str | None], Source]
 """`(spec, location, data_dir) -> Source`: the full string, what follows its colon, and where TFDS data sets are."""
@@ -26,17 +31,17 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    "captions": Kind("jaxmm.data.sources.files", "open_captions", "FILE.jsonl"),
-    "coco": Kind("jaxmm.data.sources.coco", "open_coco", "FILE.json[:SPLIT]"),
+    "captions": Kind("jaxmm.data.sources.caption_lists", "open_captions", "FILE.jsonl[@DIR]"),
+    "coco": Kind("jaxmm.data.sources.coco", "open_coco", "FILE.json[:SPLIT][@DIR]"),
     "digits": Kind("jaxmm.data.sources.files", "open_digits", "SPLIT"),
     "folder": Kind("jaxmm.data.sources.files", "open_folder", "DIR"),
-    "nlvr": Kind("jaxmm.data.sources.nlvr", "open_nlvr", "FILE.json"),
+    "nlvr": Kind("jaxmm.data.sources.nlvr", "open_nlvr", "FILE.json[@DIR]"),
     "parquet": Kind("jaxmm.data.sources.parquet", "open_parquet", "GLOB"),
     "scenes": Kind("jaxmm.data.scenes", "open_spec", "SPLIT"),
     "shapes": Kind("jaxmm.data.scenes.shapes", "open_shapes", "SPLIT"),
     "tars": Kind("jaxmm.data.sources.tars", "open_tars", "GLOB"),
     "tfds": Kind("jaxmm.data.sources.tfds", "open_tfds", "NAME:SPLIT"),
-    "vqa": Kind("jaxmm.data.sources.vqa", "open_questions", "PLACE"),
+    "vqa": Kind("jaxmm.data.sources.vqa", "open_questions", "FILE[@DIR]"),
 }
 REGISTERED: dict[str, tuple[Opener, str]] = {}
 """Openers that `register_source` added, each with the form of its location."""
@@ -69,14 +74,23 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
                         + ", ".join(f"{name}:{form}" for name, form in forms.items()))
     if not colon or not location:
         raise DataError(f"source {spec!r}: expected {kind}:{forms[kind]}")
-    if kind in REGISTERED:
+    if kind in REGISTERED:  # which may read from anywhere
         opener = REGISTERED[kind][0]
     else:
         opener = getattr(importlib.import_module(KINDS[kind].module), KINDS[kind].opener)
+        location, data_dir = _local(spec, location), data_dir and os.path.expanduser(data_dir)
     source = opener(spec, location, data_dir)
     if not source:  # not its length: a source of many shards would read all of them
         raise DataError(f"source {spec!r} is empty: it has no records")
+    for note in source.notes:
+        log.warning("source %r: %s", spec, note)
     return source
+
+
+def _local(spec: str, path: str) -> str:
+    if is_address(path) or path.startswith("pipe:"):
+        raise DataError(f"source {spec!r}: {path!r} is no local path; expected one: addresses are not supported")
+    return expand(path)
 
 
 def _open_mixed(spec: str, data_dir: str | None) -> Mixed:

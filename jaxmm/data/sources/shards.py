@@ -3,7 +3,8 @@
 import bisect
 import glob
 import itertools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxmm.data.base import DataError, Record, Source, fingerprint
+from jaxmm.paths import expand, is_address
 
 LARGEST_IMAGE = 64 * 2**20
 """Bytes of an encoded image in a shard; larger ones are refused as too large."""
 LARGEST_TEXT = 4 * 2**20
+MOST_FILES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class Shards(Source):
 
     name: str
     parts: tuple[Source, ...]
+    classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def __bool__(self):
         return any(len(part) for part in self.parts)
@@ -169,32 +174,39 @@ def shards(source: Source, size: int = 1000) -> list[Source]:
                                      for start in range(0, len(source), size)]
 
 
-def open_files(spec: str, pattern: str, suffix: str, opener: Callable[[Path, str], Source]) -> Shards:
-    """Open each file that `pattern` matches as one part, sorted; a folder means its files that end with `suffix`.
+def find_files(spec: str, pattern: str, suffixes: tuple[str, ...]) -> list[tuple[Path, str]]:
+    """Return each file that `pattern` matches, sorted, with a name: its stem, or its path if two stems are equal.
 
-    `opener` gets the path and a name: the file's stem, or its path if two stems are equal. Raises `DataError` if there
-    are no files.
+    A folder means its files that end with `suffixes`. A pattern may contain lists in braces (`{00000..00041}`) and
+    several patterns, separated by `::`. Raises `DataError` if there are no files.
     """
-    if Path(pattern).is_dir():
-        pattern = f"{glob.escape(pattern)}/*{suffix}"
-    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
-    if not paths:
-        raise DataError(f"source {spec!r}: no file matches {pattern!r}")
-    return Shards(name=spec, parts=tuple(opener(path, stem) for path, stem in zip(paths, _stems(paths), strict=True)))
+    found: dict[Path, None] = {}
+    for part in pattern.split("::"):
+        if is_address(part):
+            raise DataError(f"source {spec!r}: {part!r} is no local path; expected one: addresses are not supported")
+        for one in _braces(spec, expand(part)):
+            patterns = [f"{glob.escape(one)}/*{suffix}" for suffix in suffixes] if Path(one).is_dir() else [one]
+            names = [path for form in patterns for path in glob.glob(form, recursive=True)]
+            paths = [path for path in map(Path, names) if path.is_file()]
+            if not paths:
+                raise DataError(f"source {spec!r}: no file matches {one!r}")
+            found |= dict.fromkeys(sorted(paths))
+    paths = sorted(found)
+    return list(zip(paths, _stems(paths, suffixes), strict=True))
 
 
-def _stems(paths: Sequence[Path]) -> list[str]:
-    stems = [path.stem for path in paths]
+def _braces(spec: str, pattern: str) -> list[str]:
+    if "{" not in pattern or os.path.exists(pattern):
+        return [pattern]
+    import bracex
+
+    try:
+        return bracex.expand(pattern, keep_escapes=True, limit=MOST_FILES)
+    except bracex.ExpansionLimitException:
+        raise DataError(f"source {spec!r}: {pattern!r} has more than {MOST_FILES} files") from None
+
+
+def _stems(paths: Sequence[Path], suffixes: Sequence[str]) -> list[str]:
+    stems = [next((path.name.removesuffix(suffix) for suffix in suffixes if path.name.endswith(suffix)), path.stem)
+             for path in paths]
     return stems if len(set(stems)) == len(stems) else [path.as_posix().removeprefix("/") for path in paths]
-
-
-def clean(text: str | bytes) -> str:
-    """Return text that can be written as UTF-8, without NUL; invalid bytes are replaced."""
-    if isinstance(text, str):
-        text = text.encode("utf-8", "replace")
-    return text.decode("utf-8", "replace").replace("\0", "")
-
-
-def printable(name: str) -> str:
-    """Return an untrusted name with the characters replaced that a terminal would interpret."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in clean(name))

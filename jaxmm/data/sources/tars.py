@@ -1,31 +1,47 @@
-"""Read tar shards as img2dataset and WebDataset write them: `KEY.jpg`, `KEY.txt`, `KEY.json`, one after the other.
+"""Read tar shards as img2dataset and WebDataset write them: `KEY.jpg`, `KEY.txt`, `KEY.json`, `KEY.cls`.
+
+A key ends at the first dot of a name, as in WebDataset (`KEY.input.jpg` and `KEY.output.txt` are one record), or, if
+several records would have the same key then, at the last one (`22.05.jpg`, `22.06.jpg`).
 
 Shards are untrusted. Headers are read and images are located, nothing is ever extracted; names are only names; members
 other than plain files, and files other than images and text (such as pickles), are skipped; every size in a header is
 checked against the size of the file.
 """
 
+import contextlib
+import gzip
+import itertools
 import json
 import logging
 import os
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+import zlib
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
 from jaxmm.data.bad_records import BadRecord
 from jaxmm.data.base import EXTENSIONS, Record, Source, fingerprint
-from jaxmm.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT, Shards, clean, open_files, printable
+from jaxmm.data.cleaning import printable, usable_texts
+from jaxmm.data.sources.columns import Columns, read_location
+from jaxmm.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT, Shards, find_files
 
 log = logging.getLogger(__name__)
 
 LARGEST_HEADER = 2**16
 """Bytes of an extended header, which contains a long name and a few fields."""
-_IMAGE, _TEXT, _JSON = range(3)
+LARGEST_UNPACKED = 2**38
+"""Bytes of a compressed tar, unpacked."""
+TEXT_ENDINGS = ("txt", "text", "caption", "captions", "cap")
+IMAGE_PARTS = ("image", "input", "img", "photo", "picture", "rgb", "0")
+"""Parts of names that say which one of several images of a record is used, in order of preference; else the first."""
+_IMAGE, _TEXT, _JSON, _LABEL = range(4)
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
              tarfile.GNUTYPE_LONGLINK)
 
@@ -49,7 +65,7 @@ class Member:
 class _Index:
     keys: list[str]
     places: np.ndarray
-    """Offset and size of image, text and JSON, int64 [n, 3, 2]; the offset is -1 if there is none."""
+    """Offset and size of image, text, JSON and label, int64 [n, 4, 2]; the offset is -1 if there is none."""
     end: int
     fingerprint: str
     fault: str | None
@@ -61,6 +77,9 @@ class Tar(Source):
 
     path: Path
     stem: str
+    columns: Columns = field(default_factory=Columns)
+    classes: tuple[str, ...] | None = None
+    """Names of the classes, which are the same in all tars."""
 
     @property
     def name(self) -> str:
@@ -83,10 +102,12 @@ class Tar(Source):
     def __getitem__(self, index: int) -> Record:
         """Read the members of one record. Raises `BadRecord` if they are too large or reach past the end."""
         record: Record = {"key": self.key(index)}
-        with self.path.open("rb") as file:
+        with _open(self.path) as file:
             texts = self._texts(file, index)
             if texts:
                 record["texts"] = texts
+            if self.classes is not None:
+                record["label"] = self._label(file, index)
             image = self._read(file, index, _IMAGE)
         return record if image is None else record | {"image": image}
 
@@ -95,18 +116,38 @@ class Tar(Source):
         return f"{self.stem}/{self._index.keys[index]}"
 
     def texts(self, index: int) -> tuple[str, ...]:
-        """Return the caption: the text, else `caption` of the JSON. The image is not read."""
-        with self.path.open("rb") as file:
+        """Return the captions: the text, else those of the JSON. The image is not read."""
+        with _open(self.path) as file:
             return self._texts(file, index)
 
-    def _texts(self, file: BinaryIO, index: int) -> tuple[str, ...]:
-        text = self._read(file, index, _TEXT)
-        if text is None:
-            content = self._read(file, index, _JSON)
-            text = None if content is None else _caption(content)
-        return () if text is None else (clean(text),)
+    @property
+    def has_labels(self) -> bool:
+        """True if records have labels, and no captions or the user names the labels."""
+        index = self._index
+        return bool((index.places[:, _LABEL, 0] >= 0).any()) and ("label" in self.columns.chosen or not (
+            (index.places[:, _TEXT, 0] >= 0).any() or any(self.texts(i) for i in range(min(3, len(self))))))
 
-    def _read(self, file: BinaryIO, index: int, kind: int) -> bytes | None:
+    def labels(self) -> Iterator[str]:
+        """Yield the text of every label."""
+        if (self._index.places[:, _LABEL, 0] >= 0).any():
+            with _open(self.path) as file:
+                for index in range(len(self)):
+                    with contextlib.suppress(BadRecord):
+                        if label := self._read(file, index, _LABEL):
+                            yield _class_name(label)
+
+    def _texts(self, file: BufferedIOBase, index: int) -> tuple[str, ...]:
+        text = self._read(file, index, _TEXT)
+        if texts := usable_texts(text):
+            return texts
+        content = self._read(file, index, _JSON)
+        return () if content is None else _captions(content, self.columns)
+
+    def _label(self, file: BufferedIOBase, index: int) -> int | None:
+        label = _class_name(self._read(file, index, _LABEL) or b"")
+        return self.classes.index(label) if label in self.classes else None
+
+    def _read(self, file: BufferedIOBase, index: int, kind: int) -> bytes | None:
         offset, size = self._index.places[index, kind].tolist()
         if offset < 0:
             return None
@@ -120,39 +161,120 @@ class Tar(Source):
 
     @cached_property
     def _index(self) -> _Index:
-        keys: list[str] = []
-        places: list[list[tuple[int, int]]] = []
-        used: set[str] = set()
-        listed: list[Any] = []
-        last = None
+        listed: list[Member] = []
         end, fault = 0, None
         try:
-            with self.path.open("rb") as file:
-                end = os.fstat(file.fileno()).st_size
+            with _open(self.path) as file:
+                end = _size(file)
                 for member in members(file, end):
-                    listed.append((member.name, member.offset, member.size, member.checksum))
-                    key, kind = _split(member.name)
-                    if kind is None:
-                        continue
-                    if key != last:
-                        keys.append(_unique(printable(key), used))
-                        places.append([(-1, 0)] * 3)
-                        last = key
-                    if places[-1][kind][0] < 0:
-                        places[-1][kind] = (member.offset, member.size)
+                    listed.append(member)
         except TarFault as error:
             fault = str(error)
         except OSError as error:
             fault = f"it cannot be read: {error.strerror}"
+        keys, places = _records(listed, self.columns)
         if fault:
             log.warning("%s: %s; %d records of it are used", self.path, fault, len(keys))
-        return _Index(keys, np.asarray(places, np.int64).reshape(-1, 3, 2), end,
-                      fingerprint([self.path.name, end, *listed]), fault)
+        chosen = [str(self.columns)] if self.columns.chosen else []
+        parts = ((member.name, member.offset, member.size, member.checksum) for member in listed)
+        return _Index(keys, places, end, fingerprint([self.path.name, end, *parts, *chosen]), fault)
+
+
+def _records(listed: Sequence[Member], columns: Columns) -> tuple[list[str], np.ndarray]:
+    """Return the key of every record, and the places of its members. See the module for what a key is."""
+    keys: list[str] = []
+    places: list[list[tuple[int, int]]] = []
+    used: dict[str, int] = {}
+    read = ((key, kind, member) for member, (key, kind) in zip(listed, _keys(listed, columns), strict=True)
+            if kind is not None)
+    for key, group in itertools.groupby(read, lambda row: row[0]):
+        row = [(-1, 0)] * 4
+        for _, kind, member in group:
+            if row[kind][0] < 0:
+                row[kind] = (member.offset, member.size)
+        name = printable(key)
+        known = used.get(name)
+        if known is not None and all(old[0] < 0 or new[0] < 0 for old, new in zip(places[known], row, strict=True)):
+            places[known] = [max(both) for both in zip(places[known], row, strict=True)]  # what was missing
+            continue
+        name = _unique(name, used)
+        used[name] = len(keys)
+        keys.append(name)
+        places.append(row)
+    return keys, np.asarray(places, np.int64).reshape(-1, 4, 2)
+
+
+def _keys(listed: Sequence[Member], columns: Columns) -> Iterator[tuple[str, int | None]]:
+    """Yield the key and the kind of every member; the kind is None for one that is not read."""
+    def first_part(member: Member) -> str:
+        folder, slash, base = member.name.rpartition("/")
+        return folder + slash + base.partition(".")[0]
+
+    plain = any(_split(member.name, columns) == (first_part(member), _IMAGE) for member in listed)
+    for key, group in itertools.groupby(listed, first_part):
+        split = [_split(member.name, columns) for member in group]
+        of_stem: dict[str, set[int]] = {}
+        for stem, kind in split:
+            if kind is not None:
+                of_stem.setdefault(stem, set()).add(kind)
+        images = [stem for stem, kinds in of_stem.items() if _IMAGE in kinds]
+        complete = {stem for stem in images if len(of_stem[stem]) > 1}
+        if len(of_stem) < 2 or complete or len(of_stem) == len(images):
+            # beside KEY.jpg, an image alone with more dots is something else, such as KEY.mask.png
+            other = {stem for stem in of_stem if stem != key and stem not in complete} if (
+                _IMAGE in of_stem.get(key, ())) else set(images) - complete - {key} if plain else set()
+            yield from ((stem, None if stem in other else kind) for stem, kind in split)
+        else:
+            parts = [stem[len(key):].lower().split(".") for stem in images]
+            best = min(range(len(images)), key=lambda i: ([part not in parts[i] for part in IMAGE_PARTS], i),
+                       default=None)
+            yield from ((key, None if kind == _IMAGE and stem != images[best] else kind) for stem, kind in split)
 
 
 def open_tars(spec: str, location: str, data_dir: str | None = None) -> Shards:
     """Open each tar that the pattern `location` matches as one shard. Raises `DataError`."""
-    return open_files(spec, location, ".tar", Tar)
+    place = read_location(spec, location, ("image", "caption", "label"))
+    tars = [Tar(path, stem, place.columns) for path, stem in find_files(spec, place.path, SUFFIXES)]
+    notes = ("a compressed tar is slow to read at random; `jaxmm data import` reads it in order",) if any(
+        tar.path.suffix in (".gz", ".tgz") for tar in tars) else ()
+    if not tars[0].has_labels:
+        return Shards(name=spec, parts=tuple(tars), notes=notes)
+    labels = {label for tar in tars for label in tar.labels()}
+    numbers = all(map(str.isdecimal, labels))
+    classes = tuple(map(str, range(1 + max(map(int, labels))))) if labels and numbers else tuple(sorted(labels))
+    return Shards(name=spec, parts=tuple(replace(tar, classes=classes) for tar in tars), classes=classes, notes=notes)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[BufferedIOBase]:
+    """Open a tar. One that is compressed stays open in this thread, because it can only be read forwards."""
+    with path.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b":
+            file.seek(0)
+            yield file
+            return
+    status = path.stat()
+    name = path, status.st_mtime_ns, status.st_size
+    if getattr(_compressed, "name", None) != name:
+        _compressed.name, _compressed.file = name, gzip.open(path)  # noqa: SIM115
+    yield _compressed.file
+
+
+_compressed = threading.local()
+
+
+def _size(file: BufferedIOBase) -> int:
+    """Return the size of a tar, unpacked. Raises `TarFault`."""
+    if not isinstance(file, gzip.GzipFile):
+        return os.fstat(file.fileno()).st_size
+    try:
+        file.seek(0)
+        while file.read(2**20):
+            if file.tell() > LARGEST_UNPACKED:
+                raise TarFault(f"it is compressed and has more than {LARGEST_UNPACKED:,} bytes")
+        return file.tell()
+    except (EOFError, OSError, zlib.error) as error:
+        raise TarFault(f"it is compressed and damaged: {error}") from None
 
 
 class _ExtendedSize(Exception):
@@ -171,13 +293,14 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def members(file: BinaryIO, end: int) -> Iterator[Member]:
+def members(file: BufferedIOBase, end: int) -> Iterator[Member]:
     """Yield the plain files in a tar of `end` bytes, by its headers alone; the last one may reach past the end.
 
     Sparse files, links, devices and folders are skipped. Raises `TarFault` if the archive is damaged.
     """
     at = 0
     try:
+        file.seek(0)
         tar = tarfile.TarFile(fileobj=file, tarinfo=_Header, encoding="utf-8", errors="replace")
         while (header := tar.next()) is not None:
             tar.members.clear()  # they would fill the memory
@@ -202,7 +325,7 @@ def members(file: BinaryIO, end: int) -> Iterator[Member]:
     _check_end(file, at, end)
 
 
-def _check_end(file: BinaryIO, at: int, end: int) -> None:
+def _check_end(file: BufferedIOBase, at: int, end: int) -> None:
     """Raise `TarFault` unless the archive ends at byte `at` with a block of zeros."""
     file.seek(at)
     block = file.read(tarfile.BLOCKSIZE)
@@ -224,29 +347,38 @@ def _check_end(file: BinaryIO, at: int, end: int) -> None:
     raise TarFault(f"it is no tar: it begins with {block[:12]!r}")
 
 
-def _split(name: str) -> tuple[str, int | None]:
-    """Return the key, up to the first dot of the last part of the path, and the kind: None for what is not read."""
+def _split(name: str, columns: Columns) -> tuple[str, int | None]:
+    """Return the name up to its last dot, and the kind by what follows: None for what is not read."""
     folder, slash, base = name.rpartition("/")
-    stem, dot, ending = base.partition(".")
+    for kind, chosen in ((_IMAGE, "image"), (_TEXT, "caption"), (_LABEL, "label")):
+        if chosen in columns.chosen and base.lower().endswith(f".{columns.chosen[chosen].lower()}"):
+            return folder + slash + base[:-1 - len(columns.chosen[chosen])], kind
+    stem, dot, ending = base.rpartition(".")
     ending = ending.lower()
-    kind = _IMAGE if f".{ending}" in EXTENSIONS else {"txt": _TEXT, "json": _JSON}.get(ending)
-    return folder + slash + stem, kind if stem and dot else None
+    kind = (_IMAGE if f".{ending}" in EXTENSIONS and "image" not in columns.chosen else
+            _TEXT if ending in TEXT_ENDINGS and "caption" not in columns.chosen else
+            _JSON if ending == "json" else _LABEL if ending == "cls" and "label" not in columns.chosen else None)
+    return folder + slash + stem, kind if stem and dot and not stem.startswith(".") else None
 
 
-def _unique(key: str, used: set[str]) -> str:
-    """Return `key`, with a number if it is in `used`, and add it there."""
+def _unique(key: str, used: Container[str]) -> str:
+    """Return `key`, with a number if it is in `used`."""
     name, number = key, 1
     while name in used:
         number += 1
         name = f"{key}#{number}"
-    used.add(name)
     return name
 
 
-def _caption(content: bytes) -> str | None:
+def _class_name(label: bytes) -> str:
+    name = printable(label.decode("utf-8", "replace").strip())
+    return str(int(name)) if name.isdecimal() else name
+
+
+def _captions(content: bytes, columns: Columns) -> tuple[str, ...]:
     try:
         row = json.loads(content.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
-        return None
-    caption = row.get("caption") if isinstance(row, dict) else None
-    return caption if isinstance(caption, str) else None
+        return ()
+    return usable_texts(columns.get(row, "caption")) if isinstance(row, dict) else usable_texts(row) if isinstance(
+        row, str) else ()

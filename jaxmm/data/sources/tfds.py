@@ -1,15 +1,15 @@
 """Read TFDS data sets that are prepared as ArrayRecord, without TensorFlow."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxmm.data.base import DataError, Record, Source, fingerprint
+from jaxmm.data.cleaning import usable_texts
+from jaxmm.data.sources.columns import Columns, read_location
 
 CAPTIONS = ("captions", "caption", "texts", "text")
 """Names of features with captions. The first one that a data set has is used."""
@@ -46,7 +46,7 @@ class TfdsSource(Source):
         if self.classes is not None:
             record["label"] = int(example["label"])
         if self.captions is not None:
-            record["texts"] = texts(example[self.captions])
+            record["texts"] = usable_texts(example[self.captions])
         if "image_id" in example:
             record["image_id"] = _text(example["image_id"])
         return record
@@ -66,7 +66,8 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSour
 
     `data_dir`, else `TFDS_DATA_DIR`, is the folder of prepared data sets. Nothing is downloaded. Raises `DataError`.
     """
-    parts = _NAME_SPLIT.fullmatch(location)
+    place = read_location(spec, location, ("image", "caption"))
+    parts = _NAME_SPLIT.fullmatch(place.path)
     if not parts:
         raise DataError(f"source {spec!r}: expected tfds:NAME:SPLIT")
     name, split = parts.groups()
@@ -78,17 +79,21 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSour
     except Exception as error:  # TFDS raises many types, and some messages list every known data set
         raise DataError(f"source {spec!r}: TFDS has no data set {name!r} in {data_dir or 'its data folder'}: "
                         f"{str(error).splitlines()[0]}") from None
-    return _from_builder(builder, split, spec, f"tfds:{name}")
+    return _from_builder(builder, split, spec, f"tfds:{name}", place.columns)
 
 
-def _from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str, scope: str) -> TfdsSource:
+def _from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str, scope: str, columns: Columns) -> TfdsSource:
     if not builder.info.splits:
         raise DataError(f"source {spec!r}: {builder.info.full_name} is not prepared in {builder.data_dir}; expected "
                         "download_and_prepare(file_format='array_record') there first")
     features = dict(builder.info.features)
-    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)
+              and columns.chosen.get("image", name) == name]
     if not images:
-        raise DataError(f"source {spec!r}: none of its features {sorted(features)} is an image")
+        raise DataError(f"source {spec!r}: none of its features {sorted(features)} is "
+                        f"{columns.chosen.get('image', 'an image')}")
+    if columns.chosen.get("caption", images[0]) not in features:
+        raise DataError(f"source {spec!r}: none of its features {sorted(features)} is {columns.chosen['caption']}")
     try:
         data = builder.as_data_source(split=split, decoders={images[0]: tfds.decode.SkipDecoding()})
         count = len(data)
@@ -100,25 +105,14 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str, scop
     label = features.get("label")
     return TfdsSource(
         name=spec, data=data, image=images[0],
-        captions=next((name for name in CAPTIONS if name in features), None),
+        captions=columns.chosen.get("caption") or next((name for name in CAPTIONS if name in features), None),
         classes=tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None,
         keys=isinstance(features.get("key"), tfds.features.Text),
         scope=None if builder.info.description == WRITTEN_BY_US else scope,
         fingerprint=fingerprint([builder.info.full_name, split, count,
-                                 *(s.shard_lengths for s in builder.info.splits.values())]),
+                                 *(s.shard_lengths for s in builder.info.splits.values()),
+                                 *([str(columns)] if columns.chosen else [])]),
     )
-
-
-def texts(value: Any) -> tuple[str, ...]:
-    """Return the captions in the value of a feature: a text, a list of texts, or objects with a `text`."""
-    if isinstance(value, Mapping):
-        inner = next((value[name] for name in ("text", "caption", "raw") if name in value), ())
-        return texts(inner)
-    if isinstance(value, (bytes, str)):
-        return (_text(value),)
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return tuple(text for part in (value if np.ndim(value) else [value.item()]) for text in texts(part))
-    return ()
 
 
 def _text(value: Any) -> str:

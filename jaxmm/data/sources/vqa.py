@@ -1,9 +1,9 @@
 """Read questions about images with their answers, in the layouts of VQAv2, easy-VQA and BLIP."""
 
-import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxmm.data.base import DataError, Record, Source, fingerprint, image_folder, read_text
+from jaxmm.data.base import DataError, Record, Source, fingerprint
+from jaxmm.data.cleaning import TEXT_NAMES, texts_of
+from jaxmm.data.sources.annotations import Row, normal_ids, read_json, read_rows
+from jaxmm.data.sources.columns import NAMES, Columns, Location, read_location
 from jaxmm.data.sources.files import Files
+from jaxmm.data.sources.image_roots import find_root
 from jaxmm.data.tokenizers import Tokenizer
 
 REMOVED = str.maketrans("", "", '.!"()*#:;~')
 """Characters that BLIP removes from questions."""
 WORDS = 50
 """The largest number of words of a question."""
-Row = tuple[str, str, tuple[str, ...], str]
-"""An image file, a question, its answers, and the id of the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class Questions(Source):
     most_answers: int
     """The largest number of different answers to one question."""
     fingerprint: str = field(repr=False)
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def __len__(self):
         return len(self.rows)
@@ -108,121 +111,190 @@ def common_answers(source: Source, limit: int) -> list[str]:
 
 
 def open_questions(spec: str, location: str, data_dir: str | None = None) -> Questions:
-    """Open easy-VQA's folder, VQAv2's two files, or JSON (also lines) with `image`, `question` and `answer`."""
-    path = Path(location)
+    """Open easy-VQA's folder, VQAv2's two files, the files of GQA, TextVQA, VizWiz and A-OKVQA, or a list of questions.
+
+    A list is JSON, JSON lines, CSV or TSV, with names as in `columns`. A row that cannot be read is one bad record.
+    Raises `DataError`.
+    """
+    place = read_location(spec, location, ("image", "image_id", "question", "answer"), exists=os.path.exists)
+    path = Path(place.path)
     if path.is_dir():
-        file = path / "questions.json"
-        if not file.is_file():
-            raise DataError(f"source {spec!r}: no questions.json in the folder {location!r}")
-        return _open_folder(spec, file)
-    text = read_text(spec, location)
-    content = _parse(spec, location, text)
-    if isinstance(content, dict):
-        return _open_vqav2(spec, path, content, text)
-    rows = [_row(row, f"source {spec!r}: {location}, record {number}") for number, row in enumerate(content, 1)]
-    root = path.parent
-    if rows and not (root / rows[0][0]).is_file():
-        root = image_folder(path, rows[0][0]) or root
-    return _questions(spec, root, rows, [text])
+        path = path / "questions.json"
+        if not path.is_file():
+            raise DataError(f"source {spec!r}: no questions.json in the folder {place.path!r}")
+    read = read_rows(spec, path, place.columns, ("image", "question"))
+    rows, notes, texts = list(read.rows), list(read.notes), [read.text]
+    split = _split(path.name, read.content)
+    if isinstance(read.content, dict):
+        rows, beside = _rows_of(spec, path, read.content, place.columns, notes)
+        texts += beside
+    found = [_question(row, place.columns, split) for row in _expanded(rows)]
+    return _questions(spec, path, place, found, texts, notes)
 
 
-def _open_folder(spec: str, file: Path) -> Questions:
-    text = read_text(spec, str(file))
-    rows: list[Row] = []
-    for number, row in enumerate(_parse(spec, str(file), text), 1):
-        if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str) or isinstance(row[2], list):
-            raise DataError(f"source {spec!r}: {file}, record {number} is {row!r}; expected [question, answer, image "
-                            "number]")
-        rows.append((f"images/{row[2]}.png", row[0], (str(row[1]),), str(row[2])))
-    return _questions(spec, file.parent, rows, [text])
+@dataclass(frozen=True)
+class _Question:
+    images: Sequence[str]
+    """The image file, in every form that its name may have."""
+    text: str
+    answers: tuple[str, ...]
+    image_id: str
+    fault: str | None = None
 
 
-def _open_vqav2(spec: str, path: Path, content: dict[str, Any], text: str) -> Questions:
-    """Open questions in one file and answers in the other; a test split has questions only."""
-    name = "annotations" if "questions" in content else "questions"
-    other = next((file for file in map(path.with_name, _partners(path.name)) if file.is_file()), None)
-    if other is None and name == "questions":
-        raise DataError(f"source {spec!r}: {path} has no questions, and no file of questions is beside it; expected "
-                        + " or ".join(_partners(path.name) or ["v2_OpenEnded_mscoco_SPLIT_questions.json"]))
-    beside = "" if other is None else read_text(spec, str(other))
-    contents = [content, {} if other is None else _parse(spec, str(other), beside)]
-    questions, annotations = contents if name == "annotations" else reversed(contents)
-    try:
-        answers: dict[Any, tuple[str, ...]] = {
-            row["question_id"]: tuple(str(answer["answer"]) for answer in row["answers"])
-            for row in annotations.get("annotations", ())}
-        split = questions.get("data_subtype") or next(
-            iter(re.findall(r"(?:train|val|test)\d{4}", path.name)), "train2014")
-        split = split.replace("test-dev", "test")
-        entries = [(row["image_id"], row["question"], answers.get(row["question_id"], ()))
-                 for row in questions["questions"]]
-        names = [[f"COCO_{split}_{number:012d}.jpg", f"{number:012d}.jpg"] for number, _, _ in entries]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+def _question(row: Row, columns: Columns, split: str) -> _Question:
+    value = row.value
+    if value and all(map(str.isdecimal, value)):  # a list: of easy-VQA
+        parts = list(value.values())
+        value = {"question": parts[0], "answer": parts[1], "image": f"images/{parts[2]}.png", "image_id": parts[2]} if (
+            len(parts) == 3 and isinstance(parts[0], str) and not isinstance(parts[1], (list, dict))) else None
+        row = Row(row.place, value, f"is {parts!r:.80}; expected [question, answer, image number]")
+    if value is None:
+        return _Question(("",), "", (), row.place, row.fault)
+    image, image_id = columns.get(value, "image"), columns.get(value, "image_id")
+    questions = texts_of(columns.get(value, "question"))
+    if isinstance(image, str) or (image_id is None and isinstance(image, int)):
+        forms = [str(image).strip()]
+    elif isinstance(image_id, (str, int)):
+        forms = _names_of_id(str(image_id), split)
+    else:
+        forms = []
+    if not forms or (not questions and not any(name in value for name in NAMES["question"])):
+        return _Question(("",), "", (), row.place, "names no image or has no question; expected an object with "
+                         f"`image`, a path, and `question`, a text; its keys are {', '.join(map(str, value))[:200]}")
+    return _Question(forms, " ".join(questions), _answers(value, columns),
+                     str(forms[0] if image_id is None else image_id))
+
+
+def _answers(value: dict[str, Any], columns: Columns) -> tuple[str, ...]:
+    """Return the answers of a row, repeats counted; of several choices, the correct one."""
+    answers = texts_of(columns.get(value, "answer"), ("answer", *TEXT_NAMES))
+    choices, correct = value.get("choices"), value.get("correct_choice_idx")
+    if not answers and isinstance(choices, list) and isinstance(correct, int) and 0 <= correct < len(choices):
+        return texts_of(choices[correct])
+    return answers
+
+
+def _names_of_id(image_id: str, split: str) -> list[str]:
+    """Return the names that the image of an id may have: COCO's, then others."""
+    padded = f"{int(image_id):012d}" if image_id.isdecimal() else image_id
+    return list(dict.fromkeys([f"COCO_{split}_{padded}.jpg", f"{padded}.jpg", f"{image_id}.jpg", f"{image_id}.png"]))
+
+
+def _split(name: str, content: Any) -> str:
+    """Return COCO's name of the split, such as `val2014`."""
+    split = content.get("data_subtype") if isinstance(content, dict) else None
+    split = split or next(iter(re.findall(r"(?:train|val|test)\d{4}", name)), None)
+    word = next(iter(re.findall("train|val|test", name)), "train")
+    return str(split or f"{word}{2015 if word == 'test' else 2014}").replace("test-dev", "test")
+
+
+def _rows_of(spec: str, path: Path, content: dict[str, Any], columns: Columns, notes: list[str]
+             ) -> tuple[list[Row], list[str]]:
+    """Return the rows of one JSON object, and the text of the file beside it that has the other half of them.
+
+    It may have `questions` or `annotations` (VQAv2), `data` (TextVQA), or one row for every id (GQA); or be one row.
+    """
+    for name in ("questions", "annotations", "data", "rows"):
+        if not isinstance(content.get(name), list):
+            continue
+        if name in ("data", "rows"):
+            return _listed(content[name]), []
+        questions = content[name]
+        if name == "questions" and not isinstance(content.get("annotations"), list) and any(
+                isinstance(row, dict) and columns.get(row, "answer") is not None for row in questions):
+            return _listed(questions), []  # of CLEVR: questions with their answers
+        return _joined(spec, path, content, notes)
+    if columns.get(content, "question") is not None:
+        return [Row(":1", content)], []
+    if content and all(isinstance(row, dict) for row in content.values()):
+        return [Row(f", entry {name!r}", row) for name, row in content.items()], []
+    raise DataError(f"source {spec!r}: {path} has {', '.join(map(repr, content))[:200]}; expected `questions`, "
+                    "`annotations`, `data`, or a list of questions")
+
+
+def _expanded(rows: Iterable[Row]) -> Iterator[Row]:
+    """Yield rows with one question: all of an image that lists its `qas` or `qa_pairs` (Visual Genome, Visual7W)."""
+    for row in rows:
+        inner = next((row.value[name] for name in ("qas", "qa_pairs") if isinstance(row.value.get(name), list)), None
+                     ) if row.value else None
+        outer = {"image_id": row.value["id"]} | row.value if inner is not None and "id" in row.value else row.value
+        yield from [row] if inner is None else (
+            Row(f"{row.place}, question {number}", outer | part if isinstance(part, dict) else None, "is no object")
+            for number, part in enumerate(inner))
+
+
+def _listed(values: Sequence[Any]) -> list[Row]:
+    return [Row(f", entry {number}", value) if isinstance(value, dict) else
+            Row(f", entry {number}", None, f"is {type(value).__name__}; expected an object")
+            for number, value in enumerate(values)]
+
+
+def _joined(spec: str, path: Path, content: dict[str, Any], notes: list[str]) -> tuple[list[Row], list[str]]:
+    """Join questions in one file with answers in the other; a test split has questions only."""
+    parts, beside, names = {name: content.get(name) for name in ("questions", "annotations")}, "", []
+    missing = next((name for name, value in parts.items() if not isinstance(value, list)), None)
+    if missing is not None:
+        names = _partners(path.name)
+        other = next((file for file in map(path.with_name, names) if file.is_file()), None)
+        if other is None and missing == "questions":
+            raise DataError(f"source {spec!r}: {path} has no questions, and no file of questions is beside it; "
+                            "expected " + " or ".join(names or ["v2_OpenEnded_mscoco_SPLIT_questions.json"]))
+        if other is not None:
+            read = read_json(spec, other)
+            beside = read.text
+            notes += read.notes
+            parts[missing] = read.content.get(missing) if isinstance(read.content, dict) else None
+            if not isinstance(parts[missing], list):
+                raise DataError(f"source {spec!r}: {other} has no list of `{missing}`")
+    asked, answered = _listed(parts["questions"]), [row for row in parts["annotations"] or () if isinstance(row, dict)]
+    defined, used = normal_ids([None if row.value is None else row.value.get("question_id") for row in asked],
+                               [row.get("question_id") for row in answered])
+    if asked and not any(defined) and answered:
         raise DataError(f"source {spec!r}: {path} is not VQAv2's layout (`questions` with `question_id`, `image_id`, "
-                        f"`question`; beside it `annotations` with `question_id`, `answers`): "
-                        f"{type(error).__name__} {error}") from None
-    root, form = path.parent, 0
-    if names:
-        places = ((image_folder(path, name), form) for form, name in enumerate(names[0]))
-        root, form = next(((folder, form) for folder, form in places if folder is not None), (None, 0))
-        if root is None:
-            raise DataError(f"source {spec!r}: {names[0][0]!r}, the first image, is neither beside {path} nor in a "
-                            f"folder beside it or beside its folder")
-    rows = [(name[form], question, given, str(number))
-            for name, (number, question, given) in zip(names, entries, strict=True)]
-    return _questions(spec, root, rows, [text, beside])
+                        "`question`; beside it `annotations` with `question_id`, `answers`): no 'question_id'")
+    answers = {key: row for key, row in zip(used, answered, strict=True) if key is not None}
+    matched = answers.keys() & set(defined)
+    if answered and not matched:
+        raise DataError(f"source {spec!r}: no `question_id` of its {len(answered)} annotations, such as {used[0]!r}, "
+                        f"is that of a question, such as {defined[0] if defined else None!r}")
+    if len(matched) < len(answered):
+        notes.append(f"{len(answered) - len(matched)} of {len(answered)} annotations are of no question in the file")
+    rows = [row if row.value is None else Row(row.place, answers.get(key, {}) | row.value)
+            for row, key in zip(asked, defined, strict=True)]
+    return rows, [beside]
 
 
 def _partners(name: str) -> list[str]:
     """Return possible names of the annotations file for a questions file, or of the questions file for annotations."""
     if match := re.fullmatch(r"(.*)questions\.json", name):
         rest = match[1]
-        return list(dict.fromkeys([f"{rest.replace('OpenEnded_', '')}annotations.json", f"{rest}annotations.json"]))
+        return list(dict.fromkeys([f"{rest.replace('OpenEnded_', '').replace('MultipleChoice_', '')}annotations.json",
+                                   f"{rest}annotations.json"]))
     if match := re.fullmatch(r"(v2_)?(.*)annotations\.json", name):
         version, rest = match[1] or "", match[2]
         return [f"{version}OpenEnded_{rest}questions.json", f"{version}{rest}questions.json"]
     return []
 
 
-def _row(row: Any, where: str) -> Row:
-    if not isinstance(row, dict) or not isinstance(row.get("image"), str) or not isinstance(row.get("question"), str):
-        raise DataError(f"{where}: expected an object with `image`, a path, and `question`, a text")
-    given = next((row[name] for name in ("answers", "answer") if row.get(name) is not None), ())
-    given = given if isinstance(given, list) else (given,) if given != () else ()
-    if not all(isinstance(answer, (str, int, float)) for answer in given):
-        raise DataError(f"{where}: expected `answer`, a text, or `answers`, a list of texts")
-    return row["image"], row["question"], tuple(map(str, given)), str(row.get("image_id", row["image"]))
-
-
-def _parse(spec: str, location: str, text: str) -> Any:
-    """Read one JSON value, or a list of one per line. Raises `DataError` unless it is a list or an object."""
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as first:
-        content = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                content.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                lines = number > 1 and content
-                raise DataError(f"source {spec!r}: {location}:{number if lines else first.lineno} is not JSON: "
-                                f"{error if lines else first}") from None
-    if isinstance(content, dict) and "question" in content:  # JSON lines of one line
-        content = [content]
-    if not isinstance(content, (list, dict)):
-        raise DataError(f"source {spec!r}: {location} is {type(content).__name__}; expected questions")
-    return content
-
-
-def _questions(spec: str, root: Path, rows: Sequence[Row], parts: Iterable[str]) -> Questions:
+def _questions(spec: str, path: Path, place: Location, found: Sequence[_Question], parts: Sequence[str],
+               notes: Sequence[str]) -> Questions:
+    faults = {number: row.fault for number, row in enumerate(found) if row.fault is not None}
+    if found and len(faults) == len(found):
+        raise DataError(f"source {spec!r}: {path}{found[0].image_id} {faults[0]}")
+    most = max((len(row.images) for row in found), default=0)
+    forms = [[row.images[min(form, len(row.images) - 1)] for row in found] for form in range(most)]
+    root = find_root(spec, path, forms, root=place.root)
     known: dict[str, str] = {}
-    answers = [tuple(known.setdefault(answer, answer) for answer in given) for _, _, given, _ in rows]
-    texts = [(clean_question(question), *(answer for answer, _ in answer_shares(given)))
-             for (_, question, _, _), given in zip(rows, answers, strict=True)]
-    images = [known.setdefault(file, file) for file, _, _, _ in rows]
-    files = Files(name=spec, root=str(root), files=images, captions=texts, image_ids=[row[3] for row in rows],
-                  fingerprint="")
-    return Questions(name=spec, rows=files, answer_lists=answers, fingerprint=fingerprint(parts),
-                     most_answers=max((len(text) - 1 for text in texts), default=0))
+    answers = [tuple(known.setdefault(answer, answer) for answer in row.answers) for row in found]
+    texts = [(clean_question(row.text), *(answer for answer, _ in answer_shares(given)))
+             for row, given in zip(found, answers, strict=True)]
+    images = [known.setdefault(name, name) for name in (forms[root.form] if forms else ())]
+    images = [f"{path.name}{row.image_id}" if row.fault is not None else name
+              for row, name in zip(found, images, strict=True)]
+    notes = [*notes, *root.notes, *([f"{len(faults)} of {len(found)} rows cannot be read"] if faults else ())]
+    files = Files(name=spec, root=root.path, files=images, captions=texts, image_ids=[row.image_id for row in found],
+                  faults=faults, fingerprint="")
+    chosen = [str(place.columns)] if place.columns.chosen else []
+    return Questions(name=spec, rows=files, answer_lists=answers, fingerprint=fingerprint([*parts, *chosen]),
+                     most_answers=max((len(text) - 1 for text in texts), default=0), notes=tuple(notes))

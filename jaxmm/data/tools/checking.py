@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from jaxmm.data.bad_records import REASONS, BadRecord
-from jaxmm.data.base import Source, digest
+from jaxmm.data.base import Source, digest, record_key
 from jaxmm.data.processes import in_order
 from jaxmm.data.sources.shards import Slice, shards
 from jaxmm.data.usable import Usable, needs, read_usable
@@ -72,7 +72,7 @@ class Tally:
 def examine(source: Source, index: int) -> tuple[str, Usable]:
     """Read and decode a record; return its key and content. Raises `BadRecord` if training could not use it."""
     usable = read_usable(source, index, needs(source))
-    return usable.record.get("key") or source.key(index), usable
+    return usable.record.get("key") or record_key(source, index), usable
 
 
 def pixel_id(image: Image.Image) -> str:
@@ -102,8 +102,8 @@ def check(
     """Return a report on `source` as JSON values.
 
     It has `records`, `usable`, `broken` and `examples` by reason, `texts`, `duplicates`, quantiles of `width` and
-    `height` in pixels and of `caption_words`, and `faults` of damaged shards. `on_record` gets the judgement of each
-    record, in order.
+    `height` in pixels and of `caption_words`, `faults` of damaged shards, and `notes` of the source. `on_record` gets
+    the judgement of each record, in order.
     """
     tally, faults, parts = Tally(), [], []
     pieces = shards(source, shard_records)
@@ -122,7 +122,8 @@ def check(
     return tally.to_dict() | {
         "texts": sum(part.texts for part in parts), "duplicates": len(sizes) - different,
         "width": _quantiles(sizes[:, 0]), "height": _quantiles(sizes[:, 1]),
-        "caption_words": _quantiles(np.concatenate([part.words for part in parts])), "faults": faults}
+        "caption_words": _quantiles(np.concatenate([part.words for part in parts])), "faults": faults,
+        "notes": list(source.notes)}
 
 
 def _check_shard(pieces: list[Source], with_judgements: bool, number: int) -> _Part:
@@ -145,7 +146,7 @@ def usable_records(
             key, usable = examine(source, index)
             reason, detail = None, None
         except BadRecord as error:
-            usable, key, reason, detail = None, source.key(index), error.reason, error.detail
+            usable, key, reason, detail = None, record_key(source, index), error.reason, error.detail
         tally.add(key, reason)
         if judgements is not None:
             judgements.append(Judgement(key=key, usable=usable is not None, reason=reason, detail=detail))

@@ -29,6 +29,7 @@ from jaxmm.data.tools.writing import (
     shard_path,
     write_shard,
 )
+from jaxmm.paths import user_path
 
 NOTES = "import.json"
 """The file in the data set with the settings, the fingerprint of every shard, and the report."""
@@ -56,7 +57,7 @@ def import_source(
     Images that every reader sees upright in 8-bit RGB keep their bytes, others become PNG; bad records are left out.
     `on_shard` gets the number of records of each shard. Raises `DataError` if the folder is something else.
     """
-    dest = dest.absolute()
+    dest = user_path(dest, "dest").absolute()
     _check(source, split)
     parts = shards(source, shard_records)
     settings = {"format": FORMAT, "split": split, "shard_records": shard_records,

@@ -9,8 +9,8 @@ from PIL import Image
 
 from jaxmm.atomic import write_atomically
 from jaxmm.data.bad_records import BadRecord
-from jaxmm.data.base import Source
-from jaxmm.data.sources.shards import printable
+from jaxmm.data.base import Source, record_key
+from jaxmm.data.cleaning import printable
 from jaxmm.data.tools.checking import examine
 from jaxmm.optional import require_extra
 
@@ -77,7 +77,7 @@ def _shown(source: Source, index: int) -> Shown:
     try:
         key, usable = examine(source, index)
     except BadRecord as error:
-        return Shown(printable(source.key(index)), printable(str(error)), (), ())
+        return Shown(record_key(source, index), printable(str(error)), (), ())
     texts = usable.texts if usable.label is None else (source.classes[usable.label], *usable.texts)
     sizes = ", ".join(f"{image.width} x {image.height}" for image in usable.images)
     return Shown(printable(key), sizes, tuple(map(_cut, texts)), usable.images)
