@@ -161,7 +161,7 @@ def find_images(folder: str | Path, passed: Counter[str] | None = None) -> list[
     images, visited, passed = [], set(), Counter() if passed is None else passed
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real in visited:  # a link to a folder above
+        if real in visited:  # by a link that leads upwards
             folders.clear()
             continue
         visited.add(real)

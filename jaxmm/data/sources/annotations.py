@@ -156,8 +156,8 @@ def _table(where: str, text: str, columns: Columns, needed: Sequence[str]) -> li
         if len(cells) == len(needed) and _image_of(cells[0]) is not None:
             header = [NAMES.get(name, (name,))[0] for name in needed]
             return [_numbered(row) for row in _cells(lines, first, delimiter, header)]
-    seen = max((next(csv.reader([lines[first]], delimiter=delimiter), []) for delimiter in DELIMITERS), key=len)
-    raise DataError(f"{where}: its columns are {', '.join(repr(cell.strip()[:40]) for cell in seen[:20])}; expected "
+    header = max((next(csv.reader([lines[first]], delimiter=delimiter), []) for delimiter in DELIMITERS), key=len)
+    raise DataError(f"{where}: its columns are {', '.join(repr(cell.strip()[:40]) for cell in header[:20])}; expected "
                     f"one for each of {', '.join(needed)}. Name them, as in FILE@"
                     + ",".join(f"{name}=NAME" for name in needed))
 

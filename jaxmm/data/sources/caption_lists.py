@@ -32,11 +32,11 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
         if not lists:
             return _open_beside(spec, path)
         path = path / lists[0]
-    found = read_rows(spec, path, place.columns)
-    if isinstance(found.content, dict) and place.columns.get(found.content, "image") is None:
-        raise DataError(f"source {spec!r}: {path} is one object with {', '.join(map(repr, found.content))[:200]}; "
+    read = read_rows(spec, path, place.columns)
+    if isinstance(read.content, dict) and place.columns.get(read.content, "image") is None:
+        raise DataError(f"source {spec!r}: {path} is one object with {', '.join(map(repr, read.content))[:200]}; "
                         "expected one object per line, or a list. Is it coco:FILE.json or vqa:FILE.json?")
-    rows = found.rows or ((Row(":1", found.content),) if found.content is not None else ())
+    rows = read.rows or ((Row(":1", read.content),) if read.content is not None else ())
     files, captions, image_ids, faults, without = [], [], [], {}, 0
     for number, row in enumerate(rows):
         image = None if row.value is None else place.columns.get(row.value, "image")
@@ -61,9 +61,9 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
                         f"Name one, as in {spec}@caption=NAME")
     root = find_root(spec, path, [["" if number in faults else file for number, file in enumerate(files)]],
                      root=place.root, relative=True)
-    notes = [*found.notes, *root.notes]
+    notes = [*read.notes, *root.notes]
     notes += [f"{len(faults)} of {len(rows)} rows cannot be read"] if faults else []
-    lines = found.text.split("\n")
+    lines = read.text.split("\n")
     return Files(name=spec, root=root.path, files=files, captions=captions, image_ids=image_ids, faults=faults,
                  notes=tuple(notes),
                  fingerprint=fingerprint([*lines, str(place.columns)] if place.columns.chosen else lines))

@@ -33,7 +33,7 @@ class _Image:
 
 
 @dataclass
-class _Found:
+class _Listed:
     images: list[_Image]
     notes: list[str] = field(default_factory=list)
 
@@ -48,14 +48,14 @@ def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
     path, split = _cut(place.path)
     read = read_json(spec, path)
     where = f"source {spec!r}: {path}"
-    found = _images(read.content, split, where)
-    images = found.images
+    listed = _images(read.content, split, where)
+    images = listed.images
     faults = {number: image.fault for number, image in enumerate(images) if image.fault}
     if images and len(faults) == len(images):
         raise DataError(f"{where}: {images[0].file} {images[0].fault}")
     root = find_root(spec, Path(path), [["" if image.fault else image.file for image in images]], root=place.root,
                      split=split)
-    notes = [*read.notes, *found.notes, *root.notes]
+    notes = [*read.notes, *listed.notes, *root.notes]
     notes += [f"{len(faults)} of {len(images)} entries cannot be read"] if faults else []
     return Files(name=spec, root=root.path, files=[image.file for image in images], faults=faults, notes=tuple(notes),
                  captions=[tuple(image.captions) for image in images],
@@ -68,7 +68,7 @@ def _cut(location: str) -> tuple[str, str | None]:
     return (file, split) if colon and file.endswith(".json") and not Path(location).is_file() else (location, None)
 
 
-def _images(content: Any, split: str | None, where: str) -> _Found:
+def _images(content: Any, split: str | None, where: str) -> _Listed:
     images = content.get("images") if isinstance(content, dict) else None
     if isinstance(content, list):
         layout, read = "BLIP's", _blip
@@ -87,7 +87,7 @@ def _images(content: Any, split: str | None, where: str) -> _Found:
                         f"{LAYOUTS}") from None
 
 
-def _coco(content: dict, where: str) -> _Found:
+def _coco(content: dict, where: str) -> _Listed:
     listed, annotations = content["images"], [row for row in content["annotations"] if isinstance(row, dict)]
     ids, used = normal_ids([image.get("id") if isinstance(image, dict) else None for image in listed],
                            [row.get("image_id") for row in annotations])
@@ -119,7 +119,7 @@ def _coco(content: dict, where: str) -> _Found:
                         f"`id` of its images, such as {next(iter(by_id), None)!r}")
     notes = [f"{len(lost)} of {len(annotations)} captions are of images that are not listed, such as image_id "
              f"{lost[0]!r}"] if lost else []
-    return _Found(images, notes + _empty(without, len(annotations)))
+    return _Listed(images, notes + _empty(without, len(annotations)))
 
 
 def _file(image: Any) -> str | None:
@@ -131,28 +131,28 @@ def _file(image: Any) -> str | None:
     return os.path.basename(urlparse(str(image.get("coco_url") or "")).path) or None
 
 
-def _karpathy(content: dict, split: str | None, where: str) -> _Found:
+def _karpathy(content: dict, split: str | None, where: str) -> _Listed:
     images = content["images"]
     splits = list(dict.fromkeys(image["split"] for image in images))
     if split is None and len(splits) > 1:
         raise DataError(f"{where} has the splits {', '.join(splits)}; expected one of them behind the file, "
                         f"as in FILE.json:{splits[0]}")
     chosen = splits if split is None else _chosen(split, splits, where)
-    found, without, total = [], 0, 0
+    entries, without, total = [], 0, 0
     for number, image in enumerate(images):
         if image["split"] not in chosen:
             continue
         if not isinstance(image.get("filename"), str):
-            found.append(_Image(f"`images`, entry {number}", fault="has no `filename`"))
+            entries.append(_Image(f"`images`, entry {number}", fault="has no `filename`"))
             continue
         sentences = image.get("sentences") or ()
         texts = [text for sentence in sentences for text in usable_texts(
             sentence.get("raw") if isinstance(sentence, dict) else sentence)]
         without, total = without + len(sentences) - len(texts), total + len(sentences)
         image_id = image["cocoid"] if "cocoid" in image else image.get("imgid")
-        found.append(_Image(str(Path(image.get("filepath") or "", image["filename"])), texts,
+        entries.append(_Image(str(Path(image.get("filepath") or "", image["filename"])), texts,
                             None if image_id is None else str(image_id)))
-    return _Found(found, _empty(without, total))
+    return _Listed(entries, _empty(without, total))
 
 
 def _chosen(split: str, splits: Sequence[str], where: str) -> set[str]:
@@ -165,7 +165,7 @@ def _chosen(split: str, splits: Sequence[str], where: str) -> set[str]:
     return chosen
 
 
-def _blip(content: Iterable[Any], where: str) -> _Found:
+def _blip(content: Iterable[Any], where: str) -> _Listed:
     """Read entries of one caption each (train), several per image, or of all captions of an image (val, test)."""
     images: dict[str, _Image] = {}
     without = total = 0
@@ -181,7 +181,7 @@ def _blip(content: Iterable[Any], where: str) -> _Found:
         without, total = without + given - len(texts), total + given
         image_id = entry.get("image_id")
         images.setdefault(file, _Image(file, [], None if image_id is None else str(image_id))).captions += texts
-    return _Found(list(images.values()), _empty(without, total))
+    return _Listed(list(images.values()), _empty(without, total))
 
 
 def _empty(without: int, total: int) -> list[str]:

@@ -99,12 +99,12 @@ def read_location(
                 raise DataError(f"source {spec!r}: it has no option {name!r}{hint} (expected "
                                 f"{', '.join(f'{known}=...' for known in allowed) or 'none'})")
             chosen[name] = value
-    told = chosen.pop("root", "@".join(folder) or None)
-    if told is not None and not root:
-        raise DataError(f"source {spec!r}: no {path!r} with {told!r} behind it; expected "
+    given = chosen.pop("root", "@".join(folder) or None)
+    if given is not None and not root:
+        raise DataError(f"source {spec!r}: no {path!r} with {given!r} behind it; expected "
                         + (f"one of the options {', '.join(f'{known}=...' for known in allowed)}" if allowed else
                            "no option"))
-    return Location(path, None if told is None else _folder(spec, told, Path(path).parent), Columns(chosen))
+    return Location(path, None if given is None else _folder(spec, given, Path(path).parent), Columns(chosen))
 
 
 def _is_option(part: str) -> bool:

@@ -134,14 +134,14 @@ class File(Source):
 
     @cached_property
     def _index(self) -> _Index:
-        found, names, starts, schema = _Found("", ()), (), np.zeros(1, np.int64), ""
+        fields, names, starts, schema = _Fields("", ()), (), np.zeros(1, np.int64), ""
         fault = None
         try:
             with pq.ParquetFile(self.path) as file:
                 names = tuple(file.schema_arrow.names)
                 rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-                found, schema = _columns(file.schema_arrow, self.columns), str(file.schema_arrow.remove_metadata())
-            if self.classes not in (None, found.classes):
+                fields, schema = _columns(file.schema_arrow, self.columns), str(file.schema_arrow.remove_metadata())
+            if self.classes not in (None, fields.classes):
                 raise DataError("its classes are not those of the first file")
             starts = np.cumsum([0, *rows])
         except (pa.ArrowException, OSError, DataError) as error:
@@ -149,7 +149,7 @@ class File(Source):
             log.warning("%s: %s", self.path, fault)
         size = self.path.stat().st_size
         chosen = [str(self.columns)] if self.columns.chosen else []
-        return _Index(found.image, found.captions, found.label, found.classes, found.notes, names, starts,
+        return _Index(fields.image, fields.captions, fields.label, fields.classes, fields.notes, names, starts,
                       fingerprint([self.path.name, size, schema, *starts, *chosen]), fault)
 
 
@@ -179,7 +179,7 @@ def open_parquet(spec: str, location: str, data_dir: str | None = None) -> Shard
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Fields:
     """The columns of a schema."""
 
     image: str
@@ -189,7 +189,7 @@ class _Found:
     notes: tuple[str, ...] = ()
 
 
-def _columns(schema: pa.Schema, columns: Columns) -> _Found:
+def _columns(schema: pa.Schema, columns: Columns) -> _Fields:
     """Return the columns of images, captions and labels. Raises `DataError` if it is not clear which has the images."""
     names = {field.name: field.type for field in schema}
     missing = [column for column in columns.chosen.values() if column not in names]
@@ -220,7 +220,7 @@ def _columns(schema: pa.Schema, columns: Columns) -> _Found:
             raise DataError(f"its columns {', '.join(labels)} have classes; name one, as in @label={label}")
     if label is not None and label not in labels:
         raise DataError(f"its column {label} has no names of classes (a ClassLabel of the Hub)")
-    return _Found(images[0], tuple(captions), label, None if label is None else labels[label], notes)
+    return _Fields(images[0], tuple(captions), label, None if label is None else labels[label], notes)
 
 
 def _class_labels(schema: pa.Schema) -> dict[str, tuple[str, ...]]:

@@ -180,7 +180,7 @@ def find_files(spec: str, pattern: str, suffixes: tuple[str, ...]) -> list[tuple
     A folder means its files that end with `suffixes`. A pattern may contain lists in braces (`{00000..00041}`) and
     several patterns, separated by `::`. Raises `DataError` if there are no files.
     """
-    found: dict[Path, None] = {}
+    matches: dict[Path, None] = {}
     for part in pattern.split("::"):
         if is_address(part):
             raise DataError(f"source {spec!r}: {part!r} is no local path; expected one: addresses are not supported")
@@ -190,8 +190,8 @@ def find_files(spec: str, pattern: str, suffixes: tuple[str, ...]) -> list[tuple
             paths = [path for path in map(Path, names) if path.is_file()]
             if not paths:
                 raise DataError(f"source {spec!r}: no file matches {one!r}")
-            found |= dict.fromkeys(sorted(paths))
-    paths = sorted(found)
+            matches |= dict.fromkeys(sorted(paths))
+    paths = sorted(matches)
     return list(zip(paths, _stems(paths, suffixes), strict=True))
 
 

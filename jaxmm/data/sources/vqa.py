@@ -128,8 +128,8 @@ def open_questions(spec: str, location: str, data_dir: str | None = None) -> Que
     if isinstance(read.content, dict):
         rows, beside = _rows_of(spec, path, read.content, place.columns, notes)
         texts += beside
-    found = [_question(row, place.columns, split) for row in _expanded(rows)]
-    return _questions(spec, path, place, found, texts, notes)
+    questions = [_question(row, place.columns, split) for row in _expanded(rows)]
+    return _questions(spec, path, place, questions, texts, notes)
 
 
 @dataclass(frozen=True)
@@ -277,24 +277,24 @@ def _partners(name: str) -> list[str]:
     return []
 
 
-def _questions(spec: str, path: Path, place: Location, found: Sequence[_Question], parts: Sequence[str],
+def _questions(spec: str, path: Path, place: Location, questions: Sequence[_Question], parts: Sequence[str],
                notes: Sequence[str]) -> Questions:
-    faults = {number: row.fault for number, row in enumerate(found) if row.fault is not None}
-    if found and len(faults) == len(found):
-        raise DataError(f"source {spec!r}: {path}{found[0].image_id} {faults[0]}")
-    most = max((len(row.images) for row in found), default=0)
-    forms = [[row.images[min(form, len(row.images) - 1)] for row in found] for form in range(most)]
+    faults = {number: row.fault for number, row in enumerate(questions) if row.fault is not None}
+    if questions and len(faults) == len(questions):
+        raise DataError(f"source {spec!r}: {path}{questions[0].image_id} {faults[0]}")
+    most = max((len(row.images) for row in questions), default=0)
+    forms = [[row.images[min(form, len(row.images) - 1)] for row in questions] for form in range(most)]
     root = find_root(spec, path, forms, root=place.root)
     known: dict[str, str] = {}
-    answers = [tuple(known.setdefault(answer, answer) for answer in row.answers) for row in found]
+    answers = [tuple(known.setdefault(answer, answer) for answer in row.answers) for row in questions]
     texts = [(clean_question(row.text), *(answer for answer, _ in answer_shares(given)))
-             for row, given in zip(found, answers, strict=True)]
+             for row, given in zip(questions, answers, strict=True)]
     images = [known.setdefault(name, name) for name in (forms[root.form] if forms else ())]
     images = [f"{path.name}{row.image_id}" if row.fault is not None else name
-              for row, name in zip(found, images, strict=True)]
-    notes = [*notes, *root.notes, *([f"{len(faults)} of {len(found)} rows cannot be read"] if faults else ())]
-    files = Files(name=spec, root=root.path, files=images, captions=texts, image_ids=[row.image_id for row in found],
-                  faults=faults, fingerprint="")
+              for row, name in zip(questions, images, strict=True)]
+    notes = [*notes, *root.notes, *([f"{len(faults)} of {len(questions)} rows cannot be read"] if faults else ())]
+    files = Files(name=spec, root=root.path, files=images, captions=texts, faults=faults, fingerprint="",
+                  image_ids=[row.image_id for row in questions])
     chosen = [str(place.columns)] if place.columns.chosen else []
     return Questions(name=spec, rows=files, answer_lists=answers, fingerprint=fingerprint([*parts, *chosen]),
                      most_answers=max((len(text) - 1 for text in texts), default=0), notes=tuple(notes))
