@@ -105,6 +105,17 @@ class Matcher:
     pad_id: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class PatchAttention:
+    """Self-attention between the patches of an image."""
+
+    weights: Callable[[Params, Batch], Float[Array, "b l h n n"]]
+    """Attention weights of every layer and head, from each patch of `batch["image"]` to all patches, row by row. Over
+    the patches they add up to 1: other tokens are left out."""
+    grid: tuple[int, int]
+    """Rows and columns of patches."""
+
+
 class PositionGrid(NamedTuple):
     """The layout of a table of patch positions."""
 
@@ -155,6 +166,7 @@ class Task:
     classifier: ClassVar[Classifier | None] = None
     decoder: ClassVar[Decoder | None] = None
     matcher: ClassVar[Matcher | None] = None
+    patch_attention: ClassVar[PatchAttention | None] = None
 
     @property
     def splits(self) -> bool:
@@ -259,7 +271,8 @@ def capabilities(task: Task) -> tuple[str, ...]:
                "judges a text about several images": classifier and classifier.reads_text,
                "writes captions": task.writes_captions, "answers questions": task.answers_questions,
                "generates images": task.generates_images,
-               "matches images and texts": task.matcher}
+               "matches images and texts": task.matcher,
+               "attends over patches": task.patch_attention}
     return tuple(name for name, record in offered.items() if record)
 
 

@@ -155,6 +155,51 @@ def vit(p, image, config):
     return tokens, pooled, logits, hidden, weights
 
 
+def grid_scores(p, side, scores):
+    """[h n n] position scores of attention over a grid: one head, query and key after the other."""
+    heads = len(p["inverse_spread"]) if "centers" in p else p["row_scores"]["kernel"].shape[1]
+    result = np.zeros((heads, side * side, side * side))
+    for h, q, k in np.ndindex(*result.shape):
+        down, right = k // side - q // side, k % side - q % side
+        if scores.startswith("learned"):
+            result[h, q, k] = sum(p[f"{name}_embedding"][offset + side - 1] @ p[f"{name}_scores"]["kernel"][:, h]
+                                  for name, offset in (("row", down), ("column", right)))
+            continue
+        apart, spread = np.array([down, right]) - p["centers"][h], p["inverse_spread"][h]
+        precision = spread**2 * np.eye(2) if scores == "quadratic" else spread @ spread.T
+        result[h, q, k] = -apart @ precision @ apart / 2
+    return result
+
+
+def grid_attention(p, x, side, scores):
+    """The output and the weights [b h n n] of attention over a grid."""
+    positions = grid_scores(p, side, scores)
+    weights, out = np.zeros((len(x), *positions.shape)), np.zeros((*x.shape[:2], len(p["projection"]["bias"])))
+    for b, h in np.ndindex(*weights.shape[:2]):
+        content = 0.0
+        if scores == "learned_content":
+            query, key = (x[b] @ p[name]["kernel"][:, h] + p[name]["bias"][h] for name in ("query", "key"))
+            content = query @ key.T / np.sqrt(query.shape[-1])
+        weights[b, h] = softmax(positions[h] + content)
+        out[b] += weights[b, h] @ x[b] @ p["out"]["kernel"][h]
+    return (out + p["out"]["bias"]) @ p["projection"]["kernel"] + p["projection"]["bias"], weights
+
+
+def attention_conv(p, image, config):
+    """(tokens, pooled, logits, hidden, attention) of self-attention as convolution."""
+    kernel = p["patches"]["kernel"].reshape(-1, config.width)
+    x, hidden, attention = patchify(image, config.patch) @ kernel + p["patches"]["bias"], [], []
+    for layer in range(config.depth):
+        block = jax.tree.map(lambda a, i=layer: a[i], p["encoder"]["blocks"])
+        y, weights = grid_attention(block["attention"], x, config.image_size // config.patch, config.scores)
+        x = norm(block["attention_norm"], x + y, 1e-12)
+        x = norm(block["mlp_norm"], x + mlp(block["mlp"], x, "gelu"), 1e-12)
+        hidden.append(x)
+        attention.append(weights)
+    pooled = x.mean(axis=1)
+    return x, pooled, pooled @ p["head"]["kernel"] + p["head"]["bias"], np.stack(hidden), np.stack(attention)
+
+
 def text_tower(p, tokens, config):
     """The pooled vectors of texts."""
     stack = config.transformer

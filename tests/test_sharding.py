@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmm.config import ConfigError, MeshConfig, OptimizerConfig
+from jaxmm.models.attention_conv import AttentionConvConfig
 from jaxmm.models.clip import clip, siglip
 from jaxmm.models.vit import vit
 from jaxmm.sharding import (
@@ -35,6 +36,7 @@ GOLDEN = Path(__file__).parent / "golden"
 AXES = {"data": 2, "fsdp": 2, "tensor": 2}
 PUBLISHED = {
     "vit_b16": Classification(model=vit("B/16", classes=1000, pre_logits=768, registers=4)),
+    "attention_conv": Classification(model=AttentionConvConfig(scores="learned_content", classes=10)),
     "clip_b32": ContrastiveLearning(model=clip("ViT-B-32")),
     "siglip_b16": ContrastiveLearning(model=siglip("B/16"), kind="sigmoid"),
 }

@@ -16,7 +16,7 @@ from jaxmm.models.med_layer import Context, ContextKeysValues, MedLayer
 from jaxmm.nn.attention import CachedKeysValues, causal_mask
 from jaxmm.nn.embeddings import TokenEmbedding
 from jaxmm.nn.precision import wide
-from jaxmm.nn.transformer import ACTIVATIONS, REMAT_POLICIES, Linear, initializers, layer_norm, unstack
+from jaxmm.nn.transformer import ACTIVATIONS, Linear, initializers, layer_norm, run_layers, unstack
 from jaxmm.sharding import constrain_batch
 
 Cache = list[CachedKeysValues]
@@ -191,7 +191,7 @@ class Med(nn.Module):
         if train and stack.stochastic:
             keys = jax.random.split(self.make_rng("dropout"), stack.depth)
 
-        def run(x, layer, layers, count):
+        def run(x, layer, layers):
             def one(x, inputs):
                 params, key = inputs
                 rngs = None if key is None else {"dropout": key}
@@ -199,24 +199,16 @@ class Med(nn.Module):
                                                context_mask, train=train, weights=weights, rngs=rngs, method=method)
                 return constrain_batch(x), probabilities
 
-            if stack.remat != "none":
-                one = jax.checkpoint(one, policy=REMAT_POLICIES[stack.remat], prevent_cse=not stack.scan)
-            if stack.scan:
-                return jax.lax.scan(one, x, layers)
-            collected = []
-            for inputs in unstack(layers, count):
-                x, probabilities = one(x, inputs)
-                collected.append(probabilities)
-            return x, jnp.stack(collected) if weights else None
+            return run_layers(one, x, layers, stack)
 
         layers = self.blocks, keys
         if first is None:
-            return run(x, MedLayer(self.config, parent=None), layers, stack.depth)
+            return run(x, MedLayer(self.config, parent=None), layers)
         low, (params, keys) = (jax.tree.map(lambda leaf, part=part: leaf[part], layers)
                                for part in (slice(first), slice(first, None)))
-        x, _ = run(x, MedLayer(self.config, parent=None), low, first)
+        x, _ = run(x, MedLayer(self.config, parent=None), low)
         layers = {**params, "merge": self.merge}, keys
-        return run(x, MedLayer(self.config, True, parent=None), layers, stack.depth - first)
+        return run(x, MedLayer(self.config, True, parent=None), layers)
 
 
 def empty_cache(config: MedConfig, batch: int, length: int) -> Cache:

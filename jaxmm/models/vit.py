@@ -79,6 +79,11 @@ class ViTConfig:
         require(0 <= self.patch_dropout < 1, "patch_dropout", self.patch_dropout, "0 or more, below 1")
 
     @property
+    def module(self) -> "ViT":
+        """The Flax module."""
+        return ViT(self)
+
+    @property
     def tower(self) -> "ViTConfig":
         """The image tower: this."""
         return self

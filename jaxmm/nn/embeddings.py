@@ -30,6 +30,7 @@ class PatchEmbedding(nn.Module):
     bias: bool = True
     dtype: DTypeLike = jnp.float32
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, image: Float[Array, "b H W c"]) -> Float[Array, "b n d"]:
@@ -38,7 +39,7 @@ class PatchEmbedding(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape).reshape(-1, self.width)
         x = patchify(image.astype(self.dtype), self.patch) @ kernel.astype(self.dtype)
         if self.bias:
-            x = x + self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)[None, None]
+            x = x + self.param("bias", self.bias_init, (self.width,)).astype(self.dtype)[None, None]
         return x
 
 

@@ -4,9 +4,10 @@ Parameters are stacked along a leading layer axis whether the layers are scanned
 not depend on that choice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,11 @@ class Initializers(NamedTuple):
     patches: nn.initializers.Initializer = nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
 
 
+def torch_bias(fan_in: int) -> nn.initializers.Initializer:
+    """Return torch's default initializer of a bias: uniform, up to `fan_in`^-1/2."""
+    return lambda rng, shape, dtype=jnp.float32: jax.random.uniform(rng, shape, dtype, -1, 1) * fan_in**-0.5
+
+
 def initializers(config: TransformerConfig) -> Initializers:
     """Return the published initial distributions that `config.init` names."""
     normal, zeros = nn.initializers.normal, nn.initializers.zeros
@@ -121,9 +127,6 @@ def initializers(config: TransformerConfig) -> Initializers:
 
     def uniform(scale, **axes):
         return nn.initializers.variance_scaling(scale, "fan_in", "uniform", **axes)
-
-    def bias(fan_in):
-        return lambda rng, shape, dtype=jnp.float32: jax.random.uniform(rng, shape, dtype, -1, 1) * fan_in**-0.5
 
     match config.init:
         case "xavier":
@@ -133,8 +136,8 @@ def initializers(config: TransformerConfig) -> Initializers:
         case "clip":
             return Initializers(normal(narrow), normal(deep), normal(narrow * 0.5**0.5), normal(deep), zeros, zeros)
         case "torch":  # query, key and value are one matrix [d 3d] there, drawn by Xavier's rule
-            return Initializers(uniform(1 / 2), *[uniform(1 / 3)] * 3, bias(config.width), bias(config.mlp_dim),
-                                uniform(1 / 3, in_axis=(0, 1, 2), out_axis=3))
+            return Initializers(uniform(1 / 2), *[uniform(1 / 3)] * 3, torch_bias(config.width),
+                                torch_bias(config.mlp_dim), uniform(1 / 3, in_axis=(0, 1, 2), out_axis=3))
 
 
 class Mlp(nn.Module):
@@ -242,18 +245,24 @@ class Stack(nn.Module):
             x = constrain_batch(x)
             return x, (x if hidden else None, weights)
 
-        if config.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan)
-        x = x.astype(config.dtype)
-        if config.scan:
-            x, (hiddens, weights) = jax.lax.scan(layer, x, (params, rates, keys))
-            return StackOutput(x, hiddens, weights)
-        collected = []
-        for inputs in unstack((params, rates, keys), config.depth):
-            x, extra = layer(x, inputs)
-            collected.append(extra)
-        hiddens, weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *collected)
+        x, (hiddens, weights) = run_layers(layer, x.astype(config.dtype), (params, rates, keys), config)
         return StackOutput(x, hiddens, weights)
+
+
+def run_layers(layer: Callable, x: Any, inputs: Any, config: TransformerConfig) -> tuple[Any, Any]:
+    """Apply `(x, output) = layer(x, input)` for each layer's input, scanned or unrolled, with remat, as `config` says.
+
+    The leaves of `inputs` have a leading layer axis. Return the last x, and the outputs of all layers, stacked.
+    """
+    if config.remat != "none":
+        layer = jax.checkpoint(layer, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan)
+    if config.scan:
+        return jax.lax.scan(layer, x, inputs)
+    outputs = []
+    for one in unstack(inputs, len(jax.tree.leaves(inputs)[0])):
+        x, output = layer(x, one)
+        outputs.append(output)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def unstack(tree, length: int) -> list:

@@ -9,7 +9,8 @@ from jaxmm.task import PositionGrid, Task
 def adopt(self: Any, trained: Task, image_size: int) -> Task | None:
     """Return this task with the architecture and the pixels of `trained`; None if they have nothing in common."""
     source = getattr(trained, "model", None)  # a task of another module may have none
-    model = self.model.adopt(source, image_size) if hasattr(source, "tower") else None
+    alike = hasattr(source, "tower") or type(source) is type(self.model)
+    model = self.model.adopt(source, image_size) if alike else None
     return model and replace(self, model=model, pixels=trained.pixels)
 
 
@@ -20,7 +21,7 @@ def trained_path(self: Any, path: str, trained: Task) -> str | None:
 
 def position_grid(self: Any, path: str) -> PositionGrid | None:
     """Return the grid of the image tower's position table at `path`; None for other parameters."""
-    tower = self.model.tower
     if path not in ("positions", "vision/positions"):
         return None
+    tower = self.model.tower
     return PositionGrid(tower.grid, int(tower.class_token and tower.position_class) + tower.distillation_token)

@@ -1,5 +1,6 @@
 """Image classification."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -8,17 +9,18 @@ import jax.numpy as jnp
 
 from jaxmm.config import ConfigError, check_types, require
 from jaxmm.losses import classification as losses
+from jaxmm.models.attention_conv import AttentionConv, AttentionConvConfig
 from jaxmm.models.vit import ViT, ViTConfig
 from jaxmm.nn.pixels import INCEPTION, Pixels
-from jaxmm.task import Classifier, Embedder, Task
+from jaxmm.task import Classifier, Embedder, PatchAttention, Task
 from jaxmm.tasks import adopting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(Task):
-    """A vision transformer with a classification head."""
+    """A vision transformer, or self-attention as convolution, with a classification head."""
 
-    model: ViTConfig
+    model: ViTConfig | AttentionConvConfig
     pixels: Pixels = INCEPTION
     """Mean and std normalisation of images."""
     kind: Literal["softmax", "sigmoid"] = "softmax"
@@ -52,7 +54,7 @@ class Classification(Task):
     def init(self, rng):
         """Initialise the parameters."""
         size = self.model.image_size
-        return ViT(self.model).init(rng, jnp.zeros((1, size, size, 3)), train=False)["params"]
+        return self.module.init(rng, jnp.zeros((1, size, size, 3)), train=False)["params"]
 
     def prepare(self, batch, rng):
         """Soft targets; mixup or CutMix over the global batch."""
@@ -71,8 +73,8 @@ class Classification(Task):
 
     def encode(self, params, batch, rng):
         """Logits."""
-        return ViT(self.model).apply({"params": params}, self.pixels(batch["image"]), train=True,
-                                     rngs={"dropout": rng}).logits
+        return self.module.apply({"params": params}, self.pixels(batch["image"]), train=True,
+                                 rngs={"dropout": rng}).logits
 
     def objective(self, params, outputs, batch):
         """Cross-entropy with the soft targets; accuracy on the labels."""
@@ -81,9 +83,9 @@ class Classification(Task):
         return loss(outputs, batch["target"]), {"accuracy": accuracy}
 
     @property
-    def module(self) -> ViT:
+    def module(self) -> ViT | AttentionConv:
         """The Flax module."""
-        return ViT(self.model)
+        return self.model.module
 
     @property
     def image_size(self) -> int:
@@ -110,5 +112,16 @@ class Classification(Task):
             return None
         return Classifier(logits=lambda params, batch: self._predict(params, batch).logits)
 
-    def _predict(self, params, batch):
-        return self.module.apply({"params": params}, self.pixels(batch["image"]), train=False)
+    @property
+    def patch_attention(self) -> PatchAttention:
+        """Self-attention between patches."""
+        patches = math.prod(self.model.grid)
+
+        def weights(params, batch):
+            between = self._predict(params, batch, attention=True).attention[..., -patches:, -patches:]
+            return jnp.moveaxis(between / between.sum(axis=-1, keepdims=True), 1, 0)
+
+        return PatchAttention(weights=weights, grid=self.model.grid)
+
+    def _predict(self, params, batch, **outputs):
+        return self.module.apply({"params": params}, self.pixels(batch["image"]), train=False, **outputs)

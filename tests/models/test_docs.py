@@ -37,7 +37,8 @@ def test_names():
     """Every field and method in the tables is there, and every field is in them."""
     page = PAGE.replace("`CLIP.text`", "`TextTower`")
     rows = dict(re.findall(r"\n\| `(\w+)`(?:: `\w+`)? \| `[^|]*` \| (.*) \|", page))
-    for module, output in (("ViT", ViTOutput), ("CLIP", CLIPOutput), ("TextTower", TextOutput), ("BLIP", BLIPOutput)):
+    for module, output in (("ViT", ViTOutput), ("AttentionConv", ViTOutput), ("CLIP", CLIPOutput),
+                           ("TextTower", TextOutput), ("BLIP", BLIPOutput)):
         assert tuple(re.findall(r"`(\w+)`", rows[module])) == output._fields
     methods = re.findall(r"`(CLIP|BLIP)\.(\w+)`", PAGE[PAGE.index("| method"):])
     assert len(methods) > 8 and all(hasattr({"CLIP": CLIP, "BLIP": BLIP}[module], name) for module, name in methods)

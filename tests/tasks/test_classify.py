@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
+from jaxmm.config import ConfigError, from_dict, to_dict
 from jaxmm.inference.batching import predictions
+from jaxmm.models.attention_conv import AttentionConvConfig
 from jaxmm.tasks.image_classification import Classification
 from tests import reference
 from tests.reference import fp64
@@ -74,6 +75,31 @@ def test_predict():
     np.testing.assert_array_equal(predicted["image"], predicted["features"])
     np.testing.assert_allclose(predicted["logits"], numpy_logits(), rtol=1e-3, atol=1e-4)
     assert predicted["features"].shape == (B, 12) and predicted["features"].dtype == jnp.float32
+
+
+def test_self_attention_as_convolution():
+    """The same task with the other kind of model."""
+    model = AttentionConvConfig(width=12, depth=1, heads=4, mlp_dim=10, image_size=6, classes=CLASSES, dropout=0.0,
+                                attention_dropout=0.0)
+    task = Classification(model=model)
+    value, (_, metrics) = jax.jit(task.loss)(params(task), {}, labelled(), jax.random.key(0))
+    logits = reference.attention_conv(fp64(params(task)), fp64(labelled()["image"]) / 127.5 - 1, model)[2]
+    labels = np.asarray(labelled()["label"])
+    np.testing.assert_allclose(value, -reference.log_softmax(logits, 1)[np.arange(B), labels].mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(axis=1) == labels).mean())
+    assert from_dict(to_dict(task)) == task and from_dict(to_dict(CLASSIFY)) == CLASSIFY
+
+
+def test_a_start_from_trained_parameters():
+    """Architecture and parameters of the same kind of model, but for the head; another kind is refused."""
+    trained = Classification(model=AttentionConvConfig(scores="learned", width=30, classes=7))
+    task = Classification(model=AttentionConvConfig(width=20, dropout=0.3, remat="full"))
+    adopted = task.adopt(trained, 16)
+    assert adopted.model == AttentionConvConfig(scores="learned", width=30, image_size=16, dropout=0.3, remat="full")
+    path = "encoder/blocks/attention/row_embedding"
+    assert adopted.trained_path(path, trained) == path and adopted.trained_path("head/bias", trained) is None
+    assert adopted.position_grid(path) is None
+    assert task.adopt(CLASSIFY, 6) is None and CLASSIFY.adopt(trained, 6) is None
 
 
 @pytest.mark.standard_promotion

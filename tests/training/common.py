@@ -25,6 +25,7 @@ from jaxmm.config import (
 from jaxmm.data.pipeline import step_records
 from jaxmm.data.rows import image_id
 from jaxmm.data.sources.registry import open_source
+from jaxmm.models.attention_conv import AttentionConvConfig
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
@@ -32,6 +33,7 @@ from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.optimizer import Optimizer, make_optimizer
 
+ATTENTIONS = ("quadratic", "generalised_quadratic", "learned", "learned_content")
 SIDE, CLASSES, VOCABULARY, LENGTH = 12, 10, 64, 7
 
 
@@ -50,6 +52,10 @@ def model_task(kind: str, **stack) -> Task:
     if kind == "vit":
         return Classification(model=replace(vision(**stack), classes=CLASSES, pre_logits=48), mixup=0.4,
                               label_smoothing=0.1)
+    if kind in ATTENTIONS:
+        return Classification(model=AttentionConvConfig(
+            **{"scores": kind, "width": 40, "depth": 2, "heads": 4, "mlp_dim": 56, "image_size": SIDE, "patch": 4,
+               "classes": CLASSES, "dropout": 0.0, "attention_dropout": 0.0} | stack))
     text = TransformerConfig(**{"width": 24, "depth": 3, "heads": 4, "mlp_dim": 72} | stack)
     if kind == "clip":
         text = TextConfig(transformer=text, vocab_size=VOCABULARY, context_length=LENGTH)
@@ -66,7 +72,7 @@ def batch(kind: str, step: int, size: int) -> dict[str, np.ndarray]:
     """Random pictures with labels, or with texts, some of which are of the same picture or of the same words."""
     rng = np.random.default_rng([size, step])
     result = {"image": rng.integers(0, 256, (size, SIDE, SIDE, 3)).astype(np.uint8)}
-    if kind == "vit":
+    if kind == "vit" or kind in ATTENTIONS:
         return result | {"label": rng.integers(0, CLASSES, size).astype(np.int32)}
     tokens = rng.integers(1, VOCABULARY, (size, LENGTH)).astype(np.int32)
     ids = [rng.integers(0, size, (size, 1)).astype(np.int32) * [1, 3] for _ in range(2)]

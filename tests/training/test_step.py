@@ -11,7 +11,16 @@ from jaxmm.sharding import make_mesh, place_batch, replicated, shardings, with_s
 from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state, init_state, sharded_state
 from jaxmm.training.step import compile_step, train_step
-from tests.training.common import CLASSES, Linear, assert_same_bits, batch, leaves, model_task, plain_optimizer
+from tests.training.common import (
+    ATTENTIONS,
+    CLASSES,
+    Linear,
+    assert_same_bits,
+    batch,
+    leaves,
+    model_task,
+    plain_optimizer,
+)
 
 ONE = (1, 1, 1)
 MESHES = {"data 8": (8, 1, 1), "fsdp 8": (1, 8, 1), "tensor 4": (2, 1, 4), "2x2x2": (2, 2, 2)}
@@ -76,6 +85,18 @@ def test_eight_devices_compute_what_one_does(kind, axes, record_property):
     np.testing.assert_allclose(many.norms, one.norms, rtol=1e-4)
     cut = min(many.shares.values())
     assert cut == 1 / (axes[1] * axes[2])                      # the devices did not all do the same work
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind in ("quadratic", "learned_content")
+                                               else pytest.mark.long) for kind in ATTENTIONS])
+def test_attention_by_position_is_the_same_on_eight_devices(kind):
+    """With dropout, of attention weights that all images share and of those that each has of its own."""
+    drawn = (("dropout", 0.1), ("attention_dropout", 0.1))
+    one, many = run(kind, ONE, drawn=drawn), run(kind, MESHES["2x2x2"], drawn=drawn)
+    assert np.isfinite(one.losses).all() and np.ptp(one.losses) > 0.01
+    np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
+    np.testing.assert_allclose(many.norms, one.norms, rtol=1e-4)
+    assert min(many.shares.values()) == 1 / 4
 
 
 def test_what_is_random_is_the_same_on_eight_devices():
