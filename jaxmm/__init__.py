@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names as in `_MODUL
     from jaxmm.data.base import Source as Source
     from jaxmm.data.sources.registry import open_source as open_source
     from jaxmm.evals import KNN as KNN
+    from jaxmm.evals import AttentionCenters as AttentionCenters
     from jaxmm.evals import Captions as Captions
     from jaxmm.evals import EvalContext as EvalContext
     from jaxmm.evals import ImageLikelihood as ImageLikelihood
@@ -35,6 +36,9 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names as in `_MODUL
     from jaxmm.inference.generate import Decoding as Decoding
     from jaxmm.inference.model import Model as Model
     from jaxmm.inference.model import load as load
+    from jaxmm.models.attention_conv import AttentionConv as AttentionConv
+    from jaxmm.models.attention_conv import AttentionConvConfig as AttentionConvConfig
+    from jaxmm.models.attention_conv import convolution_params as convolution_params
     from jaxmm.models.blip import BLIP as BLIP
     from jaxmm.models.blip import BLIPConfig as BLIPConfig
     from jaxmm.models.blip import blip as blip
@@ -69,10 +73,11 @@ _MODULES = {
               "TrainConfig",
     "data.base": "DataError Source",
     "data.sources.registry": "open_source",
-    "evals": "Captions EvalContext ImageLikelihood ImageSamples KNN LayerProbes LinearProbe Reranking Retrieval "
-             "TopKAccuracy VQAAccuracy ZeroShot",
+    "evals": "AttentionCenters Captions EvalContext ImageLikelihood ImageSamples KNN LayerProbes LinearProbe Reranking "
+             "Retrieval TopKAccuracy VQAAccuracy ZeroShot",
     "inference.generate": "Decoding",
     "inference.model": "Model load",
+    "models.attention_conv": "AttentionConv AttentionConvConfig convolution_params",
     "models.blip": "BLIP BLIPConfig blip",
     "models.clip": "CLIP CLIPConfig TextConfig clip siglip",
     "models.med": "MedConfig",

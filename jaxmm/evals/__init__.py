@@ -1,6 +1,7 @@
 """Evaluators, one per file: frozen dataclasses derived from `jaxmm.config.Evaluator`."""
 
 from jaxmm.evals.accuracy import TopKAccuracy
+from jaxmm.evals.attention_centers import AttentionCenters
 from jaxmm.evals.captions import Captions
 from jaxmm.evals.context import (
     CaptionExample,
@@ -23,6 +24,7 @@ from jaxmm.evals.zero_shot import ZeroShot
 
 __all__ = [
            "KNN",
+           "AttentionCenters",
            "CaptionExample",
            "Captions",
            "Drawing",

@@ -1,6 +1,6 @@
 """What the evaluators share: their context, batches of a source, and examples for the report."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,8 @@ from jaxmm.sharding import host_share, place_batch, replicated
 from jaxmm.task import capabilities
 
 Arrays = dict[str, np.ndarray]
+FIGURE = "figure/"
+"""Prefix of metrics that are logged for a figure: no curve, table or printed line shows them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class EvalContext:
     """Texts to tokens int32 [n, t]; None: the task reads no texts."""
     mesh: Mesh | None = None
     """The batch is cut over its `data` and `fsdp` axes; None: the default device."""
+    history: Callable[[], Mapping[str, Sequence[tuple[int, float]]]] = dict
+    """What the run has logged before this evaluation: (step, value) pairs by rising step of each metric."""
     examples: list = field(default_factory=list)
     """Evaluators add what the report shows: `RetrievalExample`, `PredictionExample`, `CaptionExample`, `ImageGrid`,
     `Drawing`."""

@@ -14,6 +14,7 @@ from jaxmm.checkpoints import Checkpoints
 from jaxmm.config import TrainConfig
 from jaxmm.data.bad_records import FaultCounter
 from jaxmm.data.pipeline import train_batches
+from jaxmm.evals.context import FIGURE
 from jaxmm.optional import require_extra
 from jaxmm.paths import user_path
 from jaxmm.pretrained.warm_start import start_weights
@@ -118,7 +119,7 @@ class Run:
             self.progress.print(self.faults.counter.summary())
         if self.log is not None:
             report = write_report(self.setup.workdir, examples)
-            self.progress.print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()) or "no evaluation")
+            self.progress.print(list_metrics(metrics) or "no evaluation")
             self.progress.print(f"report: {report}")
         return metrics
 
@@ -210,6 +211,10 @@ class Run:
         spent = time.monotonic() - since
         self.progress.pause(spent)
         if step < self.config.steps:
-            self.progress.print(f"step {step}, evaluated in {duration(spent)}: "
-                                + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            self.progress.print(f"step {step}, evaluated in {duration(spent)}: {list_metrics(metrics)}")
         return metrics, context.examples
+
+
+def list_metrics(metrics: dict[str, float]) -> str:
+    """Return names and values in one line, without those that only a figure shows."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not name.startswith(FIGURE))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmm.charts import COLORS, curves
-from jaxmm.evals.context import CaptionExample, Drawing, ImageGrid, PredictionExample, RetrievalExample
+from jaxmm.evals.context import FIGURE, CaptionExample, Drawing, ImageGrid, PredictionExample, RetrievalExample
 from jaxmm.pages import number, write_page
 from jaxmm.paths import user_path
 
@@ -23,7 +23,8 @@ def write_report(workdir: Path | str, examples: Iterable[Example] = ()) -> Path:
     """Write `report.html` from `config.json`, `metrics.jsonl` and the evaluators' `examples`; return its path."""
     workdir = user_path(workdir, "workdir")
     examples = list(examples)
-    metrics = read_metrics(workdir / "metrics.jsonl")
+    metrics = {name: points for name, points in read_metrics(workdir / "metrics.jsonl").items()
+               if not name.startswith(FIGURE)}
     notes = json.loads((workdir / "config.json").read_text()) if (workdir / "config.json").exists() else {}
     queries = [e for e in examples if isinstance(e, RetrievalExample)]
     return write_page(

@@ -25,6 +25,7 @@ from jaxmm.sharding import host_share, make_mesh, with_shardings
 from jaxmm.task import Task
 from jaxmm.training.accumulate import check_parts
 from jaxmm.training.optimizer import Optimizer, make_optimizer
+from jaxmm.training.report import read_metrics
 from jaxmm.training.state import State, abstract_state
 from jaxmm.training.workdir import read_run_config, write_run_config
 from jaxmm.validation import ConfigError, require
@@ -53,7 +54,8 @@ class Setup:
     def context(self, state: State) -> EvalContext:
         """Return the arguments of evaluators."""
         return EvalContext(task=self.task, params=state.params, average=state.average, data=self.config.data,
-                           train=self.train, val=self.val, tokenizer=self.tokenizer, mesh=self.mesh)
+                           train=self.train, val=self.val, tokenizer=self.tokenizer, mesh=self.mesh,
+                           history=partial(read_metrics, self.workdir / "metrics.jsonl"))
 
 
 def prepare(config: TrainConfig, workdir: Path) -> Setup:
