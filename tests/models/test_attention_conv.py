@@ -239,7 +239,7 @@ def test_the_error_falls_exponentially():
 
 
 def test_one_layer_of_a_model_is_set():
-    """As the docstring says; the other layer stays."""
+    """Follow the docstring; the other layer stays."""
     params = setting("quadratic")[2]
     kernel, bias = arrays((1, 3, 10, 10), (10,))
     blocks = params["encoder"]["blocks"]["attention"]
