@@ -61,6 +61,11 @@ def image_id(record: Record) -> Int[np.ndarray, "2"]:
     """Return 64 bits that are equal for the same image: a digest of its `image_id`, else of its bytes."""
     if "image_id" in record:
         return _hash(hashlib.blake2b, record["image_id"].encode(errors="replace"))
+    return content_id(record)
+
+
+def content_id(record: Record) -> Int[np.ndarray, "2"]:
+    """Return 64 bits that are equal for images of the same bytes."""
     data = record["image"] if isinstance(record["image"], tuple) else (record["image"],)
     # SHA-1 is twice as fast as BLAKE2 on processors that have it built in
     return _hash(hashlib.sha1, b"".join(one.tobytes() if isinstance(one, np.ndarray) else one for one in data))

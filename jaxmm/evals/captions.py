@@ -10,17 +10,20 @@ from jaxmm.config import Evaluator
 from jaxmm.data.base import Source, record_texts
 from jaxmm.data.images import decode
 from jaxmm.data.transforms import eval_image
+from jaxmm.evals.by_image import by_image
 from jaxmm.evals.caption_metrics import caption_metric_names, caption_metrics
 from jaxmm.evals.context import CaptionExample, EvalContext, evenly_spaced
 from jaxmm.inference.batching import padded_batch_size
 from jaxmm.inference.captioning import (
     CAPTIONS,
+    check_length,
     make_attention_map_fn,
     make_caption_fn,
     prompt_tokens,
     word_attention_maps,
 )
 from jaxmm.inference.generate import Decoding
+from jaxmm.inference.result_files import result_id, write_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,15 @@ class Captions(Evaluator):
     """Number of images that are captioned, the first ones; None: all."""
     examples: int = 12
     """Images added to the report."""
+    results: str | None = None
+    """File for the captions in COCO's result format, a JSON list of `image_id` and `caption`; None: they are not
+    written."""
     needs: ClassVar = ("writes captions",)
     reads_text: ClassVar = True
+
+    def validate(self, context: EvalContext, source: Source) -> None:
+        """Raise `ConfigError` if the model has fewer positions than the longest caption."""
+        check_length(self.decoding, context.task.decoder)
 
     def names(self, source: Source) -> tuple[str, ...]:
         """Return the names of the metrics."""
@@ -52,10 +62,13 @@ class Captions(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> Iterator[float]:
         """Yield the shares and scores."""
-        tokenizer, decoder = context.tokenizer, context.task.decoder
+        source, tokenizer, decoder = by_image(source), context.tokenizer, context.task.decoder
         prompt = prompt_tokens(tokenizer, decoder.prompt if self.prompt is None else self.prompt, decoder)
         tokens, scores = self._generate(context, source, prompt)
         captions = {i: tokenizer.decode(ids[prompt.shape[1]:]) for i, ids in tokens.items()}
+        if self.results is not None:
+            write_results(self.results, ({"image_id": result_id(source[i], "image_id"), "caption": caption}
+                                         for i, caption in captions.items()))
         references = {i: record_texts(source, i) for i in captions}
         # a reference is compared as the tokenizer can spell it
         exact = {i: caption in set(map(tokenizer.decode, tokenizer(list(references[i]))))

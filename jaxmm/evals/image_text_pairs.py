@@ -13,6 +13,7 @@ from scipy.sparse import csr_array
 from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source, record_texts
 from jaxmm.data.eval_pipeline import eval_texts
+from jaxmm.evals.by_image import by_image
 from jaxmm.evals.context import Arrays, EvalContext, concatenate
 
 TIE = np.float32(1e-6)
@@ -73,8 +74,8 @@ def check_pairs(evaluator: Evaluator, source: Source, pool: int | None) -> None:
     """Raise `ConfigError` if the source has no texts, or fewer images than a pool."""
     name = type(evaluator).__name__
     require(_has_texts(source), f"{name}.source", source.name, "a source whose images have texts")
-    require(pool is None or pool <= len(source), f"{name}.pool", pool,
-            f"at most the {len(source)} images of {source.name!r}")
+    images = None if pool is None else len(by_image(source))
+    require(pool is None or pool <= images, f"{name}.pool", pool, f"at most the {images} images of {source.name!r}")
 
 
 def _has_texts(source: Source) -> bool:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from jaxmm.config import Evaluator, require
 from jaxmm.data.base import Source
+from jaxmm.evals.by_image import by_image
 from jaxmm.evals.context import Arrays, EvalContext
 from jaxmm.evals.image_text_pairs import Pairs, check_pairs, check_ranks, chunks, embed_pairs, recall_names, recalls
 from jaxmm.inference.matching import make_image_encoder, match_pairs
@@ -56,6 +57,7 @@ class Reranking(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> list[float]:
         """Return the recalls."""
+        source = by_image(source)
         encoder = make_image_encoder(context.task, context.mesh)
         with tempfile.TemporaryFile() as file:
             spilled = SpilledTokens(file)

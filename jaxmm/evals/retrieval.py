@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source, record_texts
+from jaxmm.evals.by_image import by_image
 from jaxmm.evals.context import EvalContext, RetrievalExample, Retrieved, evenly_spaced, thumbnail
 from jaxmm.evals.image_text_pairs import Pairs, check_pairs, check_ranks, embed_pairs, recall_names, recalls
 
@@ -43,6 +44,7 @@ class Retrieval(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> list[float]:
         """Return the recalls."""
+        source = by_image(source)
         pairs = embed_pairs(self, context, source, self.captions)
         if self.examples:
             context.examples.extend(_examples(source, next(pairs.pools(self.pool)), self.examples))

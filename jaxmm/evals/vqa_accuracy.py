@@ -13,8 +13,9 @@ from jaxmm.data.base import Source
 from jaxmm.data.sources.vqa import common_answers
 from jaxmm.evals.context import EvalContext, PredictionExample, evenly_spaced, thumbnail
 from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, make_rank_fn
-from jaxmm.inference.captioning import make_caption_fn, prompt_tokens
+from jaxmm.inference.captioning import check_length, make_caption_fn, prompt_tokens
 from jaxmm.inference.generate import Decoding
+from jaxmm.inference.result_files import result_id, write_results
 from jaxmm.paths import user_path
 
 NUMBERS = dict(zip(("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
@@ -54,6 +55,9 @@ class VQAAccuracy(Evaluator):
     """Number of questions that are answered, the first ones; None: all."""
     examples: int = 12
     """Questions added to the report."""
+    results: str | None = None
+    """File for the answers in VQA's result format, a JSON list of `question_id` and `answer`; None: they are not
+    written."""
     metric_names: ClassVar = ("vqa_accuracy",)
     needs: ClassVar = ("answers questions",)
     reads_text: ClassVar = True
@@ -68,6 +72,8 @@ class VQAAccuracy(Evaluator):
     def validate(self, context: EvalContext, source: Source) -> None:
         """Raise `ConfigError` if the source has no questions, or there are no answers to choose from."""
         require(source.most_answers, "VQAAccuracy.source", source.name, "questions with answers (vqa:)")
+        if self.answers is None:
+            check_length(self.decoding, context.task.decoder)
         self.choices(context)
 
     def choices(self, context: EvalContext) -> list[str] | None:
@@ -97,6 +103,9 @@ class VQAAccuracy(Evaluator):
             if self.questions is not None and len(answered) >= self.questions:
                 break
         indices = sorted(answered)
+        if self.results is not None:
+            write_results(self.results, ({"question_id": result_id(source[index], "question_id"),
+                                          "answer": answered[index][0][0]} for index in indices))
         for index in (indices[i] for i in evenly_spaced(len(indices), self.examples)) if self.examples else ():
             question, *answers = source.texts(index)
             context.examples.append(PredictionExample(

@@ -15,9 +15,12 @@ from jaxmm.inference.batching import outputs, pad_to_power_of_two
 from jaxmm.inference.generate import Decoding, generate
 from jaxmm.task import Decoder, Task
 from jaxmm.tasks.image_captioning import prompt_ids
+from jaxmm.validation import require
 
 CAPTIONS = Decoding(beams=3, min_length=5, max_length=20)
 """Settings of BLIP's authors for captions of COCO."""
+SAMPLES = 2**24
+"""Distance between the random numbers of the first sample of an image and its second one."""
 
 
 @lru_cache(maxsize=16)
@@ -26,9 +29,11 @@ def make_caption_fn(task: Task, decoding: Decoding, seed: int, mesh: Mesh | None
 
     The batch has `prompt` [r p], `row` [r], and what the decoder's context is made of: `image` [b ...], and `tokens`
     (questions) if the decoder reads text. r is b, or a multiple of it for several texts per image. What is sampled for
-    a row depends on `seed` and the number in `row` only.
+    a row depends on `seed` and the number in `row` only. Raise `ConfigError` if the model has fewer positions than
+    `decoding.max_length`.
     """
     decoder = task.decoder
+    check_length(decoding, decoder)
 
     def run(params, context, batch):
         context, mask = context
@@ -73,9 +78,18 @@ def word_attention_maps(tokenizer: Tokenizer, tokens: np.ndarray, attention: np.
     return [(word, np.mean(parts, axis=0)) for word, parts in zip(words, maps, strict=True)]
 
 
+def check_length(decoding: Decoding, decoder: Decoder) -> None:
+    """Raise `ConfigError` if `decoding` asks for more tokens than the model has positions for."""
+    require(decoding.max_length <= decoder.longest, "decoding.max_length", decoding.max_length,
+            f"at most {decoder.longest}, the positions of the model")
+
+
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, decoder: Decoder) -> np.ndarray:
-    """Return [1 p]: the decoder's start token, then the tokens of `prompt`."""
-    return np.asarray([[decoder.start_id, *prompt_ids(tokenizer, prompt)]], np.int32)
+    """Return [1 p]: the decoder's start token, then the tokens of `prompt`. Raise `ConfigError` if it is too long."""
+    tokens = [decoder.start_id, *prompt_ids(tokenizer, prompt)]
+    require(len(tokens) < decoder.longest, "prompt", prompt,
+            f"at most {decoder.longest - 2} tokens, not {len(tokens) - 1}: the model has {decoder.longest} positions")
+    return np.asarray([tokens], np.int32)
 
 
 def write_texts(
@@ -84,24 +98,35 @@ def write_texts(
 ) -> list[list[tuple[str, float]]]:
     """Return the `top` best (text without `prompt`, score) for each row of the batches, best first.
 
-    Raise `ValueError` if there are fewer beams, or no room for a text behind the prompt.
+    With sampling these are `top` samples. Raise `ValueError` if there are fewer beams, or no room for a text behind the
+    prompt.
     """
-    if not 0 < top <= decoding.beams:
-        raise ValueError(f"top is {top}; expected 1 to decoding.beams = {decoding.beams}")
+    samples = top if decoding.sample else 1
+    if not 0 < top <= max(samples, decoding.beams):
+        raise ValueError(f"top is {top}; expected 1 to decoding.beams = {decoding.beams}, or decoding.sample")
     start = prompt_tokens(tokenizer, prompt, task.decoder)
     given = start.shape[1]
     if given >= decoding.max_length:
         raise ValueError(f"the prompt has {given} tokens; decoding.max_length = {decoding.max_length} leaves no room "
                          "behind it")
+    write = make_caption_fn(task, decoding, seed, mesh)
 
     def padded():
         row = 0
         for batch in batches:
             count = len(batch["image"])
-            yield pad_to_power_of_two(batch | {"prompt": np.repeat(start, count, axis=0),
-                                               "row": np.arange(row, row + count, dtype=np.int32)}, mesh)
+            rows = np.arange(row, row + count, dtype=np.int32)[:, None] + SAMPLES * np.arange(samples, dtype=np.int32)
+            yield pad_to_power_of_two(batch | {"prompt": np.tile(start, (count, samples, 1)), "row": rows}, mesh)
             row += count
 
-    return [[(tokenizer.decode(ids[given:]), float(score)) for ids, score in zip(tokens[:top], scores, strict=False)]
-            for result, _ in outputs(make_caption_fn(task, decoding, seed, mesh), params, padded(), mesh)
+    def write_samples(params, batch):
+        flat = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("prompt", "row")}
+        return {name: value.reshape(-1, samples * value.shape[1], *value.shape[2:])
+                for name, value in write(params, batch | flat).items()}
+
+    def texts(tokens, scores):
+        best = np.argsort(-scores, kind="stable")[:top]
+        return [(tokenizer.decode(tokens[i][given:]), float(scores[i])) for i in best]
+
+    return [texts(tokens, scores) for result, _ in outputs(write_samples, params, padded(), mesh)
             for tokens, scores in zip(result["tokens"], result["score"], strict=True)]

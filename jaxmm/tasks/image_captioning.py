@@ -105,6 +105,8 @@ class Captioning(Task):
 
 
 def prompt_ids(tokenizer, prompt: str) -> tuple[int, ...]:
-    """Return the tokens of `prompt`, without begin and end tokens."""
+    """Return all tokens of `prompt`, however long, without begin and end tokens."""
     row = tokenizer([prompt])[0].tolist()
+    if row[-1] == tokenizer.eos_id and row.index(tokenizer.eos_id) == len(row) - 1:  # full: it may have been cut
+        row = tokenizer.at_length(2 + 4 * len(prompt))([prompt])[0].tolist()  # as many as the bytes of UTF-8, and two
     return tuple(row[1:row.index(tokenizer.eos_id)]) if prompt else ()

@@ -72,6 +72,19 @@ class Letters:
         return np.array(rows, np.int32)
 
 
+def one_per_image(source):
+    """Return the pictures once each, with the captions of all records that have them."""
+    images, captions = [], []
+    for image, texts in zip(source.images, source.captions, strict=True):
+        twin = next((i for i, other in enumerate(images) if np.array_equal(other, image)), None)
+        if twin is None:
+            images.append(image)
+            captions.append(tuple(texts))
+        else:
+            captions[twin] += tuple(texts)
+    return MemorySource(images=tuple(images), captions=tuple(captions))
+
+
 def numpy_outputs(params, source, texts=()):
     """Return what `LinearTask` computes: features of the readable images, logits, and texts' embeddings."""
     x = np.stack([image for image in source.images if not isinstance(image, bytes)])

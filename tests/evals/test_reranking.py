@@ -14,7 +14,7 @@ from jaxmm.evals import EvalContext, Reranking, Retrieval
 from jaxmm.evals import image_text_pairs as module
 from jaxmm.inference.matching import match_pairs, pair_batches
 from jaxmm.models.blip import BLIP
-from tests.evals.conftest import MemorySource
+from tests.evals.conftest import MemorySource, one_per_image
 from tests.pretrained import tiny
 
 COUNT, KS = 11, (1, 2, 4)
@@ -41,9 +41,9 @@ def context(source, mesh=None, model=None):
 @cache
 def pictures_and_texts(captions, first):
     """Every picture with every text: match logits and cosines [n m]; the texts and their owners."""
-    model, pairs = tiny.matcher(), source(captions)
+    model, pairs = tiny.matcher(), one_per_image(source(captions))
     taken = [texts[:1] if first else texts for texts in pairs.captions]
-    texts, owner = [text for each in taken for text in each], np.repeat(np.arange(COUNT), list(map(len, taken)))
+    texts, owner = [text for each in taken for text in each], np.repeat(np.arange(COUNT - 1), list(map(len, taken)))
 
     @jax.jit
     def both(image, tokens):
@@ -54,7 +54,7 @@ def pictures_and_texts(captions, first):
             variables, tokens, train=False, method=BLIP.embed_text).T
         return apply(variables, tokens, seen, train=False, method=BLIP.match)[0], cosine[0, 0]
 
-    logits, cosines = np.zeros((2, COUNT, len(texts)))
+    logits, cosines = np.zeros((2, COUNT - 1, len(texts)))
     for i, j in np.ndindex(*logits.shape):
         picture = eval_image(Image.fromarray(pairs.images[i]), tiny.IMAGE)
         logit, cosines[i, j] = both(jnp.asarray(picture[None]), jnp.asarray(tiny.TOKENIZER(texts[j:j + 1])))
@@ -89,7 +89,7 @@ def test_against_a_loop_over_all_pairs(captions, candidates, score, monkeypatch)
     evaluator = Reranking(captions=captions, candidates=candidates, score=score, ks=KS, batch_size=4)
     seen = context(source(3))
     got = dict(evaluator.run(seen))
-    want = [recalls(logits, cosines, source(3).images, texts, owner, candidates, k, score) for k in KS]
+    want = [recalls(logits, cosines, one_per_image(source(3)).images, texts, owner, candidates, k, score) for k in KS]
     names = [f"val/{way}_itm_recall@{k}" for way in ("i2t", "t2i") for k in KS]
     assert tuple(got) == evaluator.metrics(seen) == tuple(names)
     assert got == pytest.approx(dict(zip(names, np.transpose(want).ravel(), strict=True)))
@@ -101,7 +101,7 @@ def test_the_head_changes_the_order_and_a_pool_is_by_itself():
     want = []
     for start in (0, 5):
         rows, columns = slice(start, start + 5), (owner >= start) & (owner < start + 5)
-        want.append([recalls(logits[rows, columns], cosines[rows, columns], source(3).images[rows],
+        want.append([recalls(logits[rows, columns], cosines[rows, columns], one_per_image(source(3)).images[rows],
                              [text for text, here in zip(texts, columns, strict=True) if here], owner[columns] - start,
                              3, k, "itm+itc") for k in (1, 2)])
     got = dict(Reranking(pool=5, candidates=3, ks=(1, 2)).run(context(source(3))))

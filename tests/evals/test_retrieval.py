@@ -3,7 +3,7 @@ import pytest
 
 from jaxmm.evals import Retrieval, RetrievalExample
 from jaxmm.evals import image_text_pairs as module
-from tests.evals.conftest import LinearTask, MemorySource, numpy_outputs
+from tests.evals.conftest import LinearTask, MemorySource, numpy_outputs, one_per_image
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 
@@ -39,11 +39,12 @@ def embeddings(params, source, texts):
 @pytest.mark.parametrize("captions", ["first", "all"])
 def test_against_brute_force(captions, mesh, context, params, pictures, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 100)                  # several chunks, the last one ragged
-    source = captioned(pictures, 23, 3)
+    records = captioned(pictures, 23, 3)
+    source = one_per_image(records)
     taken = [t[:1] if captions == "first" else t for t in source.captions]
-    texts, owner = [w for t in taken for w in t], np.repeat(np.arange(23), [len(t) for t in taken])
+    texts, owner = [w for t in taken for w in t], np.repeat(np.arange(22), [len(t) for t in taken])
     image, text = embeddings(params, source, texts)
-    got = dict(Retrieval(captions=captions, batch_size=8).run(context(source, mesh)))
+    got = dict(Retrieval(captions=captions, batch_size=8).run(context(records, mesh)))
     want = {}
     for k in (1, 5, 10):
         want[f"val/i2t_recall@{k}"], want[f"val/t2i_recall@{k}"] = brute_force(
@@ -53,8 +54,9 @@ def test_against_brute_force(captions, mesh, context, params, pictures, monkeypa
 
 
 def test_pools_are_cut_in_order_and_the_rest_is_left_out(context, params, pictures):
-    source = captioned(pictures, 23, 3, seed=1)
-    got = dict(Retrieval(pool=10, ks=(1, 3)).run(context(source)))
+    records = captioned(pictures, 23, 3, seed=1)
+    source = one_per_image(records)
+    got = dict(Retrieval(pool=10, ks=(1, 3)).run(context(records)))
     shares = []
     for start in (0, 10):
         rows = slice(start, start + 10)
@@ -84,7 +86,7 @@ def test_the_texts_of_a_broken_picture_are_left_out(context, pictures):
 
 
 def test_pictures_without_texts_distract_but_do_not_ask(context, params, pictures):
-    source = captioned(pictures, 12, 2, seed=3)
+    source = one_per_image(captioned(pictures, 13, 2, seed=3))
     texts = ((), *source.captions[1:])
     got = dict(Retrieval(ks=(1,)).run(context(MemorySource(source.images, captions=texts))))
     flat, owner = [w for t in texts for w in t], np.repeat(np.arange(12), [len(t) for t in texts])
@@ -95,7 +97,7 @@ def test_pictures_without_texts_distract_but_do_not_ask(context, params, picture
 
 
 def test_examples_show_what_was_found(context, params, pictures):
-    source = captioned(pictures, 15, 3, seed=4)
+    source = one_per_image(captioned(pictures, 16, 3, seed=4))
     ctx = context(source)
     dict(Retrieval(examples=4).run(ctx))
     assert len(ctx.examples) == 8 and all(isinstance(e, RetrievalExample) for e in ctx.examples)
@@ -116,5 +118,5 @@ def test_examples_show_what_was_found(context, params, pictures):
 
 
 def test_a_pool_larger_than_the_source_is_refused(context, pictures):
-    with pytest.raises(ValueError, match=r"Retrieval\.pool is 100; expected at most the 12 images"):
+    with pytest.raises(ValueError, match=r"Retrieval\.pool is 100; expected at most the 11 images"):
         Retrieval(pool=100).check(context(captioned(pictures, 12, 1)))

@@ -1,0 +1,33 @@
+"""Write predictions in the formats that the evaluation servers of COCO captions and VQA read."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+
+from jaxmm.atomic import write_atomically
+from jaxmm.data.base import Record
+
+
+def write_results(file: str, rows: Iterable[dict[str, int | str]]) -> None:
+    """Write `rows` as one JSON list into `file`, from the first host only."""
+    if jax.process_index() == 0:
+        path = Path(file).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(list(rows), indent=0) + "\n")
+
+
+def number_of(name: str) -> int | str:
+    """Return the number that an id or the name of an image file ends with, else the name as it is.
+
+    `COCO_val2014_000000391895.jpg` becomes 391895, as in COCO's annotations.
+    """
+    match = re.search(r"\d+$", re.sub(r"\.[A-Za-z]\w*$", "", name), re.ASCII)
+    return int(match[0]) if match else name
+
+
+def result_id(record: Record, name: str) -> int | str:
+    """Return the `image_id` or `question_id` of a record, else what its key ends with."""
+    return number_of(str(record.get(name, record.get("key", ""))))
