@@ -132,12 +132,20 @@ class InitConfig:
     and heads start at zero. None: all parameters are random."""
     revision: str | None = None
     """Revision of the Hugging Face repository, or the step of a workdir's checkpoint."""
+    architecture: str | None = None
+    """Architecture of an open_clip checkpoint without a configuration, as `jaxmm.load` takes it, such as ViT-H-14."""
+    weights: Literal["params", "average"] | None = None
+    """Raw or averaged (EMA) weights of a file with both; None: the raw ones."""
+    context_length: int | None = None
+    """Tokens of a text. The text tower's position table is resized to it; None: as in the trained model."""
     skip: tuple[str, ...] = ()
     """Regular expressions of parameter paths that are initialised randomly anyway."""
 
     def __post_init__(self):
         """Check regular expressions."""
         check_types(self, "init")
+        require(self.context_length is None or self.context_length > 2, "init.context_length", self.context_length,
+                "more than 2, or None")
         check_patterns("init.skip", self.skip)
 
 

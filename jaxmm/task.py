@@ -162,6 +162,8 @@ class Task:
     """Configuration of the part that reads texts, or writes them; None: there is none."""
     context_length: ClassVar[int | None] = None
     """Tokens that every text is padded to; None: any number that the model has positions for."""
+    text_positions: ClassVar[str | None] = None
+    """Path of the position table of texts, if it has one row for each of `context_length` tokens; it can be resized."""
     embedder: ClassVar[Embedder | None] = None
     classifier: ClassVar[Classifier | None] = None
     decoder: ClassVar[Decoder | None] = None
@@ -213,6 +215,10 @@ class Task:
     def with_dtype(self, dtype: str) -> "Task":
         """Return this task computing in `dtype`: every field of that name in its configuration is replaced."""
         return _with_fields(self, dtype=dtype)
+
+    def with_context_length(self, length: int) -> "Task":
+        """Return this task for texts of `length` tokens, whose position table is resized; texts are otherwise cut."""
+        return self if self.text_positions is None else _with_fields(self, context_length=length)
 
     def bind(self, *, image_size: int, classes: int | None, tokenizer: Any | None) -> "Task":
         """Return this task with what only the data knows filled in. Raise `ConfigError` if they do not fit."""

@@ -108,6 +108,14 @@ def resize_positions(
     return jnp.asarray(np.concatenate([head, body.reshape(-1, table.shape[-1])]), jnp.float32)
 
 
+def resize_text_positions(table: Float[Array, "t d"], length: int) -> Float[Array, "s d"]:
+    """Resize a learned table of text positions to `length`: linear between centres, ends repeated, like open_clip."""
+    table = np.asarray(table, np.float64)
+    at = np.clip((np.arange(length) + 0.5) * len(table) / length - 0.5, 0, len(table) - 1)
+    weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(len(table))))
+    return jnp.asarray(weights @ table, jnp.float32)
+
+
 class TokenEmbedding(nn.Module):
     """Table [v d] of token embeddings, initialised from N(0, `std`)."""
 

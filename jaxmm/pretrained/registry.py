@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,8 +20,9 @@ from jaxmm.pretrained.families import (
     transformers_blip,
 )
 from jaxmm.pretrained.family import Family, Opened
-from jaxmm.pretrained.io.files import FileError, open_tensors, write_safetensors
+from jaxmm.pretrained.io.files import FileError, Weights, open_weights, write_safetensors
 from jaxmm.pretrained.io.hub import find
+from jaxmm.pretrained.refusals import check_usable
 from jaxmm.pretrained.table import read_params, write_tensors
 from jaxmm.pretrained.tokenizer import read_tokenizer
 from jaxmm.task import Task
@@ -34,25 +36,35 @@ Format = Literal["jaxmm", "transformers", "timm", "open_clip"]
 
 
 def open_checkpoint(
-    source: str | Path, *, revision: str | None = None, tokenizer: str | Path | None = None
+    source: str | Path, *, revision: str | None = None, tokenizer: str | Path | None = None,
+    architecture: str | None = None, weights: Weights | None = None,
 ) -> Opened:
-    """Recognise and describe `source`; see `jaxmm.load` for its kinds. Raises `FileError`."""
+    """Recognise and describe `source`; see `jaxmm.load` for its kinds and the options. Raises `FileError`."""
     source = expand(source, "source")
     path = Path(source)
     if native.is_run(path):
+        if architecture is not None or weights is not None:
+            raise FileError(f"{source} is a run, whose architecture and weights are known; expected None for both")
         return native.open_run(path, revision)
     files = find(source, revision=revision)
-    tensors = open_tensors(files.weights)
+    tensors, notes = open_weights(files.weights, weights)
+    notes += check_usable(files, tensors)
     family = next((family for family in FAMILIES if family.matches(files, tensors)), None)
+    if architecture is not None:
+        if not open_clip.is_bare(tensors) or family is not open_clip.OPENAI:
+            raise FileError(f"architecture is {architecture!r}, but {files.name} is not a CLIP of open_clip without a "
+                            "configuration; expected None")
+        family = replace(family, read=lambda files, tensors: open_clip.read_named(architecture, tensors))
     if family is None:
         raise FileError(
             f"{files.name} has no configuration that says what model it is; expected a config.json with model_type "
-            "(transformers) or architecture (timm), an open_clip_config.json, or the weights of OpenAI or Salesforce")
+            "(transformers) or architecture (timm), an open_clip_config.json, or the weights of OpenAI or Salesforce; "
+            f"its tensors are {', '.join(list(tensors)[:5])}, ...")
     checkpoint = family.read(files, tensors)
     vocabulary, given = checkpoint.vocabulary, None if tokenizer is None else user_path(tokenizer, "tokenizer")
     return Opened(
         name=files.name, family=family.name, task=checkpoint.task, image=checkpoint.image, labels=checkpoint.labels,
-        notes=checkpoint.notes, tensors=tensors, resize=family.resize,
+        notes=(*notes, *checkpoint.notes), tensors=tensors, resize=family.resize,
         tokenizer=checkpoint.tokenizer if vocabulary is None else read_tokenizer(files, vocabulary, given),
         read=partial(read_params, tensors, checkpoint.rows, name=files.name, ignore=checkpoint.ignore))
 

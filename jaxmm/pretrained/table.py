@@ -173,7 +173,7 @@ def _check(tensors, rows, leaves, name, ignore) -> None:
     uncovered = set(leaves) ^ {row.ours for row in rows}
     if uncovered:
         raise FileError(f"{name}: this format and the model do not agree on {', '.join(sorted(uncovered)[:SHOWN])}")
-    missing, misshapen, known = [], [], set()
+    missing, misshapen, integers, known = [], [], [], set()
     for row in rows:
         shape = _their_shape(row, leaves[row.ours].shape)
         for key in row.keys(_depth(leaves, row)):
@@ -184,9 +184,12 @@ def _check(tensors, rows, leaves, name, ignore) -> None:
                 missing.append(key)
             elif tensors[key].shape != shape:
                 misshapen.append(f"{key} {list(tensors[key].shape)}, expected {list(shape)}")
+            elif tensors[key].dtype.kind in "iubc":
+                integers.append(f"{key} {tensors[key].dtype}")
     left = [key for key in tensors if key not in known and not any(pattern.search(key) for pattern in ignore)]
     problems = [_listed(kind, keys) for kind, keys in
-                (("missing", missing), ("of another shape", misshapen), ("left over", left)) if keys]
+                (("missing", missing), ("of another shape", misshapen), ("not floating-point: quantised?", integers),
+                 ("left over", left)) if keys]
     if problems:
         raise FileError(f"{name} does not hold this model:\n  " + "\n  ".join(problems))
 

@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmm.config import ConfigError, InitConfig
-from jaxmm.nn.embeddings import resize_positions
+from jaxmm.data.tokenizers import Tokenizer
+from jaxmm.nn.embeddings import resize_positions, resize_text_positions
 from jaxmm.pretrained.family import Opened
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.registry import open_checkpoint
@@ -19,7 +20,8 @@ from jaxmm.task import Task
 def open_start(init: InitConfig) -> Opened:
     """Return the trained model that `init` names. Raise `ConfigError`."""
     try:
-        return open_checkpoint(init.source, revision=init.revision)
+        return open_checkpoint(init.source, revision=init.revision, architecture=init.architecture,
+                               weights=init.weights)
     except FileError as error:
         raise ConfigError(f"init.from is {init.source!r}: {error}") from None
 
@@ -33,10 +35,18 @@ def adopt(task: Task, trained: Task, image_size: int) -> Task:
     return adopted
 
 
+def with_longer_texts(task: Task, tokenizer: Tokenizer | None, length: int) -> tuple[Task, Tokenizer | None]:
+    """Return the task and the tokenizer for texts of `length` tokens. Raise `ConfigError` if the task reads none."""
+    if "text" not in task.reads:
+        raise ConfigError(f"init.context_length is {length}; expected None for {type(task).__name__}, which reads no "
+                          "texts")
+    return task.with_context_length(length), tokenizer and tokenizer.at_length(length)
+
+
 def start_weights(init: InitConfig, task: Task, mesh: Mesh) -> tuple[Mapping[str, jax.Array], list[str]]:
     """Return the trained parameters for `task` by path, sharded over `mesh`, and the paths without one.
 
-    Position tables are resized as the family does. Raise `ConfigError`.
+    Position tables of images are resized as the family does, those of texts linearly. Raise `ConfigError`.
     """
     opened = open_start(init)
     like = with_shardings(jax.eval_shape(opened.task.init, jax.random.key(0)), mesh)
@@ -52,9 +62,10 @@ def start_weights(init: InitConfig, task: Task, mesh: Mesh) -> tuple[Mapping[str
             reinitialised.append(path)
             continue
         grid = task.position_grid(path)
-        if value.shape != leaf.shape and grid is not None:
+        if value.shape != leaf.shape and (grid is not None or path == task.text_positions):
             table = jax.jit(lambda x: x, out_shardings=replicated(mesh))(value)
-            table = resize_positions(table, grid.shape, opened.resize, prefix=grid.extra)
+            table = (resize_text_positions(table, len(leaf)) if grid is None else
+                     resize_positions(table, grid.shape, opened.resize, prefix=grid.extra))
             value = put_global(np.asarray(table), replicated(mesh))
         if value.shape != leaf.shape:
             raise ConfigError(f"init.from is {init.source!r}, whose {path} is {list(value.shape)}; expected "

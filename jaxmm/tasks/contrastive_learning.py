@@ -31,6 +31,7 @@ class ContrastiveLearning(Task):
     """Block size of the blockwise loss over a ring of devices: at most `tile` x `tile` logits at a time (1024 is good),
     for batches of any size. None: each device has the logits of its images with all texts."""
     reads: ClassVar = ("image", "text")
+    text_positions: ClassVar = "text/positions"
     adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):

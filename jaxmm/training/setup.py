@@ -20,7 +20,7 @@ from jaxmm.data.sources.registry import open_source
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.context import EvalContext, evenly_spaced
-from jaxmm.pretrained.warm_start import adopt, open_start
+from jaxmm.pretrained.warm_start import adopt, open_start, with_longer_texts
 from jaxmm.sharding import host_share, make_mesh, with_shardings
 from jaxmm.task import Task
 from jaxmm.training.accumulate import check_parts
@@ -113,6 +113,8 @@ def _bind_task(
     if start is not None and notes is None:
         trained = open_start(config.init)
         task, tokenizer = adopt(task, trained.task, config.data.image.size), trained.tokenizer
+        if config.init.context_length is not None:
+            task, tokenizer = with_longer_texts(task, tokenizer, config.init.context_length)
     if "text" not in task.reads:
         tokenizer = None
     elif tokenizer is None:

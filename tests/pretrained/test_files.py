@@ -181,7 +181,7 @@ def test_truncated_safetensors(tmp_path):
 @pytest.mark.parametrize("data, words", [
     (b"", "it is empty"), (b"<html>", "begins with b'<html>'"),
     (b"\x89HDF\r\n\x1a\n" + bytes(50), "begins with b'\\x89HDF"),
-    (b"version https://git-lfs.github.com/spec/v1\n", "begins with b'version https://'"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "it is a git-lfs pointer"),
 ])
 def test_other_files(tmp_path, data, words):
     (tmp_path / "model.safetensors").write_bytes(data)

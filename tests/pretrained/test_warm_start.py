@@ -13,7 +13,7 @@ from jaxmm.config import ConfigError, DataConfig, ImageConfig, InitConfig, MeshC
 from jaxmm.inference.model import Model
 from jaxmm.models.blip import BLIP
 from jaxmm.nn.embeddings import resize_positions
-from jaxmm.pretrained.warm_start import adopt, start_weights
+from jaxmm.pretrained.warm_start import adopt, start_weights, with_longer_texts
 from jaxmm.sharding import make_mesh, named_leaves
 from jaxmm.tasks.blip_pretraining import BLIPPretraining
 from tests.pretrained import tiny
@@ -50,6 +50,29 @@ def test_a_classifier_from_a_classifier(saved):
     want = resize_positions(found["positions"], (5, 5), "bicubic-antialias", prefix=1)
     np.testing.assert_allclose(given["positions"], want, atol=1e-6)
     assert float(np.abs(jax.tree.leaves(task.init(jax.random.key(0))["head"])[0]).max()) == 0
+
+
+def test_longer_texts(saved):
+    """The table of texts is resized like open_clip's: linear between centres."""
+    task = adopt(tiny.CLIP, tiny.CLIP, tiny.SIDE)
+    for length in (16, 4):
+        longer, tokenizer = with_longer_texts(task, tiny.TOKENIZER, length)
+        assert longer.model.text.context_length == tokenizer.context_length == length
+        given, anew = start_weights(InitConfig(source=str(saved / "clip"), context_length=length), longer, MESH)
+        table = np.asarray(tiny.clip().params["text"]["positions"], np.float64)
+        want = np.zeros((length, table.shape[1]))
+        for row in range(length):
+            at = min(max((row + 0.5) * tiny.LENGTH / length - 0.5, 0), tiny.LENGTH - 1)
+            low = int(at)
+            want[row] = (low + 1 - at) * table[low] + (at - low) * table[min(low + 1, tiny.LENGTH - 1)]
+        assert not anew and given["text/positions"].shape == want.shape
+        np.testing.assert_allclose(given["text/positions"], want, atol=1e-6)
+        np.testing.assert_array_equal(given["vision/positions"], tiny.clip().params["vision"]["positions"])
+        assert longer.bind(image_size=tiny.SIDE, classes=None, tokenizer=tokenizer).model == longer.model
+    with pytest.raises(ConfigError, match=r"init\.context_length is 16; .*reads no texts"):
+        with_longer_texts(tiny.VIT, None, 16)
+    with pytest.raises(ConfigError, match=r"init\.context_length is 2; expected more than 2"):
+        InitConfig(context_length=2)
 
 
 def test_a_classifier_from_two_towers_and_two_towers_from_a_classifier(saved):

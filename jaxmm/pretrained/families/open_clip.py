@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jaxmm.config import ImageConfig
@@ -11,6 +12,8 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
+from jaxmm.pretrained.families.open_clip_names import fitting, named_config
+from jaxmm.pretrained.families.open_clip_names import is_openai as is_openai_file
 from jaxmm.pretrained.family import Checkpoint, Export, Family, differing, known, unsupported
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
@@ -76,10 +79,27 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> Checkpoint:
                       vocabulary=vocabulary(text, text_tower.context_length), ignore=IGNORED, notes=notes)
 
 
+def read_named(architecture: str, tensors: Tensors) -> Checkpoint:
+    """Describe weights without a configuration, of the `architecture` that is named (see `open_clip_names`).
+
+    Raises `FileError` if they do not fit.
+    """
+    config, notes = named_config(architecture, tensors)
+    checkpoint = read({"model_cfg": config}, tensors)
+    return replace(checkpoint, notes=(*notes, *checkpoint.notes))
+
+
 def read_openai(tensors: Tensors) -> Checkpoint:
-    """Describe OpenAI's files. They hold no configuration; sizes are read off the weights, as OpenAI's code does."""
+    """Describe OpenAI's files. They hold no configuration; sizes are read off the weights, as OpenAI's code does.
+
+    Raises `FileError` for other files of the same names: their activation and heads may be others.
+    """
     if any(key.startswith("visual.layer1.") for key in tensors):
         raise FileError("visual is a ModifiedResNet; supported are vision transformers")
+    if not is_openai_file(tensors):
+        raise FileError("this is a CLIP without a configuration, and the weights show neither its activation nor its "
+                        "heads; expected open_clip_config.json beside it, or its architecture (an option of load and "
+                        f"of jaxmm convert): {fitting(tensors)}")
     conv, positions = tensors["visual.conv1.weight"].shape, tensors["visual.positional_embedding"].shape
 
     def stack(width, prefix):
@@ -192,10 +212,15 @@ def _side(size: Any) -> int:
     return size
 
 
+def is_bare(tensors: Tensors) -> bool:
+    """Return whether the names are those of OpenAI's and open_clip's own image towers."""
+    return "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors
+
+
 FAMILY = Family(
     name="open_clip", matches=lambda files, tensors: files.json("open_clip_config.json") is not None,
     read=lambda files, tensors: read(files.json("open_clip_config.json"), tensors), write=write,
     architecture=(CLIPConfig,))
 OPENAI = Family(
     name="openai", read=lambda files, tensors: read_openai(tensors),
-    matches=lambda files, tensors: "visual.conv1.weight" in tensors or "visual.layer1.0.conv1.weight" in tensors)
+    matches=lambda files, tensors: is_bare(tensors))

@@ -11,12 +11,12 @@ from jaxmm.config import ImageConfig
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.clip import CLIPConfig, TextConfig
 from jaxmm.models.vit import ViTConfig
-from jaxmm.nn.pixels import CLIP_PIXELS, IMAGENET, INCEPTION, Pixels
+from jaxmm.nn.pixels import CLIP_PIXELS, IMAGENET, INCEPTION
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
+from jaxmm.pretrained.families.image_processor import PREPROCESSOR, preprocessor, read_preprocessor, write_preprocessor
 from jaxmm.pretrained.family import Checkpoint, Export, Family, differing, known, unsupported
 from jaxmm.pretrained.io.files import FileError, Tensors
-from jaxmm.pretrained.io.hub import Files
 from jaxmm.pretrained.layers import dense, norm, torch_map_head
 from jaxmm.pretrained.table import CONV, Row, lead
 from jaxmm.pretrained.tokenizer import clip_vocabulary, siglip_vocabulary
@@ -35,6 +35,9 @@ SIGLIP_VISION = STACK | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e
                          "patch_size": 16}
 SIGLIP_TEXT = STACK | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vocab_size": 32_000,
                        "max_position_embeddings": 64}
+SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "image_size", "patch_size", "vocab_size",
+         "max_position_embeddings")
+"""Fields that the weights would contradict if they were wrong."""
 LAYER = {"attention": {name: f"self_attn.{name[0]}_proj" for name in layers.PARTS}, "out_name": "self_attn.out_proj",
          "mlp": ("mlp.fc1", "mlp.fc2"), "norms": ("layer_norm1", "layer_norm2")}
 """Names in a layer of CLIP and SigLIP."""
@@ -66,6 +69,28 @@ def stack(config: Mapping[str, Any], **fields: Any) -> TransformerConfig:
         activation=known(ACTIVATIONS, config["hidden_act"], "hidden_act"), **fields)
 
 
+def tower(config: Mapping[str, Any], name: str, default: Mapping[str, Any], old: Mapping[str, Any] | None = None
+          ) -> dict[str, Any]:
+    """Return the configuration `NAME_config` of a tower over the `default` of its class.
+
+    A configuration `old`, as folders from before 2023 have it, has precedence, as in transformers: with its defaults,
+    except those of sizes, which transformers could not load.
+    """
+    settings = {} if old is None else {key: value for key, value in default.items() if key not in SIZES}
+    return {**default, **(config.get(f"{name}_config") or {}), **settings, **(old or {})}
+
+
+def class_names(config: Mapping[str, Any], classes: int | None) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Return the names of all classes from `id2label`, or None, and a note if some of them have none."""
+    labels = config.get("id2label")
+    if not labels or not classes:
+        return None, ()
+    names = tuple(str(labels.get(str(i), f"LABEL_{i}")) for i in range(classes))
+    unnamed = sum(str(i) not in labels for i in range(classes))
+    return names, (f"id2label names {classes - unnamed} of {classes} classes; the others are LABEL_NUMBER",
+                   ) if unnamed or len(labels) != classes else ()
+
+
 def read_vit(config, tensors, preprocessor) -> Checkpoint:
     """Describe ViT or DeiT, with a classification head, with the pooler of a bare model, or with neither."""
     deit, full = config["model_type"] == "deit", VIT | config
@@ -87,11 +112,10 @@ def read_vit(config, tensors, preprocessor) -> Checkpoint:
     side = full["image_size"]
     default = {"size": round(side * 8 / 7), "crop": side, "resample": 3} if deit else {"size": side, "resample": 2}
     image, pixels, more = read_preprocessor(preprocessor, model, IMAGENET if deit else INCEPTION, default)
-    labels = config.get("id2label")
+    labels, unnamed = class_names(config, model.classes)
     return Checkpoint(
         task=Classification(model=model, pixels=pixels), rows=vit_rows(model, prefix, version, heads), image=image,
-        labels=tuple(labels[str(i)] for i in range(model.classes)) if labels and model.classes else None,
-        ignore=(rf"^{prefix}pooler\.",) if heads else (), notes=(*notes, *more))
+        labels=labels, ignore=(rf"^{prefix}pooler\.",) if heads else (), notes=(*notes, *unnamed, *more))
 
 
 def vit_rows(model: ViTConfig, prefix: str, version: int, heads: list[str]) -> list[Row]:
@@ -121,7 +145,8 @@ def patches(theirs: str, bias: bool, tower: str) -> list[Row]:
 
 def read_clip(config, tensors, preprocessor) -> Checkpoint:
     """Describe CLIP with both towers."""
-    vision, text = CLIP_VISION | config.get("vision_config", {}), CLIP_TEXT | config.get("text_config", {})
+    vision = tower(config, "vision", CLIP_VISION, config.get("vision_config_dict"))
+    text = tower(config, "text", CLIP_TEXT, config.get("text_config_dict"))
     notes, eos = [], text["eos_token_id"]
     if eos == 2:
         notes.append("text_config.eos_token_id is 2, as in files from before 2023; the text is pooled at the largest "
@@ -164,7 +189,7 @@ def text_rows(theirs: str) -> list[Row]:
 
 def read_siglip(config, tensors, preprocessor) -> Checkpoint:
     """Describe SigLIP, or SigLIP 2 of a fixed resolution."""
-    vision, text = SIGLIP_VISION | config.get("vision_config", {}), SIGLIP_TEXT | config.get("text_config", {})
+    vision, text = tower(config, "vision", SIGLIP_VISION), tower(config, "text", SIGLIP_TEXT)
     unsupported(vision, {"vision_use_head": True}, "vision_config")
     unsupported(text, {"projection_size": vision["hidden_size"]}, "text_config")
     model = CLIPConfig(
@@ -191,40 +216,6 @@ def siglip_rows() -> list[Row]:
         *torch_map_head("vision/map_head", "vision_model.head"), *text_rows("text_model"),
         *dense("text_projection", "text_model.head"),
         Row("logit_scale", "logit_scale", lead(1)), Row("logit_bias", "logit_bias", lead(1))]
-
-
-PREPROCESSOR = "preprocessor_config.json"
-RESAMPLE = {2: "bilinear", 3: "bicubic"}
-
-
-def read_preprocessor(
-    config: Mapping[str, Any] | None, model: ViTConfig, pixels: Pixels, default: Mapping[str, Any]
-) -> tuple[ImageConfig, Pixels, tuple[str, ...]]:
-    """Read `preprocessor_config.json`; without one, take the family's `default` and say so in a note."""
-    size, patch = model.image_size, model.patch
-    if config is None:
-        resize, crop, shortest = default["size"], default.get("crop"), default.get("shortest", False)
-        resample, notes = default["resample"], ("there is no preprocessor_config.json: images are prepared as for this "
-                                                "family's released models",)
-    else:
-        stated = config.get("size", default["size"])
-        shortest = (isinstance(stated, int) and default.get("shortest", False)) or (
-            isinstance(stated, Mapping) and "shortest_edge" in stated)
-        resize = stated if isinstance(stated, int) else stated.get("shortest_edge", stated.get("height"))
-        if isinstance(stated, Mapping) and stated.get("height") != stated.get("width"):
-            raise FileError(f"preprocessor_config.json: size is {dict(stated)}; supported are squares")
-        crop = config.get("crop_size", default.get("crop")) if config.get("do_center_crop", "crop" in default) else None
-        crop = crop.get("height") if isinstance(crop, Mapping) else crop
-        unsupported(config, {"do_resize": True, "do_rescale": True, "do_normalize": True}, "preprocessor_config.json")
-        resample, notes = config.get("resample", default["resample"]), ()
-        pixels = Pixels(mean=tuple(config.get("image_mean", pixels.mean)),
-                        std=tuple(config.get("image_std", pixels.std)))
-    final = crop or resize
-    if not size <= final < size + patch:  # a remainder below a patch is not read
-        raise FileError(f"images are prepared at {final} x {final}; the model reads {size} x {size}")
-    image = ImageConfig(size=final, eval_crop="center_floor" if shortest else "squash", eval_resize=resize / final,
-                        interpolation=known(RESAMPLE, resample, "resample"))
-    return image, pixels, notes
 
 
 def write(task: Task, image: ImageConfig, labels: tuple[str, ...] | None, tokenizer: Tokenizer | None) -> Export:
@@ -313,29 +304,10 @@ def write_siglip(model: CLIPConfig) -> dict[str, Any]:
                         } | write_stack(text.transformer)}
 
 
-def write_preprocessor(image: ImageConfig, pixels: Pixels, model_type: str) -> dict[str, Any]:
-    """Return `preprocessor_config.json` for the image processor of `model_type`."""
-    names = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip", "blip": "Blip"}
-    processor = f"{names[model_type]}ImageProcessor"
-    resize, square = round(image.size * image.eval_resize), {"height": image.size, "width": image.size}
-    size = {"shortest_edge": resize} if image.eval_crop != "squash" else {"height": resize, "width": resize}
-    crop = image.eval_crop != "squash" or resize != image.size
-    return {"image_processor_type": processor, "do_resize": True, "size": size, "do_center_crop": crop,
-            "resample": {name: number for number, name in RESAMPLE.items()}[image.interpolation],
-            "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(pixels.mean),
-            "image_std": list(pixels.std)} | ({"crop_size": square} if crop else {})
-
-
 def _only(config: Any, **expected: Any) -> None:
     """Raise `FileError` with every field of `config` that the class in transformers cannot express, if any."""
     if odd := differing(vars(config), expected):
         raise FileError(f"transformers has no such {type(config).__name__}: {', '.join(odd)}")
-
-
-def preprocessor(files: Files) -> dict[str, Any] | None:
-    """Return the configuration of the image processor; transformers 5 reads the processor's file first."""
-    processor = files.json("processor_config.json") or {}
-    return processor.get("image_processor") or files.json(PREPROCESSOR)
 
 
 FAMILY = Family(

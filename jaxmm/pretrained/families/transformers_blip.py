@@ -11,16 +11,8 @@ from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.families.transformers import (
-    PREPROCESSOR,
-    STACK,
-    patches,
-    preprocessor,
-    read_preprocessor,
-    stack,
-    write_preprocessor,
-    write_stack,
-)
+from jaxmm.pretrained.families.image_processor import PREPROCESSOR, preprocessor, read_preprocessor, write_preprocessor
+from jaxmm.pretrained.families.transformers import STACK, patches, stack, tower, write_stack
 from jaxmm.pretrained.family import Checkpoint, Export, Family
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm
@@ -48,7 +40,7 @@ QUESTION_LENGTH = 35
 
 def read(config: Mapping[str, Any], tensors: Tensors, processor: Mapping[str, Any] | None) -> Checkpoint:
     """Describe a folder of transformers' BLIP classes for captioning, matching or question answering."""
-    vision, text = VISION | config.get("vision_config", {}), TEXT | config.get("text_config", {})
+    vision, text = tower(config, "vision", VISION), tower(config, "text", TEXT)
     encoder, decoder = halves(tensors)
     if not encoder and not decoder:
         raise FileError("this BLIP has neither text_encoder nor text_decoder; supported are the classes for "
@@ -64,7 +56,7 @@ def read(config: Mapping[str, Any], tensors: Tensors, processor: Mapping[str, An
                        answer=answer_decoder(text_tower, tensors) if encoder and decoder else None,
                        embed_dim=tensors["vision_proj.weight"].shape[0] if matching else None)
     notes = []
-    if "num_attention_heads" not in config.get("text_config", {}):
+    if "num_attention_heads" not in (config.get("text_config") or {}):
         notes.append("text_config.num_attention_heads is left out: 12 are used, with which every released model was "
                      "trained; transformers takes 8")
     if vision["layer_norm_eps"] == 1e-5:

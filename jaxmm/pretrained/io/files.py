@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxmm.pretrained.io import torch as torch_files
 from jaxmm.pretrained.io import zips
+from jaxmm.pretrained.io.names import Weights, bare_names
 from jaxmm.pretrained.io.tensors import (
     BFLOAT16,
     MAX_NAME,
@@ -31,11 +32,13 @@ from jaxmm.pretrained.io.tensors import (
     short,
 )
 
-__all__ = ["FileError", "Tensor", "Tensors", "file_metadata", "open_tensors", "write_safetensors"]
+__all__ = ["FileError", "Tensor", "Tensors", "Weights", "file_metadata", "open_tensors", "open_weights",
+           "write_safetensors"]
 
 MAX_HEADER = 32 * 2**20
 """Longest safetensors header or index, in bytes; some 100 per tensor."""
-DATA_PARALLEL = "module."
+POINTER = b"version https://git-lfs"
+"""Beginning of the small file that git-lfs leaves in place of a large one."""
 
 DTYPES = {  # in the library's order: the header lists wide types first, so that every tensor is aligned
     "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
@@ -48,20 +51,24 @@ DTYPES = {  # in the library's order: the header lists wide types first, so that
 }
 
 
-def open_tensors(path: Path) -> Tensors:
+def open_tensors(path: Path, weights: Weights | None = None) -> Tensors:
     """Return the tensors in a file, or in the files that an index (`*.index.json`) names, by name.
 
-    A prefix `module.` of all names, which DistributedDataParallel adds, is removed. Raises `FileError`.
+    Prefixes of all names that wrappers add, such as `module.`, are removed; `weights` chooses between raw and averaged
+    ones (see `names`). Raises `FileError`.
     """
+    return open_weights(path, weights)[0]
+
+
+def open_weights(path: Path, weights: Weights | None = None) -> tuple[Tensors, tuple[str, ...]]:
+    """Return what `open_tensors` does, and notes on what was chosen."""
     path = Path(path)
     try:
         kind = _kind(path)
         tensors = _sharded(path) if kind == "index" else _single(path, kind)
+        return bare_names(tensors, weights)
     except OSError as error:
         raise failure(path, [error.strerror or str(error)]) from None
-    if tensors and all(name.startswith(DATA_PARALLEL) for name in tensors):
-        tensors = {name.removeprefix(DATA_PARALLEL): tensor for name, tensor in tensors.items()}
-    return tensors
 
 
 def file_metadata(path: Path) -> dict[str, str]:
@@ -122,7 +129,7 @@ def _kind(path: Path) -> str:
     if path.exists() and not path.is_file():  # opening a pipe would wait forever
         raise failure(path, ["it is a folder; give a file in it" if path.is_dir() else "it is no ordinary file"])
     with path.open("rb") as file:
-        head = file.read(16)
+        head = file.read(max(16, len(POINTER)))
         length = file.seek(0, os.SEEK_END)
     if head[8:9] == b"{" and (head[:1] != b"{" or int.from_bytes(head[:8], "little") <= length):
         return "safetensors"
@@ -131,7 +138,10 @@ def _kind(path: Path) -> str:
             return kind
     if not head:
         raise failure(path, ["it is empty"])
-    raise failure(path, [f"it begins with {head!r}; expected safetensors, .npz, a PyTorch file or an index of shards"])
+    if head.startswith(POINTER):
+        raise failure(path, ["it is a git-lfs pointer, not the file; `git lfs pull` in its repository fetches it"])
+    raise failure(path, [f"it begins with {head[:16]!r}; expected safetensors, .npz, a PyTorch file or an index of "
+                         "shards"])
 
 
 def _single(path: Path, kind: str) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxmm.pretrained.io.files import FileError
+from jaxmm.pretrained.io.files import POINTER, FileError
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "pytorch_model.bin",
            "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin")
@@ -34,7 +34,10 @@ class Files:
         if not path.is_file():
             return None
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            if text.startswith(POINTER.decode()):
+                raise ValueError("it is a git-lfs pointer; `git lfs pull` fetches the file")
+            value = json.loads(text)
         except (ValueError, OSError) as error:
             raise FileError(f"{path} cannot be read as JSON: {error}") from None
         if not isinstance(value, dict):
@@ -64,7 +67,8 @@ def _weights(folder: Path, names: list[str], source: str) -> Path:
         others = sorted(name for name in names if name.endswith((".safetensors", ".npz", ".bin", ".pt", ".pth")))
         if len(others) != 1:
             raise FileError(f"{source} has {'several' if others else 'no'} files of weights: "
-                            f"{', '.join(others) or ', '.join(sorted(names)[:20])}; name the one you want")
+                            f"{', '.join(others) or ', '.join(sorted(names)[:20])}; name the one you want, or the "
+                            "folder with it")
         weights = others[0]
     return folder / weights
 

@@ -2,7 +2,8 @@
 
 The tensors of nested containers get the names joined with dots, as a `state_dict` has them. A TorchScript archive is
 walked by its modules' attributes in the same way. From a training script's `{"state_dict": {...}, "epoch": ...}` only
-the weights are read: the first dict with tensors that the top level has under one of `WRAPPERS`.
+the weights are read: the first dict with tensors that the top level has under one of `WRAPPERS`, and averaged ones,
+whose names begin with their key (see `names`).
 """
 
 import struct
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxmm.pretrained.io import pickles
+from jaxmm.pretrained.io.names import AVERAGES
 from jaxmm.pretrained.io.tensors import MAX_NAME, MAX_TENSORS, Tensor, as_array, failure, read_bytes, short
 from jaxmm.pretrained.io.torch_globals import Module, Refused, View, kind_of
 from jaxmm.pretrained.io.zips import Entry
@@ -110,6 +112,9 @@ def _tensors(path: Path, root: Any, sources: dict[str, tuple[int, Bytes]]) -> di
         for wrapper in WRAPPERS if type(root) is dict else ():
             if not views and type(root.get(wrapper)) is dict:
                 views = walk.views(root[wrapper])
+        for key in AVERAGES if type(root) is dict else ():
+            if type(root.get(key)) in (dict, Module) and not any(name.startswith(AVERAGES) for name in views):
+                views = views | {f"{key}.{name}": view for name, view in walk.views(root[key]).items()}
         views = views or walk.views(root)
         if not views:
             raise Refused(f"it holds no named tensors, only {kind_of(root)}")
