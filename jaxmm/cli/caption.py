@@ -1,14 +1,20 @@
 """`jaxmm caption`."""
 
-from jaxmm.cli.image_files import CAPTIONER, Images, load_model, read_labels, run_on_images
+from pathlib import Path
+
+from jaxmm.cli.caption_files import CaptionFormat, caption_files, write_captions
+from jaxmm.cli.image_files import CAPTIONER, Images, expand, load_model, read_labels, run_on_images
 from jaxmm.inference.captioning import CAPTIONS
 from jaxmm.inference.generate import Decoding
+from jaxmm.paths import user_path
 from jaxmm.terminal import print_json, print_table
+from jaxmm.validation import ConfigError
 
 
 def caption(
     images: Images, model: str = CAPTIONER, prompt: str | None = None, top: int = 1,
     decoding: Decoding = CAPTIONS, seed: int = 0, choices: str | None = None, json: bool = False,
+    to: CaptionFormat | None = None, out: Path | None = None, overwrite: bool = False,
 ) -> None:
     """Caption images.
 
@@ -16,16 +22,26 @@ def caption(
         images: Files, or folders of them.
         model: A model that captions: a repository of the hub, a folder, a file, or a run's workdir.
         prompt: Beginning of every caption, not part of the output. Default: that of the model's training.
-        top: Number of captions per image, at most the number of beams.
+        top: Number of captions per image, at most the number of beams; with sampling any number.
         decoding: Search or sampling of the tokens.
         seed: Seed of the sampling.
         choices: Captions to choose from instead, separated by commas; or a text file with one per line.
         json: Print one line of JSON per image instead of a table.
+        to: Write files instead of printing. txt: IMAGE.txt beside each image, one caption per line; csv and jsonl: one
+            file, which `captions:FILE` reads; coco: COCO's result format, with the numbers in the images' names as ids.
+        out: The file; with txt the folder. Default: captions.csv, captions.jsonl or captions.json.
+        overwrite: Replace files that exist.
     """
+    if to is None and (out is not None or overwrite):
+        raise ConfigError("out and overwrite are for files; expected to = txt, csv, jsonl or coco, too")
+    files = None if to is None else caption_files(expand(images), to, out and user_path(out, "out"), overwrite)
     rows, skipped = run_on_images(images, lambda paths, on_error: load_model(model).caption(
         paths, prompt=prompt, decoding=decoding, top=top, seed=seed, on_error=on_error,
         choices=None if choices is None else read_labels(choices)))
-    if json:
+    if to is not None:
+        written = write_captions(rows, to, files)
+        print(f"captions of {len(rows)} images in {written[0] if len(written) == 1 else f'{len(written)} files'}")
+    elif json:
         for path, captions in rows:
             print_json({"picture": path, "captions": [{"caption": text, "score": score} for text, score in captions]})
     else:

@@ -1,11 +1,16 @@
 """`jaxmm classify`."""
 
-from jaxmm.cli.image_files import CLIP, Images, load_model, read_labels, run_on_images
+import os
+
+from jaxmm.cli.image_files import CLIP, Images, load_model, read_labels, read_lines, run_on_images
+from jaxmm.inference.class_prompts import TEMPLATES
+from jaxmm.pretrained.io.files import Weights
 from jaxmm.terminal import print_json, print_table
 
 
 def classify(
-    images: Images, model: str = CLIP, labels: str | None = None, top: int = 5, json: bool = False,
+    images: Images, model: str = CLIP, labels: str | None = None, templates: tuple[str, ...] = TEMPLATES, top: int = 5,
+    json: bool = False, architecture: str | None = None, weights: Weights | None = None,
 ) -> None:
     """Classify images.
 
@@ -15,12 +20,19 @@ def classify(
         images: Files, or folders of them.
         model: A repository of the hub, a folder, a file, or a run's workdir.
         labels: Names of classes, separated by commas; or a text file with one per line.
+        templates: Sentences with {} in the place of the class name, such as "a photo of a {}."; or one text file with
+            one per line. An article that the label already has is not repeated.
         top: Number of classes per image.
         json: Print one line of JSON per image instead of a table.
+        architecture: Model of an open_clip checkpoint without a configuration, such as ViT-H-14, or a JSON file.
+        weights: Raw (params) or averaged (average) weights of a file with both.
     """
     names = None if labels is None else read_labels(labels)
-    rows, skipped = run_on_images(images, lambda paths, on_error: load_model(model).classify(
-        paths, names, top=top, on_error=on_error))
+    if len(templates) == 1 and os.path.isfile(file := os.path.expanduser(templates[0])):
+        templates = tuple(read_lines(file))
+    rows, skipped = run_on_images(images, lambda paths, on_error: load_model(
+        model, architecture=architecture, weights=weights).classify(
+            paths, names, templates=templates, top=top, on_error=on_error))
     if json:
         for path, classes in rows:
             print_json({"picture": path, "labels": [{"label": name, "probability": share} for name, share in classes]})

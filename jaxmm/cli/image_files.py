@@ -1,5 +1,6 @@
 """Arguments that are image files, models and labels, shared by the commands that use a trained model."""
 
+import csv
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -51,9 +52,9 @@ def load_model(source: str, **options: Any) -> model.Model:
     return model.load(source, **options)
 
 
-def load_two_towers(source: str) -> model.Model:
+def load_two_towers(source: str, **options: Any) -> model.Model:
     """Load the model of a search. Raises `ConfigError` for one that does not encode text."""
-    loaded = load_model(source)
+    loaded = load_model(source, **options)
     if loaded.task.embedder is None or loaded.task.embedder.text is None:
         raise ConfigError(f"model is {source!r}, a {type(loaded.config).__name__}; expected CLIP or SigLIP")
     return loaded
@@ -82,7 +83,12 @@ def run_on_images(
 
 
 def read_labels(labels: str) -> list[str]:
-    """Return labels separated by commas, or the lines of a file."""
+    """Return labels separated by commas, as in a line of CSV (quotes keep a comma), or the lines of a file."""
     file = os.path.expanduser(labels)
-    lines = Path(file).read_text(encoding="utf-8").splitlines() if os.path.isfile(file) else labels.split(",")
-    return [line.strip() for line in lines if line.strip()]
+    parts = read_lines(file) if os.path.isfile(file) else next(csv.reader([labels], skipinitialspace=True), [])
+    return [part.strip() for part in parts if part.strip()]
+
+
+def read_lines(file: str) -> list[str]:
+    """Return the lines of a text file that are not blank."""
+    return [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -1,5 +1,6 @@
 """Prompts that name a class, and their embeddings, for zero-shot classification (CLIP, section 3.1)."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,11 +9,31 @@ from jaxtyping import Float
 TEMPLATES = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
              "a {} in a video game.", "art of the {}.", "a photo of the small {}.")
 """The seven that OpenAI selected; on ImageNet slightly better than their eighty."""
+ARTICLE = re.compile(r"(an?|the)\s+(?=\S)", re.IGNORECASE)
+"""The article that a label begins with."""
+BESIDE = re.compile(r"\ban?\s+\{\}", re.IGNORECASE)
+"""An indefinite article right before the class name."""
+BEFORE = re.compile(r"\b(an?|the)\s+((?!of\b|in\b|on\b|with\b|by\b|from\b|for\b|at\b|to\b|and\b|showing\b|"
+                    r"depicting\b|containing\b|featuring\b)[\w'-]+\s+)*\{\}", re.IGNORECASE)
+"""An article that belongs to the class name, with or without adjectives between them."""
 
 
 def class_prompts(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Return every template with each class name in place of `{}`, the templates of a class one after the other."""
-    return [template.replace("{}", name) for name in classes for template in templates]
+    """Return every template with each class name in place of `{}`, the templates of a class one after the other.
+
+    A class name may begin with an article. If the template has one too, only one stays: "an elk" becomes "a photo of an
+    elk" and "a photo of the large elk".
+    """
+    return [_fill(template, name) for name in classes for template in templates]
+
+
+def _fill(template: str, name: str) -> str:
+    article = ARTICLE.match(name)
+    if article and BESIDE.search(template):
+        return BESIDE.sub(lambda _: name, template)
+    if article and BEFORE.search(template):
+        name = name[article.end():]
+    return template.replace("{}", name)
 
 
 def class_means(prompts: Float[np.ndarray, "p e"], classes: int) -> Float[np.ndarray, "classes e"]:

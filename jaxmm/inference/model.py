@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int32, UInt8
-from PIL import Image
 
 from jaxmm.config import ImageConfig
 from jaxmm.data.images import BadImage, decode
@@ -27,19 +26,23 @@ from jaxmm.inference.captioning import CAPTIONS, write_texts
 from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.image_generation import Keep, complete_images, generate_images, image_decoding
+from jaxmm.inference.inputs import (
+    ImageLike,
+    Images,
+    as_images,
+    as_labels,
+    as_templates,
+    as_texts,
+    image_content,
+)
 from jaxmm.inference.matching import match_probabilities
-from jaxmm.paths import user_path
-from jaxmm.pretrained.io.files import FileError
+from jaxmm.pretrained.io.files import FileError, Weights
 from jaxmm.pretrained.registry import Format, open_checkpoint, save_checkpoint
 from jaxmm.sharding import with_shardings
 from jaxmm.task import Task, capabilities
 
 log = logging.getLogger(__name__)
 
-ImageLike = str | Path | Image.Image | np.ndarray
-"""A file, a PIL image, or an array uint8 [h, w, 3]."""
-Images = ImageLike | Iterable[ImageLike]
-"""One image or several; an array [n, h, w, 3] is n images."""
 Batches = Iterator[dict[str, np.ndarray]]
 OnError = Callable[[ImageLike, Exception], None]
 ROUNDED = 16
@@ -84,18 +87,16 @@ class Model:
 
     def prepare(self, image: ImageLike) -> UInt8[np.ndarray, "size size 3"]:
         """Decode and resize one image as the model expects it."""
-        if isinstance(image, (str, Path)):
-            image = user_path(image, "image").read_bytes()
-        image = image.convert("RGB") if isinstance(image, Image.Image) else decode(image)
         size = self.task.image_size
-        return eval_image(image, self.preprocessing)[:size, :size]  # part of a patch at the border is not read
+        image = eval_image(decode(image_content(image)), self.preprocessing)
+        return image[:size, :size]  # part of a patch at the border is not read
 
     def preprocess(self, images: Images) -> UInt8[np.ndarray, "b size size 3"]:
         """Decode and resize images as the model expects them; `task.pixels` then normalises them."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return np.stack(list(pool.map(self.prepare, as_images(images))))
 
-    def tokenize(self, texts: str | Sequence[str]) -> Int32[np.ndarray, "b t"]:
+    def tokenize(self, texts: str | Iterable[str]) -> Int32[np.ndarray, "b t"]:
         """Return texts as token ids, cut and padded as the model expects them."""
         if self.tokenizer is None:
             raise FileError("this model has no vocabulary; put bpe_simple_vocab_16e6.txt.gz, tokenizer.json, or "
@@ -107,7 +108,7 @@ class Model:
         self._require(self.task.embedder, "embeds images")
         return self._predict("image", self._batches(images, on_error))
 
-    def encode_text(self, texts: str | Sequence[str]) -> Float[np.ndarray, "b e"]:
+    def encode_text(self, texts: str | Iterable[str]) -> Float[np.ndarray, "b e"]:
         """Return text embeddings of length 1.
 
         Texts of similar length are batched together, and cut if nothing behind their end token matters (CLIP).
@@ -128,30 +129,31 @@ class Model:
             return np.full(len(tokens), length)
         return np.minimum(length, -(-text_length(tokens) // ROUNDED) * ROUNDED)
 
-    def similarity(self, images: Images, texts: str | Sequence[str]) -> Float[np.ndarray, "b c"]:
+    def similarity(self, images: Images, texts: str | Iterable[str]) -> Float[np.ndarray, "b c"]:
         """Return the logits of every image with every text: scale x cosine + bias (of BLIP, the cosines)."""
         image, text, embedder = self.encode_image(images), self.encode_text(texts), self.task.embedder
         return np.asarray(embedder.scale(self.params)) * image @ text.T + np.asarray(embedder.bias(self.params))
 
     def classify(
-        self, images: Images, labels: Sequence[str] | None = None, *, templates: Sequence[str] = TEMPLATES,
+        self, images: Images, labels: Iterable[str] | None = None, *, templates: str | Iterable[str] = TEMPLATES,
         top: int = 5, on_error: OnError | None = None,
     ) -> list[list[tuple[str, float]]]:
         """Return the `top` likeliest (label, probability) of each image, best first.
 
         A model with a head chooses among its own classes. Others that embed texts choose among `labels`, each put into
-        every one of `templates` (CLIP, section 3.1); the probabilities are a softmax over them.
+        every one of `templates` (CLIP, section 3.1; see `class_prompts`); the probabilities are a softmax over them.
         """
+        if top < 1:
+            raise ValueError(f"top is {top}; expected a positive number")
         embedder, classifier = self.task.embedder, self.task.classifier
         if classifier is None and embedder is not None and embedder.text is not None:
-            if not labels or isinstance(labels, str):
-                raise ValueError(f"labels is {labels!r}; expected a list of class names, such as ['a cat', 'a dog']")
+            labels, templates = as_labels(labels), as_templates(templates)
             text = class_means(self.encode_text(class_prompts(labels, templates)), len(labels))
             logits = np.asarray(embedder.scale(self.params)) * self.encode_image(images, on_error=on_error) @ text.T
         else:
+            self._require(classifier and not classifier.reads_text, "classifies images, or embeds images and texts")
             if labels is not None:
                 raise ValueError(f"labels is given, but this model has a head for {self.task.classes} of its own")
-            self._require(classifier and not classifier.reads_text, "classifies images, or two towers and labels")
             logits = self._predict("logits", self._batches(images, on_error))
             labels = self.labels or [str(i) for i in range(logits.shape[1])]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -160,7 +162,7 @@ class Model:
 
     def caption(
         self, images: Images, *, prompt: str | None = None, decoding: Decoding = CAPTIONS, top: int = 1, seed: int = 0,
-        choices: Sequence[str] | None = None, on_error: OnError | None = None,
+        choices: Iterable[str] | None = None, on_error: OnError | None = None,
     ) -> list[list[tuple[str, float]]]:
         """Return the `top` best (caption, score) of each image, best first.
 
@@ -170,11 +172,10 @@ class Model:
         """
         self._require(self.task.writes_captions, "writes captions, such as Salesforce/blip-image-captioning-base")
         prompt = self.task.decoder.prompt if prompt is None else prompt
-        return self._decode(self._batches(images, on_error), prompt, decoding, top, seed, choices,
-                            max(1, len(choices or ())))
+        return self._decode(self._batches(images, on_error), prompt, decoding, top, seed, choices, None)
 
     def answer(
-        self, images: Images, questions: str | Sequence[str], *, choices: Sequence[str] | None = None,
+        self, images: Images, questions: str | Iterable[str], *, choices: Iterable[str] | None = None,
         decoding: Decoding = ANSWERS, top: int = 1, shortlist: int = SHORTLIST,
     ) -> list[list[tuple[str, float]]]:
         """Return the `top` best (answer, score) to each image's question (one text: the same for all), best first.
@@ -184,7 +185,7 @@ class Model:
         """
         self._require(self.task.answers_questions, "answers questions, such as Salesforce/blip-vqa-base")
         images = list(as_images(images))
-        questions = [questions] * len(images) if isinstance(questions, str) else questions
+        questions = [questions] * len(images) if isinstance(questions, str) else as_texts(questions, "questions")
         if len(questions) != len(images):
             raise ValueError(f"there are {len(questions)} questions for {len(images)} images; expected one for each")
         clean = [clean_question(question) for question in questions]
@@ -196,26 +197,35 @@ class Model:
         return self._decode(batches, "", decoding, top, 0, choices, shortlist)
 
     def _decode(self, batches: Batches, prompt: str, decoding: Decoding, top: int, seed: int,
-                choices: Sequence[str] | None, shortlist: int) -> list[list[tuple[str, float]]]:
+                choices: Iterable[str] | None, shortlist: int | None) -> list[list[tuple[str, float]]]:
         self.tokenize([])  # raises if there is no vocabulary
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt is of type {type(prompt).__name__}; expected a string")
         if choices is None:
             return write_texts(self.task, self.params, batches, self.tokenizer, prompt=prompt, decoding=decoding,
                                top=top, seed=seed, mesh=self.mesh)
+        choices = choices if isinstance(choices, str) else as_texts(choices, "choices", blank=False)
         return choose_texts(self.task, self.params, batches, self.tokenizer, choices, prompt=prompt, top=top,
-                            shortlist=shortlist, mesh=self.mesh)
+                            shortlist=shortlist or max(1, len(choices)), mesh=self.mesh)
 
-    def match(self, images: Images, texts: str | Sequence[str], *, on_error: OnError | None = None
+    def match(self, images: Images, texts: str | Iterable[str], *, on_error: OnError | None = None
               ) -> Float[np.ndarray, "b c"]:
         """Return the probability that image and text belong together, of every image with every text."""
         self._require(self.task.matcher, "matches images and texts, such as Salesforce/blip-itm-base-coco")
         return match_probabilities(self.task, self.params, self._batches(images, on_error), self.tokenize(texts),
                                    self.mesh)
 
-    def compare_pair(self, pairs: Sequence[tuple[ImageLike, ImageLike]], texts: Sequence[str]
+    def compare_pair(self, pairs: Iterable[Any], texts: Iterable[str]
                      ) -> Float[np.ndarray, "b"]:
-        """Return the probability that each text is true of the pair of images in the same place, as in NLVR2."""
+        """Return the probability that each text is true of the pair of images in the same place, as in NLVR2.
+
+        `pairs` holds tuples of two images.
+        """
         self._require(self.task.classifier and self.task.classifier.reads_text,
                       "judges a text about two images, such as model_base_nlvr.pth")
+        pairs, texts = list(pairs), as_texts(texts)
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise TypeError("pairs holds what is not a pair; expected two images for each text: [(LEFT, RIGHT), ...]")
         if len(pairs) != len(texts):
             raise ValueError(f"there are {len(pairs)} pairs and {len(texts)} texts; expected a text for each")
         if not pairs:
@@ -285,37 +295,20 @@ class Model:
         return predict(self.task, name, self.params, padded, shapes, self.mesh)
 
 
-def as_images(images: Any) -> Iterable[ImageLike]:
-    """Return one image or several as an iterable of images. Raise `TypeError` for anything else."""
-    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim in (2, 3)):
-        return [images]
-    if isinstance(images, (bytes, dict)) or not isinstance(images, Iterable):
-        raise TypeError(f"images is of type {type(images).__name__}; expected a file, a PIL image, an array uint8 "
-                        "[h, w, 3], or several")
-    return images
-
-
-def as_texts(texts: Any) -> list[str]:
-    """Return one text or several as a list. Raise `TypeError` for anything else."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    for text in texts:
-        if not isinstance(text, str):
-            raise TypeError(f"texts holds {text!r:.80}; expected strings")
-    return texts
-
-
 def load(
     source: str | Path, *, mesh: Mesh | None = None, dtype: str | None = None, revision: str | None = None,
-    tokenizer: str | Path | None = None,
+    tokenizer: str | Path | None = None, architecture: str | None = None, weights: Weights | None = None,
 ) -> Model:
     """Load a model from the hub (`openai/clip-vit-base-patch32`), a folder, a file, or a run's workdir.
 
     Parameters are sharded over `mesh` (default: one device). `dtype` ("float32", "bfloat16") is that of parameters and
     activations; None: that of the checkpoint. `revision` is the hub's, or the number of a step of a workdir.
-    `tokenizer` is a file or folder with the vocabulary, if it is not beside the weights. Raise `FileError`, which lists
-    everything that does not fit.
+    `tokenizer` is a file or folder with the vocabulary, if it is not beside the weights. `architecture` names the model
+    of an open_clip checkpoint without a configuration, such as "ViT-H-14", or a JSON file with its configuration.
+    `weights` chooses between raw weights ("params") and their moving average ("average") in files with both; None: the
+    raw ones. Raise `FileError`, which lists everything that does not fit.
     """
-    opened = open_checkpoint(source, revision=revision, tokenizer=tokenizer)
+    opened = open_checkpoint(source, revision=revision, tokenizer=tokenizer, architecture=architecture, weights=weights)
     for note in opened.notes:
         log.warning("%s: %s", opened.name, note)
     task = opened.task if dtype is None else opened.task.with_dtype(dtype)

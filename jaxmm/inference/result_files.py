@@ -3,18 +3,18 @@
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import jax
 
 from jaxmm.atomic import write_atomically
 from jaxmm.data.base import Record
+from jaxmm.paths import user_path
 
 
 def write_results(file: str, rows: Iterable[dict[str, int | str]]) -> None:
     """Write `rows` as one JSON list into `file`, from the first host only."""
     if jax.process_index() == 0:
-        path = Path(file).expanduser()
+        path = user_path(file, "results")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(list(rows), indent=0) + "\n")
 

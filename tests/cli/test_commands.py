@@ -1,5 +1,6 @@
 """The `jaxmm` command, as it is typed."""
 
+import csv
 import json
 import re
 from dataclasses import replace
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from jaxmm import cli
+from jaxmm.cli.caption_files import caption_files, write_captions
 from jaxmm.data.sources.registry import open_source
 from jaxmm.inference.captioning import CAPTIONS
 from jaxmm.inference.model import load
 from jaxmm.sharding import named_leaves
+from jaxmm.validation import ConfigError
 from tests.data import crawl
 from tests.data.crawl import write_tar
 from tests.pretrained import tiny
@@ -65,6 +68,23 @@ def test_classify(jaxmm, models, tmp_path):
     assert jaxmm("classify", *paths[:2], "--model", models / "clip", "--labels", tmp_path / "labels.txt")[1] == out
 
 
+def test_templates_and_labels_with_commas(jaxmm, models, tmp_path):
+    path, = tiny.picture_files(tmp_path / "pictures", 1)
+    labels = ["a star, green", "circle"]
+    (tmp_path / "templates.txt").write_text("a {}\n\nthe small {}, seen\n")
+    for given, templates in ((("a small {}", "{}"), ("a small {}", "{}")),
+                             ((tmp_path / "templates.txt",), ("a {}", "the small {}, seen"))):
+        status, out, _ = jaxmm("classify", path, "--model", models / "clip", "--labels", '"a star, green", circle',
+                               "--templates", *given, "--json")
+        want = tiny.clip().classify(path, labels, templates=templates)[0]
+        assert status == 0 and [(row["label"], pytest.approx(row["probability"], abs=1e-5))
+                                for row in rows(out)[0]["labels"]] == want
+    status, _, err = jaxmm("classify", path, "--model", models / "clip", "--labels", "a,b", "--templates", "a photo")
+    assert status == 1 and "'a photo'; expected one {} in it" in err
+    status, _, err = jaxmm("show", models / "clip", "--architecture", "ViT-B-32")
+    assert status == 1 and "architecture is 'ViT-B-32', but" in err
+
+
 def test_search(jaxmm, models, tmp_path):
     paths = tiny.picture_files(tmp_path / "pictures", 9)
     (tmp_path / "pictures" / "bad.jpg").write_bytes(b"?")
@@ -94,6 +114,52 @@ def test_caption_and_match(jaxmm, models, tmp_path):
     assert status == 0 and [row["probability"] for row in rows(out)] == pytest.approx(want.tolist(), abs=1e-5)
     status, _, err = jaxmm("caption", *paths, "--model", models / "vit")
     assert status == 1 and "expected one that writes" in err
+
+
+def test_captions_in_files(jaxmm, models, tmp_path):
+    paths = tiny.picture_files(tmp_path / "pictures", 2)
+    options = "--model", models / "captioner", "--decoding.max-length", 8, "--top", 2
+    want = tiny.captioner().caption(paths, decoding=replace(CAPTIONS, max_length=8), top=2)
+    texts = [[text for text, _ in row] for row in want]
+    status, out, _ = jaxmm("caption", tmp_path / "pictures", *options, "--to", "txt")
+    assert status == 0 and "captions of 2 images in 2 files" in out
+    assert [Path(path).with_suffix(".txt").read_text().splitlines() for path in paths] == texts
+    status, _, err = jaxmm("caption", tmp_path / "pictures", *options, "--to", "txt")
+    assert status == 2 and "000.txt exists, and 1 more; expected new files, or --overwrite" in err
+    for to in ("jsonl", "csv"):
+        out = tmp_path / "new" / f"a.{to}"
+        assert jaxmm("caption", *paths, *options, "--to", to, "--out", out)[0] == 0
+    source = open_source(f"captions:{tmp_path}/new/a.jsonl")
+    assert [list(source[i]["texts"]) for i in range(2)] == texts
+    assert source[1]["image"] == Path(paths[1]).read_bytes()
+    with (tmp_path / "new" / "a.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["image"], row["caption"]) for row in table] == [
+        (f"../pictures/{number:03}.png", text) for number, row in enumerate(texts) for text in row]
+    assert jaxmm("caption", *paths, *options, "--to", "coco", "--out", tmp_path / "results.json")[0] == 0
+    assert json.loads((tmp_path / "results.json").read_text()) == [
+        {"image_id": number, "caption": row[0]} for number, row in enumerate(texts)]
+    status, _, err = jaxmm("caption", *paths, *options, "--out", tmp_path / "x")
+    assert status == 2 and "expected to = txt, csv, jsonl or coco" in err
+
+
+def test_files_of_captions(tmp_path):
+    paths = [str(tmp_path / name) for name in ("a.jpg", "b/a.png", "a.png")]
+    with pytest.raises(ConfigError, match=r"a\.png and .*a\.jpg would both be captioned in .*a\.txt"):
+        caption_files(paths, "txt", None, False)
+    with pytest.raises(ConfigError, match="would both be captioned"):
+        caption_files(paths[:2], "txt", tmp_path / "out", False)
+    files = caption_files(paths[:2], "txt", None, False)
+    assert list(files.values()) == [tmp_path / "a.txt", tmp_path / "b" / "a.txt"]
+    rows = [(paths[0], [('a "cat", asleep', -0.5), ("two\nlines", -1.25)])]
+    written, = write_captions(rows, "csv", caption_files(paths[:1], "csv", tmp_path / "x.csv", False))
+    with written.open(newline="") as file:
+        assert list(csv.reader(file)) == [["image", "caption", "score"], ["a.jpg", 'a "cat", asleep', "-0.5"],
+                                          ["a.jpg", "two\nlines", "-1.25"]]
+    assert caption_files(paths[:1], "jsonl", None, False) == {paths[0]: Path("captions.jsonl")}
+    caption_files(paths[:1], "csv", tmp_path / "x.csv", True)
+    with pytest.raises(ConfigError, match=r"x\.csv exists; expected new files"):
+        caption_files(paths[:1], "csv", tmp_path / "x.csv", False)
 
 
 def test_answer_and_choices(jaxmm, models, tmp_path):

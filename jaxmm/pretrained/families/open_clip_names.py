@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
+from jaxmm.paths import user_path
 from jaxmm.pretrained import layers
 from jaxmm.pretrained.family import known
 from jaxmm.pretrained.io.files import FileError, Tensors
@@ -34,7 +34,7 @@ def named_config(architecture: str, tensors: Tensors) -> tuple[Config, tuple[str
     name, and if patch or widths differ: then it is another model, with other heads.
     """
     if architecture.endswith(".json"):
-        path = Path(architecture).expanduser()
+        path = user_path(architecture, "architecture")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             config = config.get("model_cfg", config)
