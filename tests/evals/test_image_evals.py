@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxmm.config import ConfigError, DataConfig, ImageConfig
-from jaxmm.data.scenes import shapes
+from jaxmm.data.scenes import one_shape
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals import KNN, Drawing, EvalContext, ImageGrid, ImageLikelihood, ImageSamples, LayerProbes, LinearProbe
 from jaxmm.evals.knn import knn
@@ -128,7 +128,7 @@ def test_scenes_are_graded_by_the_nearest_drawing(scenes):
 
 def test_shapes_are_drawn_with_their_names():
     source = open_source("shapes:val")
-    assert len(source) == 1000 and source.classes == tuple(shapes.SHAPES)
+    assert len(source) == 1000 and source.classes == tuple(one_shape.SHAPES)
     record = source[8]
     assert record["label"] == 1 and record["image"].shape == (32, 32, 3)
     np.testing.assert_array_equal(source[8]["image"], record["image"])

@@ -38,7 +38,7 @@ KINDS: dict[str, Kind] = {
     "nlvr": Kind("jaxmm.data.sources.nlvr", "open_nlvr", "FILE.json[@DIR]"),
     "parquet": Kind("jaxmm.data.sources.parquet", "open_parquet", "GLOB"),
     "scenes": Kind("jaxmm.data.scenes", "open_spec", "SPLIT"),
-    "shapes": Kind("jaxmm.data.scenes.shapes", "open_shapes", "SPLIT"),
+    "shapes": Kind("jaxmm.data.scenes.one_shape", "open_shapes", "SPLIT"),
     "tars": Kind("jaxmm.data.sources.tars", "open_tars", "GLOB"),
     "tfds": Kind("jaxmm.data.sources.tfds", "open_tfds", "NAME:SPLIT"),
     "vqa": Kind("jaxmm.data.sources.vqa", "open_questions", "FILE[@DIR]"),
