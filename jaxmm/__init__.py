@@ -47,6 +47,9 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names as in `_MODUL
     from jaxmm.models.clip import TextConfig as TextConfig
     from jaxmm.models.clip import clip as clip
     from jaxmm.models.clip import siglip as siglip
+    from jaxmm.models.igpt import IGPT as IGPT
+    from jaxmm.models.igpt import IGPTConfig as IGPTConfig
+    from jaxmm.models.igpt import igpt as igpt
     from jaxmm.models.med import MedConfig as MedConfig
     from jaxmm.models.vit import ViT as ViT
     from jaxmm.models.vit import ViTConfig as ViTConfig
@@ -58,6 +61,8 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names as in `_MODUL
     from jaxmm.task import Task as Task
     from jaxmm.tasks.blip_pretraining import BLIPPretraining as BLIPPretraining
     from jaxmm.tasks.contrastive_learning import ContrastiveLearning as ContrastiveLearning
+    from jaxmm.tasks.generative_classification import GenerativeClassification as GenerativeClassification
+    from jaxmm.tasks.generative_pretraining import GenerativePretraining as GenerativePretraining
     from jaxmm.tasks.image_captioning import Captioning as Captioning
     from jaxmm.tasks.image_classification import Classification as Classification
     from jaxmm.tasks.pair_classification import PairClassification as PairClassification
@@ -80,6 +85,7 @@ _MODULES = {
     "models.attention_conv": "AttentionConv AttentionConvConfig convolution_params",
     "models.blip": "BLIP BLIPConfig blip",
     "models.clip": "CLIP CLIPConfig TextConfig clip siglip",
+    "models.igpt": "IGPT IGPTConfig igpt",
     "models.med": "MedConfig",
     "models.vit": "ViT ViTConfig vit",
     "nn.transformer": "TransformerConfig",
@@ -89,6 +95,8 @@ _MODULES = {
     "task": "Task",
     "tasks.blip_pretraining": "BLIPPretraining",
     "tasks.contrastive_learning": "ContrastiveLearning",
+    "tasks.generative_classification": "GenerativeClassification",
+    "tasks.generative_pretraining": "GenerativePretraining",
     "tasks.image_captioning": "Captioning",
     "tasks.image_classification": "Classification",
     "tasks.pair_classification": "PairClassification",

@@ -70,14 +70,14 @@ def attend(query, key, value, mask=None):
 
 def attention(p, x, context, mask=None):
     def project(name, x):
-        return np.einsum("btd,dhk->bthk", x, p[name]["kernel"]) + p[name]["bias"]
+        return np.einsum("btd,dhk->bthk", x, p[name]["kernel"]) + p[name].get("bias", 0.0)
     y, weights = attend(project("query", x), project("key", context), project("value", context), mask)
-    return np.einsum("bthk,hkd->btd", y, p["out"]["kernel"]) + p["out"]["bias"], weights
+    return np.einsum("bthk,hkd->btd", y, p["out"]["kernel"]) + p["out"].get("bias", 0.0), weights
 
 
 def mlp(p, x, activation):
-    x = ACTIVATIONS[activation](x @ p["up"]["kernel"] + p["up"]["bias"])
-    return x @ p["down"]["kernel"] + p["down"]["bias"]
+    x = ACTIVATIONS[activation](x @ p["up"]["kernel"] + p["up"].get("bias", 0.0))
+    return x @ p["down"]["kernel"] + p["down"].get("bias", 0.0)
 
 
 def block(p, x, config, mask=None):
@@ -95,6 +95,29 @@ def encoder(p, x, config, mask=None):
         hidden.append(x)
         weights.append(w)
     return x, np.stack(hidden), np.stack(weights)
+
+
+def rms(p, x, eps):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * p["scale"]
+
+
+def igpt(p, tokens, config, hidden=None, causal=True):
+    """Logits, every layer's features and class logits of iGPT; tokens where `hidden` is True are embedded as zeros."""
+    stack, t = config.transformer, tokens.shape[1]
+    x = p["tokens"]["embedding"][tokens]
+    if hidden is not None:
+        x = x * ~hidden[..., None]
+    x, features = x + p["positions"][:t], []
+    mask = np.tril(np.ones((t, t), bool))[None, None] if causal else None
+    for layer in range(stack.depth):
+        block = jax.tree.map(lambda a, i=layer: a[i], p["blocks"])
+        y = rms(block["attention_norm"], x, stack.eps)
+        features.append(y.mean(axis=1))
+        x = x + attention(block["attention"], y, y, mask)[0]
+        x = x + mlp(block["mlp"], rms(block["mlp_norm"], x, stack.eps), stack.activation)
+    x = rms(p["norm"], x, stack.eps)
+    classes = x.mean(axis=1) @ p["class_head"]["kernel"] if config.classes else None
+    return x @ p["head"]["kernel"], np.stack(features, axis=1), classes
 
 
 def map_head(p, tokens, config, mask=None):

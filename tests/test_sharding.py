@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxmm.config import ConfigError, MeshConfig, OptimizerConfig
 from jaxmm.models.attention_conv import AttentionConvConfig
 from jaxmm.models.clip import clip, siglip
+from jaxmm.models.igpt import igpt
 from jaxmm.models.vit import vit
 from jaxmm.sharding import (
     all_gather_params,
@@ -28,6 +29,7 @@ from jaxmm.sharding import (
     unsharded_dims,
 )
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+from jaxmm.tasks.generative_classification import GenerativeClassification
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.optimizer import make_optimizer
 from tests.tasks.common import SOFTMAX
@@ -39,6 +41,7 @@ PUBLISHED = {
     "attention_conv": Classification(model=AttentionConvConfig(scores="learned_content", classes=10)),
     "clip_b32": ContrastiveLearning(model=clip("ViT-B-32")),
     "siglip_b16": ContrastiveLearning(model=siglip("B/16"), kind="sigmoid"),
+    "igpt_s": GenerativeClassification(model=igpt("S", classes=1000)),
 }
 
 

@@ -167,6 +167,7 @@ class Linear(nn.Module):
     dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     bias_init: Initializer = nn.initializers.zeros
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b"]) -> Float[Array, "*c"]:
@@ -177,13 +178,16 @@ class Linear(nn.Module):
         def init(rng):
             return self.kernel_init(rng, shape).reshape(*contracted, *self.features)
 
-        kernel = self.param("kernel", init).astype(self.dtype)
-        kernel = all_gather_params(kernel, "/".join((*self.path, "kernel"))).reshape(shape)
-        bias = self.param("bias", self.bias_init, self.features).reshape(-1)
+        kernel = self.param("kernel", init)
         backend = platform()
+        summed = self.dtype if backend == "gpu" else kernel.dtype
+        kernel = all_gather_params(kernel.astype(self.dtype), "/".join((*self.path, "kernel"))).reshape(shape)
         x = x.astype(self.dtype).reshape(*(batch if backend == "tpu" else (-1,)), shape[0])
-        y = jnp.matmul(x, kernel, preferred_element_type=self.dtype if backend == "gpu" else bias.dtype)
-        return (y + jnp.expand_dims(bias, range(y.ndim - 1))).astype(self.dtype).reshape(*batch, *self.features)
+        y = jnp.matmul(x, kernel, preferred_element_type=summed)
+        if self.bias:
+            bias = self.param("bias", self.bias_init, self.features).reshape(-1)
+            y = y + jnp.expand_dims(bias, range(y.ndim - 1))
+        return y.astype(self.dtype).reshape(*batch, *self.features)
 
 
 KeysValues = tuple[Float[Array, "b s h k"], Float[Array, "b s h k"]]
@@ -193,7 +197,8 @@ CachedKeysValues = tuple[Float[Array, "b h s k"], Float[Array, "b h s k"]]
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` over `context`, with biased projections of width `d = h * k`."""
+    """Multi-head attention of `x` over `context`, with projections of width `d = h * k`, biased unless `bias` is False.
+    """
 
     width: int
     heads: int
@@ -201,13 +206,14 @@ class Attention(nn.Module):
     dropout: float = 0.0
     init_in: Initializer = nn.initializers.xavier_uniform()
     init_out: Initializer = nn.initializers.xavier_uniform()
+    bias: bool = True
 
     def setup(self):
         """Declare the projections."""
         shape = (self.heads, self.width // self.heads)
         self.query, self.key, self.value = (
-            Linear(shape, dtype=self.dtype, kernel_init=self.init_in) for _ in range(3))
-        self.out = Linear((self.width,), inputs=2, dtype=self.dtype, kernel_init=self.init_out)
+            Linear(shape, dtype=self.dtype, kernel_init=self.init_in, bias=self.bias) for _ in range(3))
+        self.out = Linear((self.width,), inputs=2, dtype=self.dtype, kernel_init=self.init_out, bias=self.bias)
 
     def keys_values(self, context: Float[Array, "b s c"]) -> KeysValues:
         """Project a context to keys and values, for `attend`."""

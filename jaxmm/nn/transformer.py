@@ -61,9 +61,10 @@ class TransformerConfig:
     """gelu: exact, by erf (torch's default); gelu_tanh: approximate (Flax's default, SigLIP); quick_gelu: OpenAI's."""
     eps: float = 1e-6
     """Epsilon of every layer norm."""
-    init: Literal["xavier", "clip", "torch", "normal"] = "xavier"
+    init: Literal["xavier", "clip", "torch", "normal", "igpt"] = "xavier"
     """Initial weights. xavier: vision_transformer's; clip: CLIP's text tower, scaled by width and depth; torch: that
-    library's defaults, which OpenAI kept for CLIP's image tower; normal: std 0.02 (timm)."""
+    library's defaults, which OpenAI kept for CLIP's image tower; normal: std 0.02 (timm); igpt: iGPT's, attention
+    scaled by width and depth."""
     dropout: float = 0.0
     """Dropout rate after attention, inside and after the MLP."""
     attention_dropout: float = 0.0
@@ -133,6 +134,9 @@ def initializers(config: TransformerConfig) -> Initializers:
             return Initializers(*[nn.initializers.xavier_uniform()] * 4, *[normal(1e-6)] * 2)
         case "normal":
             return Initializers(*[normal(0.02)] * 4, zeros, zeros)
+        case "igpt":
+            return Initializers(normal(narrow), normal((config.depth * config.width) ** -0.5), normal(0.02),
+                                normal(0.02), zeros, zeros)
         case "clip":
             return Initializers(normal(narrow), normal(deep), normal(narrow * 0.5**0.5), normal(deep), zeros, zeros)
         case "torch":  # query, key and value are one matrix [d 3d] there, drawn by Xavier's rule
@@ -144,12 +148,13 @@ class Mlp(nn.Module):
     """Linear, activation, linear."""
 
     config: TransformerConfig
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"], *, train: bool) -> Float[Array, "*b d"]:
         """Apply the MLP to every token."""
         config, init = self.config, initializers(self.config)
-        linear = partial(Linear, dtype=jnp.dtype(config.dtype))
+        linear = partial(Linear, dtype=jnp.dtype(config.dtype), bias=self.bias)
         up = linear((config.mlp_dim,), kernel_init=init.up, bias_init=init.up_bias, name="up")
         down = linear((config.width,), kernel_init=init.down, bias_init=init.down_bias, name="down")
         x = checkpoint_name(up(x), "hidden")

@@ -41,6 +41,8 @@ class Export:
     configs: Mapping[str, Any]
     """JSON values by file name."""
     rows: list[Row] = field(repr=False)
+    zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of tensors that the library expects and this model does not have: zeros, such as biases."""
     weights: str = "model.safetensors"
 
 

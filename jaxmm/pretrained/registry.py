@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from jaxmm.config import ImageConfig
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.paths import expand, user_path
@@ -18,9 +20,10 @@ from jaxmm.pretrained.families import (
     timm,
     transformers,
     transformers_blip,
+    transformers_igpt,
 )
 from jaxmm.pretrained.family import Family, Opened
-from jaxmm.pretrained.io.files import FileError, Weights, open_weights, write_safetensors
+from jaxmm.pretrained.io.files import FileError, Tensor, Weights, open_weights, write_safetensors
 from jaxmm.pretrained.io.hub import find
 from jaxmm.pretrained.refusals import check_usable
 from jaxmm.pretrained.table import read_params, write_tensors
@@ -28,8 +31,8 @@ from jaxmm.pretrained.tokenizer import read_tokenizer
 from jaxmm.task import Task
 
 FAMILIES: tuple[Family, ...] = (
-    native.FAMILY, open_clip.FAMILY, transformers_blip.FAMILY, transformers.FAMILY, timm.FAMILY, open_clip.OPENAI,
-    salesforce.FAMILY, npz.FAMILY)
+    native.FAMILY, open_clip.FAMILY, transformers_blip.FAMILY, transformers_igpt.FAMILY, transformers.FAMILY,
+    timm.FAMILY, open_clip.OPENAI, salesforce.FAMILY, npz.FAMILY)
 """Formats in the order in which they are tried: configurations first, then names of tensors."""
 Format = Literal["jaxmm", "transformers", "timm", "open_clip"]
 """Names of the families that are written."""
@@ -88,7 +91,9 @@ def save_checkpoint(
                         f"{', '.join(name for name in get_args(Format) if name in families)}")
     family = families[format]
     export = family.write(task, image, labels, tokenizer)
-    tensors = write_tensors(params, export.rows)
+    tensors = write_tensors(params, export.rows) | {
+        name: Tensor(shape, np.dtype(np.float32), partial(np.zeros, shape, np.float32))
+        for name, shape in export.zeros.items()}
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of a save that was interrupted
     part.mkdir(parents=True)

@@ -27,11 +27,12 @@ def describe(opened: Opened) -> dict[str, Any]:
     types: Counter[str] = Counter()
     for tensor in (opened.tensors or {}).values():
         types[str(tensor.dtype)] += tensor.nbytes
-    tokenizer = opened.tokenizer
+    tokenizer, pixels = opened.tokenizer, getattr(opened.task, "pixels", None)
     return {
         "name": opened.name, "family": opened.family, "task": type(opened.task).__name__,
         "parameters": sum(parts.values()), "parts": dict(parts), "types": dict(types),
-        "config": flat({"model": opened.task.model, "pixels": opened.task.pixels, "image": image_config(opened)}),
+        "config": flat({"model": opened.task.model} | ({"pixels": pixels} if pixels else {})
+                       | {"image": image_config(opened)}),
         "tokenizer": None if tokenizer is None else {
             "vocabulary": tokenizer.vocab_size, "context_length": tokenizer.context_length,
             "cleaning": tokenizer.cleaning},

@@ -56,6 +56,13 @@ def linear(inputs: int = 1) -> Op:
     return Op(lambda ours: sizes(ours)[::-1], lambda x, ours: x.T.reshape(ours), lambda x: x.reshape(sizes(x.shape)).T)
 
 
+def matrix(inputs: int = 1) -> Op:
+    """Return the layout of a kernel [*in *out] with `inputs` input dimensions as a matrix [in out]."""
+    def sizes(ours):
+        return math.prod(ours[:inputs]), math.prod(ours[inputs:])
+    return Op(sizes, lambda x, ours: x.reshape(ours), lambda x: x.reshape(sizes(x.shape)))
+
+
 def lead(ones: int) -> Op:
     """Return the layout of an array after `ones` dimensions of size 1."""
     return Op(lambda ours: (1,) * ones + ours, lambda x, ours: x.reshape(ours),
@@ -73,7 +80,9 @@ class Row:
     op: Op = SAME
     part: int = 0
     parts: int = 1
-    """Number of arrays along the first axis of theirs; ours is number `part` of them."""
+    """Number of arrays along an axis of theirs; ours is number `part` of them."""
+    axis: int = 0
+    """The axis that the parts lie along."""
     first: int = 0
     """Number of the first layer that has the key."""
 
@@ -109,8 +118,7 @@ def read_params(
             theirs = tensors[key].read()
             for row, host in zip(group, hosts, strict=True):
                 target = host[layer, ...] if row.layered else host
-                rows_each = len(theirs) // row.parts if row.parts > 1 else 0
-                piece = theirs[row.part * rows_each:(row.part + 1) * rows_each] if row.parts > 1 else theirs
+                piece = np.split(theirs, row.parts, axis=row.axis)[row.part] if row.parts > 1 else theirs
                 _copy(target, row.op.read(piece, target.shape))
             del theirs
         while hosts:
@@ -142,6 +150,8 @@ def write_tensors(params: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
         for row, layer in parts:
             ours = np.asarray(leaves[row.ours])
             arrays.append(row.op.write(ours[layer] if row.layered else ours))
+        if parts[0][0].axis:
+            return np.concatenate(arrays, axis=parts[0][0].axis)
         result = np.empty((sum(map(len, arrays)), *arrays[0].shape[1:]) if len(arrays) > 1 else arrays[0].shape,
                           arrays[0].dtype)
         start = 0
@@ -166,7 +176,7 @@ def _depth(leaves: Mapping[str, Any], row: Row) -> int:
 
 def _their_shape(row: Row, ours: Shape) -> Shape:
     shape = row.op.shape(tuple(ours[1:] if row.layered else ours))
-    return (row.parts * shape[0], *shape[1:]) if row.parts > 1 else shape
+    return (*shape[:row.axis], row.parts * shape[row.axis], *shape[row.axis + 1:]) if row.parts > 1 else shape
 
 
 def _check(tensors, rows, leaves, name, ignore) -> None:

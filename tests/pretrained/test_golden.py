@@ -9,7 +9,7 @@ import pytest
 
 from jaxmm.models.clip import siglip
 from jaxmm.models.vit import ViTConfig
-from jaxmm.pretrained.families import npz, open_clip, timm, transformers
+from jaxmm.pretrained.families import npz, open_clip, timm, transformers, transformers_igpt
 from jaxmm.pretrained.families import transformers_blip as blip
 from jaxmm.pretrained.io.files import Tensor
 from jaxmm.sharding import named_leaves
@@ -36,6 +36,7 @@ def families():
         "transformers_vit_5": transformers.vit_rows(vit, "vit.", 5, ["classifier"]),
         "transformers_deit": transformers.vit_rows(deit, "deit.", 4, ["cls_classifier", "distillation_classifier"]),
         "transformers_clip": transformers.clip_rows(), "transformers_siglip": transformers.siglip_rows(),
+        "transformers_igpt": transformers_igpt.rows(),
         "transformers_blip_captions": blip.transformers_rows(tiny.CAPTIONER.model),
         "transformers_blip_matching": blip.transformers_rows(tiny.MATCHER.model),
         "transformers_blip_answers": blip.transformers_rows(tiny.ANSWERER.model),

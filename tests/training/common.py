@@ -27,9 +27,12 @@ from jaxmm.data.rows import image_id
 from jaxmm.data.sources.registry import open_source
 from jaxmm.models.attention_conv import AttentionConvConfig
 from jaxmm.models.clip import CLIPConfig, TextConfig
+from jaxmm.models.igpt import IGPTConfig
 from jaxmm.models.vit import ViTConfig
+from jaxmm.nn.palette import Palette
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+from jaxmm.tasks.generative_classification import GenerativeClassification
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.optimizer import Optimizer, make_optimizer
 
@@ -48,7 +51,8 @@ def vision(**stack) -> ViTConfig:
 
 
 def model_task(kind: str, **stack) -> Task:
-    """A ViT classifier, CLIP or SigLIP in their published form; `stack` goes to every `TransformerConfig`."""
+    """A ViT classifier, iGPT with labels, CLIP or SigLIP in their published form; `stack` goes to every
+    `TransformerConfig`."""
     if kind == "vit":
         return Classification(model=replace(vision(**stack), classes=CLASSES, pre_logits=48), mixup=0.4,
                               label_smoothing=0.1)
@@ -56,6 +60,11 @@ def model_task(kind: str, **stack) -> Task:
         return Classification(model=AttentionConvConfig(
             **{"scores": kind, "width": 40, "depth": 2, "heads": 4, "mlp_dim": 56, "image_size": SIDE, "patch": 4,
                "classes": CLASSES, "dropout": 0.0, "attention_dropout": 0.0} | stack))
+    if kind == "igpt":
+        stack = TransformerConfig(**{"width": 40, "depth": 2, "heads": 4, "mlp_dim": 56, "init": "igpt"} | stack)
+        palette = Palette(colors=tuple((level, -level, 0.5) for level in np.linspace(-1, 1, 16).tolist()))
+        return GenerativeClassification(model=IGPTConfig(transformer=stack, image_size=SIDE, colors=16,
+                                                         classes=CLASSES), palette=palette)
     text = TransformerConfig(**{"width": 24, "depth": 3, "heads": 4, "mlp_dim": 72} | stack)
     if kind == "clip":
         text = TextConfig(transformer=text, vocab_size=VOCABULARY, context_length=LENGTH)
@@ -72,7 +81,7 @@ def batch(kind: str, step: int, size: int) -> dict[str, np.ndarray]:
     """Random pictures with labels, or with texts, some of which are of the same picture or of the same words."""
     rng = np.random.default_rng([size, step])
     result = {"image": rng.integers(0, 256, (size, SIDE, SIDE, 3)).astype(np.uint8)}
-    if kind == "vit" or kind in ATTENTIONS:
+    if kind in ("vit", "igpt") or kind in ATTENTIONS:
         return result | {"label": rng.integers(0, CLASSES, size).astype(np.int32)}
     tokens = rng.integers(1, VOCABULARY, (size, LENGTH)).astype(np.int32)
     ids = [rng.integers(0, size, (size, 1)).astype(np.int32) * [1, 3] for _ in range(2)]

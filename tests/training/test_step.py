@@ -24,7 +24,7 @@ from tests.training.common import (
 
 ONE = (1, 1, 1)
 MESHES = {"data 8": (8, 1, 1), "fsdp 8": (1, 8, 1), "tensor 4": (2, 1, 4), "2x2x2": (2, 2, 2)}
-KINDS = ("vit", "clip", "siglip")
+KINDS = ("vit", "clip", "siglip", "igpt")
 BATCH, STEPS = 64, 5
 RANDOM = {"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.2}
 
