@@ -87,7 +87,9 @@ class Folder:
                 f"{len(self.shards)} shards are missing, the first {', '.join(missing[:1])}")
 
 
-def begin(path: Path, web: str, human: str | None, *, size: int = SHARD_RECORDS, data_dir: str | None = None) -> Folder:
+def begin(
+    path: Path | str, web: str, human: str | None, *, size: int = SHARD_RECORDS, data_dir: str | None = None
+) -> Folder:
     """Return a new folder, or one of the same data. Raise `ConfigError` or `DataError`."""
     require(size > 0, "shard_records", size, "a positive number")
     path = user_path(path, "out")

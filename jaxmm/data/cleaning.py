@@ -61,9 +61,10 @@ def usable_texts(value: Any, names: Sequence[str] = TEXT_NAMES) -> tuple[str, ..
 def cleaned_record(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record with its texts and names cleaned."""
     changes: dict[str, Any] = {}
-    for name in ("texts", "answers"):
-        if name in record:
-            changes[name] = texts_of(record[name])
+    if "texts" in record:
+        changes["texts"] = usable_texts(record["texts"])
+    if "answers" in record:
+        changes["answers"] = texts_of(record["answers"])
     if "question" in record:
         changes["question"] = " ".join(texts_of(record["question"]))
     if "key" in record:

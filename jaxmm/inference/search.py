@@ -64,7 +64,7 @@ class Index:
 
 
 def build_index(
-    encode: Encode, model: str, paths: Sequence[str], folder: Path, *,
+    encode: Encode, model: str, paths: Sequence[str], folder: Path | str, *,
     on_error: Callable[[str, Exception], None], on_chunk: Callable[[int], None] = lambda count: None,
 ) -> int:
     """Encode `paths` into a new index `folder`; return the number of images in it.
@@ -128,7 +128,7 @@ def _resume(part: Path, wanted: dict[str, Any]) -> tuple[int, int, int | None]:
     return len(lines), kept, size
 
 
-def open_index(folder: Path) -> Index:
+def open_index(folder: Path | str) -> Index:
     """Open an index. Raises `SearchError` if it is not an index or is damaged."""
     folder = user_path(folder, "folder")
     try:

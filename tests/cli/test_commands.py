@@ -232,6 +232,37 @@ def test_data(jaxmm, tmp_path):
         assert status == 1 and len(lines) == 1 and words in lines[0] and "Traceback" not in err
 
 
+def test_data_of_which_nothing_can_be_used(jaxmm, tmp_path):
+    """The exit status says so: of captions, questions and pairs; also if the report is one line per record."""
+    for name, row in [("captions", {"caption": None, "text": "None"}), ("vqa", {"question": " ", "answer": "a"}),
+                      ("nlvr", {"images": ["1.png", "2.png"], "sentence": "a", "label": "True"})]:
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"image": "1.png", **row}, {"image": "1.png", **row}]))
+    tiny.picture_files(tmp_path, 1)
+    (tmp_path / "1.png").write_bytes(b"no image")
+    for spec in (f"vqa:{tmp_path}/vqa.json", f"nlvr:{tmp_path}/nlvr.json@{tmp_path}"):
+        for args in (["check"], ["check", "--json"], ["check", "--records"], ["show"], ["show", "--count", "5"]):
+            assert jaxmm("data", *args, spec)[0] == 1
+    assert jaxmm("data", "show", "--count", "1", f"vqa:{tmp_path}/vqa.json")[0] == 0      # the other may be better
+    status, _, err = jaxmm("data", "check", f"captions:{tmp_path}/captions.json")
+    assert status == 1 and "has no captions" in err
+
+
+def test_paths_from_the_home_folder(jaxmm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "classes").mkdir()
+    tiny.picture_files(tmp_path / "classes/a", 2)
+    assert jaxmm("data", "show", "folder:~/classes", "--html", "~/page.html")[0] == 0
+    assert jaxmm("data", "import", "folder:~/classes", "~/set", "--workers", 1)[0] == 0
+    assert (tmp_path / "page.html").is_file() and (tmp_path / "set/features.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for args in (["data", "import", "folder:~/classes", "gs://b/set"], ["train", "--workdir", "s3://b/run"],
+                 ["data", "show", "folder:~/classes", "--html", "https://b/page.html"]):
+        status, _, err = jaxmm(*args)
+        assert status == 2 and "addresses are not supported" in " ".join(re.sub(r"[^\w\s]", " ", err).split())
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_what_is_typed_wrong_ends_in_one_line(jaxmm, models, tmp_path):
     for args, words in (
             (("show", tmp_path / "none at all"), "is no folder, no file"),

@@ -6,6 +6,7 @@ import pytest
 
 from jaxmm.data.base import DataError, record_texts
 from jaxmm.data.sources.registry import open_source
+from jaxmm.data.tools.checking import check
 from tests.data.test_sources import png, write
 
 
@@ -96,3 +97,52 @@ def test_splits_and_fields_that_are_not_there(tmp_path):
         file = write(tmp_path / "a.json", json.dumps(content))
         with pytest.raises(DataError, match=message):
             open_source(f"coco:{file}{split}")
+
+
+def coco_of(tmp_path, ids, used, files=None):
+    """Open COCO's layout with images of `ids` and one caption for each of `used`."""
+    files = files or [f"{number}.png" for number in range(len(ids))]
+    for number, file in enumerate(files):
+        write(tmp_path / file, png(number))
+    content = {"images": [{"id": image_id, "file_name": file} for image_id, file in zip(ids, files, strict=True)],
+               "annotations": [{"image_id": image_id, "caption": f"t{i}"} for i, image_id in enumerate(used)]}
+    return open_source(f"coco:{write(tmp_path / 'a.json', json.dumps(content))}")
+
+
+@pytest.mark.parametrize("ids, used", [
+    (["0", "11", "2"], [0, 11, 2]), ([0, 11, 2], ["0", "11", "2"]), ([0, 11, 2], [0.0, 11.0, 2.0]),
+    (["000000000000", "000000000011", "000000000002"], [0, 11, 2]), ([0, 11, 2], ["00", " 011 ", "002"]),
+    (["a", "b/1", "7"], ["a", "b/1", 7]), (["01", "1", "001"], ["01", 1, "001"])])
+def test_ids_match_whatever_their_type(tmp_path, ids, used):
+    source = coco_of(tmp_path, ids, used)
+    assert [record_texts(source, i) for i in range(3)] == [("t0",), ("t1",), ("t2",)] and source.notes == ()
+    assert [source[i]["image_id"] for i in range(3)] == [str(image_id) for image_id in ids]
+
+
+def test_captions_of_no_image_are_counted(tmp_path):
+    source = coco_of(tmp_path, [0, 1, 2], [1, 9, None, "1", [3]])
+    assert [record_texts(source, i) for i in range(3)] == [(), ("t0", "t3"), ()]
+    assert source.notes == ("3 of 5 captions are of images that are not listed, such as image_id 9",)
+    with pytest.raises(DataError, match="no `image_id` of its 2 annotations, such as 'x', is an `id` of its images"):
+        coco_of(tmp_path, [0, 1, 2], ["x", "y"])
+
+
+def test_one_id_of_several_images_is_refused(tmp_path):
+    source = coco_of(tmp_path, [4, "4", 5], [4, 5])
+    report = check(source)
+    assert report["broken"] == {"malformed": 2} and record_texts(source, 2) == ("t1",)
+    same = coco_of(tmp_path, [4, 4], [4], ["0.png", "0.png"])
+    assert [record_texts(same, i) for i in range(2)] == [("t0",), ("t0",)]
+
+
+def test_bad_entries_and_captions_are_counted(tmp_path):
+    write(tmp_path / "1.png", png(1))
+    content = {"images": [{"id": 1, "coco_url": "http://x.org/val2017/1.png"}, {"id": 2}, 7, {"file_name": "1.png"}],
+               "annotations": [{"image_id": 1, "caption": text} for text in (None, 3, "a", " ", ["b", None], {})] + [5]}
+    source = open_source(f"coco:{write(tmp_path / 'a.json', json.dumps(content))}")
+    assert record_texts(source, 0) == ("3", "a", "b") and source[0]["image"] == png(1)
+    assert check(source)["broken"] == {"malformed": 3}
+    assert source.notes == ("3 of 6 captions are null, blank or no text", "3 of 4 entries cannot be read")
+    with pytest.raises(DataError, match="no `caption` in its annotations, which have image_id, bbox"):
+        content["annotations"] = [{"image_id": 1, "bbox": [0, 0, 1, 1]}]
+        open_source(f"coco:{write(tmp_path / 'b.json', json.dumps(content))}")

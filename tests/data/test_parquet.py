@@ -1,5 +1,6 @@
 """Parquet files with images, in the layouts of the hub's data sets and img2dataset."""
 
+import json
 import pickle
 
 import pyarrow as pa
@@ -11,6 +12,8 @@ from jaxmm.data.base import DataError, record_texts
 from jaxmm.data.sources import parquet
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import shards
+from jaxmm.data.tools.checking import check
+from tests.data.test_sources import png
 
 
 def write(path, rows=3, **columns):
@@ -88,3 +91,65 @@ def test_what_is_no_parquet(tmp_path, caplog):
         write(tmp_path / "2.parquet", url=["x"], image=["a text"])
     with pytest.raises(DataError, match="no file matches"):
         open_source(f"parquet:{tmp_path}/*.pq")
+
+
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def images(*values):
+    return pa.array([{"bytes": value, "path": "x"} for value in values], STRUCT)
+
+
+@pytest.mark.parametrize("column, value", [
+    ("img", images(b"1")), ("image_bytes", pa.array([b"1"])), ("photograph", pa.array([b"1"], pa.large_binary())),
+    ("images", pa.array([[{"bytes": b"1", "path": "x"}]], pa.list_(STRUCT))), ("IMAGE", images(b"1")),
+    ("jpg", pa.array([b"1"]).dictionary_encode())])
+def test_images_by_other_names(tmp_path, column, value):
+    assert write(tmp_path / "a.parquet", **{column: value, "caption": ["a"]})[0]["image"] == b"1"
+
+
+@pytest.mark.parametrize("columns", [
+    {"caption": pa.array(["a", "b"]).dictionary_encode()}, {"sentences_raw": [["a"], ["b"]]}, {"en": ["a", "b"]},
+    {"captions": pa.array([["a", None], ["b", ""]], pa.list_(pa.string(), 2))}, {"words_of_it": ["a", "b"]},
+    {"captions": [[{"raw": "a", "id": 1}], [{"raw": "b", "id": 2}]]}, {"TEXT": ["a", "b"], "URL": ["u", "v"]},
+    {"text": pa.array([None, "b"], pa.string()), "caption": ["a", "c"]}, {"captions": [{"text": "a"}, {"text": "b"}]}])
+def test_captions_of_other_types_and_names(tmp_path, columns):
+    source = write(tmp_path / "a.parquet", image=images(b"1", b"2"), **columns)
+    assert [record_texts(source, i) for i in range(2)] == [("a",), ("b",)] and source.classes is None
+
+
+def labelled(path, features, **columns):
+    """Write a file with the Hub's description of its labels."""
+    described = {name: {"names": names, "_type": "ClassLabel"} for name, names in features.items()}
+    metadata = {b"huggingface": json.dumps({"info": {"features": described | {"img": {"_type": "Image"}}}}).encode()}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path)
+
+
+def test_labels_of_the_hub(tmp_path, caplog):
+    for number in range(2):
+        labelled(tmp_path / f"{number}.parquet", {"label": ["cat", "dog"]}, img=images(png(1), png(2)), label=[1, -1])
+    source = open_source(f"parquet:{tmp_path}")
+    assert source.classes == ("cat", "dog") == shards(source)[1].classes
+    assert [source[i]["label"] for i in range(4)] == [1, -1] * 2
+    assert check(source)["broken"] == {"no label": 2}
+    labelled(tmp_path / "2.parquet", {"label": ["cat", "wolf"]}, img=images(png(1)), label=[0])
+    assert "classes are not those of the first" in open_source(f"parquet:{tmp_path}").shards()[2].fault
+
+
+def test_what_is_not_clear_is_asked(tmp_path):
+    path = tmp_path / "a.parquet"
+    labelled(path, {"fine": ["a", "b"], "coarse": ["c"]}, img=images(png(1)), fine=[1], coarse=[0])
+    with pytest.raises(DataError, match="its columns fine, coarse have classes; name one, as in @label=fine"):
+        open_source(f"parquet:{path}")
+    assert open_source(f"parquet:{path}@label=coarse").classes == ("c",)
+    pq.write_table(pa.table({"left": images(b"1"), "right": images(b"2"), "de": ["a"], "fr": ["b"]}), path)
+    with pytest.raises(DataError, match="its columns left, right may be images; name one, as in @image=left"):
+        open_source(f"parquet:{path}")
+    source = open_source(f"parquet:{path}@image=right")
+    assert source[0] == {"key": "a/0", "image": b"2"}
+    assert source.notes == ("none of its columns de, fr is known to have captions; name one, as in @caption=de",)
+    assert open_source(f"parquet:{path}@image=right,caption=fr")[0]["texts"] == ("b",)
+    with pytest.raises(DataError, match="none of its columns left, right, de, fr is es"):
+        open_source(f"parquet:{path}@image=right,caption=es")
+    pq.write_table(pa.table({"image": images(b"1"), "question": ["a"], "answer": ["b"]}), path)
+    assert "which are not read from Parquet" in open_source(f"parquet:{path}").notes[0]

@@ -241,3 +241,55 @@ def test_opening_a_source_imports_what_it_needs():
                "'sklearn', 'PIL'} & set(sys.modules)))")
     printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert printed == "[]\n"
+
+
+def classes_of(root, *names):
+    for number, name in enumerate(names):
+        write(root / name, png(number))
+    return open_source(f"folder:{root}")
+
+
+def test_hidden_and_system_folders_are_no_classes(tmp_path):
+    source = classes_of(tmp_path, "cat/1.png", "cat/.ipynb_checkpoints/1.png", "dog/@eaDir/1.png", "dog/2.png",
+                        "__MACOSX/cat/._1.png", "cat/._1.png", ".git/3.png", "lost+found/4.png", "dog/notes.txt",
+                        "dog/READ", "5.png")
+    (tmp_path / "bird").mkdir()
+    source = open_source(f"folder:{tmp_path}")
+    assert source.classes == ("bird", "cat", "dog") and [source.key(i) for i in range(2)] == ["cat/1.png", "dog/2.png"]
+    assert len(source) == 2 and source.notes == (
+        "1 of 3 classes have no images: bird",
+        "passed over hidden folders: 5, .txt files: 1, READ files: 1, hidden files: 1",
+        "1 images are not in the folder of a class and are passed over")
+
+
+def test_the_folder_above_splits_is_no_class(tmp_path):
+    with pytest.raises(DataError, match=r"test, train, val are splits, not classes; expected one of .*/train"):
+        classes_of(tmp_path / "a", "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "test/4.png")
+    assert classes_of(tmp_path / "b", "train/1.png", "car/2.png").classes == ("car", "train")
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    classes_of(tmp_path, "dog/1.png")
+    write(tmp_path / "store/more/2.png", png(2))
+    root = tmp_path / "classes"
+    (root / "dog").mkdir(parents=True)
+    (root / "dog/more").symlink_to(tmp_path / "store")
+    (root / "dog/again").symlink_to(root / "dog")
+    (root / "cat").symlink_to(tmp_path / "dog")
+    source = open_source(f"folder:{root}")
+    assert [source.key(i) for i in range(len(source))] == ["cat/1.png", "dog/more/more/2.png"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "captions", "coco", "vqa", "nlvr", "tars", "parquet"])
+@pytest.mark.parametrize("address", ["s3://bucket/a", "gs://bucket/a.json", "https://host/a.tar", "hf://a/b", "file:///a"])
+def test_addresses_are_refused_at_once(kind, address):
+    with pytest.raises(DataError, match=f"'{address}' is no local path; expected one: addresses are not supported"):
+        open_source(f"{kind}:{address}")
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a/1.png", png(7))
+    write(tmp_path / "list.csv", "image,caption\n1.png,x\n")
+    assert open_source("folder:~").classes == ("a",)
+    assert open_source("captions:~/list.csv@~/a")[0]["image"] == png(7)

@@ -1,5 +1,6 @@
 """Tar shards, valid and hostile."""
 
+import gzip
 import json
 import pickle
 import struct
@@ -15,6 +16,7 @@ from jaxmm.data.base import DataError, Source, record_texts
 from jaxmm.data.sources import tars
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import Slice, shards
+from jaxmm.data.tools.checking import check
 from tests.data.crawl import CASES, files, jpeg, pairs, write_tar
 
 
@@ -234,3 +236,89 @@ def test_slices(tmp_path):
     assert Slice(Varied(), 3, 5).texts(1) == ("4",)
     with pytest.raises(IndexError):
         part[4]
+
+
+LAYOUTS = {
+    "dots in keys": "22.05.jpg=1, 22.05.txt=a, 22.06.jpg=2, 22.06.txt=b, 22.07.jpg=3",
+    "some dots": "x.jpg=1, x.txt=a, St. Mary.jpeg=2, St. Mary.txt=b, y.mask.png=0",
+    "inputs and outputs": "x.input.jpg=1, x.output.txt=a, y.input.png=2, y.output.txt=b",
+    "masks": "x.jpg=1, x.mask.png=0, x.txt=a, y.mask.png=0, y.jpg=2, y.txt=b",
+    "several inputs": "x.depth.png=0, x.image.jpg=1, x.prompt.txt=a, y.caption.txt=b, y.rgb.png=2, y.depth.png=0",
+    "endings": "x.jpg=1, x.caption=a, y.PNG=2, y.text=b",
+    "texts first": "x.txt=a, y.txt=b, x.jpg=1, y.jpg=2",
+    "JSON": 'x.jpg=1, x.txt= , x.json={"url":"","caption":null,"text":"a"}, y.jpg=2, y.json={"captions":[null,"b"]}',
+    "files of a system": "._x.jpg=0, x.jpg=1, x.txt=a, y.jpg=2, y.txt=b, ._y.txt=0",
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(tmp_path, name):
+    members = [member.split("=", 1) for member in LAYOUTS[name].split(", ")]
+    path = write_tar(tmp_path / "a.tar", [(file, content.encode()) for file, content in members])
+    actual = records(open_source(f"tars:{path}"))
+    pairs_of = [(r["image"], r.get("texts")) for r in actual]
+    assert pairs_of[:2] == [(b"1", ("a",)), (b"2", ("b",))] and pairs_of[2:] == (
+        [(b"3", None)] if name == "dots in keys" else [])
+    assert len({record["key"] for record in actual}) == len(actual)
+
+
+def test_null_is_no_caption(tmp_path):
+    contents = [("x.jpg", jpeg(1)), ("x.txt", b"None"), ("y.jpg", jpeg(2)), ("y.txt", b"none")]
+    report = check(open_source(f"tars:{write_tar(tmp_path / 'a.tar', contents)}"))
+    assert report["broken"] == {"no text": 1} and report["usable"] == 1
+
+
+@pytest.mark.parametrize("labels, classes, expected", [
+    ([b"3", b"0\n", b"03", b""], ("0", "1", "2", "3"), [3, 0, 3, None]),
+    ([b"dog", b"cat", b"dog"], ("cat", "dog"), [1, 0, 1])])
+def test_labels(tmp_path, labels, classes, expected):
+    """The classes are those of all tars, in every part."""
+    for number, label in enumerate(labels):
+        write_tar(tmp_path / f"{number}.tar", [("x.jpg", jpeg(number)), ("x.cls", label)])
+    source = open_source(f"tars:{tmp_path}/*.tar")
+    assert source.classes == classes and [part.classes for part in source.shards()] == [classes] * len(labels)
+    assert [record["label"] for record in records(source)] == expected
+    report = check(source)
+    assert report["usable"] == sum(label is not None for label in expected)
+    with_texts = write_tar(tmp_path / "texts/a.tar", [("x.jpg", jpeg(1)), ("x.cls", b"2"), ("x.txt", b"a")])
+    assert open_source(f"tars:{with_texts}").classes is None
+    assert open_source(f"tars:{with_texts}@label=cls").classes == ("0", "1", "2")
+
+
+def test_endings_are_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("x.left.jpg", b"1"), ("x.right.jpg", b"2"), ("x.en.txt", b"a"),
+                                          ("x.de.txt", b"b")])
+    [record] = records(open_source(f"tars:{path}@image=right.jpg,caption=de.txt"))
+    assert (record["key"], record["image"], record["texts"]) == ("a/x", b"2", ("b",))
+    with pytest.raises(DataError, match="no option 'captoin'; did you mean 'caption'"):
+        open_source(f"tars:{path}@captoin=txt")
+
+
+def test_compressed_tars(tmp_path):
+    plain = write_tar(tmp_path / "plain/a.tar", pairs(0, 5))
+    for name in ("a.tar.gz", "b.tgz"):
+        (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+    source = open_source(f"tars:{tmp_path}")
+    assert len(source) == 10 and "slow to read at random" in source.notes[0] and source.key(7).startswith("b/")
+    expected = records(open_source(f"tars:{plain}"))
+    for index in (4, 0, 3, 9, 5, 1):
+        assert source[index]["image"] == expected[index % 5]["image"]
+        assert source[index]["texts"] == expected[index % 5]["texts"]
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain.read_bytes())[:-200])
+    source = open_source(f"tars:{tmp_path}")
+    assert len(source) == 5 and "compressed and damaged" in source.shards()[0].fault
+
+
+def test_lists_of_files(tmp_path):
+    pytest.importorskip("bracex", reason="without the package that reads lists in braces")
+    for number in (8, 9, 10, 11):
+        write_tar(tmp_path / f"part-{number:03d}.tar", pairs(number, 1))
+    for location, numbers in [("part-{008..010}.tar", [8, 9, 10]), ("part-{009,011}.tar", [9, 11]),
+                              (f"part-008.tar::{tmp_path}/part-01*.tar", [8, 10, 11])]:
+        assert [record["texts"] for record in records(open_source(f"tars:{tmp_path}/{location}"))] == [
+            (f"picture {number}",) for number in numbers]
+    for location, message in [("part-{008..012}.tar", "no file matches .*part-012.tar"),
+                              ("{0..99999999}.tar", "has more than 1000000 files"),
+                              ("part-008.tar::s3://b/1.tar", "'s3://b/1.tar' is no local path")]:
+        with pytest.raises(DataError, match=message):
+            open_source(f"tars:{tmp_path}/{location}")

@@ -15,6 +15,7 @@ from jaxmm.data.rows import image_id
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.vqa import answer_shares, clean_question, common_answers
 from jaxmm.data.tokenizers import make_tokenizer
+from jaxmm.data.tools.checking import check
 from tests.data.test_sources import png, write
 
 ROWS = [{"image": "p/1.png", "question": "What is #1?", "answers": ["a cat", "cat", "a cat"]},
@@ -174,4 +175,68 @@ def test_several_questions_of_a_image(folder):
             else:
                 assert asked == ["is it red?"] * 3
     assert len(triples) > 12
+    batches.close()
+
+
+PUBLISHED = {
+    "VizWiz": ({"val.json": [{"image": "VizWiz_val_7.jpg", "question": "What is this?", "answerable": 1, "answers": [
+        {"answer": "a can", "answer_confidence": "yes"}, {"answer": "can", "answer_confidence": "no"}]}]},
+        "val/VizWiz_val_7.jpg", ("a can", "can")),
+    "GQA": ({"val.json": {"201307251": {"imageId": "2354786", "question": "What is this?", "answer": "yes",
+                                        "fullAnswer": "Yes, it is."}}}, "images/2354786.jpg", ("yes",)),
+    "TextVQA": ({"val.json": {"dataset_type": "val", "data": [
+        {"image_id": "003a8ae2ef43b901", "question": "What is this?", "answers": ["nous", "dakota"], "question_id": 3,
+         "image_classes": ["Belt"]}]}}, "train_val_images/003a8ae2ef43b901.jpg", ("nous", "dakota")),
+    "A-OKVQA": ({"val.json": [{"split": "val", "image_id": 299207, "question": "What is this?", "choices": ["a", "cab"],
+                               "correct_choice_idx": 1, "direct_answers": ["ride", "ride", "taxi"]}]},
+                "val2017/000000299207.jpg", ("ride", "ride", "taxi")),
+    "A-OKVQA, choices alone": ({"val.json": [{"image_id": 299207, "question": "What is this?", "choices": ["a", "cab"],
+                                              "correct_choice_idx": 1}]}, "val2017/000000299207.jpg", ("cab",)),
+    "OK-VQA": ({"val.json": {"questions": [{"image_id": 42, "question": "What is this?", "question_id": "9"}],
+                             "annotations": [{"question_id": 9, "answers": [{"raw_answer": "x", "answer": "race"}]}]}},
+               "val2014/COCO_val2014_000000000042.jpg", ("race",)),
+    "one answer": ({"val.json": {"questions": [{"image_id": 42, "question": "What is this?", "question_id": 9}],
+                                 "annotations": [{"question_id": 9, "multiple_choice_answer": "red"}]}},
+                   "val2014/COCO_val2014_000000000042.jpg", ("red",)),
+    "CLEVR": ({"val.json": {"questions": [{"image_filename": "C_val_1.png", "question": "What is this?",
+                                           "answer": "yes"}]}}, "images/val/C_val_1.png", ("yes",)),
+    "Visual Genome": ({"val.json": [{"id": 61, "qas": [{"question": "What is this?", "answer": "A clock."}]}]},
+                      "VG_100K/61.jpg", ("A clock.",)),
+    "easy-VQA's file": ({"val.json": [["What is this?", "circle", 3]]}, "images/3.png", ("circle",)),
+    "TSV": ({"val.tsv": "img_path\tquestion\tanswer\na/3.png\t\"What is\tthis?\"\t5\n"}, "a/3.png", ("5",)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_layouts_as_published(tmp_path, name):
+    files, image, answers = PUBLISHED[name]
+    for file, content in files.items():
+        write(tmp_path / file, content if isinstance(content, str) else json.dumps(content))
+    write(tmp_path / image, png(5))
+    source = open_source(f"vqa:{tmp_path}/{next(iter(files))}")
+    assert len(source) == 1 and source[0]["image"] == png(5)
+    assert (source[0]["question"], source[0]["answers"]) == ("what is this?", answers)
+    assert check(source)["usable"] == 1
+
+
+def test_ids_of_questions_match_whatever_their_type(folder):
+    questions = [{"question_id": str(i), "image_id": i, "question": f"q{i}?"} for i in range(1, 3)]
+    answers = [{"question_id": i, "answers": [{"answer": text} for text in ("a", None, 3)]} for i in (2, 7)]
+    file = write(folder / "a.json", json.dumps({"questions": questions, "annotations": answers}))
+    source = open_source(f"vqa:{file}")
+    assert source.answers(0) == () and source.answers(1) == ("a", "3") and source[1]["image"] == png(2)
+    assert source.notes == ("1 of 2 annotations are of no question in the file",)
+    assert check(source)["broken"] == {"no answer": 1}
+
+
+def test_a_bad_row_is_one_bad_record(folder):
+    rows = ['{"image": "p/1.png", "question": "a?", "answer": "x"}', '{"image": "p/1.png", "ques', '{"question": "b?"}',
+            '{"image": "p/2.png", "question": "c?", "answer": [true, null]}', '{"image": "p/2.png", "question": ""}']
+    source = open_source(f"vqa:{write(folder / 'a.jsonl', chr(10).join(rows))}")
+    report = check(source)
+    assert report["usable"] == 1 and report["broken"] == {"no text": 1, "no answer": 1, "malformed": 2}
+    assert report["examples"]["malformed"] == ["a.jsonl:2#1", "a.jsonl:3#2"]
+    batches = train_batches(source, DataConfig(batch_size=4, image=ImageConfig(size=6), max_bad=1.0), make_tokenizer(
+        TokenizerConfig(vocab_size=90), ["a x"]).at_length(8), seed=0)
+    assert next(batches)["index"].tolist() == [0] * 4
     batches.close()

@@ -198,7 +198,7 @@ def _cells(lines: Sequence[str], start: int, delimiter: str, header: Sequence[st
         if cells and (len(cells) > 1 or cells[0].strip()):
             place = f":{start + 1}"
             if len(cells) == len(header):
-                rows.append(Row(place, dict(zip(header, cells, strict=True))))
+                rows.append(Row(place, dict(zip(header, map(str.strip, cells), strict=True))))
             else:
                 reason = f"it has {len(cells)} columns; expected {len(header)}"
                 rows.append(Row(place, None, f"cannot be read: {reason}"))

@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,27 @@ class Columns:
         """
         if name in self.chosen:
             return [self.chosen[name]] if self.chosen[name] in known else []
-        plain = {}
-        for column in known:
-            plain.setdefault(column.strip().lower(), column)
-        names = dict.fromkeys(map(str.lower, (*first, *NAMES.get(name, (name,)))))
-        return [plain[column] for column in names if column in plain]
+        return list(_candidates(name, tuple(known), tuple(first)))
 
     def get(self, row: Mapping[str, Any], name: str) -> Any:
         """Return the first value of `row` for the field `name` that is neither null nor blank, else None."""
         for column in self.candidates(name, row):
             value = row[column]
-            if usable_texts(value) or (name in ("image", "answer") and value not in (None, "", [])):
+            if isinstance(value, str) and name != "caption":
+                if value.strip():
+                    return value
+            elif usable_texts(value) or (name in ("image", "answer") and value not in (None, [])):
                 return value
         return None
+
+
+@lru_cache(maxsize=1024)
+def _candidates(name: str, known: tuple[str, ...], first: tuple[str, ...]) -> tuple[str, ...]:
+    plain = {}
+    for column in known:
+        plain.setdefault(column.strip().lower(), column)
+    names = dict.fromkeys(map(str.lower, (*first, *NAMES.get(name, (name,)))))
+    return tuple(plain[column] for column in names if column in plain)
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,8 @@ def _class_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _passed_over(passed: Counter[str]) -> str:
-    counts = ", ".join(f"{printable(what)}: {count}" for what, count in (+passed).most_common(8))
+    most = sorted((+passed).items(), key=lambda item: (-item[1], item[0]))[:8]
+    counts = ", ".join(f"{printable(what)}: {count}" for what, count in most)
     return f"passed over {counts}" if counts else ""
 
 

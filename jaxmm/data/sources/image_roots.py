@@ -113,7 +113,7 @@ def find_root(
     where = f"under {root}" if root else f"beside {file} or in folders beside it"
     if relative and root is None:
         return Root(str(base), 0, (f"of {sought} images that were looked up, such as {samples[0][0]!r}, none is {where}"
-                                   f"{hint}",))
+                                   f"{hint}. {say}",))
     raise DataError(f"{first}the first image, none is {where}{hint}. {say}")
 
 

@@ -217,7 +217,8 @@ def _columns(schema: pa.Schema, columns: Columns) -> _Fields:
     if label is None and not captions and labels:
         label = next(iter(columns.candidates("label", labels) if len(labels) > 1 else labels), None)
         if len(labels) > 1 and "label" not in labels:
-            raise DataError(f"its columns {', '.join(labels)} have classes; name one, as in @label={label}")
+            raise DataError(f"its columns {', '.join(labels)} have classes; name one, as in "
+                            f"@label={next(iter(labels))}")
     if label is not None and label not in labels:
         raise DataError(f"its column {label} has no names of classes (a ClassLabel of the Hub)")
     return _Fields(images[0], tuple(captions), label, None if label is None else labels[label], notes)

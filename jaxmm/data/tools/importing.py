@@ -49,7 +49,7 @@ class Imported:
 
 
 def import_source(
-    source: Source, dest: Path, *, split: str = "train", workers: int = 1, shard_records: int = 1000,
+    source: Source, dest: Path | str, *, split: str = "train", workers: int = 1, shard_records: int = 1000,
     on_shard: Callable[[int], None] = lambda records: None,
 ) -> Imported:
     """Write `source` as the TFDS data set `dest`, a new folder, with one shard for each of the source's.
