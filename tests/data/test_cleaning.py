@@ -50,6 +50,9 @@ class Foreign(Source):
     def __len__(self):
         return len(self.rows)
 
+    def texts(self, index):
+        return self.rows[index]
+
     def __getitem__(self, index):
         return {"key": f"k\ud83d{index}\n", "image": np.full((4, 5, 3), index, np.uint8), "texts": self.rows[index],
                 "image_id": f"i\udce9{index}"}
