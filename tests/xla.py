@@ -7,6 +7,9 @@ FAST = {"xla_backend_optimization_level": 0}
 if tuple(map(int, version("jax").split(".")[:2])) < (0, 11):
     FAST["xla_cpu_use_fusion_emitters"] = False
 
+THOROUGH = {"xla_backend_optimization_level": 3} | ({"xla_cpu_use_fusion_emitters": True} if len(FAST) > 1 else {})
+"""Options of `jax.jit` that compile one program as users do."""
+
 
 def flags(devices: int, *, fast: bool = True) -> str:
     """XLA_FLAGS for that many CPU devices."""

@@ -15,7 +15,7 @@ from jaxmm.data.cleaning import printable, usable_texts
 Record = dict[str, Any]
 """Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]; or a tuple of two such), `image_id` (str; without
 one, images of the same bytes count as the same), `texts` (tuple of str: all captions of the image), `label` (int),
-`question` (str) with `answers` (tuple of str, repeats counted)."""
+`question` (str) with `answers` (tuple of str, repeats counted) and `question_id` (str or int)."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",

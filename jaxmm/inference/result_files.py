@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import jax
 
 from jaxmm.atomic import write_atomically
-from jaxmm.data.base import Record
+from jaxmm.data.base import EXTENSIONS, Record
 from jaxmm.paths import user_path
 
 
@@ -20,14 +20,20 @@ def write_results(file: str, rows: Iterable[dict[str, int | str]]) -> None:
 
 
 def number_of(name: str) -> int | str:
-    """Return the number that an id or the name of an image file ends with, else the name as it is.
+    """Return the number that the name of an image file ends with, else the name as it is.
 
     `COCO_val2014_000000391895.jpg` becomes 391895, as in COCO's annotations.
     """
-    match = re.search(r"\d+$", re.sub(r"\.[A-Za-z]\w*$", "", name), re.ASCII)
+    stem, dot, _ = name.rpartition(".")
+    match = re.search(r"\d+$", stem if dot else name, re.ASCII)
     return int(match[0]) if match else name
 
 
 def result_id(record: Record, name: str) -> int | str:
-    """Return the `image_id` or `question_id` of a record, else what its key ends with."""
-    return number_of(str(record.get(name, record.get("key", ""))))
+    """Return the `image_id` or `question_id` of a record as a number if it is one; without one, that of its key."""
+    value = record.get(name)
+    if value is None:
+        return number_of(str(record["key"]).partition("#")[0])
+    if isinstance(value, str) and not value.isdecimal():
+        return number_of(value) if value.lower().endswith(EXTENSIONS) else value
+    return int(value)

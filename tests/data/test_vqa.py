@@ -83,6 +83,7 @@ def test_vqav2(names, picture, tmp_path):
         records = [source[i] for i in range(3)]
         assert [(r["question"], r["answers"], r["image"], r["image_id"]) for r in records] == [
             ("one?", ("z",) * 10, png(9), "9"), ("two?", ("x", "y"), png(4), "4"), ("three?", (), png(4), "4")]
+        assert [r["question_id"] for r in records] == [90, 41, 42]
     (tmp_path / "vqa" / names[1]).unlink()
     alone = open_source(f"vqa:{tmp_path}/vqa/{names[0]}")
     assert alone.most_answers == 0 and alone[1]["answers"] == ()

@@ -12,7 +12,7 @@ from jaxmm.evals import Captions, EvalContext, Reranking, Retrieval
 from jaxmm.evals.by_image import ByImage, Identity, by_image, group_images
 from jaxmm.evals.ptb import ptb_tokens
 from jaxmm.inference.generate import Decoding
-from jaxmm.inference.result_files import number_of
+from jaxmm.inference.result_files import number_of, result_id
 from tests.evals.conftest import Letters, MemorySource
 from tests.pretrained import tiny
 
@@ -171,7 +171,12 @@ def test_a_view_has_all_captions_and_reads_the_first_record_with_one(pictures):
     assert by_image(source) is view
 
 
-def test_numbers_of_names():
+def test_ids_of_results():
     for name, number in (("COCO_val2014_000000391895.jpg", 391895), ("7", 7), ("a/12.png", 12), ("cat.jp2", "cat.jp2"),
                          ("x9y", "x9y"), ("0042", 42)):
         assert number_of(name) == number
+    for record, number in (({"key": "a/000123.jpg#7"}, 123), ({"key": "a/cat.jpg#7"}, "a/cat.jpg"),
+                           ({"key": "x", "image_id": "00391"}, 391), ({"key": "x", "image_id": "n3"}, "n3"),
+                           ({"key": "x", "image_id": "COCO_val2014_000000000009.jpg"}, 9)):
+        assert result_id(record, "image_id") == number
+    assert result_id({"key": "x#1", "question_id": 458752000}, "question_id") == 458752000

@@ -45,7 +45,8 @@ def source(tmp_path_factory):
     rows = []
     for i, (picture, question) in enumerate(zip(tiny.pictures(5), QUESTIONS, strict=True)):
         Image.fromarray(picture).save(folder / f"{i}.png")
-        rows.append({"image": f"{i}.png", "question": question, "answers": CHOICES if i == 2 else [CHOICES[i % 4]]})
+        rows.append({"image": f"{i}.png", "question": question, "question_id": 70 + i,
+                     "answers": CHOICES if i == 2 else [CHOICES[i % 4]]})
     rows[4]["answers"] = []
     (folder / "qa.json").write_text(json.dumps(rows))
     return open_source(f"vqa:{folder}/qa.json")
@@ -65,12 +66,15 @@ def answers(**options):
 
 def test_chosen_from_a_list(source, tmp_path):
     (tmp_path / "answers.txt").write_text("\n".join([*CHOICES, "", "red"]))
-    evaluator = VQAAccuracy(answers=str(tmp_path / "answers.txt"), batch_size=4, examples=2)
+    evaluator = VQAAccuracy(answers=str(tmp_path / "answers.txt"), batch_size=4, examples=2,
+                            results=str(tmp_path / "results.json"))
     run = context(source)
     got = dict(evaluator.run(run))
     answered = answers(choices=CHOICES, top=3)
     want = np.mean([accuracy_of(answered[i][0][0], source.answers(i)) for i in range(4)])
     assert got == {"val/vqa_accuracy": pytest.approx(want)} and tuple(got) == evaluator.metrics(run)
+    assert json.loads((tmp_path / "results.json").read_text()) == [
+        {"question_id": 70 + i, "answer": row[0][0]} for i, row in enumerate(answered)]
     assert [(example.truth, [text for text, _ in example.predictions]) for example in run.examples] == [
         ("a small red? — red", [text for text, _ in answered[0]]), ("large? — ", [text for text, _ in answered[4]])]
     run = context(source, train=source)

@@ -21,6 +21,8 @@ from jaxmm.data.tokenizers import Tokenizer
 
 REMOVED = str.maketrans("", "", '.!"()*#:;~')
 """Characters that BLIP removes from questions."""
+QUESTION_IDS = ("question_id", "questionId", "qid", "qa_id")
+"""Names of the id of a question."""
 WORDS = 50
 """The largest number of words of a question."""
 
@@ -36,6 +38,8 @@ class Questions(Source):
     """All answers to each question, repeats counted."""
     most_answers: int
     """The largest number of different answers to one question."""
+    question_ids: Sequence[int | str | None] = field(default=(), repr=False)
+    """The id of each question in its file; empty: there are none."""
     fingerprint: str = field(repr=False)
     notes: tuple[str, ...] = field(default=(), repr=False)
 
@@ -45,8 +49,9 @@ class Questions(Source):
     def __getitem__(self, index: int) -> Record:
         """Read the bytes of the image."""
         record = self.rows[index]
-        question = record.pop("texts")[0]
-        return record | {"question": question, "answers": self.answers(index)}
+        question, number = record.pop("texts")[0], self.question_ids[index] if self.question_ids else None
+        return record | {"question": question, "answers": self.answers(index)} | (
+            {} if number is None else {"question_id": number})
 
     @cached_property
     def _of_image(self) -> dict[str, np.ndarray]:
@@ -140,6 +145,7 @@ class _Question:
     answers: tuple[str, ...]
     image_id: str
     fault: str | None = None
+    question_id: int | str | None = None
 
 
 def _question(row: Row, columns: Columns, split: str) -> _Question:
@@ -162,8 +168,9 @@ def _question(row: Row, columns: Columns, split: str) -> _Question:
     if not forms or (not questions and not any(name in value for name in NAMES["question"])):
         return _Question(("",), "", (), row.place, "names no image or has no question; expected an object with "
                          f"`image`, a path, and `question`, a text; its keys are {', '.join(map(str, value))[:200]}")
+    number = next((value[name] for name in QUESTION_IDS if isinstance(value.get(name), (int, str))), None)
     return _Question(forms, " ".join(questions), _answers(value, columns),
-                     str(forms[0] if image_id is None else image_id))
+                     str(forms[0] if image_id is None else image_id), question_id=number)
 
 
 def _answers(value: dict[str, Any], columns: Columns) -> tuple[str, ...]:
@@ -297,4 +304,5 @@ def _questions(spec: str, path: Path, place: Location, questions: Sequence[_Ques
                   image_ids=[row.image_id for row in questions])
     chosen = [str(place.columns)] if place.columns.chosen else []
     return Questions(name=spec, rows=files, answer_lists=answers, fingerprint=fingerprint([*parts, *chosen]),
-                     most_answers=max((len(text) - 1 for text in texts), default=0), notes=tuple(notes))
+                     most_answers=max((len(text) - 1 for text in texts), default=0), notes=tuple(notes),
+                     question_ids=[row.question_id for row in questions])

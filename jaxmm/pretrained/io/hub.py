@@ -15,6 +15,8 @@ from jaxmm.pretrained.io.files import POINTER, FileError
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "pytorch_model.bin",
            "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin")
 """Names of weights in a folder, in order of preference."""
+ENDINGS = (".safetensors", ".npz", ".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
+"""Endings of other names of weights; a folder may hold one such file."""
 TEXTS = ("*.json", "*.txt", "*.model")
 REPOSITORY = re.compile(r"(hf-hub:)?[\w.-]+/[\w.-]+")
 
@@ -64,7 +66,7 @@ def find(source: str | Path, *, revision: str | None = None) -> Files:
 def _weights(folder: Path, names: list[str], source: str) -> Path:
     weights = next((name for name in WEIGHTS if name in names), None)
     if weights is None:
-        others = sorted(name for name in names if name.endswith((".safetensors", ".npz", ".bin", ".pt", ".pth")))
+        others = sorted(name for name in names if name.endswith(ENDINGS))
         if len(others) != 1:
             raise FileError(f"{source} has {'several' if others else 'no'} files of weights: "
                             f"{', '.join(others) or ', '.join(sorted(names)[:20])}; name the one you want, or the "
