@@ -20,13 +20,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jaxmm.atomic import write_atomically
-from jaxmm.cli.plan import gib
-from jaxmm.compiling import cache_folder
+from jaxmm.cli.plan import gib, planned
 from jaxmm.config import TrainConfig
-from jaxmm.planning.chips import Topology, open_topology
+from jaxmm.planning.chips import open_topology
 from jaxmm.planning.pareto import with_remat
-from jaxmm.planning.plan import Plan, make_plan
+from jaxmm.planning.plan import Plan
 from jaxmm.recipes import load_recipe
+from jaxmm.tasks.blip_pretraining import BLIPPretraining
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOPOLOGIES = ("v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x8")
@@ -56,11 +56,12 @@ def rows(only: set[str]) -> list[Row]:
     result = []
     for name, share in SHARES.items():
         config = load_recipe(CONFIGS / f"{name}.py")
-        if hasattr(config.task, "negatives"):
+        pretraining = isinstance(config.task, BLIPPretraining)
+        if pretraining:
             config = replace(config, task=replace(config.task, negatives=share))
         for topology in TOPOLOGIES:
             size = share * len(open_topology(topology).devices)
-            if size <= getattr(config.task, "queue", size):
+            if not pretraining or size <= config.task.queue:
                 result.append(Row(name, f"{share} per chip", replace(config, data=replace(
                     config.data, batch_size=size)), topology))
     million = with_remat(load_recipe(CONFIGS / "siglip_b16.py"), "cheap")
@@ -69,11 +70,6 @@ def rows(only: set[str]) -> list[Row]:
     note = "one million pairs, 32 microbatches, remat cheap, blockwise loss"
     result.append(Row("siglip_b16", note, million, "v5e:16x16"))
     return [row for row in result if not only or row.name in only]
-
-
-def planned(config: TrainConfig, topology: Topology) -> Plan:
-    """Make a plan, with the user's cache of the compiler's reports."""
-    return make_plan(config, topology, cache_folder() / "plans")
 
 
 def line(row: Row, made: Plan) -> str:

@@ -172,7 +172,7 @@ class Checkpoints:
         """Return the newest undamaged step: the first host looks for it and broadcasts it."""
         steps, chosen, damaged = self.steps(), None, []
         for step in reversed(steps) if self._primary else ():
-            damage = self.damage(step)
+            damage = find_damage(self.folder / str(step))
             if damage is None:
                 chosen = step
                 break
@@ -190,10 +190,6 @@ class Checkpoints:
             raise CheckpointError(f"every checkpoint in {self.folder} is damaged: {', '.join(map(str, steps))}; move "
                                   "the folder away to start from the beginning")
         return chosen
-
-    def damage(self, step: int) -> str | None:
-        """Return a description of the damage to the checkpoint of `step`, or None."""
-        return find_damage(self.folder / str(step))
 
     def clean(self) -> None:
         """Remove what interrupted saves left. Only for the run that has locked the workdir."""

@@ -3,13 +3,13 @@
 import base64
 import io
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from jaxmm.atomic import write_atomically
 from jaxmm.optional import require_extra
 
 _MAX_TEXT = 180
@@ -23,9 +23,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     environment = jinja2.Environment(loader=jinja2.PackageLoader("jaxmm", "."), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
     environment.filters |= {"number": number, "data_uri": data_uri, "cut": _cut, "overlay": overlay}
-    part = path.with_name(path.name + ".part")
-    part.write_text(environment.get_template(template).render(**values), "utf-8")
-    os.replace(part, path)
+    write_atomically(path, environment.get_template(template).render(**values))
     return path
 
 

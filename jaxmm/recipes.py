@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxmm.config import RECIPE, ConfigError
 from jaxmm.paths import user_path
+from jaxmm.saved_config import RECIPE
+from jaxmm.validation import ConfigError
 
 
 def recipe_folder() -> Path:

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxmm.config import ConfigError, MeshConfig, require
+from jaxmm.config import MeshConfig
+from jaxmm.validation import ConfigError, require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -128,9 +129,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Return the number of shards of a batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
+def batch_shards(mesh: Mesh | None = None) -> int:
+    """Return the number of shards of a batch on `mesh` (None: the current one)."""
+    sizes = axis_sizes() if mesh is None else mesh.shape
+    return math.prod(sizes[axis] for axis in BATCH)
 
 
 def host_share(mesh: Mesh | None) -> tuple[int, int]:
@@ -208,15 +210,9 @@ def all_gather_params(x: jax.Array, name: str) -> jax.Array:
 
 def divides_mesh(batch: int, heads: int) -> bool:
     """Return whether `batch` images and `heads` divide equally among the devices of the current mesh."""
-    return batch % batch_devices() == 0 and heads % axis_sizes()["tensor"] == 0
+    return batch % batch_shards() == 0 and heads % axis_sizes()["tensor"] == 0
 
 
 def on_each_device(run: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """Map `run` over the shards of every device; on one device and outside a mesh return `run`."""
     return run if _alone() else jax.shard_map(run, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def batch_devices() -> int:
-    """Return the number of shards of a batch in the current mesh."""
-    sizes = axis_sizes()
-    return math.prod(sizes[axis] for axis in BATCH)

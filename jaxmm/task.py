@@ -214,11 +214,11 @@ class Task:
 
     def with_dtype(self, dtype: str) -> "Task":
         """Return this task computing in `dtype`: every field of that name in its configuration is replaced."""
-        return _with_fields(self, dtype=dtype)
+        return with_fields(self, dtype=dtype)
 
     def with_context_length(self, length: int) -> "Task":
         """Return this task for texts of `length` tokens, whose position table is resized; texts are otherwise cut."""
-        return self if self.text_positions is None else _with_fields(self, context_length=length)
+        return self if self.text_positions is None else with_fields(self, context_length=length)
 
     def bind(self, *, image_size: int, classes: int | None, tokenizer: Any | None) -> "Task":
         """Return this task with what only the data knows filled in. Raise `ConfigError` if they do not fit."""
@@ -282,9 +282,9 @@ def capabilities(task: Task) -> tuple[str, ...]:
     return tuple(name for name, record in offered.items() if record)
 
 
-def _with_fields(config: Any, **values: Any) -> Any:
+def with_fields(config: Any, **values: Any) -> Any:
     """Return the dataclass `config` with `values` for fields of these names, in nested dataclasses too."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    nested = {name: _with_fields(value, **values) for name, value in fields.items()
+    nested = {name: with_fields(value, **values) for name, value in fields.items()
               if dataclasses.is_dataclass(value) and not isinstance(value, type)}
     return dataclasses.replace(config, **nested, **{name: value for name, value in values.items() if name in fields})

@@ -4,8 +4,9 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 
 class ConfigError(ValueError):
@@ -23,16 +24,41 @@ def count_steps(value: float, steps: int) -> int:
     return round(value * steps) if value < 1 else round(value)
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A limit of a field's value, in the field's annotation; None is within all limits."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(least: int) -> Limit:
+    """Return the limit of a number that is `least` or more."""
+    return Limit(f"{least} or more", lambda value: value >= least)
+
+
+POSITIVE = Limit("a positive number", lambda value: value > 0)
+BELOW_ONE = Limit("0 or more, below 1", lambda value: 0 <= value < 1)
+UP_TO_ONE = Limit("above 0, at most 1", lambda value: 0 < value <= 1)
+
+
 def check_types(config: Any, name: str = "") -> None:
     """Raise `ConfigError` if a field of the dataclass `config` has a value that its annotation does not allow.
 
-    The command line checks its own values; this is for recipes, which are Python. `name` is the prefix of the fields'
-    names in messages.
+    An annotation is a type, or `Annotated[type, Limit(...)]`. The command line checks types itself; this is for
+    recipes, which are Python. `name` is the prefix of the fields' names in messages.
     """
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(type(config), include_extras=True)
     for part in dataclasses.fields(config):
-        hint, value = hints[part.name], getattr(config, part.name)
-        require(_allows(hint, value), f"{name}.{part.name}".lstrip("."), value, _expected(hint))
+        hint, value, limits = hints[part.name], getattr(config, part.name), ()
+        if typing.get_origin(hint) is Annotated:
+            hint, *limits = typing.get_args(hint)
+        field = f"{name}.{part.name}".lstrip(".")
+        require(_allows(hint, value), field, value, _expected(hint))
+        for limit in limits:
+            if isinstance(limit, Limit) and value is not None:
+                require(limit.holds(value), field, value,
+                        limit.expected + (", or None" if _allows(hint, None) else ""))
 
 
 def _allows(hint: Any, value: Any) -> bool:

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import jaxmm
-from jaxmm.config import ConfigError, from_dict, to_dict
 from jaxmm.data.sources import registry
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals.context import EvalContext
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.recipes import load_recipe
+from jaxmm.saved_config import from_dict, to_dict
 from jaxmm.training.loop import train
+from jaxmm.validation import ConfigError
 from tests.training.common import LINEAR, assert_same_bits, lines
 
 CODE = '''

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxmm.config import ConfigError, MeshConfig, OptimizerConfig
+from jaxmm.config import MeshConfig, OptimizerConfig
 from jaxmm.models.attention_conv import AttentionConvConfig
 from jaxmm.models.clip import clip, siglip
 from jaxmm.models.igpt import igpt
@@ -32,6 +32,7 @@ from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from jaxmm.tasks.generative_classification import GenerativeClassification
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.optimizer import make_optimizer
+from jaxmm.validation import ConfigError
 from tests.tasks.common import SOFTMAX
 
 GOLDEN = Path(__file__).parent / "golden"

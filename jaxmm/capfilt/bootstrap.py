@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from rich.console import Console
@@ -27,7 +27,7 @@ from jaxmm.hosts.startup import barrier
 from jaxmm.inference.generate import Decoding
 from jaxmm.training.loop import train
 from jaxmm.training.optimizer import learning_rate
-from jaxmm.validation import check_types, require
+from jaxmm.validation import POSITIVE, check_types
 
 STATE = "bootstrap.json"
 
@@ -46,7 +46,7 @@ class CapFiltConfig:
     """Source of images with noisy texts."""
     human: str = "scenes:train"
     """Source of images with human captions."""
-    human_weight: int = 1
+    human_weight: Annotated[int, POSITIVE] = 1
     """Times that each human record counts per epoch."""
     decoding: Decoding = field(default_factory=lambda: NUCLEUS)
     """Search or sampling of the captions' tokens."""
@@ -54,18 +54,15 @@ class CapFiltConfig:
     """Synthetic captions per image."""
     rule: Rule = field(default_factory=Rule)
     """Rule of which texts stay."""
-    rounds: int = 1
+    rounds: Annotated[int, POSITIVE] = 1
     """Number of times that the data is improved."""
-    shard_records: int = SHARD_RECORDS
+    shard_records: Annotated[int, POSITIVE] = SHARD_RECORDS
     """Records per shard, if the source has no shards of its own."""
     seed: int = 0
     """Seed of the captions. The training runs have seeds of their own."""
 
     def __post_init__(self):
-        """Check ranges."""
         check_types(self)
-        for name in ("human_weight", "rounds", "shard_records"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         self.caption_options  # noqa: B018  (checks its ranges)
 
     @property

@@ -10,9 +10,10 @@ import numpy as np
 
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.tables import digest
-from jaxmm.config import ConfigError, differences, to_dict, with_first_names
 from jaxmm.inference.model import Model
+from jaxmm.saved_config import differences, to_dict, with_first_names
 from jaxmm.sharding import named_leaves
+from jaxmm.validation import ConfigError
 
 NAME = "manifest.json"
 

@@ -12,12 +12,12 @@ from scipy.special import expit
 from jaxmm.capfilt.image_batches import BATCH, WebImage, grouped, padded, read_images
 from jaxmm.capfilt.synthetic_captions import Done
 from jaxmm.capfilt.tables import Texts
-from jaxmm.config import require
 from jaxmm.data.base import DataError, Source
 from jaxmm.inference.batching import power_of_two, predict_fn
 from jaxmm.inference.matching import make_image_encoder, match_pairs
 from jaxmm.inference.model import Model
 from jaxmm.task import capabilities
+from jaxmm.validation import require
 
 
 def check_filter(model: Model, name: str) -> None:

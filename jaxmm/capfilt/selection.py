@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from jaxmm.capfilt.tables import Texts
-from jaxmm.validation import check_types, require
+from jaxmm.validation import BELOW_ONE, POSITIVE, check_types, require
 
 REASONS = {
     "human": "human texts are not filtered",
@@ -28,19 +28,16 @@ class Rule:
     """itm: the probability that text and image belong together; itc: their cosine."""
     threshold: float | None = 0.5
     """Lowest score that stays; the authors' is 0.5. None: any."""
-    quantile: float | None = None
+    quantile: Annotated[float | None, BELOW_ONE] = None
     """Share of all texts that goes, those with the lowest scores; takes the place of `threshold`."""
-    best: int | None = None
+    best: Annotated[int | None, POSITIVE] = None
     """Most texts per image, those with the highest scores; None: all."""
     origins: tuple[Literal["web", "synthetic"], ...] = ("web", "synthetic")
     """Origins of texts that may stay."""
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check the origins."""
         check_types(self, "rule")
-        require(self.quantile is None or 0 <= self.quantile < 1, "rule.quantile", self.quantile,
-                "0 or more, below 1, or None")
-        require(self.best is None or self.best > 0, "rule.best", self.best, "a positive number or None")
         require(len(set(self.origins)) == len(self.origins) > 0, "rule.origins", self.origins,
                 "web, synthetic, or both")
 

@@ -23,13 +23,13 @@ from jaxmm.capfilt.scoring import check_filter, score_shard
 from jaxmm.capfilt.selection import Rule, cutoff, select_texts
 from jaxmm.capfilt.synthetic_captions import DEFAULTS, CaptionOptions, Done, caption_shard, check_captioner
 from jaxmm.capfilt.tables import Texts, digest, file_digest, made_from, read_texts, write_texts
-from jaxmm.config import ConfigError, require
 from jaxmm.data.base import Source
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import shards
 from jaxmm.hosts.startup import barrier
 from jaxmm.inference.model import load
 from jaxmm.paths import user_path
+from jaxmm.validation import ConfigError, require
 
 VERSION = 1
 """Version of what the stages write; shards of another version are written again."""

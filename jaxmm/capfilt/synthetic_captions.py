@@ -9,7 +9,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -21,7 +21,7 @@ from jaxmm.inference.captioning import make_caption_fn, prompt_tokens
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import Model
 from jaxmm.task import capabilities
-from jaxmm.validation import check_types, require
+from jaxmm.validation import at_least, check_types, require
 
 NUCLEUS = Decoding(sample=True, top_p=0.9, min_length=5, max_length=20)
 """Decoding of the paper's captioner (section 4.2)."""
@@ -36,7 +36,7 @@ Done = Callable[[int], Any]
 class CaptionOptions:
     """Options of the synthetic captions."""
 
-    captions: int = 1
+    captions: Annotated[int, at_least(0)] = 1
     """Synthetic captions per image and captioner."""
     decoding: Decoding = field(default_factory=lambda: NUCLEUS)
     """Search or sampling of the tokens; default: nucleus sampling with p = 0.9."""
@@ -46,9 +46,8 @@ class CaptionOptions:
     """Seed of the sampling. An image's captions depend on it and on the image's key only."""
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check that there are beams for all captions."""
         check_types(self)
-        require(self.captions >= 0, "captions", self.captions, "0 or more")
         require(self.decoding.sample or self.captions <= self.decoding.beams, "captions", self.captions,
                 f"at most decoding.beams = {self.decoding.beams} without decoding.sample")
 

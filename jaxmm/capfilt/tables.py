@@ -6,7 +6,6 @@ what is done, and the records that could not be used. The same rows give the sam
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jaxmm.atomic import atomic_file
 from jaxmm.data.base import DataError
 
 COLUMNS = {
@@ -65,15 +65,11 @@ def write_texts(path: Path, texts: Texts, made_from: str) -> None:
              "examples": [list(example) for example in texts.examples]}
     schema = pa.schema([(name, COLUMNS[name]) for name in COLUMNS if name in texts.columns],
                        metadata={"jaxmm": json.dumps(notes, sort_keys=True)})
-    part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.table({name: pa.array(texts.columns[name], COLUMNS[name], from_pandas=True) for name in schema.names},
                      schema=schema)
-    with part.open("wb") as file:
+    with atomic_file(path) as file:
         pq.write_table(table, file, compression="zstd")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def read_texts(path: Path, columns: Sequence[str] | None = None) -> Texts:

@@ -1,7 +1,7 @@
 """`jaxmm plan`: the memory, collectives and estimated speed of a recipe on a target topology."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,9 +14,9 @@ from tqdm import tqdm
 from jaxmm.cli.parsing import with_recipe
 from jaxmm.compiling import cache_folder
 from jaxmm.config import TrainConfig
-from jaxmm.planning import pareto as searching
-from jaxmm.planning.chips import open_topology
-from jaxmm.planning.pareto import Planner, Trial
+from jaxmm.planning import pareto
+from jaxmm.planning.chips import Topology, open_topology
+from jaxmm.planning.pareto import Trial
 from jaxmm.planning.plan import Plan, make_plan, sharding_lines, trace
 from jaxmm.terminal import print_json, print_table
 
@@ -66,27 +66,28 @@ def plan(options: PlanOptions, config: TrainConfig) -> int:
             print_table(("array", "shape", "spec", "on a chip"), rows)
         return 0
 
-    def planned(config, topology):
-        return make_plan(config, topology, cache_folder() / "plans")
-
     if options.search:
-        return _search(options, config, topology, planned)
+        return _search(options, config, topology)
     made = planned(config, topology)
     if options.json:
         print_json(made.to_json())
     else:
         show(made)
     if not made.fits and options.suggestions:
-        _suggest(options, config, topology, planned)
+        _suggest(options, config, topology)
     return 0 if made.fits else 3
 
 
-def _search(options: PlanOptions, config: TrainConfig, topology, planned: Planner) -> int:
-    configs = searching.candidates(config, topology, batch_sizes=options.batch_sizes, fsdp=options.fsdp,
-                                   remats=options.remats, microbatches=options.parts)
-    with tqdm(total=len(configs), unit=" recipes", desc="compiling", file=sys.stderr, dynamic_ncols=True) as bar:
-        results = searching.search(config, configs, topology, planned, _on_plan(bar, options.json))
-    front = searching.pareto(results)
+def planned(config: TrainConfig, topology: Topology) -> Plan:
+    """Make a plan, with the user's cache of the compiler's reports."""
+    return make_plan(config, topology, cache_folder() / "plans")
+
+
+def _search(options: PlanOptions, config: TrainConfig, topology: Topology) -> int:
+    configs = pareto.candidates(config, topology, batch_sizes=options.batch_sizes, fsdp=options.fsdp,
+                                remats=options.remats, microbatches=options.parts)
+    results = list(_compiled(options, config, configs, topology))
+    front = pareto.pareto(results)
     fitting = sum(result.plan.fits for result in results)
     if not options.json:
         print_plans(f"{topology.name}: {fitting} of {len(results)} fit; Pareto-optimal are", front)
@@ -95,24 +96,25 @@ def _search(options: PlanOptions, config: TrainConfig, topology, planned: Planne
     return 0 if fitting else 3
 
 
-def _suggest(options: PlanOptions, config: TrainConfig, topology, planned: Planner) -> None:
-    changes = searching.suggestions(config, topology)
+def _suggest(options: PlanOptions, config: TrainConfig, topology: Topology) -> None:
+    changes = pareto.suggestions(config, topology)
     if not options.json:
         print(f"looking for changes that fit, of {len(changes)}", file=sys.stderr)
-    with tqdm(total=len(changes), unit=" recipes", desc="compiling", file=sys.stderr, dynamic_ncols=True) as bar:
-        fitting = searching.suggest(config, topology, planned, on_plan=_on_plan(bar, options.json))
+    fitting = pareto.first_fitting(_compiled(options, config, changes, topology))
     if not options.json:
         print_plans("these fit, each compiled" if fitting else "none of the changes fits", fitting)
 
 
-def _on_plan(bar: tqdm, json: bool) -> Callable[[Trial], None]:
-    """Return the function that counts a plan, and prints it as JSON."""
-    def on_plan(result: Trial) -> None:
-        bar.update()
-        if json:
-            print_json(result.plan.to_json() | {"flags": result.flags})
-
-    return on_plan
+def _compiled(
+    options: PlanOptions, config: TrainConfig, variants: list[TrainConfig], topology: Topology
+) -> Iterator[Trial]:
+    """Compile variants of a recipe, with a progress bar, and print each plan as JSON if asked to."""
+    trials = pareto.compile_variants(config, variants, topology, planned)
+    for trial in tqdm(trials, total=len(variants), unit=" recipes", desc="compiling", file=sys.stderr,
+                      dynamic_ncols=True):
+        if options.json:
+            print_json(trial.plan.to_json() | {"flags": trial.flags})
+        yield trial
 
 
 def gib(size: float | None) -> str:

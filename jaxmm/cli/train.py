@@ -11,8 +11,9 @@ import jax
 from jaxmm import hosts
 from jaxmm.cli.parsing import with_recipe
 from jaxmm.compiling import use_compilation_cache
-from jaxmm.config import TrainConfig, from_dict
+from jaxmm.config import TrainConfig
 from jaxmm.hosts import HostsConfig
+from jaxmm.saved_config import from_dict
 from jaxmm.task import Task
 from jaxmm.training import loop
 

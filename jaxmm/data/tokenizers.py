@@ -21,9 +21,10 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxmm.config import ConfigError, TokenizerConfig
+from jaxmm.config import TokenizerConfig
 from jaxmm.data.base import digest
 from jaxmm.paths import user_path
+from jaxmm.validation import ConfigError
 
 Cleaning = Literal["none", "openai", "whitespace", "canonical", "siglip", "lower"]
 """Cleaning of a text before it is encoded.

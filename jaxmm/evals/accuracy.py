@@ -6,9 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxmm.config import Evaluator, require
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.context import Arrays, EvalContext, PredictionExample, check_labels, evenly_spaced, thumbnail
+from jaxmm.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)

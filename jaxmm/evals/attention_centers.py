@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 
 from jaxmm.charts import COLORS, GRID, INK, drawing
 from jaxmm.compiling import compile_prediction
-from jaxmm.config import Evaluator, require
+from jaxmm.config import Evaluator
 from jaxmm.data.sources.mixed import Mixed
 from jaxmm.data.sources.shards import Slice
 from jaxmm.evals.context import FIGURE, Drawing, EvalContext, concatenate, evenly_spaced
 from jaxmm.optional import require_extra
 from jaxmm.task import Task
+from jaxmm.validation import require
 
 COLUMNS = 3
 """Layers beside each other in the figure."""

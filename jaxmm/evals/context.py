@@ -11,14 +11,15 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from jaxmm import hosts
-from jaxmm.config import ConfigError, DataConfig, Evaluator, Task, require
+from jaxmm.config import DataConfig, Evaluator
 from jaxmm.data.base import Source
 from jaxmm.data.eval_pipeline import counted, eval_rows
 from jaxmm.data.images import decode
 from jaxmm.data.sources.registry import open_source
 from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
 from jaxmm.sharding import host_share, place_batch, replicated
-from jaxmm.task import capabilities
+from jaxmm.task import Task, capabilities
+from jaxmm.validation import ConfigError, require
 
 Arrays = dict[str, np.ndarray]
 FIGURE = "figure/"

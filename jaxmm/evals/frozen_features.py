@@ -8,9 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmm.compiling import compile_prediction
-from jaxmm.config import Evaluator, Task, require
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.context import EvalContext, check_labels, concatenate
+from jaxmm.task import Task
+from jaxmm.validation import require
 
 Labelled = tuple[np.ndarray, np.ndarray]
 """Features [n, d] and labels [n]."""

@@ -10,9 +10,10 @@ import optax
 from jax.sharding import Mesh
 
 from jaxmm.compiling import compile_prediction
-from jaxmm.config import Evaluator, Task
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.context import EvalContext
+from jaxmm.task import Task
 
 
 @dataclass(frozen=True, kw_only=True)

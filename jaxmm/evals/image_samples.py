@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxmm.config import ConfigError, Evaluator, require
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.data.images import decode
 from jaxmm.data.transforms import eval_image
@@ -19,6 +19,7 @@ from jaxmm.inference.image_generation import (
     kept_tokens,
     without_rest,
 )
+from jaxmm.validation import ConfigError, require
 
 
 @dataclass(frozen=True, kw_only=True)

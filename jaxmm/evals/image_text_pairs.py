@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 
-from jaxmm.config import Evaluator, require
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source, record_texts
 from jaxmm.data.eval_pipeline import eval_texts
 from jaxmm.evals.by_image import by_image
 from jaxmm.evals.context import Arrays, EvalContext, concatenate
+from jaxmm.validation import require
 
 TIE = np.float32(1e-6)
 """Cosines closer than this are equal: the resolution of a float32 dot product of unit vectors."""

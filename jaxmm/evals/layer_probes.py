@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxmm.charts import curves
-from jaxmm.config import Evaluator, require
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.context import Drawing, EvalContext
 from jaxmm.evals.frozen_features import check_train, layers_and_pixels
 from jaxmm.evals.knn import knn
 from jaxmm.evals.probe import probe
+from jaxmm.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxmm.config import Evaluator, require
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.context import EvalContext
 from jaxmm.evals.frozen_features import check_layer, check_train, train_and_test
 from jaxmm.optional import require_extra
+from jaxmm.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)

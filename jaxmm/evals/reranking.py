@@ -8,12 +8,13 @@ from typing import BinaryIO, ClassVar, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxmm.config import Evaluator, require
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.by_image import by_image
 from jaxmm.evals.context import Arrays, EvalContext
 from jaxmm.evals.image_text_pairs import Pairs, check_pairs, check_ranks, chunks, embed_pairs, recall_names, recalls
 from jaxmm.inference.matching import make_image_encoder, match_pairs
+from jaxmm.validation import require
 
 TIE = np.float32(1e-5)
 """Scores closer than this are equal: float32 logits differ by as much if they are summed in another order."""

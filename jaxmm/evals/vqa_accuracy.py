@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from jaxmm.config import ConfigError, Evaluator, require
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.data.sources.vqa import common_answers
 from jaxmm.evals.context import EvalContext, PredictionExample, evenly_spaced, thumbnail
@@ -17,6 +17,7 @@ from jaxmm.inference.captioning import check_length, make_caption_fn, prompt_tok
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.result_files import result_id, write_results
 from jaxmm.paths import user_path
+from jaxmm.validation import ConfigError, require
 
 NUMBERS = dict(zip(("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
                    map(str, (0, *range(11))), strict=True))

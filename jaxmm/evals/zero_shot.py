@@ -6,11 +6,12 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Float
 
-from jaxmm.config import Evaluator, require
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.accuracy import ranks, score
 from jaxmm.evals.context import EvalContext, check_labels, concatenate
 from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts, unit
+from jaxmm.validation import require
 
 
 @dataclass(frozen=True, kw_only=True)

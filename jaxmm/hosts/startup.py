@@ -16,20 +16,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxmm.config import ConfigError, differences, require
 from jaxmm.hosts import clusters
 from jaxmm.hosts.heartbeat import caused_elsewhere
 from jaxmm.hosts.supervisor import Link, fork_supervised
-from jaxmm.validation import check_types
+from jaxmm.saved_config import differences
+from jaxmm.validation import POSITIVE, ConfigError, Limit, check_types, require
 
 FILE_TIMEOUT = 70.0
 """Seconds until a file of one host appears on another; NFS caches a folder for up to 60."""
+
+
+SECONDS = Limit("a positive number of seconds", lambda value: 0 < value < math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +42,21 @@ class HostsConfig:
 
     address: str | None = None
     """HOST:PORT of the first process, for a cluster that is not recognised; needs `count` and `index` too."""
-    count: int | None = None
+    count: Annotated[int | None, POSITIVE] = None
     """Number of processes. Without `address`, the run refuses to start if the cluster reports another number."""
     index: int | None = None
     """Number of this process, from 0."""
     alone: bool = False
     """Do not look for others, whatever cluster this is."""
-    timeout: float = 300.0
+    timeout: Annotated[float, SECONDS] = 300.0
     """Seconds without progress after which a host counts as stuck, and all end; six times as long while it compiles,
     evaluates, or reads or writes a checkpoint."""
-    heartbeat: float = 60.0
+    heartbeat: Annotated[float, SECONDS] = 60.0
     """Seconds without a sign of life after which a host counts as dead, and all end."""
 
     def __post_init__(self):
         """Check that either all fields are given or none."""
         check_types(self, "hosts")
-        for name in ("timeout", "heartbeat"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"hosts.{name}", value, "a positive number of seconds")
-        require(self.count is None or self.count > 0, "hosts.count", self.count, "a positive number")
         if self.alone:
             for name in ("address", "count", "index"):
                 require(getattr(self, name) is None, f"hosts.{name}", getattr(self, name), "nothing with hosts.alone")

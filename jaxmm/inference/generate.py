@@ -7,14 +7,14 @@ finished rows are padded until all are done.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxmm.task import Decoder
-from jaxmm.validation import check_types, require
+from jaxmm.validation import POSITIVE, UP_TO_ONE, at_least, check_types, require
 
 NEVER = -1e9
 """A score that loses to any other."""
@@ -26,34 +26,28 @@ NO_TOKEN = -1
 class Decoding:
     """Decoding options. The defaults are greedy; BLIP's captions take 3 beams, `min_length` 5, `max_length` 20."""
 
-    beams: int = 1
+    beams: Annotated[int, POSITIVE] = 1
     """k, number of beams; 1: greedy, or sampling."""
     sample: bool = False
     """Sample each token instead of taking the most probable one."""
-    top_p: float = 1.0
+    top_p: Annotated[float, UP_TO_ONE] = 1.0
     """Nucleus sampling (Holtzman et al. 2020): sample from the smallest set of tokens with this total probability."""
-    top_k: int = 0
+    top_k: Annotated[int, at_least(0)] = 0
     """Sample from the k most probable tokens; 0: from all."""
-    temperature: float = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """Divisor of the logits before sampling."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, POSITIVE] = 1.0
     """Factor above 1 that makes repeated tokens less probable (Keskar et al. 2019, section 4.1)."""
     length_penalty: float = 1.0
     """Exponent of the length that divides the sum of log-probabilities when beams are compared."""
     min_length: int = 0
     """Minimum number of tokens, including the prompt."""
-    max_length: int = 20
+    max_length: Annotated[int, POSITIVE] = 20
     """L, maximum number of tokens, including prompt and end."""
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check that the options of sampling and beam search fit each other."""
         check_types(self, "decoding")
-        for name in ("beams", "max_length"):
-            require(getattr(self, name) > 0, f"decoding.{name}", getattr(self, name), "a positive number")
-        require(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "above 0, at most 1")
-        require(self.top_k >= 0, "decoding.top_k", self.top_k, "0 or more")
-        for name in ("temperature", "repetition_penalty"):
-            require(getattr(self, name) > 0, f"decoding.{name}", getattr(self, name), "above 0")
         require(not (self.sample and self.beams > 1), "decoding.sample", self.sample, "False with beams")
         drawn = self.top_p < 1 or self.top_k or self.temperature != 1
         require(self.sample or not drawn, "decoding.sample", self.sample, "True, for top_p, top_k or temperature")

@@ -6,7 +6,6 @@ The published implementation (transformers, timm, open_clip) runs if it is insta
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ import numpy as np
 
 from jaxmm.inference import parity_blip
 from jaxmm.inference.model import Model, load
+from jaxmm.inference.parity_blip import named
 from jaxmm.models.blip import BLIPConfig
-from jaxmm.models.clip import CLIPConfig, TextConfig
+from jaxmm.models.clip import CLIPConfig, TextTower
 from jaxmm.models.vit import ViT, ViTConfig
-from jaxmm.nn.attention import causal_mask
-from jaxmm.nn.transformer import Stack
 from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.io.hub import Files, find
 
@@ -68,14 +66,15 @@ def _vit(model: Model, images: np.ndarray, tokens: None) -> dict[str, Any]:
     """Return every layer's tokens, and logits or pooled features."""
     out = _vision(model.config, model.params, images)
     name, last = ("logits", out.logits) if model.config.classes else ("features", out.pooled)
-    return _named("vision", out.hidden) | {name: last}
+    return named("vision", out.hidden) | {name: last}
 
 
 def _clip(model: Model, images: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
     """Return every layer's tokens in both towers, embeddings and logits."""
     config, params = model.config, model.params
-    layers = _named("vision", _vision(config.vision, params["vision"], images).hidden)
-    layers |= _named("text", _text_layers(config.text, params["text"], jnp.asarray(tokens)))
+    layers = named("vision", _vision(config.vision, params["vision"], images).hidden)
+    text = jax.jit(lambda p, ids: TextTower(config.text).apply({"params": p}, ids, train=False, hidden=True))
+    layers |= named("text", text(params["text"], jnp.asarray(tokens)).hidden)
     out = jax.jit(lambda p, image, ids: model.module.apply({"params": p}, image, ids, train=False))(
         params, jnp.asarray(images), jnp.asarray(tokens))
     return layers | {"image embedding": out.image, "text embedding": out.text,
@@ -84,14 +83,6 @@ def _clip(model: Model, images: np.ndarray, tokens: np.ndarray) -> dict[str, Any
 
 def _vision(config: ViTConfig, params: Any, images: np.ndarray) -> Any:
     return jax.jit(lambda p, x: ViT(config).apply({"params": p}, x, train=False, hidden=True))(params, images)
-
-
-@partial(jax.jit, static_argnums=0)
-def _text_layers(config: TextConfig, params: Any, tokens: jax.Array) -> jax.Array:
-    """Return the tokens after each layer of the text tower [l b t d]."""
-    x = params["tokens"]["embedding"][tokens] + params["positions"][:tokens.shape[1]]
-    mask = causal_mask(tokens.shape[1]) if config.causal else None
-    return Stack(config.transformer).apply({"params": params["encoder"]}, x, mask, train=False, hidden=True).hidden
 
 
 def _blip(model: Model, images: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
@@ -157,7 +148,7 @@ def _transformers(folder: Path, images: np.ndarray, tokens: np.ndarray | None) -
             return _arrays(parity_blip.theirs(model, pixels, ids))
         if ids is None:
             out = model(pixels, output_hidden_states=True)
-            layers = _named("vision", out.hidden_states[1:config.num_hidden_layers])
+            layers = named("vision", out.hidden_states[1:config.num_hidden_layers])
             if hasattr(out, "logits"):
                 return _arrays(layers | {"logits": out.logits})
             pooled = getattr(out, "pooler_output", None)
@@ -165,8 +156,8 @@ def _transformers(folder: Path, images: np.ndarray, tokens: np.ndarray | None) -
         vision = model.vision_model(pixels, output_hidden_states=True)
         text = model.text_model(ids, output_hidden_states=True)
         out = model(pixel_values=pixels, input_ids=ids)
-    return _arrays(_named("vision", vision.hidden_states[1:config.vision_config.num_hidden_layers])
-                   | _named("text", text.hidden_states[1:config.text_config.num_hidden_layers])
+    return _arrays(named("vision", vision.hidden_states[1:config.vision_config.num_hidden_layers])
+                   | named("text", text.hidden_states[1:config.text_config.num_hidden_layers])
                    | {"image embedding": out.image_embeds, "text embedding": out.text_embeds,
                       "logits": out.logits_per_image})
 
@@ -203,10 +194,6 @@ def _record(outputs: dict[str, Any], tower: str, blocks: Iterable[Any]) -> None:
     for i, block in enumerate(blocks):
         block.register_forward_hook(
             lambda _, inputs, out, name=f"{tower} layer {i + 1}": outputs.update({name: out}))
-
-
-def _named(tower: str, layers: Iterable[Any]) -> dict[str, Any]:
-    return {f"{tower} layer {i + 1}": layer for i, layer in enumerate(layers)}
 
 
 def _arrays(outputs: Mapping[str, Any]) -> Outputs:

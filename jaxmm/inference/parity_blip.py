@@ -53,21 +53,21 @@ def ours(config: BLIPConfig, params: Any, images: np.ndarray, tokens: np.ndarray
     vision = jax.jit(lambda p, x: ViT(config.vision).apply({"params": p}, x, train=False, hidden=True))(
         params["vision"], images)
     context = vision.tokens
-    outputs = _named("vision", vision.hidden) | {"image tokens": context}
+    outputs = named("vision", vision.hidden) | {"image tokens": context}
     if config.answer is not None:
         question, tokens = _sides(tokens)
-        outputs |= _named("question", _grounded(config, params, question, context))
+        outputs |= named("question", _grounded(config, params, question, context))
         context = jax.jit(lambda p, x: module.apply(
             {"params": p}, question, x, train=False, method=BLIP.encode_text_with_image))(params, context)
         outputs["question states"] = context
     elif text.encoder:
         both = (tokens != text.pad_id)[:, None, None, :]
         out = jax.jit(lambda p: module.apply({"params": p}, images, tokens, train=False))(params)
-        outputs |= _named("text", _layers(text, params["text"], tokens, both, None, MedLayer.encode))
+        outputs |= named("text", _layers(text, params["text"], tokens, both, None, MedLayer.encode))
         if config.embed_dim:
             outputs |= {"image embedding": out.image, "text embedding": out.text,
                       "similarities": out.image @ out.text.T}
-        outputs |= _named("matching", _grounded(config, params, tokens, context))
+        outputs |= named("matching", _grounded(config, params, tokens, context))
         if config.matching:
             outputs["matching logits"] = out.match_logits
     if text.decoder or config.answer is not None:
@@ -89,7 +89,7 @@ def _writing(config: BLIPConfig, params: Any, tokens, context) -> dict[str, jax.
     real = tokens != text.pad_id
     mask = causal_mask(tokens.shape[1]) & real[:, None, None, :]
     logits = jax.jit(lambda p: module.apply({"params": p}, tokens, context, train=False, method=BLIP.decode))(params)
-    return (_named("writing", _layers(text, params[name], tokens, mask, context, MedLayer.decode))
+    return (named("writing", _layers(text, params[name], tokens, mask, context, MedLayer.decode))
             | {"token logits": logits, "loss": language_loss(logits, tokens, real, SMOOTHING)}
             | {name: _written(config, params, context, tokens, beams) for name, beams in SEARCHES.items()})
 
@@ -126,7 +126,8 @@ def _longest(given: int, positions: int) -> int:
     return min(given + GENERATED, positions)
 
 
-def _named(part: str, layers: Iterable[Any]) -> dict[str, Any]:
+def named(part: str, layers: Iterable[Any]) -> dict[str, Any]:
+    """Return the results of the layers of `part` by name."""
     return {f"{part} layer {i + 1}": layer for i, layer in enumerate(layers)}
 
 
@@ -137,7 +138,7 @@ def theirs(model: Any, images: Any, tokens: Any) -> dict[str, Any]:
     """
     vision = model.vision_model(images, output_hidden_states=True)
     context = vision.last_hidden_state
-    outputs = _named("vision", vision.hidden_states[1:-1]) | {"image tokens": context}
+    outputs = named("vision", vision.hidden_states[1:-1]) | {"image tokens": context}
     if not hasattr(model, "text_decoder"):
         return outputs | _matched(model, images, tokens, context)
     given, inputs = PROMPT, {"input_ids": tokens[:, :PROMPT + 1].clone()}      # the last token is removed
@@ -145,13 +146,13 @@ def theirs(model: Any, images: Any, tokens: Any) -> dict[str, Any]:
         question, tokens = _sides(tokens)
         first, read = _read(model, question, context)
         context, given, inputs = read.last_hidden_state, 1, {"input_ids": first}
-        outputs |= _named("question", read.hidden_states[1:]) | {"question states": context}
+        outputs |= named("question", read.hidden_states[1:]) | {"question states": context}
     text, decoder = model.config.text_config, model.text_decoder
     decoder.label_smoothing = SMOOTHING
     real = tokens != text.pad_token_id
     out = decoder(tokens, attention_mask=real.long(), encoder_hidden_states=context,
                   labels=tokens.masked_fill(~real, -100), output_hidden_states=True)
-    outputs |= _named("writing", out.hidden_states[1:]) | {"token logits": out.logits, "loss": out.loss}
+    outputs |= named("writing", out.hidden_states[1:]) | {"token logits": out.logits, "loss": out.loss}
     length = _longest(given, text.max_position_embeddings)
     for name, beams in SEARCHES.items():
         ids = model.generate(pixel_values=images, **inputs, max_length=length, num_beams=beams, do_sample=False)
@@ -166,10 +167,10 @@ def _matched(model: Any, images: Any, tokens: Any, context: Any) -> dict[str, An
     image, text = (x / x.norm(dim=-1, keepdim=True) for x in (
         model.vision_proj(context[:, 0]), model.text_proj(alone.last_hidden_state[:, 0])))
     first, read = _read(model, tokens, context)
-    return _named("text", alone.hidden_states[1:]) | {
+    return named("text", alone.hidden_states[1:]) | {
         "image embedding": image, "text embedding": text,
         "similarities": model(tokens, images, attention_mask=real, use_itm_head=False).itm_score,
-        **_named("matching", read.hidden_states[1:]),
+        **named("matching", read.hidden_states[1:]),
         "matching logits": model(first, images, attention_mask=real).itm_score}
 
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.losses.contrastive import Ids
-from jaxmm.sharding import BATCH, batch_devices
+from jaxmm.sharding import BATCH, batch_shards, on_each_device
 
 Keys = Int[Array, "_ k 2"]
 """Keys of examples: a row and a column are positives if they have the same key at the same index k."""
@@ -292,17 +292,10 @@ def _backward_on_device(make, tile, devices, rows, columns, scale, bias, options
 
 
 def _on_every_device(function: Callable, inputs: tuple[bool, ...], outputs: tuple[bool, ...]) -> Callable:
-    """Map `function(devices, ...)` over the devices; True marks sharded arguments and results, False replicated ones.
-
-    Outside a mesh, and if the batch is on one device, call it directly.
-    """
-    devices = batch_devices()
-    on_device = partial(function, devices)
-    if devices == 1:
-        return on_device
+    """Map `function(devices, ...)` over the devices; True marks sharded arguments and results, False replicated."""
     specs = {True: PartitionSpec(BATCH), False: PartitionSpec()}
-    return jax.shard_map(on_device, in_specs=tuple(specs[sharded] for sharded in inputs),
-                         out_specs=tuple(specs[sharded] for sharded in outputs), check_vma=False)
+    return on_each_device(partial(function, batch_shards()), tuple(specs[sharded] for sharded in inputs),
+                          tuple(specs[sharded] for sharded in outputs))
 
 
 _INPUTS = (True, True, False, False, False)
@@ -341,7 +334,7 @@ def blockwise_loss(
     A tile has at most `tile` x `tile` logits. Raises ValueError if rows or a part of the columns do not divide by the
     number of devices.
     """
-    devices = batch_devices()
+    devices = batch_shards()
     for name, part in (("rows", rows.embeddings[0]), *(("columns", part) for part in columns.embeddings)):
         if len(part) % devices:
             raise ValueError(f"{len(part)} {name} cannot be divided among {devices} devices")

@@ -14,7 +14,6 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxmm.config import check_types, require
 from jaxmm.models.vit import ViTOutput
 from jaxmm.nn.attention import Linear, name_for_remat
 from jaxmm.nn.embeddings import PatchEmbedding
@@ -30,6 +29,7 @@ from jaxmm.nn.transformer import (
     torch_bias,
 )
 from jaxmm.sharding import constrain_batch
+from jaxmm.validation import check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,20 +2,20 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jaxmm.config import check_types, require
 from jaxmm.models.vit import ViT, ViTConfig, transformer, vit
 from jaxmm.nn.attention import causal_mask
 from jaxmm.nn.embeddings import TokenEmbedding
 from jaxmm.nn.pooling import MapHead
 from jaxmm.nn.precision import widened
 from jaxmm.nn.transformer import Stack, TransformerConfig, layer_norm
+from jaxmm.validation import POSITIVE, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class TextConfig:
     """A text tower. The defaults are CLIP's; SigLIP's is bidirectional, has no mask and pools the last position."""
 
     transformer: TransformerConfig
-    vocab_size: int | None = 49_408
+    vocab_size: Annotated[int | None, POSITIVE] = 49_408
     """Number of token ids; None: that of the run's tokenizer."""
-    context_length: int = 77
+    context_length: Annotated[int, POSITIVE] = 77
     """Tokens per text, padding included."""
     causal: bool = True
     """True if a token attends only to itself and those before it."""
@@ -39,10 +39,7 @@ class TextConfig:
     """End token, for the pool `eos`; None: that of the run's tokenizer."""
 
     def __post_init__(self):
-        """Check ranges."""
         check_types(self, "text")
-        require(self.vocab_size is None or self.vocab_size > 0, "text.vocab_size", self.vocab_size, "positive")
-        require(self.context_length > 0, "text.context_length", self.context_length, "a positive number of tokens")
 
     def needed_length(self, tokens: Int[np.ndarray, "b t"]) -> Int[np.ndarray, "b"]:
         """Return how many leading tokens of each text its pooled vector depends on."""
@@ -57,7 +54,7 @@ class CLIPConfig:
 
     vision: ViTConfig
     text: TextConfig
-    embed_dim: int = 512
+    embed_dim: Annotated[int, POSITIVE] = 512
     """e, the size of the shared space."""
     vision_projection: bool = True
     """True if the pooled image is projected; SigLIP takes it as it is."""
@@ -71,7 +68,6 @@ class CLIPConfig:
     def __post_init__(self):
         """Check that the towers fit the shared space."""
         check_types(self)
-        require(self.embed_dim > 0, "embed_dim", self.embed_dim, "a positive number")
         require(not self.vision.classes, "vision.classes", self.vision.classes, "None: a tower has no head")
         if not self.vision_projection:
             width = self.vision.pre_logits or self.vision.transformer.width

@@ -13,12 +13,12 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmm.config import check_types, require
 from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, causal_mask, to_bhtd
 from jaxmm.nn.embeddings import TokenEmbedding
 from jaxmm.nn.precision import wide, widened
 from jaxmm.nn.transformer import REMAT_POLICIES, Mlp, TransformerConfig, initializers, unstack
 from jaxmm.sharding import constrain_batch
+from jaxmm.validation import check_types, require
 
 Cache = list[CachedKeysValues]
 """Keys and values per layer, with room for all tokens to come."""

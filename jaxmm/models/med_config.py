@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from jaxmm.nn.transformer import TransformerConfig
-from jaxmm.validation import check_types, require
+from jaxmm.validation import POSITIVE, check_types, require
 
 Part = Literal["attention", "cross_attention", "mlp"]
 """A part of a layer."""
@@ -18,11 +18,11 @@ class MedConfig:
     transformer: TransformerConfig = field(default_factory=lambda: TransformerConfig(
         width=768, depth=12, heads=12, mlp_dim=3072, eps=1e-12, init="normal", dropout=0.1, attention_dropout=0.1))
     """Stack of layers. Its `dropout` acts on the embeddings and behind each branch."""
-    vocab_size: int | None = 30_524
+    vocab_size: Annotated[int | None, POSITIVE] = 30_524
     """BERT's 30,522 tokens, [DEC] and [ENC]. None: the tokens of the run's tokenizer, and these two."""
-    positions: int = 512
+    positions: Annotated[int, POSITIVE] = 512
     """Longest text, in tokens."""
-    context_width: int = 768
+    context_width: Annotated[int, POSITIVE] = 768
     """c, width of the tokens that cross-attention reads."""
     encoder: bool = True
     """True if there is an encoder, of texts alone and of texts with an image."""
@@ -44,12 +44,9 @@ class MedConfig:
     """[ENC], which replaces [CLS] in texts that are read with an image."""
 
     def __post_init__(self):
-        """Check ranges."""
+        """Check that the modes and the special tokens fit each other."""
         check_types(self, "text")
         require(self.encoder or self.decoder, "text.encoder", self.encoder, "True, if decoder is False")
-        require(self.vocab_size is None or self.vocab_size > 0, "text.vocab_size", self.vocab_size, "positive, or None")
-        for name in ("positions", "context_width"):
-            require(getattr(self, name) > 0, f"text.{name}", getattr(self, name), "a positive number")
         for name in ("pad_id", "end_id"):
             require(0 <= getattr(self, name) < (self.vocab_size or math.inf), f"text.{name}", getattr(self, name),
                     f"0 or more, below vocab_size = {self.vocab_size}")

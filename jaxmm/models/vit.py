@@ -5,19 +5,19 @@ image towers of CLIP, SigLIP and BLIP are configurations of the same module.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from jaxmm.config import check_types, require
 from jaxmm.nn.embeddings import PatchEmbedding, sincos_positions
 from jaxmm.nn.pooling import MapHead
 from jaxmm.nn.precision import widened
 from jaxmm.nn.transformer import Stack, TransformerConfig, initializers, layer_norm
 from jaxmm.sharding import constrain_batch
+from jaxmm.validation import BELOW_ONE, POSITIVE, at_least, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +25,9 @@ class ViTConfig:
     """A vision transformer. The defaults are the original's; `vit("B/16")` returns a published size."""
 
     transformer: TransformerConfig
-    image_size: int = 224
+    image_size: Annotated[int, POSITIVE] = 224
     """Side in pixels of the square images."""
-    patch: int = 16
+    patch: Annotated[int, POSITIVE] = 16
     """Side of a patch in pixels."""
     pool: Literal["cls", "gap", "map"] = "cls"
     """Pooling: the class token, the mean of the patches, or attention pooling."""
@@ -43,7 +43,7 @@ class ViTConfig:
     """True if a second class token, trained by a teacher, follows the first (DeiT, Touvron et al. 2021)."""
     distillation_head: bool = False
     """True if the distillation token has a head; the logits are the mean of both heads."""
-    registers: int = 0
+    registers: Annotated[int, at_least(0)] = 0
     """Number of extra learned tokens without position (Darcet et al. 2024)."""
     norm_pooled: bool = False
     """True if the final norm follows the pooling instead of preceding it (timm's `fc_norm`)."""
@@ -59,14 +59,13 @@ class ViTConfig:
     """Initial kernel of the head: zeros (vision_transformer, big_vision) or normal, std 0.02 (timm)."""
     head_bias: float = 0.0
     """Initial bias of the head; -10 for sigmoid cross-entropy over many classes."""
-    patch_dropout: float = 0.0
+    patch_dropout: Annotated[float, BELOW_ONE] = 0.0
     """Share of the patches left out in training (FLIP, Li et al. 2023)."""
 
     def __post_init__(self):
         """Check that patches tile the image, and that the pooling has the tokens it needs."""
         check_types(self)
-        require(self.patch > 0, "patch", self.patch, "a positive number of pixels")
-        require(self.image_size > 0 and self.image_size % self.patch == 0, "image_size", self.image_size,
+        require(self.image_size % self.patch == 0, "image_size", self.image_size,
                 f"a multiple of patch = {self.patch}")
         require(not self.distillation_token or (self.class_token and self.position_class), "distillation_token",
                 self.distillation_token, "False, where there is no class token with a position")
@@ -75,8 +74,6 @@ class ViTConfig:
         require(self.pool != "cls" or self.class_token, "pool", self.pool, "gap or map, where class_token is False")
         require(self.positions != "sincos" or self.transformer.width % 4 == 0, "transformer.width",
                 self.transformer.width, "a multiple of 4, for sin-cos positions")
-        require(self.registers >= 0, "registers", self.registers, "0 or more")
-        require(0 <= self.patch_dropout < 1, "patch_dropout", self.patch_dropout, "0 or more, below 1")
 
     @property
     def module(self) -> "ViT":

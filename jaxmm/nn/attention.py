@@ -23,17 +23,6 @@ def causal_mask(length: int) -> Bool[Array, "1 1 t t"]:
     return jnp.tril(jnp.ones((1, 1, length, length), bool))
 
 
-def attention_weights(
-    query: Float[Array, "b t h k"], key: Float[Array, "b s h k"], mask: Mask | None = None
-) -> Float[Array, "b h t s"]:
-    """Return softmax(q k' / sqrt(k)) in fp32; positions where `mask` is False get weight 0."""
-    query = query * (query.shape[-1] ** -0.5)
-    scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=wide(query.dtype))
-    if mask is not None:  # the scores are fp32 here, so that finfo.min fits
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return jax.nn.softmax(scores)
-
-
 def attend(
     query: Float[Array, "b t h k"],
     key: Float[Array, "b s h k"],
@@ -43,12 +32,15 @@ def attend(
     dropout: float = 0.0,
     rng: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "b t h k"], Float[Array, "b h t s"]]:
-    """Return the attention output and its weights (the compiler drops the weights if they are not used).
+    """Return the attention output and its weights softmax(q k' / sqrt(k)) in fp32, which are 0 where `mask` is False.
 
-    `dropout` is the share of weights set to zero if `rng` is given.
+    The compiler drops the weights if they are not used. `dropout` is the share of them set to zero if `rng` is given.
     """
-    weights = attention_weights(query, key, mask)
-    dropped = weights
+    query = query * (query.shape[-1] ** -0.5)
+    scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=wide(query.dtype))
+    if mask is not None:  # the scores are fp32 here, so that finfo.min fits
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = dropped = jax.nn.softmax(scores)
     if rng is not None and dropout > 0:
         kept = jax.random.bernoulli(rng, 1 - dropout, weights.shape)
         dropped = weights * kept.astype(weights.dtype) / (1 - dropout)

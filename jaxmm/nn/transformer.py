@@ -7,7 +7,7 @@ not depend on that choice.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxmm.config import check_types, require
 from jaxmm.nn.attention import Attention, Linear, Mask
 from jaxmm.sharding import constrain_batch
+from jaxmm.validation import BELOW_ONE, POSITIVE, check_types, require
 
 
 def exact_gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
@@ -50,12 +50,12 @@ TRAINING_FIELDS = ("dropout", "attention_dropout", "drop_path", "dtype", "remat"
 class TransformerConfig:
     """A stack of identical pre-norm layers."""
 
-    width: int
+    width: Annotated[int, POSITIVE]
     """Token dimension d."""
-    depth: int
+    depth: Annotated[int, POSITIVE]
     """Number of layers."""
-    heads: int
-    mlp_dim: int
+    heads: Annotated[int, POSITIVE]
+    mlp_dim: Annotated[int, POSITIVE]
     """Hidden units of the MLP."""
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
     """gelu: exact, by erf (torch's default); gelu_tanh: approximate (Flax's default, SigLIP); quick_gelu: OpenAI's."""
@@ -65,11 +65,11 @@ class TransformerConfig:
     """Initial weights. xavier: vision_transformer's; clip: CLIP's text tower, scaled by width and depth; torch: that
     library's defaults, which OpenAI kept for CLIP's image tower; normal: std 0.02 (timm); igpt: iGPT's, attention
     scaled by width and depth."""
-    dropout: float = 0.0
+    dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout rate after attention, inside and after the MLP."""
-    attention_dropout: float = 0.0
+    attention_dropout: Annotated[float, BELOW_ONE] = 0.0
     """Dropout rate of the attention weights."""
-    drop_path: float = 0.0
+    drop_path: Annotated[float, BELOW_ONE] = 0.0
     """Stochastic depth: probability that the last layer's branches are skipped, decreasing linearly to 0 at the
     first."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -84,15 +84,11 @@ class TransformerConfig:
     remat trains a quarter faster on a GPU (ViT-L/16, H200)."""
 
     def __post_init__(self):
-        """Check ranges, and that the heads divide the width."""
+        """Check that the heads divide the width."""
         check_types(self, "transformer")
-        for name in ("width", "depth", "heads", "mlp_dim"):
-            require(getattr(self, name) > 0, f"transformer.{name}", getattr(self, name), "a positive number")
         require(self.width % self.heads == 0, "transformer.heads", self.heads, f"a divisor of width = {self.width}")
         require(self.dtype != "float64" or jax.config.jax_enable_x64, "transformer.dtype", self.dtype,
                 "float32 or bfloat16 while jax_enable_x64 is off")
-        for name in ("dropout", "attention_dropout", "drop_path"):
-            require(0 <= getattr(self, name) < 1, f"transformer.{name}", getattr(self, name), "0 or more, below 1")
 
     def adopt(self, trained: "TransformerConfig") -> "TransformerConfig":
         """Return `trained`, computed and trained as this stack is."""

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxmm.config import ConfigError, MeshConfig, TrainConfig, differences, to_dict
+from jaxmm.config import MeshConfig, TrainConfig
 from jaxmm.nn.transformer import REMAT_POLICIES
 from jaxmm.planning.chips import Topology
 from jaxmm.planning.plan import Plan
 from jaxmm.planning.shapes import with_batch_size
+from jaxmm.saved_config import differences, to_dict
+from jaxmm.task import with_fields
+from jaxmm.validation import ConfigError
 
 Planner = Callable[[TrainConfig, Topology], Plan]
 REMATS = ("none", *REMAT_POLICIES)
@@ -49,17 +52,7 @@ def _changed(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def with_remat(config: TrainConfig, policy: str) -> TrainConfig:
     """Return `config` with this `remat` in every stack of layers."""
-    return replace(config, task=_in_stacks(config.task, policy))
-
-
-def _in_stacks(value: Any, policy: str) -> Any:
-    if not dataclasses.is_dataclass(value):
-        return value
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if "remat" in fields:
-        return replace(value, remat=policy)
-    changed = {name: new for name, old in fields.items() if (new := _in_stacks(old, policy)) is not old}
-    return replace(value, **changed) if changed else value
+    return replace(config, task=with_fields(config.task, remat=policy))
 
 
 def remat_of(config: TrainConfig) -> str | None:
@@ -102,24 +95,6 @@ def suggestions(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
     return list(dict.fromkeys(change for change in changes if change != config))
 
 
-def suggest(
-    config: TrainConfig, topology: Topology, plan: Planner, *, wanted: int = 3,
-    on_plan: Callable[[Trial], None] = lambda trial: None,
-) -> list[Trial]:
-    """Compile the changes of `suggestions` until `wanted` of them fit, and return these, fastest first.
-
-    `on_plan` is called with every compiled change.
-    """
-    fitting: list[Trial] = []
-    for trial in _plans(config, suggestions(config, topology), topology, plan):
-        on_plan(trial)
-        if trial.plan.fits:
-            fitting.append(trial)
-        if len(fitting) == wanted:
-            break
-    return sorted(fitting, key=lambda trial: -(trial.images_per_second or 0))
-
-
 def candidates(
     config: TrainConfig, topology: Topology, *, batch_sizes: Iterable[int] = (), fsdp: Iterable[int] = (),
     remats: Iterable[str] = (), microbatches: Iterable[int] = (),
@@ -140,25 +115,21 @@ def candidates(
     return list(dict.fromkeys(configs))
 
 
-def search(
-    config: TrainConfig, configs: Iterable[TrainConfig], topology: Topology, plan: Planner,
-    on_plan: Callable[[Trial], None] = lambda trial: None,
-) -> list[Trial]:
-    """Compile all `configs`; `on_plan` is called with every result."""
-    trials = []
-    for trial in _plans(config, configs, topology, plan):
-        on_plan(trial)
-        trials.append(trial)
-    return trials
-
-
-def _plans(base, configs, topology, plan) -> Iterator[Trial]:
-    """Yield the plans of the configurations that can run."""
+def compile_variants(
+    base: TrainConfig, configs: Iterable[TrainConfig], topology: Topology, plan: Planner
+) -> Iterator[Trial]:
+    """Compile `configs`, variants of `base`, one after the other, and yield those that can run."""
     for config in configs:
         try:
             yield Trial(config, plan(config, topology), flags(base, config))
         except ConfigError:
             continue
+
+
+def first_fitting(trials: Iterable[Trial], count: int = 3) -> list[Trial]:
+    """Return the first `count` of the trials that fit, fastest first; what follows them is not compiled."""
+    fitting = itertools.islice((trial for trial in trials if trial.plan.fits), count)
+    return sorted(fitting, key=lambda trial: -(trial.images_per_second or 0))
 
 
 def pareto(trials: Iterable[Trial]) -> list[Trial]:

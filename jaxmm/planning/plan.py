@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jaxmm.atomic import write_atomically
-from jaxmm.config import ConfigError, TrainConfig
+from jaxmm.config import TrainConfig
 from jaxmm.nn import tpu_attention
 from jaxmm.planning import kernels
 from jaxmm.planning.chips import Topology
@@ -27,6 +27,7 @@ from jaxmm.training.accumulate import check_parts
 from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state
 from jaxmm.training.step import compile_step
+from jaxmm.validation import ConfigError
 
 CACHE_VERSION = "2"
 """Version of the cached reports: increase it if something else is read from a compiled program."""
@@ -95,7 +96,6 @@ class TracedStep:
     """A recipe's train step and the sharded shapes of its arguments on a topology."""
 
     config: TrainConfig
-    topology: Topology
     task: Task
     mesh: jax.sharding.Mesh
     optimizer: Any
@@ -116,14 +116,13 @@ def trace(config: TrainConfig, topology: Topology) -> TracedStep:
     """Trace `config` on `topology` without compiling. Raises `ConfigError` if a run would."""
     mesh = make_mesh(config.mesh, topology.devices)
     check_parts(config, mesh)
-    bound = bind(config)
-    params = jax.eval_shape(bound.task.init, jax.random.key(0))
-    optimizer = make_optimizer(config.optimizer, params, config.steps, bound.task.clamps)
-    state = with_shardings(abstract_state(bound.task, optimizer), mesh)
+    task, assumed = bind(config)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    optimizer = make_optimizer(config.optimizer, params, config.steps, task.clamps)
+    state = with_shardings(abstract_state(task, optimizer), mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = batch_shapes(bound.task, config.data, mesh)
-    return TracedStep(config, topology, bound.task, mesh, optimizer, state, batch,
-                      jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)), bound.assumed)
+    return TracedStep(config, task, mesh, optimizer, state, batch_shapes(task, config.data, mesh),
+                      jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh)), assumed)
 
 
 def make_plan(config: TrainConfig, topology: Topology, cache: Path | None = None) -> Plan:

@@ -1,6 +1,6 @@
 """A recipe without its data: the task with a vocabulary of the expected size, and the shapes of a batch."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -21,17 +21,11 @@ CLASSES, ANSWERS = 1000, 10
 """Assumed classes (ImageNet's) and answers per question (VQAv2's)."""
 
 
-@dataclass(frozen=True)
-class Bound:
-    """A task as a run has it."""
+def bind(config: TrainConfig) -> tuple[Task, tuple[str, ...]]:
+    """Return `config.task`, bound to assumed properties of the data (classes, vocabulary), and messages about these.
 
-    task: Task
-    assumed: tuple[str, ...]
-    """Messages about the assumptions."""
-
-
-def bind(config: TrainConfig) -> Bound:
-    """Bind `config.task` to assumed properties of the data (classes, vocabulary). Raises `ConfigError`."""
+    Raises `ConfigError`.
+    """
     task, assumed, tokenizer, classes = config.task, [], None, None
     if "text" in task.reads:
         tokenizer, note = _tokenizer(config.data)
@@ -47,7 +41,7 @@ def bind(config: TrainConfig) -> Bound:
         assumed.append(f"the recipe's own architecture, not that of init.from = {config.init.source!r}")
     size = config.data.image.size
     task = task.bind(image_size=size, classes=classes, tokenizer=tokenizer)
-    return Bound(task.fit(lambda count: np.zeros((1, size, size, 3), np.uint8)), tuple(assumed))
+    return task.fit(lambda count: np.zeros((1, size, size, 3), np.uint8)), tuple(assumed)
 
 
 def _tokenizer(data: DataConfig) -> tuple[Tokenizer, list[str]]:

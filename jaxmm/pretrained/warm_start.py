@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmm.config import ConfigError, InitConfig
+from jaxmm.config import InitConfig
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.nn.embeddings import resize_positions, resize_text_positions
 from jaxmm.pretrained.family import Opened
@@ -15,6 +15,7 @@ from jaxmm.pretrained.io.files import FileError
 from jaxmm.pretrained.registry import open_checkpoint
 from jaxmm.sharding import named_leaves, put_global, replicated, with_shardings
 from jaxmm.task import Task
+from jaxmm.validation import ConfigError
 
 
 def open_start(init: InitConfig) -> Opened:

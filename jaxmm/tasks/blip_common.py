@@ -1,4 +1,4 @@
-"""Shared by BLIP's tasks: new parameters, the vocabulary of a run's tokenizer, and the capabilities of the model."""
+"""Shared by BLIP's tasks: a mixin, the vocabulary of a run's tokenizer, and the capabilities of the model."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,20 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jaxmm.config import require
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.models.med import Med, empty_cache
 from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import Pixels
-from jaxmm.task import Batch, Decoder, Embedder, Matcher, Params
-
-
-def init_blip(config: BLIPConfig, rng: Key[Array, ""]) -> Params:
-    """Return new parameters."""
-    size, images = config.vision.image_size, (2,) if config.pair else ()
-    image, tokens = jnp.zeros((1, *images, size, size, 3)), jnp.ones((1, 2), jnp.int32)
-    return BLIP(config).init(rng, image, tokens, train=False)["params"]
+from jaxmm.task import Batch, Decoder, Embedder, Matcher, Params, Task, check_pairs
+from jaxmm.validation import require
 
 
 def check_tokenizer(text: MedConfig, tokenizer: Tokenizer, prompt: tuple[int, ...] = ()) -> None:
@@ -130,3 +123,39 @@ def blip_decoder(config: BLIPConfig, pixels: Pixels, prompt: str = "") -> Decode
         attention=None if config.reads_questions else attention,
         start_id=text.decode_id, end_id=text.end_id, pad_id=text.pad_id, longest=text.positions,
         vocab_size=text.vocab_size, prompt=prompt, reads_text=config.reads_questions)
+
+
+class BLIPTask:
+    """Methods of a task that is a dataclass with `model`, the configuration of a BLIP, and `pixels`."""
+
+    def bind(self, *, image_size: int, classes: int | None, tokenizer: Tokenizer | None) -> Task:
+        """Set the vocabulary size to the tokenizer's plus [DEC] and [ENC], if the recipe has none."""
+        check_pairs(image_size, self.model.vision, tokenizer)
+        check_tokenizer(self.model.text, tokenizer)
+        return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
+
+    def init(self, rng: Key[Array, ""]) -> Params:
+        """Return new parameters."""
+        size, images = self.model.vision.image_size, (2,) if self.model.pair else ()
+        image, tokens = jnp.zeros((1, *images, size, size, 3)), jnp.ones((1, 2), jnp.int32)
+        return self.module.init(rng, image, tokens, train=False)["params"]
+
+    @property
+    def module(self) -> BLIP:
+        """The Flax module."""
+        return BLIP(self.model)
+
+    @property
+    def text_config(self) -> MedConfig:
+        """Configuration of the text transformer."""
+        return self.model.text
+
+    @property
+    def embedder(self) -> Embedder:
+        """Features of images: the first token of an image, or of both of a pair [b 2d]."""
+        return blip_features(self.model, self.pixels)
+
+    @property
+    def matcher(self) -> Matcher | None:
+        """The matching head, if the model has one."""
+        return blip_matcher(self.model, self.pixels)

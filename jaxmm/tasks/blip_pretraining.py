@@ -6,32 +6,23 @@ Without a decoder it is the fine-tuning for retrieval (section 4.1), which does 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmm.config import check_types, require
 from jaxmm.losses.blockwise import NOT_IN_BATCH, Anchors, Candidates, Distilled, blockwise_loss, pair_keys
 from jaxmm.losses.contrastive import distilled_targets, equal_ids, positive_mask, soft_contrastive
 from jaxmm.losses.image_text_matching import hard_negatives, matching_loss
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
-from jaxmm.sharding import batch_devices, constrain_batch, constrain_replicated
-from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
-from jaxmm.tasks import adopting
-from jaxmm.tasks.blip_common import (
-    blip_decoder,
-    blip_embedder,
-    blip_matcher,
-    check_tokenizer,
-    init_blip,
-    with_vocabulary,
-)
-from jaxmm.validation import count_steps
+from jaxmm.sharding import batch_shards, constrain_batch, constrain_replicated
+from jaxmm.task import Decoder, Embedder, Task
+from jaxmm.tasks.blip_common import BLIPTask, blip_decoder, blip_embedder
+from jaxmm.tasks.tower_task import TowerTask
+from jaxmm.validation import BELOW_ONE, POSITIVE, Limit, at_least, check_types, count_steps, require
 
 EMPTY_ID = -(2**31)
 """Id of an empty queue entry."""
@@ -40,57 +31,46 @@ MOMENTUM_PARTS = ("vision", "text", "vision_projection", "text_projection")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIPPretraining(Task):
+class BLIPPretraining(BLIPTask, TowerTask, Task):
     """Contrastive, matching and captioning losses of one model; an image is encoded once for all three."""
 
     model: BLIPConfig
     pixels: Pixels = CLIP_PIXELS
     """Mean and std normalisation of images."""
-    queue: int = 57_600
+    queue: Annotated[int, POSITIVE] = 57_600
     """q, number of earlier image and text embeddings that a batch is compared with in addition to its own."""
-    momentum: float = 0.995
+    momentum: Annotated[float, BELOW_ONE] = 0.995
     """Momentum of the teacher, a moving average of the student."""
-    alpha: float = 0.4
+    alpha: Annotated[float, BELOW_ONE] = 0.4
     """Share of the teacher's predictions in the targets of the contrastive loss."""
-    ramp: float = 0
+    ramp: Annotated[float, at_least(0)] = 0
     """Steps over which `alpha` grows from 0 (the paper's code: two epochs); below 1 a share of all steps."""
-    smoothing: float = 0.1
+    smoothing: Annotated[float, BELOW_ONE] = 0.1
     """Label smoothing of the caption tokens."""
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Weights of the contrastive, matching and captioning losses. The paper's are 1. A short run from scratch writes
     better captions with a lower contrastive weight, because a low temperature makes that gradient large."""
-    tile: int | None = None
+    tile: Annotated[int | None, POSITIVE] = None
     """Block size of the blockwise contrastive loss over a ring of devices: at most `tile` x `tile` logits at a time;
     None: each device has the logits of its rows with the full queue."""
-    negatives: int | None = None
+    negatives: Annotated[int | None, Limit("two or more pairs", lambda value: value > 1)] = None
     """Draw hard negatives within groups of this many consecutive pairs (the paper's pre-training: one GPU's batch).
     Groups that are local to a device need no all-gather of image tokens. None: from the global batch."""
     reads: ClassVar = ("image", "text")
     clamps: ClassVar = ((r"^temperature$", 0.001, 0.5),)
-    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
-        """Check ranges, and that the model has all three modes."""
+        """Check the weights, and that the model has all three modes."""
         check_types(self, "task")
         model = self.model
         require(model.embed_dim and model.matching and model.answer is None, "task.model", model,
                 "embed_dim, matching, and no answer")
-        require(self.queue > 0, "task.queue", self.queue, "a positive number")
-        require(self.ramp >= 0, "task.ramp", self.ramp, "0 or more steps, or a share below 1")
-        require(self.tile is None or self.tile > 0, "task.tile", self.tile, "a positive number, or None")
-        require(self.negatives is None or self.negatives > 1, "task.negatives", self.negatives,
-                "two or more pairs, or None")
         require(min(self.weights) >= 0 < max(self.weights), "task.weights", self.weights, "0 or more, one above 0")
-        for name in ("momentum", "alpha", "smoothing"):
-            require(0 <= getattr(self, name) < 1, f"task.{name}", getattr(self, name), "0 or more, below 1")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """Set the vocabulary size to the tokenizer's plus [DEC] and [ENC], the first tokens of captions and of matched
-        texts."""
-        check_pairs(image_size, self.model.vision, tokenizer)
+        """Check that there is a temperature, and set the vocabulary size if the recipe has none."""
         require(self.model.temperature is not None, "task.model.temperature", None, "a number to start from")
-        check_tokenizer(self.model.text, tokenizer)
-        return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
+        return super().bind(image_size=image_size, classes=classes, tokenizer=tokenizer)
 
     def with_steps(self, steps: int) -> "BLIPPretraining":
         """Return this task with `ramp` as a number of steps."""
@@ -105,10 +85,6 @@ class BLIPPretraining(Task):
         require(size <= self.queue, "task.queue", self.queue, f"at least data.batch_size = {size}")
         require(size % (self.negatives or 1) == 0, "task.negatives", self.negatives,
                 f"a divisor of data.batch_size = {size}")
-
-    def init(self, rng):
-        """Initialise the parameters."""
-        return init_blip(self.model, rng)
 
     def init_extra(self, params, rng):
         """Return the teacher, a copy of the student, and queues of random directions without ids."""
@@ -187,8 +163,8 @@ class BLIPPretraining(Task):
 
     def _contrast_in_blocks(self, image, text, image_m, text_m, extra, batch, temperature, alpha):
         """Compute the contrastive loss blockwise, with batch and queue sharded over the devices."""
-        require(self.queue % batch_devices() == 0, "task.queue", self.queue,
-                f"a multiple of the {batch_devices()} devices that share it, with task.tile")
+        require(self.queue % batch_shards() == 0, "task.queue", self.queue,
+                f"a multiple of the {batch_shards()} devices that share it, with task.tile")
         names = [name for name in ("image_id", "text_id") if name in batch]
         keys = pair_keys(tuple(batch[name] for name in names), jnp.arange(len(image)))
         queued = pair_keys(tuple(extra[f"{name}s"] for name in names), jnp.full(self.queue, NOT_IN_BATCH))
@@ -202,7 +178,7 @@ class BLIPPretraining(Task):
     def _grouped(self, x: Array) -> Array:
         """Reshape [b ...] to the groups [b/n n ...] that negatives are drawn from, without moving rows."""
         x = x.reshape(-1, self.negatives or len(x), *x.shape[1:])
-        return constrain_batch(x) if len(x) % batch_devices() == 0 else x
+        return constrain_batch(x) if len(x) % batch_shards() == 0 else x
 
     def _match(self, variables, image_tokens, tokens, similar, positive, rng, rngs):
         """Compute the ITM loss over positives, texts with hard negative images, and images with hard negative texts.
@@ -236,21 +212,6 @@ class BLIPPretraining(Task):
             "place": (extra["place"] + b) % self.queue}
 
     @property
-    def module(self) -> BLIP:
-        """The Flax module."""
-        return BLIP(self.model)
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that the model reads."""
-        return self.model.vision.image_size
-
-    @property
-    def text_config(self) -> MedConfig:
-        """Configuration of the text transformer."""
-        return self.model.text
-
-    @property
     def embedder(self) -> Embedder:
         """Embeddings of images and texts."""
         return blip_embedder(self.model, self.pixels)
@@ -259,11 +220,6 @@ class BLIPPretraining(Task):
     def decoder(self) -> Decoder | None:
         """The decoder of captions; None in the fine-tuning for retrieval."""
         return blip_decoder(self.model, self.pixels)
-
-    @property
-    def matcher(self) -> Matcher:
-        """The matching head."""
-        return blip_matcher(self.model, self.pixels)
 
 
 def _similar(rows: Float[Array, "b e"], columns: Float[Array, "n e"], temperature: Float[Array, ""]

@@ -2,22 +2,22 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax.numpy as jnp
 
-from jaxmm.config import check_types, require
 from jaxmm.losses import contrastive as losses
 from jaxmm.losses.blockwise import Sigmoid, Softmax, blockwise_contrastive
 from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.sharding import constrain_batch
 from jaxmm.task import Embedder, Task, check_pairs
-from jaxmm.tasks import adopting
+from jaxmm.tasks.tower_task import TowerTask
+from jaxmm.validation import POSITIVE, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastiveLearning(Task):
+class ContrastiveLearning(TowerTask, Task):
     """An image tower and a text tower, trained so that matching pairs have similar embeddings."""
 
     model: CLIPConfig
@@ -27,19 +27,17 @@ class ContrastiveLearning(Task):
     """Loss: softmax (CLIP) or sigmoid (SigLIP)."""
     duplicates: bool = True
     """True if pairs with the same image or the same text are positives; False: only the diagonal is."""
-    tile: int | None = None
+    tile: Annotated[int | None, POSITIVE] = None
     """Block size of the blockwise loss over a ring of devices: at most `tile` x `tile` logits at a time (1024 is good),
     for batches of any size. None: each device has the logits of its images with all texts."""
     reads: ClassVar = ("image", "text")
     text_positions: ClassVar = "text/positions"
-    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """Check that the sigmoid loss has an initial bias."""
         check_types(self, "task")
         require(self.kind == "softmax" or self.model.logit_bias is not None, "task.model.logit_bias",
                 self.model.logit_bias, "a number such as -10, for the sigmoid loss")
-        require(self.tile is None or self.tile > 0, "task.tile", self.tile, "a positive number, or None")
 
     @property
     def clamps(self):
@@ -100,11 +98,6 @@ class ContrastiveLearning(Task):
     def module(self) -> CLIP:
         """The Flax module."""
         return CLIP(self.model)
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that the model reads."""
-        return self.model.vision.image_size
 
     @property
     def text_config(self) -> TextConfig:

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import optax
 
-from jaxmm.config import ConfigError, check_types, require
 from jaxmm.models.igpt import IGPT, IGPTConfig
 from jaxmm.nn.palette import Palette
 from jaxmm.task import Classifier, Decoder, Embedder, Task
 from jaxmm.tasks import igpt_common
+from jaxmm.validation import ConfigError, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)

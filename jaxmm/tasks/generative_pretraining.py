@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxmm.config import check_types, require
 from jaxmm.models.igpt import IGPT, IGPTConfig
 from jaxmm.nn.palette import Palette
 from jaxmm.task import Decoder, Embedder, Task
 from jaxmm.tasks import igpt_common
+from jaxmm.validation import check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,30 +1,22 @@
 """Image captioning: fine-tune BLIP's decoder (Li et al. 2022, section 4.3)."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxmm.config import check_types, require
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
-from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
-from jaxmm.tasks import adopting
-from jaxmm.tasks.blip_common import (
-    blip_decoder,
-    blip_features,
-    blip_matcher,
-    check_tokenizer,
-    init_blip,
-    with_vocabulary,
-)
+from jaxmm.task import Decoder, Task, check_pairs
+from jaxmm.tasks.blip_common import BLIPTask, blip_decoder, check_tokenizer, with_vocabulary
+from jaxmm.tasks.tower_task import TowerTask
+from jaxmm.validation import BELOW_ONE, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captioning(Task):
+class Captioning(BLIPTask, TowerTask, Task):
     """An image encoder and a text decoder that continues a fixed prompt."""
 
     model: BLIPConfig
@@ -34,17 +26,15 @@ class Captioning(Task):
     """Beginning of every caption. It is given, not learned."""
     prompt_ids: tuple[int, ...] | None = None
     """Tokens of `prompt`; None: by the tokenizer of the run."""
-    smoothing: float = 0.1
+    smoothing: Annotated[float, BELOW_ONE] = 0.1
     """Label smoothing of the caption tokens."""
     reads: ClassVar = ("image", "text")
-    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """Check that the model has a decoder."""
         check_types(self, "task")
         require(self.model.text.decoder and self.model.answer is None, "task.model.text.decoder",
                 self.model.text.decoder, "True, and no answer")
-        require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
 
     def bind(self, *, image_size, classes, tokenizer):
         """Set the vocabulary size to the tokenizer's plus [DEC] and [ENC], if the recipe has none."""
@@ -53,10 +43,6 @@ class Captioning(Task):
         check_tokenizer(self.model.text, tokenizer, ids)
         text = with_vocabulary(self.model.text, tokenizer)
         return replace(self, prompt_ids=ids, model=replace(self.model, text=text))
-
-    def init(self, rng):
-        """Initialise the parameters."""
-        return init_blip(self.model, rng)
 
     def loss(self, params, extra, batch, rng):
         """Compute the cross-entropy of the tokens after the prompt, over all texts of the batch."""
@@ -74,34 +60,9 @@ class Captioning(Task):
         return loss, (extra, {"accuracy": right.sum() / jnp.maximum(counts.sum(), 1)})
 
     @property
-    def module(self) -> BLIP:
-        """The Flax module."""
-        return BLIP(self.model)
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that the model reads."""
-        return self.model.vision.image_size
-
-    @property
-    def text_config(self) -> MedConfig:
-        """Configuration of the text transformer."""
-        return self.model.text
-
-    @property
-    def embedder(self) -> Embedder:
-        """Features of images."""
-        return blip_features(self.model, self.pixels)
-
-    @property
     def decoder(self) -> Decoder:
         """The decoder of captions."""
         return blip_decoder(self.model, self.pixels, self.prompt)
-
-    @property
-    def matcher(self) -> Matcher | None:
-        """The matching head, if the model has one."""
-        return blip_matcher(self.model, self.pixels)
 
 
 def prompt_ids(tokenizer, prompt: str) -> tuple[int, ...]:

@@ -2,22 +2,22 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxmm.config import ConfigError, check_types, require
 from jaxmm.losses import classification as losses
 from jaxmm.models.attention_conv import AttentionConv, AttentionConvConfig
 from jaxmm.models.vit import ViT, ViTConfig
 from jaxmm.nn.pixels import INCEPTION, Pixels
 from jaxmm.task import Classifier, Embedder, PatchAttention, Task
-from jaxmm.tasks import adopting
+from jaxmm.tasks.tower_task import TowerTask
+from jaxmm.validation import BELOW_ONE, ConfigError, at_least, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Task):
+class Classification(TowerTask, Task):
     """A vision transformer, or self-attention as convolution, with a classification head."""
 
     model: ViTConfig | AttentionConvConfig
@@ -25,21 +25,16 @@ class Classification(Task):
     """Mean and std normalisation of images."""
     kind: Literal["softmax", "sigmoid"] = "softmax"
     """Loss. softmax: one class per image; sigmoid: every class separately."""
-    label_smoothing: float = 0.0
-    mixup: float = 0.0
+    label_smoothing: Annotated[float, BELOW_ONE] = 0.0
+    mixup: Annotated[float, at_least(0)] = 0.0
     """Alpha of mixup's Beta distribution; 0: no mixup."""
-    cutmix: float = 0.0
+    cutmix: Annotated[float, at_least(0)] = 0.0
     """Alpha of CutMix's Beta distribution; with both, each batch gets one of them at random."""
     reads: ClassVar = ("image", "label")
     decomposes: ClassVar[bool] = True
-    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
-        """Check ranges."""
         check_types(self, "task")
-        require(0 <= self.label_smoothing < 1, "task.label_smoothing", self.label_smoothing, "0 or more, below 1")
-        for name in ("mixup", "cutmix"):
-            require(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), "0 or more")
 
     def bind(self, *, image_size, classes, tokenizer):
         """Take the number of classes from the data if the recipe has none."""

@@ -1,22 +1,21 @@
 """Classify whether a text about two images is true: BLIP on NLVR2 (Li et al. 2022, section 4.5)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
 
-from jaxmm.config import check_types, require
 from jaxmm.losses.classification import cross_entropy
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
-from jaxmm.task import Classifier, Embedder, Task, check_pairs
-from jaxmm.tasks import adopting
-from jaxmm.tasks.blip_common import blip_features, check_tokenizer, init_blip, with_vocabulary
+from jaxmm.task import Classifier, Task
+from jaxmm.tasks.blip_common import BLIPTask
+from jaxmm.tasks.tower_task import TowerTask
+from jaxmm.validation import check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairClassification(Task):
+class PairClassification(BLIPTask, TowerTask, Task):
     """An image encoder, and a text encoder with cross-attention to two images; class 0 is false, 1 is true."""
 
     model: BLIPConfig
@@ -26,7 +25,6 @@ class PairClassification(Task):
     images_per_record: ClassVar[int] = 2
     classes: ClassVar[int] = 2
     decomposes: ClassVar[bool] = True
-    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """Check that the model reads two images."""
@@ -34,15 +32,10 @@ class PairClassification(Task):
         require(self.model.pair, "task.model.text.merge_from", None, "the number of a layer, to read two images")
 
     def bind(self, *, image_size, classes, tokenizer):
-        """Set the vocabulary size to the tokenizer's plus [DEC] and [ENC], if the recipe has none."""
-        check_pairs(image_size, self.model.vision, tokenizer)
+        """Check that there are two classes, and set the vocabulary size if the recipe has none."""
+        bound = super().bind(image_size=image_size, classes=classes, tokenizer=tokenizer)
         require(classes == 2, "data.train", f"a source with {classes or 'no'} classes", "one with two: false and true")
-        check_tokenizer(self.model.text, tokenizer)
-        return replace(self, model=replace(self.model, text=with_vocabulary(self.model.text, tokenizer)))
-
-    def init(self, rng):
-        """Initialise the parameters."""
-        return init_blip(self.model, rng)
+        return bound
 
     def encode(self, params, batch, rng):
         """Return the logits."""
@@ -53,26 +46,6 @@ class PairClassification(Task):
         """Return cross-entropy and accuracy."""
         accuracy = (outputs.argmax(axis=-1) == batch["label"]).mean()
         return cross_entropy(outputs, jax.nn.one_hot(batch["label"], 2)), {"accuracy": accuracy}
-
-    @property
-    def module(self) -> BLIP:
-        """The Flax module."""
-        return BLIP(self.model)
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that the model reads."""
-        return self.model.vision.image_size
-
-    @property
-    def text_config(self) -> MedConfig:
-        """Configuration of the text transformer."""
-        return self.model.text
-
-    @property
-    def embedder(self) -> Embedder:
-        """Features of images: the first token of an image, or of both of a pair [b 2d]."""
-        return blip_features(self.model, self.pixels)
 
     @property
     def classifier(self) -> Classifier:

@@ -2,40 +2,31 @@
 4.4)."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxmm.config import check_types, require
 from jaxmm.losses.language_modeling import token_losses
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
-from jaxmm.task import Decoder, Embedder, Matcher, Task, check_pairs
-from jaxmm.tasks import adopting
-from jaxmm.tasks.blip_common import (
-    blip_decoder,
-    blip_features,
-    blip_matcher,
-    check_tokenizer,
-    init_blip,
-    with_vocabulary,
-)
+from jaxmm.task import Decoder, Task, check_pairs
+from jaxmm.tasks.blip_common import BLIPTask, blip_decoder, check_tokenizer, with_vocabulary
+from jaxmm.tasks.tower_task import TowerTask
+from jaxmm.validation import BELOW_ONE, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionAnswering(Task):
+class QuestionAnswering(BLIPTask, TowerTask, Task):
     """BLIP for VQA. An image is encoded once for all its questions, a question once for all its weighted answers."""
 
     model: BLIPConfig
     pixels: Pixels = CLIP_PIXELS
     """Mean and std normalisation of images."""
-    smoothing: float = 0.1
+    smoothing: Annotated[float, BELOW_ONE] = 0.1
     """Label smoothing of the answer tokens."""
     reads: ClassVar = ("image", "text", "answers")
     decomposes: ClassVar[bool] = True
-    adopt, trained_path, position_grid = adopting.adopt, adopting.trained_path, adopting.position_grid
 
     def __post_init__(self):
         """Check that the model encodes questions and decodes answers."""
@@ -45,7 +36,6 @@ class QuestionAnswering(Task):
                 "False: task.model.answer writes")
         require(answer is not None and answer.decoder and not answer.encoder, "task.model.answer", answer,
                 "a MedConfig with encoder=False")
-        require(0 <= self.smoothing < 1, "task.smoothing", self.smoothing, "0 or more, below 1")
 
     def bind(self, *, image_size, classes, tokenizer):
         """Set the vocabulary sizes of questions and answers to the tokenizer's plus [DEC] and [ENC], if the recipe has
@@ -55,10 +45,6 @@ class QuestionAnswering(Task):
         parts = {name: with_vocabulary(getattr(self.model, name), tokenizer, f"task.model.{name}")
                  for name in ("text", "answer")}
         return replace(self, model=replace(self.model, **parts))
-
-    def init(self, rng):
-        """Initialise the parameters."""
-        return init_blip(self.model, rng)
 
     def encode(self, params, batch, rng):
         """Return per image the weighted sum of its answers' losses (mean over questions), and the numbers of correct
@@ -93,31 +79,6 @@ class QuestionAnswering(Task):
         return outputs["loss"].mean(), {"accuracy": accuracy}
 
     @property
-    def module(self) -> BLIP:
-        """The Flax module."""
-        return BLIP(self.model)
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that the model reads."""
-        return self.model.vision.image_size
-
-    @property
-    def text_config(self) -> MedConfig:
-        """Configuration of the text transformer."""
-        return self.model.text
-
-    @property
-    def embedder(self) -> Embedder:
-        """Features of images."""
-        return blip_features(self.model, self.pixels)
-
-    @property
     def decoder(self) -> Decoder:
         """The decoder of answers."""
         return blip_decoder(self.model, self.pixels)
-
-    @property
-    def matcher(self) -> Matcher | None:
-        """The matching head, if the model has one."""
-        return blip_matcher(self.model, self.pixels)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from jaxmm.config import TrainConfig, require
+from jaxmm.config import TrainConfig
 from jaxmm.sharding import batch_shards, constrain_batch
 from jaxmm.task import Batch, Metrics, Params, Task
+from jaxmm.validation import require
 
 
 def check_parts(config: TrainConfig, mesh: Mesh) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxmm import hosts
-from jaxmm.config import Evaluator, ImageConfig, TrainConfig, from_dict, to_dict
+from jaxmm.config import Evaluator, ImageConfig, TrainConfig
 from jaxmm.data.bad_records import BadRecord
 from jaxmm.data.base import DataError, Source, record_texts
 from jaxmm.data.rows import load_row, transform_images
@@ -21,6 +21,7 @@ from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals.context import EvalContext, evenly_spaced
 from jaxmm.pretrained.warm_start import adopt, open_start, with_longer_texts
+from jaxmm.saved_config import from_dict, to_dict
 from jaxmm.sharding import host_share, make_mesh, with_shardings
 from jaxmm.task import Task
 from jaxmm.training.accumulate import check_parts

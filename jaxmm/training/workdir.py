@@ -11,11 +11,12 @@ from typing import Any
 import filelock
 import jax
 
-from jaxmm.config import ConfigError, TrainConfig, differences, save_config, to_dict, with_current_names
+from jaxmm.config import TrainConfig
 from jaxmm.data.base import Source
 from jaxmm.data.tokenizers import Tokenizer
+from jaxmm.saved_config import differences, save_config, to_dict, with_current_names
 from jaxmm.task import Task
-from jaxmm.validation import count_steps
+from jaxmm.validation import ConfigError, count_steps
 
 FREE = ("steps", "microbatches", "log_every", "eval_every", "evals", "mesh", "checkpoint", "nonfinite", "max_skips",
         "data.val", "data.workers", "data.data_dir", "data.max_bad")
@@ -79,10 +80,9 @@ def write_run_config(
         tokenizer.save(part)
         part.rename(workdir / "tokenizer")
     packages = ("jaxmm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
-    devices, part = jax.devices(), workdir / "config.json.part"
-    save_config(config, part, task=to_dict(task), classes=to_dict(source.classes),
+    devices = jax.devices()
+    save_config(config, workdir / "config.json", task=to_dict(task), classes=to_dict(source.classes),
                 fingerprint=source.fingerprint,
                 versions={name: importlib.metadata.version(name) for name in packages}
                 | {"python": platform.python_version()},
                 devices=f"{len(devices)} x {devices[0].device_kind}", hosts=jax.process_count())
-    part.replace(workdir / "config.json")

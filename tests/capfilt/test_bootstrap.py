@@ -7,9 +7,10 @@ import pytest
 from jaxmm.capfilt import bootstrap as module
 from jaxmm.capfilt.bootstrap import CapFiltConfig, bootstrap
 from jaxmm.cli import main
-from jaxmm.config import ConfigError, MeshConfig
+from jaxmm.config import MeshConfig
 from jaxmm.data.sources.registry import open_source
 from jaxmm.recipes import load_recipe
+from jaxmm.validation import ConfigError
 from tests.capfilt.conftest import SAMPLED
 from tests.pretrained import tiny
 

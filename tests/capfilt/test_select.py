@@ -3,7 +3,7 @@ import pytest
 
 from jaxmm.capfilt.selection import REASONS, Rule, cutoff, select_texts
 from jaxmm.capfilt.tables import SCORED, Texts
-from jaxmm.config import ConfigError
+from jaxmm.validation import ConfigError
 
 
 def texts(seed=0, images=23):

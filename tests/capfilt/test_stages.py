@@ -19,11 +19,11 @@ from jaxmm.capfilt.merge import merge, merged_source
 from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import CAPTIONS, SCORES, SELECTED, begin, select, write_captions, write_scores
 from jaxmm.capfilt.synthetic_captions import CaptionOptions
-from jaxmm.config import ConfigError
 from jaxmm.data.base import DataError
 from jaxmm.data.images import decode
 from jaxmm.data.sources.registry import open_source
 from jaxmm.inference.generate import Decoding
+from jaxmm.validation import ConfigError
 from tests.capfilt.conftest import MEDIAN, SAMPLED, contents, run
 from tests.data import crawl
 

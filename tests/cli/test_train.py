@@ -11,9 +11,9 @@ from jaxmm import cli
 from jaxmm.checkpoints import MANIFEST
 from jaxmm.cli.train import next_commands, train
 from jaxmm.compiling import use_compilation_cache
-from jaxmm.config import save_config, to_dict
 from jaxmm.planning.shapes import bind
 from jaxmm.recipes import load_recipe
+from jaxmm.saved_config import save_config, to_dict
 from jaxmm.training import loop
 from tests.training.common import Plain, lines
 
@@ -105,7 +105,7 @@ def test_without_a_work_folder_a_new_one_is_named_after_the_recipe(command, reci
     ("vit_digits", ["classify IMAGES --model"]), ("blip_nlvr2", [])])
 def test_what_a_trained_model_can_do_is_said(config, commands, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jaxmm.cli.image_files.use_compilation_cache", lambda: None)
-    task = bind(load_recipe(config)).task
+    task = bind(load_recipe(config))[0]
     *found, python, _ = [line for _, line in next_commands(task, tmp_path)]
     assert len(found) == len(commands) and f'jaxmm.load("{tmp_path}")' in python
     for line, command in zip(found, commands, strict=True):
@@ -118,7 +118,7 @@ def test_what_to_do_next_is_said_of_the_bound_task(recipe, tmp_path, monkeypatch
     """A recipe for any data set has no classes of its own."""
     def trained(config, workdir):
         workdir.mkdir()
-        save_config(config, workdir / "config.json", task=to_dict(bind(config).task))
+        save_config(config, workdir / "config.json", task=to_dict(bind(config)[0]))
         return {"val/top1": 1.0}
 
     monkeypatch.setattr(loop, "train", trained)

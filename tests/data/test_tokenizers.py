@@ -14,8 +14,9 @@ import pytest
 import regex
 import tokenizers
 
-from jaxmm.config import ConfigError, TokenizerConfig
+from jaxmm.config import TokenizerConfig
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
+from jaxmm.validation import ConfigError
 
 MERGES = [("t", "h"), ("th", "e</w>"), ("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("'", "s</w>"),
           ("i", "n"), ("in", "g</w>"), ("!", "!</w>"), ("ð", "Ł"), ("ca", "t")]

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import DataConfig, ImageConfig, Task, TokenizerConfig
+from jaxmm.config import DataConfig, ImageConfig, TokenizerConfig
 from jaxmm.data import Source
 from jaxmm.evals import EvalContext
-from jaxmm.task import Classifier, Embedder
+from jaxmm.task import Classifier, Embedder, Task
 
 SIDE, EMBED, LENGTH, VOCABULARY, CLASSES = 4, 5, 6, 50, 7
 

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
-from jaxmm.config import ConfigError, DataConfig, ImageConfig
+from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.evals import AttentionCenters, EvalContext, attention_centers
 from jaxmm.evals.context import FIGURE, Drawing
 from jaxmm.models.attention_conv import AttentionConvConfig
@@ -15,6 +15,7 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.loop import train
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.evals.conftest import LinearTask, MemorySource
 from tests.reference import fp64, random_like

@@ -8,10 +8,11 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from jaxmm.config import ConfigError, DataConfig
+from jaxmm.config import DataConfig
 from jaxmm.evals import Captions, EvalContext
 from jaxmm.evals.ptb import ptb_tokens
 from jaxmm.inference.generate import Decoding
+from jaxmm.validation import ConfigError
 from tests.evals.conftest import MemorySource
 from tests.pretrained import tiny
 

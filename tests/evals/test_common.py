@@ -5,12 +5,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError, Evaluator, from_dict, to_dict
+from jaxmm.config import Evaluator
 from jaxmm.evals import KNN, LinearProbe, Retrieval, TopKAccuracy, ZeroShot
 from jaxmm.evals.accuracy import accuracy
 from jaxmm.evals.context import concatenate, evenly_spaced
 from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
+from jaxmm.saved_config import from_dict, to_dict
 from jaxmm.task import Task
+from jaxmm.validation import ConfigError
 from tests.evals.conftest import SIDE, LinearTask, MemorySource, numpy_outputs
 
 

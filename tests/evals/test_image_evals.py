@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError, DataConfig, ImageConfig
+from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.data.scenes import one_shape
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals import KNN, Drawing, EvalContext, ImageGrid, ImageLikelihood, ImageSamples, LayerProbes, LinearProbe
 from jaxmm.evals.knn import knn
 from jaxmm.evals.probe import probe
+from jaxmm.validation import ConfigError
 from tests.chain import CHAIN, SIDE, chain_images, chain_params, log_chances
 from tests.evals.conftest import MemorySource
 

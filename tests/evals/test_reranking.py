@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmm.config import ConfigError, DataConfig
+from jaxmm.config import DataConfig
 from jaxmm.data.transforms import eval_image
 from jaxmm.evals import EvalContext, Reranking, Retrieval
 from jaxmm.evals import image_text_pairs as module
 from jaxmm.inference.matching import match_pairs, pair_batches
 from jaxmm.models.blip import BLIP
+from jaxmm.validation import ConfigError
 from tests.evals.conftest import MemorySource, one_per_image
 from tests.pretrained import tiny
 

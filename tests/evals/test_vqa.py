@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxmm.config import ConfigError, DataConfig
+from jaxmm.config import DataConfig
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals import EvalContext, VQAAccuracy
 from jaxmm.evals.vqa_accuracy import accuracy_of, normalise_answer
 from jaxmm.inference.generate import Decoding
+from jaxmm.validation import ConfigError
 from tests.evals.conftest import MemorySource
 from tests.pretrained import tiny
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.inference.answering import candidate_tokens, rank
 from jaxmm.models.blip import BLIP
 from jaxmm.nn.pixels import CLIP_PIXELS
 from jaxmm.tasks.blip_common import blip_decoder
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.models.test_blip import MED, MODEL
 from tests.pretrained.tiny import CAPTIONER, TOKENIZER

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.inference.generate import Decoding, generate, search
 from jaxmm.task import Decoder
+from jaxmm.validation import ConfigError
 
 VOCABULARY, END, PAD = 6, 1, 0
 RNG = np.random.default_rng(0)

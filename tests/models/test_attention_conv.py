@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.models.attention_conv import AttentionConv, AttentionConvConfig, GridAttention, convolution_params
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.reference import arrays, fp64
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.models.blip import BLIP, BLIPConfig, blip
 from jaxmm.models.med import Med, empty_cache
 from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.sharding import named_leaves
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.reference import fp64, random_like
 

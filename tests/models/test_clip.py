@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.models.clip import (
     CLIP,
     CLIP_SIZES,
@@ -22,6 +21,7 @@ from jaxmm.models.clip import (
 )
 from jaxmm.models.vit import ViT, ViTConfig, vit
 from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.reference import arrays, fp64
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.models.igpt import IGPT, IGPTConfig, empty_cache, igpt
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.sharding import named_leaves
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.reference import fp64
 

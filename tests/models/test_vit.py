@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.models.vit import SIZES, ViT, ViTConfig, keep_patches, transformer, vit
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.sharding import named_leaves
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.reference import arrays, fp64
 

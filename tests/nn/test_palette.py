@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.nn.palette import Palette, fit_palette
+from jaxmm.validation import ConfigError
 
 RNG = np.random.default_rng(0)
 COLORS = Palette(colors=tuple(map(tuple, RNG.uniform(-1, 1, (9, 3)).tolist())))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxmm.config import ConfigError
 from jaxmm.nn.attention import causal_mask
 from jaxmm.nn.transformer import Block, Mlp, Stack, TransformerConfig
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.reference import arrays, fp64
 

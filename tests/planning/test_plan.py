@@ -10,13 +10,14 @@ import jax
 import pytest
 
 from jaxmm.cli import main
-from jaxmm.config import ConfigError, MeshConfig, TrainConfig
+from jaxmm.config import MeshConfig, TrainConfig
 from jaxmm.planning import pareto as search
 from jaxmm.planning import plan as plans
 from jaxmm.planning.chips import CHIPS, Topology, open_topology
 from jaxmm.planning.plan import make_plan, requested_bytes, sharding_lines, trace
 from jaxmm.planning.shapes import bind
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+from jaxmm.validation import ConfigError
 from tests.training.common import LINEAR, clip_run, model_task
 
 TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
@@ -91,23 +92,36 @@ def test_a_recipe_that_does_not_fit_and_a_change_that_does(tmp_path):
     """
     large, config = open_topology("v5e:2x2"), recipe(2_048, mesh=MeshConfig(fsdp=4))
     chip = replace(large.chip, hbm_bytes=make_plan(config, large, tmp_path).peak_bytes * 9 // 10)
-    topology, tried = replace(large, chip=chip), []
+    topology = replace(large, chip=chip)
     made = make_plan(config, topology, tmp_path)
     assert not made.fits and made.missing_bytes == made.peak_bytes - chip.hbm_bytes > 0
-    [fitting] = search.suggest(config, topology, lambda *recipe: make_plan(*recipe, tmp_path), wanted=1,
-                              on_plan=tried.append)
-    assert fitting.plan.fits and fitting is tried[-1] and not any(trial.plan.fits for trial in tried[:-1])
-    assert fitting.flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat")
+    trials = search.compile_variants(config, search.suggestions(config, topology), topology,
+                                     lambda *recipe: make_plan(*recipe, tmp_path))
+    [fitting] = search.first_fitting(trials, 1)
+    assert fitting.plan.fits and fitting.flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat")
 
 
-def test_suggestions_end_with_the_first_that_fits(eight):
-    def plan(config, _):
-        return planned(1.0, 60, fits=search.remat_of(config) == "full")
-
+def test_suggestions_are_compiled_up_to_the_first_that_fits(eight):
     tried = []
-    fitting = search.suggest(recipe(64), eight, plan, wanted=1, on_plan=tried.append)
-    assert fitting == [tried[-1]] and fitting[0].plan.fits and not any(trial.plan.fits for trial in tried[:-1])
-    assert "remat full" in fitting[0].flags and len(tried) > 1
+
+    def plan(config, _):
+        if config.mesh.fsdp > recipe().mesh.fsdp:
+            raise ConfigError("it cannot run")
+        tried.append(planned(1.0, 60, fits=search.remat_of(config) == "full"))
+        return tried[-1]
+
+    config = recipe(64)
+    trials = search.compile_variants(config, search.suggestions(config, eight), eight, plan)
+    [fitting] = search.first_fitting(trials, 1)
+    assert fitting.plan is tried[-1] and fitting.plan.fits and not any(plan.fits for plan in tried[:-1])
+    assert "remat full" in fitting.flags and len(tried) > 1
+
+
+def test_the_fitting_ones_are_ordered_by_speed():
+    trials = [search.Trial(recipe(), planned(*figures), name) for name, figures in {
+        "does not fit": (0.5, 60, False), "slow": (3.0, 40), "fast": (1.0, 45), "unknown": (None, 10),
+        "fastest, too late": (0.1, 10)}.items()]
+    assert [trial.flags for trial in search.first_fitting(trials)] == ["fast", "slow", "unknown"]
 
 
 def test_a_plan_for_gpus(eight):
@@ -132,10 +146,10 @@ def test_shardings_of_every_array(eight):
 
 
 def test_assumptions():
-    assert bind(recipe()).assumed == ("a vocabulary of 150",)
-    bound = bind(TrainConfig(task=model_task("vit"), steps=1, data=replace(
+    assert bind(recipe())[1] == ("a vocabulary of 150",)
+    task, assumed = bind(TrainConfig(task=model_task("vit"), steps=1, data=replace(
         recipe().data, image=replace(recipe().data.image, size=12))))
-    assert bound.assumed == () and bound.task.model.classes == 10
+    assert assumed == () and task.model.classes == 10
 
 
 @pytest.mark.parametrize(("message", "expected"), [

@@ -29,7 +29,7 @@ NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 @cache
 def state(name):
     config = load_recipe(CONFIGS / f"{name}.py")
-    task = bind(config).task
+    task = bind(config)[0]
     params = jax.eval_shape(task.init, jax.random.key(0))
     return config, abstract_state(task, make_optimizer(config.optimizer, params, config.steps, task.clamps))
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from jaxmm import train
-from jaxmm.config import ConfigError, DataConfig, ImageConfig, InitConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jaxmm.config import DataConfig, ImageConfig, InitConfig, MeshConfig, OptimizerConfig, TrainConfig
 from jaxmm.inference.model import Model
 from jaxmm.models.blip import BLIP
 from jaxmm.nn.embeddings import resize_positions
 from jaxmm.pretrained.warm_start import adopt, start_weights, with_longer_texts
 from jaxmm.sharding import make_mesh, named_leaves
 from jaxmm.tasks.blip_pretraining import BLIPPretraining
+from jaxmm.validation import ConfigError
 from tests.pretrained import tiny
 from tests.tasks.common import params
 from tests.training.common import assert_same_bits, lines, restored

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError, MeshConfig
+from jaxmm.config import MeshConfig
 from jaxmm.losses.image_text_matching import hard_negatives
 from jaxmm.models.blip import BLIP
 from jaxmm.sharding import batch_sharding, make_mesh, place_batch, shardings, with_shardings
 from jaxmm.tasks import blip_pretraining as tasks
 from jaxmm.tasks.blip_pretraining import EMPTY_ID, MOMENTUM_PARTS, BLIPPretraining
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.models.test_blip import MODEL, parameters
 from tests.reference import fp64, log_softmax

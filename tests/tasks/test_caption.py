@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.tasks.blip_common import with_vocabulary
 from jaxmm.tasks.image_captioning import Captioning
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.models.test_blip import MED, MODEL
 from tests.pretrained.tiny import TOKENIZER

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError, from_dict, to_dict
 from jaxmm.inference.batching import predictions
 from jaxmm.models.attention_conv import AttentionConvConfig
+from jaxmm.saved_config import from_dict, to_dict
 from jaxmm.tasks.image_classification import Classification
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.reference import fp64
 from tests.tasks.common import CLASSES, CLASSIFY, VISION, B, bf16, labelled, params

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError
 from jaxmm.inference.batching import predictions
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.losses.test_contrastive import brute_sigmoid, brute_softmax
 from tests.reference import fp64

@@ -9,15 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmm.config import ConfigError, from_dict, to_dict
 from jaxmm.inference.batching import predictions
 from jaxmm.models.igpt import IGPTConfig
 from jaxmm.nn.palette import Palette
 from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.saved_config import from_dict, to_dict
 from jaxmm.sharding import named_leaves
 from jaxmm.task import capabilities
 from jaxmm.tasks.generative_classification import GenerativeClassification
 from jaxmm.tasks.generative_pretraining import GenerativePretraining
+from jaxmm.validation import ConfigError
 from tests import reference
 from tests.reference import fp64
 from tests.tasks.common import CLASSIFY

@@ -18,7 +18,6 @@ from jaxmm.config import (
     ImageConfig,
     MeshConfig,
     OptimizerConfig,
-    Task,
     TokenizerConfig,
     TrainConfig,
 )
@@ -31,6 +30,7 @@ from jaxmm.models.igpt import IGPTConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.palette import Palette
 from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.task import Task
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from jaxmm.tasks.generative_classification import GenerativeClassification
 from jaxmm.tasks.image_classification import Classification

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxmm.config import CheckpointConfig, ConfigError
+from jaxmm.config import CheckpointConfig
 from jaxmm.evals import Captions, Retrieval
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import load
@@ -17,6 +17,7 @@ from jaxmm.tasks.blip_pretraining import BLIPPretraining
 from jaxmm.tasks.image_captioning import Captioning
 from jaxmm.training.loop import train
 from jaxmm.training.setup import prepare
+from jaxmm.validation import ConfigError
 from tests.training.common import Killed, assert_same_bits, clip_run, lines, restored
 
 pytestmark = pytest.mark.usefixtures("no_java")

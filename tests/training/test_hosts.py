@@ -23,12 +23,12 @@ import pytest
 from PIL import Image
 
 from jaxmm.checkpoints import whole_steps
-from jaxmm.config import ConfigError
 from jaxmm.data.pipeline import step_records
 from jaxmm.hosts import clusters
 from jaxmm.hosts.heartbeat import LONG, STATUS, Heartbeat, HostStatus, caused_elsewhere, detect_failure
 from jaxmm.hosts.startup import HostsConfig, count_hosts, detect_process_count, join
 from jaxmm.sharding import named_leaves
+from jaxmm.validation import ConfigError
 from tests.training.common import assert_same_bits, lines
 from tests.training.hosts import EVERY, STEPS, config
 

@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxmm.config import ConfigError, OptimizerConfig
+from jaxmm.config import OptimizerConfig
 from jaxmm.sharding import named_leaves
 from jaxmm.training.optimizer import layer_scales, learning_rate, make_optimizer, matching
+from jaxmm.validation import ConfigError
 from tests.pretrained import tiny
 from tests.reference import random_like
 from tests.tasks.common import SIGMOID, SOFTMAX

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from jaxmm.charts import curves, drawing
-from jaxmm.config import DataConfig, Evaluator, TrainConfig, save_config
+from jaxmm.config import DataConfig, Evaluator, TrainConfig
 from jaxmm.evals import CaptionExample, Drawing, ImageGrid, PredictionExample, RetrievalExample, Retrieved
 from jaxmm.models.vit import vit
 from jaxmm.pages import data_uri, number, overlay
+from jaxmm.saved_config import save_config
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.report import final_values, panels, read_metrics, summary, write_report
 

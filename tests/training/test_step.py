@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import ConfigError, MeshConfig, OptimizerConfig
+from jaxmm.config import MeshConfig, OptimizerConfig
 from jaxmm.sharding import make_mesh, place_batch, replicated, shardings, with_shardings
 from jaxmm.training.optimizer import make_optimizer
 from jaxmm.training.state import abstract_state, init_state, sharded_state
 from jaxmm.training.step import compile_step, train_step
+from jaxmm.validation import ConfigError
 from tests.training.common import (
     ATTENTIONS,
     CLASSES,

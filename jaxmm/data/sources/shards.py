@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,11 @@ LARGEST_TEXT = 4 * 2**20
 MOST_FILES = 1_000_000
 
 
+def _of_source(name: str) -> property:
+    """Return a property of a slice: the attribute `name` of its source."""
+    return property(attrgetter(f"source.{name}"))
+
+
 @dataclass(frozen=True)
 class Slice(Source):
     """The records from `start` up to `stop` of a source."""
@@ -27,6 +33,10 @@ class Slice(Source):
     source: Source
     start: int
     stop: int
+    name, classes, images_per_record, most_answers = map(_of_source, (
+        "name", "classes", "images_per_record", "most_answers"))
+    grades_captions, grades_images, varies, image_id_scope = map(_of_source, (
+        "grades_captions", "grades_images", "varies", "image_id_scope"))
 
     def __len__(self):
         return self.stop - self.start
@@ -34,46 +44,6 @@ class Slice(Source):
     def __getitem__(self, index: int) -> Record:
         """Read a record of the source."""
         return self.source[self._at(index)]
-
-    @property
-    def name(self) -> str:
-        """The name of the source."""
-        return self.source.name
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """The classes of the source."""
-        return self.source.classes
-
-    @property
-    def images_per_record(self) -> int:
-        """The number of images in one record of the source."""
-        return self.source.images_per_record
-
-    @property
-    def most_answers(self) -> int:
-        """The largest number of different answers to one question of the source."""
-        return self.source.most_answers
-
-    @property
-    def grades_captions(self) -> bool:
-        """True if the source grades captions."""
-        return self.source.grades_captions
-
-    @property
-    def grades_images(self) -> bool:
-        """True if the source grades images."""
-        return self.source.grades_images
-
-    @property
-    def varies(self) -> bool:
-        """True if the source varies records."""
-        return self.source.varies
-
-    @property
-    def image_id_scope(self) -> str | None:
-        """The scope of the source."""
-        return self.source.image_id_scope
 
     @cached_property
     def fingerprint(self) -> str:

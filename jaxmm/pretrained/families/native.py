@@ -6,14 +6,16 @@ from pathlib import Path
 import jax
 
 from jaxmm.checkpoints import CheckpointError, read_weights
-from jaxmm.config import ConfigError, ImageConfig, from_dict, to_dict
+from jaxmm.config import ImageConfig
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.pretrained.family import Checkpoint, Export, Family, Opened
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.io.hub import Files
 from jaxmm.pretrained.table import Row
+from jaxmm.saved_config import from_dict, to_dict
 from jaxmm.sharding import named_leaves
 from jaxmm.task import Task
+from jaxmm.validation import ConfigError
 
 MODEL = "jaxmm.json"
 

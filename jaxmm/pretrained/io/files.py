@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxmm.atomic import atomic_file
 from jaxmm.pretrained.io import torch as torch_files
 from jaxmm.pretrained.io import zips
 from jaxmm.pretrained.io.names import Weights, bare_names
@@ -106,22 +107,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, tensor in ordered:
-                array = tensor.read()
-                if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                    raise FileError(f"{path} cannot be written: {name} is {array.dtype}{list(array.shape)}, "
-                                    f"not {tensor.dtype}{list(tensor.shape)} as announced")
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                del array  # before the next one is read
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in ordered:
+            array = tensor.read()
+            if array.shape != tensor.shape or array.dtype != tensor.dtype:
+                raise FileError(f"{path} cannot be written: {name} is {array.dtype}{list(array.shape)}, "
+                                f"not {tensor.dtype}{list(tensor.shape)} as announced")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            del array  # before the next one is read
 
 
 def _kind(path: Path) -> str:
