@@ -15,6 +15,7 @@ from jaxmm.evals import Captions, EvalContext
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.model import load
 from jaxmm.losses.language_modeling import language_loss
+from jaxmm.pretrained.io.files import FileError
 from jaxmm.task import Decoder, Task, capabilities
 from jaxmm.training.loop import train
 from tests.training.common import assert_same_bits, clip_run, restored
@@ -144,6 +145,18 @@ def test_it_captions(run):
         model.match(some, ["a star"])
     with pytest.raises(ValueError, match="which writes captions; expected one that embeds images"):
         model.encode_image(some)
+
+
+def test_it_is_saved_and_loaded(run, tmp_path):
+    folder, config = run
+    model, (_, some) = load(folder / "half"), images(config, 3)
+    model.save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.task == model.task and again.preprocessing == model.preprocessing
+    assert_same_bits(again.params, model.params)
+    assert again.caption(some, decoding=GREEDY) == model.caption(some, decoding=GREEDY)
+    with pytest.raises(FileError, match="which has no RecurrentCaptioning; expected jaxmm"):
+        model.save(tmp_path / "other", format="transformers")
 
 
 def test_it_is_evaluated(run):
