@@ -80,8 +80,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _eight_bits(image)
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         image = ImageChops.invert(image)  # Pillow inverts every CMYK JPEG, as only Adobe's need
+    if image.mode in ("La", "RGBa"):  # colours that are multiplied by their alpha already
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:
-        image = image.convert("LA" if profile and image.mode in ("L", "LA", "La") else "RGBA")
+        image = image.convert("LA" if profile and image.mode in ("L", "LA") else "RGBA")
     elif image.mode == "P":
         image = image.convert("RGB")
     image = _to_srgb(image, profile)

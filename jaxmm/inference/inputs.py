@@ -83,6 +83,12 @@ def as_templates(templates: Any) -> list[str]:
     return templates
 
 
+def check_top(top: Any) -> None:
+    """Raise `ValueError` unless `top`, the number of results, is a positive number."""
+    if not isinstance(top, (int, np.integer)) or top < 1:
+        raise ValueError(f"top is {top!r}; expected a positive number")
+
+
 def _is_array(value: Any) -> bool:
     """Return whether `value` is an array of any library. PIL images convert to arrays too, but know more."""
     return isinstance(value, SupportsArray) and not isinstance(value, Image.Image)

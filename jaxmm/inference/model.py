@@ -33,6 +33,7 @@ from jaxmm.inference.inputs import (
     as_labels,
     as_templates,
     as_texts,
+    check_top,
     image_content,
 )
 from jaxmm.inference.matching import match_probabilities
@@ -143,8 +144,7 @@ class Model:
         A model with a head chooses among its own classes. Others that embed texts choose among `labels`, each put into
         every one of `templates` (CLIP, section 3.1; see `class_prompts`); the probabilities are a softmax over them.
         """
-        if top < 1:
-            raise ValueError(f"top is {top}; expected a positive number")
+        check_top(top)
         embedder, classifier = self.task.embedder, self.task.classifier
         if classifier is None and embedder is not None and embedder.text is not None:
             labels, templates = as_labels(labels), as_templates(templates)

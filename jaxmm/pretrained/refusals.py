@@ -10,7 +10,7 @@ ADAPTED = re.compile(r"(^|\.)(lora_[AB]|lora_(up|down)|lora_embedding_[AB]|lora_
                      r"(\.|$)|^base_model\.model\.")
 """Names of tensors of PEFT's adapters."""
 QUANTISED = re.compile(r"\.(SCB|qweight|qzeros|g_idx|absmax|quant_map|weight_format|weight_packed|"
-                       r"weight\.(quant_state\..*|absmax|quant_map|nested_absmax))$")
+                       r"weight_scale(_inv)?|input_scale|weight\.(quant_state\..*|absmax|quant_map|nested_absmax))$")
 """Names of tensors beside quantised weights: bitsandbytes, GPTQ, AWQ, compressed-tensors."""
 TOWERS = ("clip_vision_model", "clip_text_model", "siglip_vision_model", "siglip_text_model", "blip_vision_model",
           "blip_text_model")

@@ -20,7 +20,7 @@ from jaxmm.data.tokenizers import (
     read_file,
     read_sentencepiece,
 )
-from jaxmm.pretrained.io.files import FileError
+from jaxmm.pretrained.io.files import FileError, is_pointer
 from jaxmm.pretrained.io.hub import Files
 
 SIGLIP_CLASSES: tuple[tuple[str, Cleaning], ...] = (("Siglip2", "lower"), ("Gemma", "lower"), ("Siglip", "siglip"))
@@ -50,6 +50,8 @@ def read_tokenizer(files: Files, vocabulary: Vocabulary, given: Path | None = No
         if name is None:
             return None
         path = path / name
+    if is_pointer(path):
+        raise FileError(f"{path} cannot be read: it is a git-lfs pointer; `git lfs pull` fetches the file")
     try:
         return vocabulary.read(path, files)
     except Exception as error:  # the library raises bare Exceptions

@@ -52,8 +52,15 @@ def test_prefixes_in_any_order(prefix):
     tensors, notes = bare_names(given)
     assert list(tensors) == ["a.b", "c.d"] and notes == ()
     mixed = given | {"other.e": as_tensor(np.ones(1))}
-    assert list(bare_names(mixed)[0]) == list(mixed)
+    assert list(bare_names(mixed)[0]) == [name.replace("_orig_mod.", "") for name in mixed]
     assert list(bare_names({"module": as_tensor(np.ones(1))})[0]) == ["module"]
+
+
+def test_names_of_compiled_and_sharded_parts():
+    names = ["_orig_mod.a.0._checkpoint_wrapped_module.w", "_orig_mod.a.1._fsdp_wrapped_module.w"]
+    assert list(bare_names({name: as_tensor(np.ones(1)) for name in names})[0]) == ["a.0.w", "a.1.w"]
+    twice = {name: as_tensor(np.ones(1)) for name in ("a._orig_mod.w", "a.w")}
+    assert list(bare_names(twice)[0]) == list(twice)
 
 
 def test_a_model_with_a_prefix_is_that_model(saved):
@@ -66,7 +73,7 @@ RAW, MEAN = np.arange(6.0, dtype=np.float32), np.arange(6.0, dtype=np.float32) +
 
 @pytest.mark.parametrize("names", [
     ("model.{}", "model_ema.{}"), ("{}", "ema.{}"), ("module.model.{}", "module.model_ema.{}"),
-    ("{}", "state_dict_ema.module.{}")])
+    ("{}", "state_dict_ema.module.{}"), ("online_model.{}", "ema_model.{}")])
 def test_averaged_weights_beside_raw_ones(names):
     raw, average = ({name.format(key): as_tensor(value) for key in ("w.a", "w.b")}
                     for name, value in zip(names, (RAW, MEAN), strict=True))
@@ -199,7 +206,8 @@ def test_old_configurations_have_precedence_as_in_transformers():
 
 @pytest.mark.parametrize("labels, names, noted", [
     ({"0": "a", "1": "b", "2": "c"}, ("a", "b", "c"), False), ({"0": "a", "1": "b"}, ("a", "b", "LABEL_2"), True),
-    ({"0": "a", "1": "b", "5": "c"}, ("a", "b", "LABEL_2"), True), (None, None, False), ({}, None, False)])
+    ({"0": "a", "1": "b", "5": "c"}, ("a", "b", "LABEL_2"), True), (None, None, False), ({}, None, False),
+    (["a", "b", "c"], ("a", "b", "c"), False)])
 def test_names_of_classes(labels, names, noted):
     got, notes = transformers.class_names({"id2label": labels}, 3)
     assert got == names and bool(notes) == noted
@@ -230,6 +238,21 @@ def test_image_processors_that_are_refused(config, words):
     with pytest.raises(FileError, match=words):
         image_processor.read_preprocessor(config, replace(tiny.VISION, image_size=32, patch=8), tiny.CLIP.pixels,
                                           DEFAULT)
+
+
+def test_sides_that_are_written_twice(saved):
+    config = json.loads((saved / "config.json").read_text())
+    edit(saved, vision_config=config["vision_config"] | {"image_size": [tiny.SIDE] * 2, "patch_size": [4, 4]})
+    assert open_checkpoint(saved).task.model.vision == load(saved).config.vision
+    edit(saved, vision_config=config["vision_config"] | {"image_size": [12, 16]})
+    with pytest.raises(FileError, match=r"config\.json: image_size is \[12, 16\]; supported are squares"):
+        load(saved)
+
+
+def test_a_pointer_in_place_of_the_vocabulary(saved):
+    (saved / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n")
+    with pytest.raises(FileError, match=r"tokenizer\.json cannot be read: it is a git-lfs pointer"):
+        load(saved)
 
 
 def test_resnets_are_refused_by_name():

@@ -27,7 +27,7 @@ def read_preprocessor(
     else:
         resize, shortest = _processor_size(config, default)
         crop = config.get("crop_size", default.get("crop")) if config.get("do_center_crop", "crop" in default) else None
-        crop = None if crop is None else _square(crop, "crop_size")
+        crop = None if crop is None else square(crop, PREPROCESSOR, "crop_size")
         unsupported(config, {"do_resize": True, "do_rescale": True, "do_normalize": True}, PREPROCESSOR)
         resample, notes = config.get("resample", default["resample"]), ()
         resample = default["resample"] if resample is None else resample
@@ -47,16 +47,16 @@ def _processor_size(config: Mapping[str, Any], default: Mapping[str, Any]) -> tu
     stated = default["size"] if stated is None else stated
     if isinstance(stated, Mapping) and "shortest_edge" in stated:
         return stated["shortest_edge"], True
-    return _square(stated, "size"), isinstance(stated, int) and default.get("shortest", False)
+    return square(stated, PREPROCESSOR, "size"), isinstance(stated, int) and default.get("shortest", False)
 
 
-def _square(size: Any, name: str) -> int:
+def square(size: Any, file: str, name: str) -> int:
     """Return the side of a square: a number, [height, width], or both by name. Raises `FileError` for others."""
     sides = ((size.get("height"), size.get("width")) if isinstance(size, Mapping) else
              tuple(size) if isinstance(size, (list, tuple)) else (size, size))
     if len(sides) != 2 or sides[0] != sides[1] or type(sides[0]) is not int:
         size = dict(size) if isinstance(size, Mapping) else size
-        raise FileError(f"{PREPROCESSOR}: {name} is {size}; supported are squares" + (
+        raise FileError(f"{file}: {name} is {size}; supported are squares" + (
             " and shortest_edge" if name == "size" else ""))
     return sides[0]
 

@@ -14,7 +14,13 @@ from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, IMAGENET, INCEPTION
 from jaxmm.nn.transformer import TransformerConfig
 from jaxmm.pretrained import layers
-from jaxmm.pretrained.families.image_processor import PREPROCESSOR, preprocessor, read_preprocessor, write_preprocessor
+from jaxmm.pretrained.families.image_processor import (
+    PREPROCESSOR,
+    preprocessor,
+    read_preprocessor,
+    square,
+    write_preprocessor,
+)
 from jaxmm.pretrained.family import Checkpoint, Export, Family, differing, known, unsupported
 from jaxmm.pretrained.io.files import FileError, Tensors
 from jaxmm.pretrained.layers import dense, norm, torch_map_head
@@ -77,12 +83,19 @@ def tower(config: Mapping[str, Any], name: str, default: Mapping[str, Any], old:
     except those of sizes, which transformers could not load.
     """
     settings = {} if old is None else {key: value for key, value in default.items() if key not in SIZES}
-    return {**default, **(config.get(f"{name}_config") or {}), **settings, **(old or {})}
+    return squares({**default, **(config.get(f"{name}_config") or {}), **settings, **(old or {})})
+
+
+def squares(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration whose images and patches have one side, though it gives both. Raises `FileError`."""
+    return config | {name: square(config[name], "config.json", name) for name in ("image_size", "patch_size")
+                     if name in config}
 
 
 def class_names(config: Mapping[str, Any], classes: int | None) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """Return the names of all classes from `id2label`, or None, and a note if some of them have none."""
     labels = config.get("id2label")
+    labels = {str(i): name for i, name in enumerate(labels)} if isinstance(labels, list) else labels
     if not labels or not classes:
         return None, ()
     names = tuple(str(labels.get(str(i), f"LABEL_{i}")) for i in range(classes))
@@ -93,7 +106,7 @@ def class_names(config: Mapping[str, Any], classes: int | None) -> tuple[tuple[s
 
 def read_vit(config, tensors, preprocessor) -> Checkpoint:
     """Describe ViT or DeiT, with a classification head, with the pooler of a bare model, or with neither."""
-    deit, full = config["model_type"] == "deit", VIT | config
+    deit, full = config["model_type"] == "deit", squares(VIT | config)
     prefix = next((p for p in ("vit.", "deit.") if any(key.startswith(p) for key in tensors)), "")
     version = 5 if any(key.startswith(f"{prefix}layers.") for key in tensors) else 4
     heads = [name for name in HEADS if f"{name}.weight" in tensors]

@@ -40,6 +40,9 @@ MAX_HEADER = 32 * 2**20
 """Longest safetensors header or index, in bytes; some 100 per tensor."""
 POINTER = b"version https://git-lfs"
 """Beginning of the small file that git-lfs leaves in place of a large one."""
+OTHERS = {b"GGUF": "a quantised GGUF file", b"\x89HDF": "a file of Keras (HDF5)", b"<": "a web page or XML",
+          b"\x08": "an ONNX file", b"\x1f\x8b": "a gzip archive", b"7z": "an archive"}
+"""Beginnings of files that are not read, and what they are."""
 
 DTYPES = {  # in the library's order: the header lists wide types first, so that every tensor is aligned
     "BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8),
@@ -118,6 +121,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             del array  # before the next one is read
 
 
+def is_pointer(path: Path) -> bool:
+    """Return whether a file is what git-lfs leaves in place of it."""
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
+
+
 def _kind(path: Path) -> str:
     """Return the kind of a file, judged by its first bytes."""
     if path.exists() and not path.is_file():  # opening a pipe would wait forever
@@ -134,8 +143,9 @@ def _kind(path: Path) -> str:
         raise failure(path, ["it is empty"])
     if head.startswith(POINTER):
         raise failure(path, ["it is a git-lfs pointer, not the file; `git lfs pull` in its repository fetches it"])
-    raise failure(path, [f"it begins with {head[:16]!r}; expected safetensors, .npz, a PyTorch file or an index of "
-                         "shards"])
+    what = next((f" as {kind} does" for start, kind in OTHERS.items() if head.lstrip().startswith(start)), "")
+    raise failure(path, [f"it begins with {head[:16]!r}{what}; expected safetensors, .npz, a PyTorch file or an index "
+                         "of shards"])
 
 
 def _single(path: Path, kind: str) -> dict[str, Tensor]:

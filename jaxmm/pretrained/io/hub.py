@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxmm.pretrained.io.files import POINTER, FileError
+from jaxmm.pretrained.io.files import FileError, is_pointer
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "open_clip_model.safetensors", "pytorch_model.bin",
            "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin")
@@ -36,10 +36,9 @@ class Files:
         if not path.is_file():
             return None
         try:
-            text = path.read_text(encoding="utf-8")
-            if text.startswith(POINTER.decode()):
+            if is_pointer(path):
                 raise ValueError("it is a git-lfs pointer; `git lfs pull` fetches the file")
-            value = json.loads(text)
+            value = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise FileError(f"{path} cannot be read as JSON: {error}") from None
         if not isinstance(value, dict):

@@ -7,14 +7,18 @@ from jaxmm.pretrained.io.tensors import FileError, Tensor, Tensors
 
 Weights = Literal["params", "average"]
 """Raw weights, or their exponential moving average."""
-WRAPPERS = ("module", "_orig_mod", "_forward_module", "model", "net", "clip", "clip_model")
-"""First parts of names that wrappers add to all of them: DistributedDataParallel, torch.compile, Lightning, a user's
-own module. They may follow each other in any order."""
+WRAPPERS = ("module", "model", "net", "network", "clip", "clip_model", "student", "online_model", "_forward_module")
+"""First parts of names that wrappers add to all of them: DistributedDataParallel, Lightning, a user's own module. They
+may follow each other in any order."""
+INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that torch.compile, FSDP and checkpointing add anywhere."""
 AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "ema",
             "averaged_model")
 """First parts of the names of averaged weights, and keys under which training scripts keep them."""
-COUNTER = "n_averaged"
+AVERAGED = "n_averaged"
 """Name of the counter of `torch.optim.swa_utils.AveragedModel`, whose weights are an average."""
+COUNTERS = (AVERAGED, "initted", "step", "num_updates", "decay")
+"""Names of numbers that averaging keeps beside the weights."""
 
 
 def bare_names(tensors: Tensors, weights: Weights | None = None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -23,11 +27,18 @@ def bare_names(tensors: Tensors, weights: Weights | None = None) -> tuple[dict[s
     `weights` chooses between raw and averaged ones; None: the raw ones if there are any. Raises `FileError` if there
     are none of that kind.
     """
+    outside = {name: ".".join(part for part in name.split(".") if part not in INSIDE) for name in tensors}
+    if len(set(outside.values())) == len(tensors) and all(outside.values()):
+        tensors = {outside[name]: tensor for name, tensor in tensors.items()}
     tensors, averaged = _strip(tensors), {}
     for name in [name for name in tensors if "." in name and name.partition(".")[0] in AVERAGES]:
         averaged[name.partition(".")[2]] = tensors.pop(name)
-    if COUNTER in tensors and not averaged:
-        averaged, tensors = {name: tensor for name, tensor in tensors.items() if name != COUNTER}, {}
+    if averaged or AVERAGED in tensors:
+        alone = not averaged
+        tensors, averaged = (({name: tensor for name, tensor in part.items() if name not in COUNTERS})
+                             for part in (tensors, averaged))
+        if alone:
+            tensors, averaged = {}, tensors
     if not averaged:
         if weights == "average":
             raise FileError("weights is 'average'; the file has no averaged weights")
@@ -42,12 +53,11 @@ def bare_names(tensors: Tensors, weights: Weights | None = None) -> tuple[dict[s
 
 
 def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors without the prefixes that all of their names share; a counter of averages may stand beside them.
-    """
+    """Return tensors without the prefixes that all of their names share; counters of averages may stand beside them."""
     tensors = dict(tensors)
     while True:
-        names = [name for name in tensors if name != COUNTER]
+        names = [name for name in tensors if name not in COUNTERS]
         first = {name.partition(".")[0] for name in names}
         if len(first) != 1 or not first <= set(WRAPPERS) or not all("." in name for name in names):
             return tensors
-        tensors = {name.partition(".")[2] if name != COUNTER else name: tensor for name, tensor in tensors.items()}
+        tensors = {name if name in COUNTERS else name.partition(".")[2]: tensor for name, tensor in tensors.items()}
