@@ -1,10 +1,12 @@
+import argparse
 import sys
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import caption_generation, pair_matching, pod_plans
+from benchmarks import attention_conv, caption_generation, pair_matching, pod_plans
 from benchmarks.measure import Rounds, Worker
 from benchmarks.train_step_sides import Case
 from tests.planning.test_plan import planned
@@ -44,6 +46,22 @@ def test_flop():
     assert case.flop == pytest.approx(2 * 2 * 17.58e9, rel=1e-3)
     train = Case("", "clip:ViT-B-32", True, 1, "float32", "none")
     assert train.flop == pytest.approx(3 * 14.78e9, rel=0.01)  # open_clip's model profile
+
+
+def test_arms_with_convolution_and_attention_are_of_one_size():
+    """The layers differ by the positions of 9 heads, of 3 numbers each."""
+    args = argparse.Namespace(width=24, depth=2, size=8)
+
+    def count(arm):
+        task = attention_conv.task(arm, args).bind(image_size=8, classes=5, tokenizer=None)
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
+
+    assert count("quadratic") - count("convolution") == 2 * 9 * 3
+    task = attention_conv.task("convolution", args).bind(image_size=8, classes=5, tokenizer=None)
+    image = jax.ShapeDtypeStruct((3, 8, 8, 3), np.uint8)
+    logits = jax.eval_shape(lambda key, image: task.classifier.logits(task.init(key), {"image": image}),
+                            jax.random.key(0), image)
+    assert logits.shape == (3, 5)
 
 
 def test_a_line_through_times():

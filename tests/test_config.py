@@ -40,7 +40,7 @@ def test_the_promised_recipes_are_there():
         "clip_scenes", "vit_digits", "vit_folder", "clip_captions", "vit_s16_imagenet", "vit_b16_imagenet", "clip_b32",
         "clip_l14", "siglip_b16", "lit_b16", "blip_scenes", "blip_captions", "blip_vqa", "blip_b16_pretrain",
         "blip_l16_pretrain", "blip_coco_caption", "blip_coco_retrieval", "blip_flickr_retrieval", "blip_vqav2",
-        "blip_nlvr2", "capfilt_scenes"}
+        "blip_nlvr2", "capfilt_scenes", "attention_conv_digits", "attention_conv_cifar10", "vit_cifar10_patch2"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -61,7 +61,7 @@ def test_recipes_survive_json(path, tmp_path):
     ("blip_scenes", [(1000, 100, 300)]), ("blip_captions", [(11_000, 0, None)]), ("blip_vqa", [(1600, 100, None)]),
     ("clip_scenes", [(420, 50, None)]), ("clip_captions", [(1500, 100, None)]), ("vit_digits", [(2000, 200, None)]),
     ("vit_folder", [(4800, 480, None)]), ("finetune_captions", [(1000, 100, None)]),
-    ("finetune_folder", [(1000, 100, None)]),
+    ("finetune_folder", [(1000, 100, None)]), ("attention_conv_digits", [(2000, 100, None)]),
     ("capfilt_scenes", [(600, 50, 300), (1000, 50, None), (300, 50, 0)])])
 def test_an_embedded_recipe_can_be_shortened(name, expected):
     """Warm-up and ramp are shares of the run; in the full run they are these numbers of steps."""

@@ -26,7 +26,7 @@ def test_an_installed_wheel_has_them_inside(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("clip_scene", "did you mean 'clip_scenes'? Recipes: blip_b16_pretrain.py, "),
+    ("clip_scene", "did you mean 'clip_scenes'? Recipes: attention_conv_cifar10.py, "),
     ("other/clip_scenes.py", "'other/clip_scenes.py', which is no file and no recipe; did you mean 'clip_scenes'?"),
     ("qqqq", "no recipe. Recipes: ")])
 def test_an_unknown_one(name, words):

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxmm.losses import classification as losses
-from jaxmm.models.attention_conv import AttentionConv, AttentionConvConfig
-from jaxmm.models.vit import ViT, ViTConfig
+from jaxmm.models.attention_conv import AttentionConvConfig
+from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import INCEPTION, Pixels
 from jaxmm.task import Classifier, Embedder, PatchAttention, Task
 from jaxmm.tasks.tower_task import TowerTask
@@ -78,7 +78,7 @@ class Classification(TowerTask, Task):
         return loss(outputs, batch["target"]), {"accuracy": accuracy}
 
     @property
-    def module(self) -> ViT | AttentionConv:
+    def module(self) -> Any:
         """The Flax module."""
         return self.model.module
 

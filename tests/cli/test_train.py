@@ -1,4 +1,5 @@
 import json
+import operator
 import shlex
 import shutil
 from pathlib import Path
@@ -71,6 +72,14 @@ def test_the_documented_names_are_options(recipe):
             found = getattr(found, part)
         assert found == value, name
     assert config.task == Plain() and config.optimizer.schedule == "constant"
+
+
+@pytest.mark.parametrize("name, field, value", [
+    ("attention_conv_digits", "scores", "learned_content"), ("vit_cifar10_patch2", "transformer.mlp_dim", 640)])
+def test_the_fields_of_either_kind_of_classifier_are_options(name, field, value):
+    """The recipe says which kind."""
+    given = ["--config", name, f"--task.model.{field.replace('_', '-')}", str(value)]
+    assert operator.attrgetter(f"task.model.{field}")(train.parse(given)[1]) == value
 
 
 def test_a_recipe_may_define_its_own_task(command, recipe, tmp_path):

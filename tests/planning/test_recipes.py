@@ -75,10 +75,11 @@ def test_moments_and_momentum_copies_are_sharded_like_their_parameters(name):
 
 
 def test_every_large_recipe_is_here():
-    """Check that every recipe without a target topology is one that runs on two cores."""
+    """Check that every recipe without a target topology is one that runs on two cores, or CIFAR-10's on one device."""
     small = {path.stem for path in CONFIGS.glob("*.py")} - set(TARGETS)
-    assert small == {"blip_scenes", "blip_vqa", "capfilt_scenes", "clip_captions", "clip_scenes", "finetune_captions",
-                     "finetune_folder", "vit_digits", "vit_folder"}
+    assert small == {"attention_conv_cifar10", "attention_conv_digits", "blip_scenes", "blip_vqa", "capfilt_scenes",
+                     "clip_captions", "clip_scenes", "finetune_captions", "finetune_folder", "vit_cifar10_patch2",
+                     "vit_digits", "vit_folder"}
 
 
 def headers():
