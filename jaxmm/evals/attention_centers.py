@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxmm.data.sources.shards import Slice
 from jaxmm.evals.context import FIGURE, Drawing, EvalContext, concatenate, evenly_spaced
 from jaxmm.optional import require_extra
 from jaxmm.task import Task
-from jaxmm.validation import require
+from jaxmm.validation import POSITIVE
 
 COLUMNS = 3
 """Layers beside each other in the figure."""
@@ -33,16 +33,11 @@ class AttentionCenters(Evaluator):
     figure in the report, which draws their path over the evaluations of the run.
     """
 
-    images: int = 16
+    images: Annotated[int, POSITIVE] = 16
     """Images that the attention is averaged over. Attention by position alone is the same for all of them."""
-    batch_size: int = 16
+    batch_size: Annotated[int, POSITIVE] = 16
     """Images per batch, over all devices. The attention weights of all layers are in memory at once."""
     needs: ClassVar = ("attends over patches",)
-
-    def __post_init__(self):
-        """Check ranges."""
-        super().__post_init__()
-        require(self.images > 0, "evals.images", self.images, "a positive number")
 
     def metrics(self, context: EvalContext) -> tuple[str, ...]:
         """Return the names of the metrics."""

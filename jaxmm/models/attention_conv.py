@@ -5,7 +5,7 @@ neighbours of a patch are a 3 x 3 convolution (theorem 1, `convolution_params`);
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jaxmm.nn.transformer import (
     torch_bias,
 )
 from jaxmm.sharding import constrain_batch
-from jaxmm.validation import check_types, require
+from jaxmm.validation import BELOW_ONE, POSITIVE, check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +41,23 @@ class AttentionConvConfig:
     μ; generalised_quadratic: -(δ - μ)ᵀ A Aᵀ (δ - μ) / 2, a Gaussian of any shape; learned: the sum of a learned
     function of the row offset and one of the column offset; learned_content: the same plus q·k / √width, the only one
     that depends on the image."""
-    width: int = 400
+    width: Annotated[int, POSITIVE] = 400
     """Token dimension d."""
-    depth: int = 6
+    depth: Annotated[int, POSITIVE] = 6
     """Number of layers."""
-    heads: int = 9
+    heads: Annotated[int, POSITIVE] = 9
     """Number of heads, each of which averages all d dimensions; it need not divide the width."""
-    mlp_dim: int = 512
+    mlp_dim: Annotated[int, POSITIVE] = 512
     """Hidden units of the MLP."""
-    image_size: int = 32
+    image_size: Annotated[int, POSITIVE] = 32
     """Side in pixels of the square images."""
-    patch: int = 2
+    patch: Annotated[int, POSITIVE] = 2
     """Side of a patch in pixels."""
     classes: int | None = None
     """Number of classes; None: that of the training source, or no head."""
-    dropout: float = 0.1
+    dropout: Annotated[float, BELOW_ONE] = 0.1
     """Dropout rate after attention and after the MLP."""
-    attention_dropout: float = 0.1
+    attention_dropout: Annotated[float, BELOW_ONE] = 0.1
     """Dropout rate of the attention weights. Weights that all images share are dropped for all of them."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type of the activations (see `TransformerConfig`)."""
@@ -67,14 +67,9 @@ class AttentionConvConfig:
     """True: compile one layer and loop over it. False: unroll the layers."""
 
     def __post_init__(self):
-        """Check ranges, and that the patches tile the image."""
+        """Check that the patches tile the image."""
         check_types(self)
-        for name in ("width", "depth", "heads", "mlp_dim", "patch"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        require(self.image_size > 0 and self.image_size % self.patch == 0, "image_size", self.image_size,
-                f"a multiple of patch = {self.patch}")
-        for name in ("dropout", "attention_dropout"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more, below 1")
+        require(self.image_size % self.patch == 0, "image_size", self.image_size, f"a multiple of patch = {self.patch}")
         require(self.dtype != "float64" or jax.config.jax_enable_x64, "dtype", self.dtype,
                 "float32 or bfloat16 while jax_enable_x64 is off")
 
