@@ -52,4 +52,4 @@ def test_the_images_are_evenly_spaced_as_in_evaluation():
 
 def test_a_plan_needs_no_images():
     config = replace(CONFIG, data=DataConfig(train="tfds:not_there:train", image=CONFIG.data.image))
-    assert bind(config).task.levels == (0,) * 5
+    assert bind(config)[0].levels == (0,) * 5
