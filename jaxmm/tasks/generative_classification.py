@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import optax
-
 from jaxmm.models.igpt import IGPT, IGPTConfig
 from jaxmm.nn.palette import Palette
 from jaxmm.task import Classifier, Decoder, Embedder, Task
@@ -56,6 +54,8 @@ class GenerativeClassification(Task):
 
     def objective(self, params, outputs, batch):
         """Return the sum of both losses; accuracy on the labels."""
+        import optax  # a tenth of a second of import that using a trained model does without
+
         generative, logits = outputs["loss"].mean(), outputs["logits"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
         accuracy = (logits.argmax(axis=-1) == batch["label"]).mean()

@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jaxmm.models.igpt import IGPT, IGPTConfig, IGPTOutput, empty_cache
@@ -78,6 +77,8 @@ def pixel_loss(
     It is the mean negative log-likelihood of the pixels given those before (section 2.2, L_AR), or of the hidden ones,
     each with probability `hide`, given the others (L_BERT).
     """
+    import optax  # a tenth of a second of import that using a trained model does without
+
     hidden = None
     if kind == "bert":
         hidden = jax.random.bernoulli(rng, hide, tokens.shape)
