@@ -17,7 +17,7 @@ Record = dict[str, Any]
 one, images of the same bytes count as the same), `texts` (tuple of str: all captions of the image), `label` (int),
 `question` (str) with `answers` (tuple of str, repeats counted) and `question_id` (str or int)."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
                             "lost+found"})
 """Names of folders that a system makes among a user's, besides hidden ones. They are passed over."""

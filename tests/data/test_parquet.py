@@ -153,3 +153,6 @@ def test_what_is_not_clear_is_asked(tmp_path):
         open_source(f"parquet:{path}@image=right,caption=es")
     pq.write_table(pa.table({"image": images(b"1"), "question": ["a"], "answer": ["b"]}), path)
     assert "which are not read from Parquet" in open_source(f"parquet:{path}").notes[0]
+    pq.write_table(pa.table({"image": images(b"1"), "label": [3], "url": ["u"]}), path)
+    assert open_source(f"parquet:{path}").notes == (
+        "its column label has no names of classes (a ClassLabel of the Hub) and is not read",)

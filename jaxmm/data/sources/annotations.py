@@ -166,7 +166,7 @@ def _image_of(cell: str) -> str | None:
     """Return the image file in a cell such as `1.jpg#0` (Flickr8k, Flickr30k); None if it names none."""
     name, mark, number = cell.strip().rpartition("#")
     file = name if mark and number.isdigit() else cell.strip()
-    return file if file.lower().endswith((*EXTENSIONS, ".bmp", ".tif", ".tiff")) else None
+    return file if file.lower().endswith(EXTENSIONS) else None
 
 
 def _numbered(row: Row) -> Row:

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 FIRST = ("texts", "captions", "text", "caption")
 """Names of caption columns that come before the others of `columns.NAMES`."""
 NOT_CAPTIONS = ("key", "url", "id", "split", "status", "path", "file", "name", "sha256", "md5", "exif", "license",
-                "error")
+                "error", "label", "labels", "class", "category")
 """Parts of the names of text columns that are no captions."""
 LARGEST_GROUP = 2**31
 """Uncompressed bytes of one column in a row group; records of larger ones are refused as too large."""
@@ -201,27 +202,35 @@ def _columns(schema: pa.Schema, columns: Columns) -> _Fields:
         raise DataError(f"none of its columns {', '.join(names)} has images (bytes, or structs of `bytes`)")
     if len(images) > 1 and images == with_bytes and not columns.candidates("image", with_bytes):
         raise DataError(f"its columns {', '.join(images)} may be images; name one, as in @image={images[0]}")
-    with_text = [name for name, kind in names.items() if _holds(kind, "text")]
-    captions, notes = columns.candidates("caption", with_text, FIRST), ()
     labels = _class_labels(schema)
-    if not captions and columns.candidates("question", with_text):
-        notes = ("it has questions, which are not read from Parquet; expected vqa:FILE with JSON, CSV or TSV",)
-    elif not captions and not labels:
-        others = [name for name in with_text if not set(re.split(r"[\W_]+", name.lower())) & set(NOT_CAPTIONS)]
-        captions = others if len(others) == 1 else []
-        if others:
-            notes = (f"captions are read from the column {others[0]}" if captions else
-                     f"none of its columns {', '.join(others)} is known to have captions; name one, as in "
-                     f"@caption={others[0]}",)
+    captions, notes = _captions(names, columns, bool(labels))
     label = columns.chosen.get("label")
     if label is None and not captions and labels:
-        label = next(iter(columns.candidates("label", labels) if len(labels) > 1 else labels), None)
         if len(labels) > 1 and "label" not in labels:
             raise DataError(f"its columns {', '.join(labels)} have classes; name one, as in "
                             f"@label={next(iter(labels))}")
+        label = "label" if "label" in labels else next(iter(labels))
     if label is not None and label not in labels:
         raise DataError(f"its column {label} has no names of classes (a ClassLabel of the Hub)")
     return _Fields(images[0], tuple(captions), label, None if label is None else labels[label], notes)
+
+
+def _captions(names: Mapping[str, pa.DataType], columns: Columns, labelled: bool) -> tuple[list[str], tuple[str, ...]]:
+    """Return the caption columns, and notes. One of an unknown name is taken if no other has text."""
+    with_text = [name for name, kind in names.items() if _holds(kind, "text")]
+    captions = columns.candidates("caption", with_text, FIRST)
+    if captions or labelled:
+        return captions, ()
+    if columns.candidates("question", with_text):
+        return [], ("it has questions, which are not read from Parquet; expected vqa:FILE with JSON, CSV or TSV",)
+    others = [name for name in with_text if not set(re.split(r"[\W_]+", name.lower())) & set(NOT_CAPTIONS)]
+    if len(others) == 1:
+        return others, (f"captions are read from the column {others[0]}",)
+    if others:
+        return [], (f"none of its columns {', '.join(others)} is known to have captions; name one, as in "
+                    f"@caption={others[0]}",)
+    label = columns.candidates("label", names)
+    return [], (f"its column {label[0]} has no names of classes (a ClassLabel of the Hub) and is not read",) * bool(label)
 
 
 def _class_labels(schema: pa.Schema) -> dict[str, tuple[str, ...]]:

@@ -6,7 +6,6 @@ To add a kind: write one file and one row of `KINDS`, or call `register_source` 
 import difflib
 import importlib
 import logging
-import os
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -78,7 +77,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
         opener = REGISTERED[kind][0]
     else:
         opener = getattr(importlib.import_module(KINDS[kind].module), KINDS[kind].opener)
-        location, data_dir = _local(spec, location), data_dir and os.path.expanduser(data_dir)
+        location, data_dir = _local(spec, location), data_dir and expand(data_dir, "data_dir")
     source = opener(spec, location, data_dir)
     if not source:  # not its length: a source of many shards would read all of them
         raise DataError(f"source {spec!r} is empty: it has no records")
