@@ -1,5 +1,6 @@
 """Clean texts and names: what is no text is left out, and what cannot be written as UTF-8 is replaced."""
 
+import codecs
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,8 @@ _UNCLEAN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ud800-\udfff]")
 def clean(text: str | bytes) -> str:
     """Return text that can be written as UTF-8, without control characters; invalid bytes are replaced."""
     if isinstance(text, bytes):
-        text = text.decode("utf-8", "replace")
+        wide = text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = text.decode("utf-16" if wide else "utf-8", "replace")
     return _UNCLEAN.sub(_replacement, text)
 
 

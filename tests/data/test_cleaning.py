@@ -23,7 +23,7 @@ from tests.data.test_sources import png, write
 @pytest.mark.parametrize("text, expected", [
     ("plain \u00e9 \U0001f600\n\t", "plain \u00e9 \U0001f600\n\t"), ("half \ud83d of it", "half ? of it"),
     ("a\0b\x07c\x1b[0m", "abc[0m"), ("one\x0btwo\x85three", "one two three"), ("\ufefftext", "text"),
-    (b"caf\xe9\0", "caf\ufffd"), ("name \udce9", "name ?")])
+    (b"caf\xe9\0", "caf\ufffd"), ("\ufeffx".encode("utf-16-be"), "x"), ("name \udce9", "name ?")])
 def test_clean(text, expected):
     assert clean(text) == expected
     expected.encode()

@@ -146,3 +146,13 @@ def test_bad_entries_and_captions_are_counted(tmp_path):
     with pytest.raises(DataError, match="no `caption` in its annotations, which have image_id, bbox"):
         content["annotations"] = [{"image_id": 1, "bbox": [0, 0, 1, 1]}]
         open_source(f"coco:{write(tmp_path / 'b.json', json.dumps(content))}")
+
+
+def test_a_split_and_a_folder(tmp_path):
+    file = karpathy(tmp_path / "a", folders=False)
+    (tmp_path / "a/pictures").rename(tmp_path / "far@away")
+    with pytest.raises(DataError, match="Say where they are"):
+        open_source(f"coco:{file}:val")
+    for location in (f"{file}:val@{tmp_path}/far@away", f"{file}@{tmp_path}/far@away:val"):
+        source = open_source(f"coco:{location}")
+        assert len(source) == 1 and source[0]["image"] == png(13)

@@ -266,6 +266,8 @@ def test_the_folder_above_splits_is_no_class(tmp_path):
     with pytest.raises(DataError, match=r"test, train, val are splits, not classes; expected one of .*/train"):
         classes_of(tmp_path / "a", "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "test/4.png")
     assert classes_of(tmp_path / "b", "train/1.png", "car/2.png").classes == ("car", "train")
+    source = classes_of(tmp_path / "c", "all/a/1.png", "all/b/2.png")
+    assert "one class, 'all', with 2 folders; are these" in source.notes[0]
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

@@ -1,6 +1,7 @@
 """Read COCO captions as COCO, Karpathy and the authors of BLIP publish them, and Flickr30k in Karpathy's layout."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from jaxmm.data.sources.annotations import normal_ids, read_json
 from jaxmm.data.sources.columns import read_location
 from jaxmm.data.sources.files import Files
 from jaxmm.data.sources.image_roots import find_root
+from jaxmm.paths import expand
 
 TRAIN = ("train", "restval")
 """Splits that `train` includes, as in BLIP: 113,287 images of COCO. Karpathy's own `train` is `train-only`."""
@@ -44,7 +46,10 @@ def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
     Split `train` includes `restval`, `train-only` does not; `a+b` is both. An entry that cannot be read is one bad
     record. Raises `DataError`.
     """
-    place = read_location(spec, location, exists=lambda path: Path(_cut(path)[0]).exists())
+    if (behind := re.fullmatch(r"(.+\.json)@(.+):([^:/@]+)", location)) and Path(expand(behind[2])).is_dir():
+        location = "{0}:{2}@{1}".format(*behind.groups())  # the split may also be behind the folder
+    place = read_location(spec, location, exists=lambda path: "@" not in (_cut(path)[1] or "") and os.path.exists(
+        _cut(path)[0]))
     path, split = _cut(place.path)
     read = read_json(spec, path)
     where = f"source {spec!r}: {path}"

@@ -116,7 +116,10 @@ def open_folder(spec: str, location: str, data_dir: str | None = None) -> Files:
         raise DataError(f"source {spec!r} is empty: expected one folder per class in {location!r}, with images "
                         f"({' '.join(EXTENSIONS)}){'; ' * bool(+passed)}{_passed_over(passed)}")
     loose = sum(p.name.lower().endswith(EXTENSIONS) for p in root.iterdir())
-    notes = [f"{len(empty)} of {len(names)} classes have no images: {', '.join(empty[:5])}"] if empty else []
+    inner = sum(p.is_dir() and not is_hidden(p.name) for p in (root / names[0]).iterdir())
+    notes = [f"there is one class, {printable(names[0])!r}, with {inner} folders; are these the classes?"] if (
+        len(names) == 1 and inner > 1) else []
+    notes += [f"{len(empty)} of {len(names)} classes have no images: {', '.join(empty[:5])}"] if empty else []
     notes += [_passed_over(passed)] if +passed else []
     notes += [f"{loose} images are not in the folder of a class and are passed over"] if loose else []
     return Files(name=spec, root=location, files=files, labels=np.asarray(labels, np.int32), notes=tuple(notes),

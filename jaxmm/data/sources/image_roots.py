@@ -27,8 +27,8 @@ MOST_FOLDERS = 300
 _SPLIT = re.compile(r"(?<![a-z])(train|training|val|valid|validation|dev|eval|test|testing)(\d{4})?(?![a-z])")
 _SAME = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "eval": "val", "testing": "test"}
 _ANNOTATIONS = re.compile(r"(\w+[_-])?annotations?([_-]\w+)?|anno|annots?|anns?")
-_PERHAPS = re.compile(r"(karpathy|captions?|questions?|vqa|okvqa|aokvqa|gqa|qa|jsons?|lists?|labels?|splits?|meta|"
-                      r"metadata|texts?|data)[\W\d_]*(v\d)?")
+_PERHAPS = re.compile(r"(karpathy|captions?|caption_?datasets?|questions?|vqa|okvqa|aokvqa|gqa|qa|jsons?|lists?|"
+                      r"labels?|splits?|meta|metadata|texts?|data)[\W\d_]*(v\d)?")
 _IMAGES = re.compile(r"images?|imgs?|pictures?|photos?|jpe?gs?|pngs?|frames?")
 
 
@@ -102,7 +102,7 @@ def find_root(
         [fit] = choice
         note = f"{sought - fit.hits} of {sought} images that were looked up are not in {fit.folder}"
         return Root(str(fit.folder), fit.form, (note,) if fit.hits < sought else ())
-    say = f"Say where they are: {spec}@DIR"
+    say = f"Say where they are: {spec}@DIR" if root is None else "Name the folder that they are in"
     if choice:
         raise DataError(f"source {spec!r}: its images may be in {_list(choice, sought)}. {say}")
     first = f"source {spec!r}: of {sought} images that were looked up, such as {samples[0][0]!r}, "

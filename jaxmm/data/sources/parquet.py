@@ -229,8 +229,8 @@ def _captions(names: Mapping[str, pa.DataType], columns: Columns, labelled: bool
     if others:
         return [], (f"none of its columns {', '.join(others)} is known to have captions; name one, as in "
                     f"@caption={others[0]}",)
-    label = columns.candidates("label", names)
-    return [], (f"its column {label[0]} has no names of classes (a ClassLabel of the Hub) and is not read",) * bool(label)
+    return [], tuple(f"its column {label} has no names of classes (a ClassLabel of the Hub) and is not read"
+                     for label in columns.candidates("label", names)[:1])
 
 
 def _class_labels(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
