@@ -88,7 +88,7 @@ class TokenizerConfig:
 class DataConfig:
     """Training and validation data. A source is one string: `scenes:train`, `digits:train`, `folder:DIR`,
     `captions:FILE.jsonl`, `coco:FILE.json[:SPLIT]`, `nlvr:FILE.json`, `tars:GLOB`, `parquet:GLOB`, `shapes:train`,
-    `tfds:NAME:SPLIT`, `vqa:PLACE`."""
+    `tfds:NAME:SPLIT`, `vqa:FILE`; docs/data.md has them all."""
 
     train: str = "scenes:train"
     """Source of the training images."""

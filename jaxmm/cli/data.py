@@ -42,7 +42,8 @@ def import_data(
     with _progress(opened, shard_records, "importing") as on_shard:
         imported = import_source(opened, dest, split=split, workers=_workers(workers), shard_records=shard_records,
                                  on_shard=on_shard)
-    print(f"{dest}: {'there already, nothing to do: ' if imported.complete_before else ''}{summary(imported)}")
+    done = "there already, nothing to do: " if imported.complete_before else ""
+    print(f"{printable(str(dest))}: {done}{summary(imported)}")
 
 
 def check_data(
@@ -82,7 +83,7 @@ def check_data(
         print_table(("", *measured[0][1]), ((name, *(f"{value:g}" for value in values.values()))
                                             for name, values in measured))
     for fault in report["faults"]:
-        print(f"{fault['shard']}: {fault['fault']}")
+        print(f"{printable(fault['shard'])}: {fault['fault']}")
     return status
 
 
@@ -106,7 +107,7 @@ def show_data(source: Spec, count: int = 8, html: Path | None = None, data_dir: 
     status = 1 if len(shown) == len(opened) and not any(record.images for record in shown) else 0
     if html is not None:
         showing.write_html(source, shown, html)
-        print(f"{html}: {len(shown)} records")
+        print(f"{printable(str(html))}: {len(shown)} records")
         return status
     print_table(("key", "size", "texts"), ((record.key, record.size, "\n".join(record.texts)) for record in shown))
     return status

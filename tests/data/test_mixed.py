@@ -104,3 +104,10 @@ def test_what_cannot_be_mixed(tmp_path, spec, message):
         [{"image": "1.png", "question": "what?", "answer": "red"}])))}
     with pytest.raises(DataError, match=message.replace("+", r"\+")):
         open_source(spec.format(**made))
+
+
+def test_notes_of_all_parts(tmp_path):
+    write(tmp_path / "a/1.png", png(1))
+    write(tmp_path / "a.jsonl", '{"image": "a/1.png", "caption": "x"}\n{"image": "a/1.png", "caption": "y"}\n{')
+    source = open_source(f"2*captions:{tmp_path}/a.jsonl + captions:{tmp_path}/a.jsonl")
+    assert source.notes == (f"captions:{tmp_path}/a.jsonl: 1 of 3 rows cannot be read",) * 2

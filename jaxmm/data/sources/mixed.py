@@ -26,6 +26,11 @@ class Mixed(Source):
         return fingerprint([*self.weights, *(part.fingerprint for part in self.parts)])
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """The notes of all parts."""
+        return tuple(f"{part.name}: {note}" for part in self.parts for note in part.notes)
+
+    @property
     def images_per_record(self) -> int:
         """The number of images per record, which is the same in all parts."""
         return self.parts[0].images_per_record

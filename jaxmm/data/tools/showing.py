@@ -70,7 +70,7 @@ def write_html(title: str, records: Sequence[Shown], path: Path) -> None:
         return data_uri(np.asarray(image))
 
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
-    write_atomically(path, page.render(source=title, records=records, thumbnail=thumbnail))
+    write_atomically(path, page.render(source=printable(title), records=records, thumbnail=thumbnail))
 
 
 def _shown(source: Source, index: int) -> Shown:
