@@ -51,7 +51,7 @@ def test_names_of_columns(folder, row):
     assert texts(folder, "a.jsonl", json.dumps(row)) == texts(folder, "a.json", json.dumps([row])) == [("x",)]
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "^"])
 def test_tables(folder, delimiter):
     """Cells in quotes may have delimiters, quotes and line breaks; one row has a cell too many."""
     rows = [("file_name", "number", "caption"), ("0.png", "1", f'"a{delimiter} ""b"""'), ("1.png", "2", '"two\nlines"'),
@@ -106,12 +106,15 @@ def test_the_list_in_a_folder(folder, name):
     write(folder / "captions.jsonl", '{"image": "1.png", "caption": "c"}')
     with pytest.raises(DataError, match=rf"has .*{name}.*; expected one of them"):
         open_source(f"captions:{folder}")
+    write(folder / "above/train" / name, rows[name])
+    with pytest.raises(DataError, match=rf"lists are in {folder}/above/train; expected one of them"):
+        open_source(f"captions:{folder}/above")
 
 
 def test_text_files_beside_images(folder):
     write(folder / "0.txt", "\ufeffone\n\ntwo\r\n")
     write(folder / "deep/er/9.png", png(9))
-    write(folder / "deep/er/9.caption", b"caf\xe9\0")
+    write(folder / "deep/er/9.png.caption", b"caf\xe9\0")
     write(folder / ".hidden/8.png", png(8))
     source = open_source(f"captions:{folder}")
     assert [source.key(i) for i in range(len(source))] == [

@@ -243,6 +243,7 @@ LAYOUTS = {
     "some dots": "x.jpg=1, x.txt=a, St. Mary.jpeg=2, St. Mary.txt=b, y.mask.png=0",
     "inputs and outputs": "x.input.jpg=1, x.output.txt=a, y.input.png=2, y.output.txt=b",
     "masks": "x.jpg=1, x.mask.png=0, x.txt=a, y.mask.png=0, y.jpg=2, y.txt=b",
+    "texts with dots": "x.jpg=1, x.caption.txt=a, y.tags.txt=c, y.txt=b, y.jpg=2, y.mask.png=0",
     "several inputs": "x.depth.png=0, x.image.jpg=1, x.prompt.txt=a, y.caption.txt=b, y.rgb.png=2, y.depth.png=0",
     "endings": "x.jpg=1, x.caption=a, y.PNG=2, y.text=b",
     "texts first": "x.txt=a, y.txt=b, x.jpg=1, y.jpg=2",

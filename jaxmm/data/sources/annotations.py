@@ -14,6 +14,7 @@ from jaxmm.data.base import EXTENSIONS, DataError
 from jaxmm.data.sources.columns import NAMES, Columns
 
 DELIMITERS = (",", "\t", ";", "|")
+"""Marks between cells that are tried first; then every other one in the first line."""
 LONGEST_CELL = 100
 """The largest number of lines of one cell."""
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -147,7 +148,8 @@ def _table(where: str, text: str, columns: Columns, needed: Sequence[str]) -> li
     first = next((number for number, line in enumerate(lines) if line.strip()), None)
     if first is None:
         return []
-    for delimiter in DELIMITERS:
+    marks = dict.fromkeys(c for c in lines[first] if not c.isalnum() and c not in "\"'_-./\\ ")
+    for delimiter in (*DELIMITERS, *marks):
         header = [cell.strip() for cell in next(csv.reader([lines[first]], delimiter=delimiter), [])]
         if len(header) >= len(needed) and all(columns.candidates(name, header) for name in needed):
             return _cells(lines, first + 1, delimiter, header)

@@ -30,6 +30,9 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
             raise DataError(f"source {spec!r}: {path} has {', '.join(lists)}; expected one of them, as in "
                             f"captions:{path / lists[0]}")
         if not lists:
+            inner = sorted({str(file.parent) for name in LISTS for file in path.glob(f"*/{name}")})
+            if inner:
+                raise DataError(f"source {spec!r}: lists are in {', '.join(inner)}; expected one of them")
             return _open_beside(spec, path)
         path = path / lists[0]
     read = read_rows(spec, path, place.columns)
@@ -74,8 +77,8 @@ def _open_beside(spec: str, folder: Path) -> Files:
     files = [os.path.relpath(path, folder) for path in find_images(folder)]
     captions, notes = [], []
     for file in files:
-        beside = next((path for path in (folder / f"{os.path.splitext(file)[0]}{suffix}" for suffix in TEXT_SUFFIXES)
-                       if path.is_file()), None)
+        names = [f"{stem}{suffix}" for stem in (os.path.splitext(file)[0], file) for suffix in TEXT_SUFFIXES]
+        beside = next((path for path in map(folder.joinpath, names) if path.is_file()), None)
         text, remarks = ("", ()) if beside is None else read_text(spec, beside)
         captions.append(usable_texts(text.split("\n")))
         notes += remarks

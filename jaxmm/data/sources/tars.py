@@ -219,11 +219,14 @@ def _keys(listed: Sequence[Member], columns: Columns) -> Iterator[tuple[str, int
                 of_stem.setdefault(stem, set()).add(kind)
         images = [stem for stem, kinds in of_stem.items() if _IMAGE in kinds]
         complete = {stem for stem in images if len(of_stem[stem]) > 1}
-        if len(of_stem) < 2 or complete or len(of_stem) == len(images):
-            # beside KEY.jpg, an image alone with more dots is something else, such as KEY.mask.png
-            other = {stem for stem in of_stem if stem != key and stem not in complete} if (
-                _IMAGE in of_stem.get(key, ())) else set(images) - complete - {key} if plain else set()
-            yield from ((stem, None if stem in other else kind) for stem, kind in split)
+        own = of_stem.get(key, set())
+        if _IMAGE in own:  # beside KEY.jpg, KEY.mask.png is something else, and KEY.en.txt its text if there is no other
+            taken = own | ({_TEXT, _JSON} if own & {_TEXT, _JSON} else set())
+            yield from ((stem, kind) if stem == key or stem in complete else (key, None if kind in taken else kind)
+                        for stem, kind in split)
+        elif len(of_stem) < 2 or complete or len(of_stem) == len(images):
+            yield from ((stem, None if plain and stem in images and stem not in complete else kind)
+                        for stem, kind in split)
         else:
             parts = [stem[len(key):].lower().split(".") for stem in images]
             best = min(range(len(images)), key=lambda i: ([part not in parts[i] for part in IMAGE_PARTS], i),
