@@ -220,7 +220,7 @@ def _keys(listed: Sequence[Member], columns: Columns) -> Iterator[tuple[str, int
         images = [stem for stem, kinds in of_stem.items() if _IMAGE in kinds]
         complete = {stem for stem in images if len(of_stem[stem]) > 1}
         own = of_stem.get(key, set())
-        if _IMAGE in own:  # beside KEY.jpg, KEY.mask.png is something else, and KEY.en.txt its text if there is no other
+        if _IMAGE in own:  # KEY.mask.png is something else; KEY.en.txt is the text if there is no other
             taken = own | ({_TEXT, _JSON} if own & {_TEXT, _JSON} else set())
             yield from ((stem, kind) if stem == key or stem in complete else (key, None if kind in taken else kind)
                         for stem, kind in split)
