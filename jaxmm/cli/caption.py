@@ -34,8 +34,9 @@ def caption(
     """
     if to is None and (out is not None or overwrite):
         raise ConfigError("out and overwrite are for files; expected to = txt, csv, jsonl or coco, too")
-    files = None if to is None else caption_files(expand(images), to, out and user_path(out, "out"), overwrite)
-    rows, skipped = run_on_images(images, lambda paths, on_error: load_model(model).caption(
+    paths = expand(images)
+    files = None if to is None else caption_files(paths, to, out and user_path(out, "out"), overwrite)
+    rows, skipped = run_on_images(map(Path, paths), lambda paths, on_error: load_model(model).caption(
         paths, prompt=prompt, decoding=decoding, top=top, seed=seed, on_error=on_error,
         choices=None if choices is None else read_labels(choices)))
     if to is not None:

@@ -3,6 +3,7 @@
 import csv
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from jaxmm.cli.parsing import positional
 from jaxmm.compiling import use_compilation_cache
 from jaxmm.data.base import find_images
 from jaxmm.inference import model
+from jaxmm.paths import user_path
 from jaxmm.validation import ConfigError
 
 CLIP, CAPTIONER = "openai/clip-vit-base-patch32", "Salesforce/blip-image-captioning-base"
@@ -61,14 +63,22 @@ def load_two_towers(source: str, **options: Any) -> model.Model:
 
 
 def expand(images: Iterable[Path]) -> list[str]:
-    """Return the files among `images` and all images in the folders among them. Raises `ConfigError` if none is."""
+    """Return the files among `images` and all images in the folders among them; say what folders hold besides.
+
+    Raises `ConfigError` if there are no images.
+    """
     paths: list[str] = []
+    passed: Counter[str] = Counter()
     for path in images:
-        if not path.exists():
+        local = user_path(path, "image")
+        if not local.exists():
             raise ConfigError(f"image is {str(path)!r}, which does not exist")
-        paths += find_images(path) if path.is_dir() else [str(path)]
+        paths += find_images(local, passed) if local.is_dir() else [str(local)]
     if not paths:
         raise ConfigError(f"image is {', '.join(map(str, images))!r}, a folder without images")
+    if passed.total():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in passed.most_common() if count)
+        print(f"passed over: {kinds}", file=sys.stderr)
     return paths
 
 

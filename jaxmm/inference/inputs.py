@@ -43,7 +43,10 @@ def image_content(image: Any) -> bytes | np.ndarray | Image.Image:
     Raise `OSError` for a file that cannot be read, `ConfigError` for an address, `TypeError` for what is no image.
     """
     if isinstance(image, (str, os.PathLike)):
-        return user_path(image, "image").read_bytes()
+        path = user_path(image, "image")
+        if path.is_dir():
+            raise IsADirectoryError(f"image is {os.fspath(image)!r}, a folder; expected a file")
+        return path.read_bytes()
     if isinstance(image, (bytes, Image.Image)):
         return image
     if _is_array(image):

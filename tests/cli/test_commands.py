@@ -54,7 +54,9 @@ def rows(text):
 def test_classify(jaxmm, models, tmp_path):
     paths = tiny.picture_files(tmp_path / "pictures", 3)
     (tmp_path / "pictures" / "bad.png").write_bytes(b"?")
+    (tmp_path / "pictures" / "film.mp4").write_bytes(b"?")
     status, out, err = jaxmm("classify", tmp_path / "pictures", "--model", models / "vit", "--top", 2, "--json")
+    assert "passed over: 1 .mp4 files\n" in err
     assert status == 0 and "bad.png" in err and "1 of 4 images could not be read" in err
     want = tiny.vit().classify(tiny.pictures(3), top=2)
     assert [row["picture"] for row in rows(out)] == paths

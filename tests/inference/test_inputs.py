@@ -44,6 +44,8 @@ def test_home_and_addresses(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.png").write_bytes(b"1234")
     assert image_content("~/a.png") == b"1234" == image_content(Path("~/a.png"))
+    with pytest.raises(OSError, match="a folder; expected a file"):
+        image_content(tmp_path)
     for address in ("https://host/cat.jpg", "s3://bucket/cat.jpg"):
         with pytest.raises((OSError, ConfigError), match="address"):
             image_content(address)
