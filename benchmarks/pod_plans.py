@@ -36,8 +36,9 @@ TARGETS = {
     "blip_b16_pretrain": "v5e:4x8", "blip_l16_pretrain": "v5e:4x8", "blip_captions": "v5e:4x4",
     "blip_coco_caption": "v5e:4x4", "blip_coco_retrieval": "v5e:4x8", "blip_flickr_retrieval": "v5e:4x8",
     "blip_nlvr2": "v5e:4x8", "blip_vqav2": "v5e:4x8", "clip_b16": "v5e:16x16", "clip_b32": "v5e:16x16",
-    "clip_l14": "v5e:16x16", "lit_b16": "v5e:8x8", "siglip_b16": "v5e:16x16", "siglip_so400m": "v5e:16x16",
-    "vit_b16_imagenet": "v5e:8x8", "vit_s16_imagenet": "v5e:2x4"}
+    "clip_l14": "v5e:16x16", "igpt_l_imagenet32": "v5e:4x8", "igpt_s_imagenet32": "v5e:2x4", "lit_b16": "v5e:8x8",
+    "siglip_b16": "v5e:16x16", "siglip_so400m": "v5e:16x16", "vit_b16_imagenet": "v5e:8x8",
+    "vit_s16_imagenet": "v5e:2x4"}
 """Target topology of each recipe of published size."""
 
 

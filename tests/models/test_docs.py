@@ -9,6 +9,7 @@ from PIL import Image
 import jaxmm
 from jaxmm.models.blip import BLIP, BLIPOutput
 from jaxmm.models.clip import CLIP, CLIPOutput, TextOutput
+from jaxmm.models.igpt import IGPTOutput
 from jaxmm.models.vit import ViTOutput
 from tests.pretrained import tiny
 
@@ -38,7 +39,7 @@ def test_names():
     page = PAGE.replace("`CLIP.text`", "`TextTower`")
     rows = dict(re.findall(r"\n\| `(\w+)`(?:: `\w+`)? \| `[^|]*` \| (.*) \|", page))
     for module, output in (("ViT", ViTOutput), ("AttentionConv", ViTOutput), ("CLIP", CLIPOutput),
-                           ("TextTower", TextOutput), ("BLIP", BLIPOutput)):
+                           ("TextTower", TextOutput), ("BLIP", BLIPOutput), ("IGPT", IGPTOutput)):
         assert tuple(re.findall(r"`(\w+)`", rows[module])) == output._fields
     methods = re.findall(r"`(CLIP|BLIP)\.(\w+)`", PAGE[PAGE.index("| method"):])
     assert len(methods) > 8 and all(hasattr({"CLIP": CLIP, "BLIP": BLIP}[module], name) for module, name in methods)

@@ -78,8 +78,8 @@ def test_every_large_recipe_is_here():
     """Check that every recipe without a target topology is one that runs on two cores, or CIFAR-10's on one device."""
     small = {path.stem for path in CONFIGS.glob("*.py")} - set(TARGETS)
     assert small == {"attention_conv_cifar10", "attention_conv_digits", "blip_scenes", "blip_vqa", "capfilt_scenes",
-                     "clip_captions", "clip_scenes", "finetune_captions", "finetune_folder", "vit_cifar10_patch2",
-                     "vit_digits", "vit_folder"}
+                     "clip_captions", "clip_scenes", "finetune_captions", "finetune_folder", "igpt_digits",
+                     "igpt_scenes", "vit_cifar10_patch2", "vit_digits", "vit_folder"}
 
 
 def headers():
