@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention_conv, caption_generation, pair_matching, pod_plans
+from benchmarks import attention_against_convolution as arms
+from benchmarks import caption_generation, pair_matching, pod_plans
 from benchmarks.measure import Rounds, Worker
 from benchmarks.train_step_sides import Case
 from tests.planning.test_plan import planned
@@ -53,11 +54,11 @@ def test_arms_with_convolution_and_attention_are_of_one_size():
     args = argparse.Namespace(width=24, depth=2, size=8)
 
     def count(arm):
-        task = attention_conv.task(arm, args).bind(image_size=8, classes=5, tokenizer=None)
+        task = arms.task(arm, args).bind(image_size=8, classes=5, tokenizer=None)
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
 
     assert count("quadratic") - count("convolution") == 2 * 9 * 3
-    task = attention_conv.task("convolution", args).bind(image_size=8, classes=5, tokenizer=None)
+    task = arms.task("convolution", args).bind(image_size=8, classes=5, tokenizer=None)
     image = jax.ShapeDtypeStruct((3, 8, 8, 3), np.uint8)
     logits = jax.eval_shape(lambda key, image: task.classifier.logits(task.init(key), {"image": image}),
                             jax.random.key(0), image)

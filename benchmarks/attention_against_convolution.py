@@ -1,6 +1,7 @@
 """Attention by position against attention by content and convolution, on small images with the same budget.
 
-    python -m benchmarks.attention_conv --train folder:DIR/train --test folder:DIR/test [--seeds 3] [--json FILE]
+    python -m benchmarks.attention_against_convolution --train folder:DIR/train --test folder:DIR/test [--seeds 3]
+        [--json FILE]
 
 Every arm sees the same batches of `--train` (CIFAR-10 or the like, resized to `--size`) for the same number of steps,
 with the same optimizer, width, depth and 2 x 2 patches:
@@ -142,7 +143,7 @@ def main() -> None:
     for name, value in (("size", 16), ("width", 128), ("depth", 3), ("steps", 800), ("batch-size", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--out", type=Path, default=Path("runs/attention-conv"))
+    parser.add_argument("--out", type=Path, default=Path("runs/attention-against-convolution"))
     parser.add_argument("--json", metavar="FILE", type=Path)
     args = parser.parse_args()
     arms = args.only.split(",")
