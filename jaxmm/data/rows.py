@@ -65,10 +65,11 @@ def image_id(record: Record) -> Int[np.ndarray, "2"]:
 
 
 def content_id(record: Record) -> Int[np.ndarray, "2"]:
-    """Return 64 bits that are equal for images of the same bytes."""
+    """Return 64 bits that are equal for images of the same bytes, and of the same shape if they are pixels."""
     data = record["image"] if isinstance(record["image"], tuple) else (record["image"],)
     # SHA-1 is twice as fast as BLAKE2 on processors that have it built in
-    return _hash(hashlib.sha1, b"".join(one.tobytes() if isinstance(one, np.ndarray) else one for one in data))
+    return _hash(hashlib.sha1, b"".join(
+        str(one.shape).encode() + one.tobytes() if isinstance(one, np.ndarray) else one for one in data))
 
 
 def text_id(text: str) -> Int[np.ndarray, "2"]:

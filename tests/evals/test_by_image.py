@@ -169,6 +169,8 @@ def test_a_view_has_all_captions_and_reads_the_first_record_with_one(pictures):
     assert isinstance(view, ByImage) and view.groups == ((2, 3, 0), (1,))
     assert view.texts(0) == ("second", "third", "fourth") == view[0]["texts"] and view.key(1) == "1"
     assert by_image(source) is view
+    wide = MemorySource(images=(np.ones((2, 8, 3), np.uint8), np.ones((4, 4, 3), np.uint8)), captions=(("x",), ("y",)))
+    assert by_image(wide) is wide                               # the same bytes in another shape
 
 
 def test_ids_of_results():
