@@ -18,12 +18,19 @@ PATHS = tyro.constructors.ConstructorRegistry()
 """How arguments become values: every path may start with `~`, and addresses are refused."""
 
 
+def _to_path(given: list[str]) -> Path:
+    try:
+        return user_path(given[0])
+    except ConfigError as error:
+        raise OSError(str(error)) from None  # tyro would print a `ValueError` with a page of help
+
+
 @PATHS.primitive_rule
 def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
     if info.type is not Path:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1, metavar="PATH", instance_from_str=lambda given: user_path(given[0]),
+        nargs=1, metavar="PATH", instance_from_str=_to_path,
         is_instance=lambda value: isinstance(value, Path), str_from_instance=lambda path: [str(path)])
 
 
