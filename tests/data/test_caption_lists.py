@@ -68,6 +68,16 @@ def test_quotes_that_are_not_closed_cost_one_row(folder):
     assert [record_texts(source, i) for i in range(4)] == [('"open',), ("one",), ('"he said "hi" to me"',), ("a, b",)]
 
 
+def test_more_tables(folder):
+    large = "x" * 200_000
+    source = open_source(f"captions:{write(folder / 'a.csv', f'image,caption{chr(10)}0.png,{large}{chr(10)}1.png,b')}")
+    assert check(source)["broken"] == {"malformed": 1} and record_texts(source, 1) == ("b",)
+    assert texts(folder, "b.csv", 'image, caption\n0.png, "b, c"\n') == [("b, c",)]
+    assert texts(folder, "c.csv", "image,caption,caption\n0.png,a,b\n") == [("a", "b")]
+    assert texts(folder, "d.csv", '0.png,"a, b"\n1.png,c\n') == [("a, b",), ("c",)]
+    assert texts(folder, "e.json", '{"0.png": ["a", null, "b"], "1.png": "c"}') == [("a", "b"), ("c",)]
+
+
 def test_flickr_without_a_header(folder):
     assert texts(folder, "Flickr8k.token.txt", "0.png#0\tA dog , \"it\" runs .\n0.png#1\tA cat\n3.png#4\t\n") == [
         ('A dog , "it" runs .',), ("A cat",), ()]

@@ -150,18 +150,26 @@ def _table(where: str, text: str, columns: Columns, needed: Sequence[str]) -> li
         return []
     marks = dict.fromkeys(c for c in lines[first] if not c.isalnum() and c not in "\"'_-./\\ ")
     for delimiter in (*DELIMITERS, *marks):
-        header = [cell.strip() for cell in next(csv.reader([lines[first]], delimiter=delimiter), [])]
+        header = [cell.strip() for cell in _split_line(lines[first], delimiter)]
         if len(header) >= len(needed) and all(columns.candidates(name, header) for name in needed):
             return _cells(lines, first + 1, delimiter, header)
     for delimiter in ("\t", *DELIMITERS):
-        cells = next(csv.reader([lines[first]], delimiter=delimiter, quoting=csv.QUOTE_NONE), [])
+        cells = _split_line(lines[first], delimiter)
         if len(cells) == len(needed) and _image_of(cells[0]) is not None:
             header = [NAMES.get(name, (name,))[0] for name in needed]
             return [_numbered(row) for row in _cells(lines, first, delimiter, header)]
-    header = max((next(csv.reader([lines[first]], delimiter=delimiter), []) for delimiter in DELIMITERS), key=len)
+    header = max((_split_line(lines[first], delimiter) for delimiter in DELIMITERS), key=len) or [lines[first]]
     raise DataError(f"{where}: its columns are {', '.join(repr(cell.strip()[:40]) for cell in header[:20])}; expected "
                     f"one for each of {', '.join(needed)}. Name them, as in FILE@"
                     + ",".join(f"{name}=NAME" for name in needed))
+
+
+def _split_line(line: str, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> list[str]:
+    """Return the cells of one line; none if it cannot be read, because a cell is too large."""
+    try:
+        return next(csv.reader([line], delimiter=delimiter, quoting=quoting, skipinitialspace=True), [])
+    except (csv.Error, ValueError):
+        return []
 
 
 def _image_of(cell: str) -> str | None:
@@ -184,26 +192,29 @@ def _cells(lines: Sequence[str], start: int, delimiter: str, header: Sequence[st
     A row whose quotes are not closed, or that has more or fewer cells than the header, is a fault of its first line.
     """
     rows = []
+    repeated = {name for name in header if list(header).count(name) > 1}
     while start < len(lines):
-        stop, cells, reason = start + 1, None, "its quotes do not match"
+        stop, cells = start + 1, None
         while cells is None and stop <= min(len(lines), start + LONGEST_CELL):
             chunk = "\n".join(lines[start:stop])
             try:
-                cells = next(csv.reader(io.StringIO(chunk, newline="\n"), delimiter=delimiter, strict=True), [])
+                cells = next(csv.reader(io.StringIO(chunk, newline="\n"), delimiter=delimiter, strict=True,
+                                        skipinitialspace=True), [])
             except csv.Error as error:
                 if "unexpected end" not in str(error):
                     break
                 stop += 1
         if cells is None or (len(cells) != len(header) and stop > start + 1):
             stop = start + 1  # quotes that mean themselves
-            cells = next(csv.reader([lines[start]], delimiter=delimiter, quoting=csv.QUOTE_NONE), [])
-        if cells and (len(cells) > 1 or cells[0].strip()):
-            place = f":{start + 1}"
-            if len(cells) == len(header):
-                rows.append(Row(place, dict(zip(header, map(str.strip, cells), strict=True))))
-            else:
-                reason = f"it has {len(cells)} columns; expected {len(header)}"
-                rows.append(Row(place, None, f"cannot be read: {reason}"))
+            cells = _split_line(lines[start], delimiter, csv.QUOTE_NONE)
+        place = f":{start + 1}"
+        if len(cells) == len(header):
+            row = dict(zip(header, map(str.strip, cells), strict=True))
+            row |= {name: [cell for column, cell in zip(header, cells, strict=True) if column == name]
+                    for name in repeated}
+            rows.append(Row(place, row))
+        elif lines[start].strip():
+            rows.append(Row(place, None, f"cannot be read: it has {len(cells)} columns; expected {len(header)}"))
         start = stop
     return rows
 

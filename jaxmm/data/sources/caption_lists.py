@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from jaxmm.data.base import DataError, find_images, fingerprint
+from jaxmm.data.base import EXTENSIONS, DataError, find_images, fingerprint
 from jaxmm.data.cleaning import usable_texts
 from jaxmm.data.sources.annotations import Row, read_rows, read_text
 from jaxmm.data.sources.columns import read_location
@@ -36,10 +36,14 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
             return _open_beside(spec, path)
         path = path / lists[0]
     read = read_rows(spec, path, place.columns)
-    if isinstance(read.content, dict) and place.columns.get(read.content, "image") is None:
-        raise DataError(f"source {spec!r}: {path} is one object with {', '.join(map(repr, read.content))[:200]}; "
+    rows, content = read.rows, read.content
+    if content and all(name.lower().endswith(EXTENSIONS) for name in content):  # captions by image
+        rows = [Row(f", entry {name!r}", {"image": name, "caption": value}) for name, value in content.items()]
+    elif content is not None and place.columns.get(content, "image") is None:
+        raise DataError(f"source {spec!r}: {path} is one object with {', '.join(map(repr, content))[:200]}; "
                         "expected one object per line, or a list. Is it coco:FILE.json or vqa:FILE.json?")
-    rows = read.rows or ((Row(":1", read.content),) if read.content is not None else ())
+    elif content is not None:
+        rows = [Row(":1", content)]
     files, captions, image_ids, faults, without = [], [], [], {}, 0
     for number, row in enumerate(rows):
         image = None if row.value is None else place.columns.get(row.value, "image")
