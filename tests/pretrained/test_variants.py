@@ -102,6 +102,17 @@ def test_what_timm_s_training_saves(tmp_path):
         assert list(tensors) == ["w"] and (tensors["w"].read().ravel() == want).all() and "weights" in note
 
 
+def test_what_scripts_keep_beside_weights(tmp_path):
+    body = writers.mapping({
+        "model": writers.mapping({"w": writers.tensor()}),
+        "out": writers.call("pathlib", "PosixPath", writers.text("x")),
+        "log": writers.call("pathlib._local", "PosixPath", writers.text("/"), writers.text("y")),
+        "when": writers.call("datetime", "datetime", writers.text("0123456789")),
+        "counts": writers.call("collections", "Counter", writers.mapping({"a": writers.whole(1)}))})
+    writers.torch_zip(tmp_path / "x.pth", body, {"0": RAW.tobytes()})
+    assert list(open_tensors(tmp_path / "x.pth")) == ["w"]
+
+
 def test_a_bare_open_clip_checkpoint_needs_a_name(bare, tmp_path, monkeypatch):
     with pytest.raises(FileError, match=r"neither its activation nor its heads; .*no architecture of open_clip"):
         load(bare)

@@ -191,7 +191,9 @@ def _table() -> dict[str, Global]:
     lists = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
     # kept by training scripts beside the weights
     inert = ("argparse.Namespace", "torch.device", "torch.serialization._get_layout", "_codecs.encode", "numpy.dtype",
-             "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+             "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "collections.Counter",
+             *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
+             *(f"datetime.{name}" for name in ("datetime", "date", "timedelta", "timezone")))
     calls = {
         "collections.OrderedDict": _ordered, "torch.Size": _same,
         "torch._utils._rebuild_tensor": _rebuild_v2, "torch._utils._rebuild_tensor_v2": _rebuild_v2,
