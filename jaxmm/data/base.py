@@ -130,8 +130,11 @@ def record_texts(source: Source, index: int) -> tuple[str, ...]:
 
 
 def record_key(source: Source, index: int) -> str:
-    """Return the name of a record, as it can be printed and written."""
-    return printable(source.key(index))
+    """Return the name of a record, as it can be printed and written, even if its key cannot be read."""
+    try:
+        return printable(source.key(index))
+    except Exception:  # a damaged file makes readers raise nearly anything
+        return printable(f"{source.name}#{index}")
 
 
 def digest(parts: Iterable[bytes], size: int = 16) -> str:

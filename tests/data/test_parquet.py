@@ -136,6 +136,19 @@ def test_labels_of_the_hub(tmp_path, caplog):
     assert "classes are not those of the first" in open_source(f"parquet:{tmp_path}").shards()[2].fault
 
 
+def test_a_damaged_page_is_a_bad_record(tmp_path):
+    """The column of keys is damaged, so records are named after the file."""
+    path = tmp_path / "a.parquet"
+    write(path, image=images(png(1)), caption=["a"], key=["the key"])
+    with pq.ParquetFile(path) as file:
+        starts = [file.metadata.row_group(0).column(i).data_page_offset for i in range(file.metadata.num_columns)]
+    data = bytearray(path.read_bytes())
+    for start in starts:
+        data[start:start + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    assert check(open_source(f"parquet:{path}"))["examples"] == {"unreadable": [f"parquet:{path}#0"]}
+
+
 def test_what_is_not_clear_is_asked(tmp_path):
     path = tmp_path / "a.parquet"
     labelled(path, {"fine": ["a", "b"], "coarse": ["c"]}, img=images(png(1)), fine=[1], coarse=[0])

@@ -142,6 +142,8 @@ class File(Source):
                 names = tuple(file.schema_arrow.names)
                 rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
                 fields, schema = _columns(file.schema_arrow, self.columns), str(file.schema_arrow.remove_metadata())
+            if min(rows, default=0) < 0:
+                raise DataError(f"it claims {min(rows)} rows")
             if self.classes not in (None, fields.classes):
                 raise DataError("its classes are not those of the first file")
             starts = np.cumsum([0, *rows])
