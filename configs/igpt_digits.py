@@ -2,6 +2,11 @@
 
     python run_train.py --config igpt_digits
 
+About 9 minutes of CPU time in all on two cores (AMD EPYC). Held-out images cost 1.28 nats per pixel; by tables counted
+over the training images 1.61 (given the pixels on the left and above), 1.83 (the previous pixel) and 2.03 (unigram). A
+linear probe of the features reaches 0.34 in the first layer, 0.89 from the middle on, and 0.47 at best at random
+weights. Digits are centred, so that the pixels themselves do better: 0.97. Along the run a lower loss goes with a
+better probe.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig

@@ -1,5 +1,6 @@
 """Evaluation batches: all records once, in order, and all captions."""
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from jaxtyping import UInt8
 
 from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.data import transforms
@@ -48,6 +50,24 @@ def counted(source: Source, batches: Iterable[Batch]) -> Iterator[Batch]:
         raise DataError(faults.summary())
     if faults.bad:
         log.warning("%s; they are left out", faults.summary())
+
+
+def read_images(
+    source: Source, image: ImageConfig, indices: Iterable[int]
+) -> tuple[list[int], UInt8[np.ndarray, "n s s 3"]]:
+    """Return those of the records `indices` that can be read, and their images as evaluation resizes them.
+
+    Raises `DataError` if there are none.
+    """
+    read, images = [], []
+    for index in indices:
+        with contextlib.suppress(BadRecord):
+            row = load_row(source, index, with_text=False, with_label=False, rng=None)
+            images.append(transform_images(row["image"], transforms.eval_image, image))
+            read.append(index)
+    if not images:
+        raise DataError(f"source {source.name!r}: none of the images asked for can be read")
+    return read, np.stack(images)
 
 
 def eval_texts(source: Source, tokenizer: Any, batch_size: int) -> Iterator[Batch]:

@@ -9,14 +9,14 @@ import numpy as np
 
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
-from jaxmm.data.images import decode
-from jaxmm.data.transforms import eval_image
+from jaxmm.data.eval_pipeline import read_images
 from jaxmm.evals.context import EvalContext, ImageGrid, evenly_spaced
 from jaxmm.inference.image_generation import (
     complete_images,
     generate_images,
     image_decoding,
     kept_tokens,
+    make_token_fn,
     without_rest,
 )
 from jaxmm.validation import ConfigError, require
@@ -73,7 +73,7 @@ class ImageSamples(Evaluator):
         drawn = generate_images(task, params, self.count, decoding, **options)
         context.examples.append(ImageGrid(title="Generated images", text="Samples of the model, without any input.",
                                           rows=tuple(map(tuple, np.split(drawn, range(8, len(drawn), 8))))))
-        images = self._images(context, source, evenly_spaced(len(source), self.examples))
+        _, images = read_images(source, context.data.image, evenly_spaced(len(source), self.examples).tolist())
         completed = complete_images(task, params, images, self.keep, self.samples, decoding, **options)
         context.examples.append(ImageGrid(
             title="Completions", text="Held-out images, what the model is given of them, and what it makes of that.",
@@ -81,9 +81,6 @@ class ImageSamples(Evaluator):
             rows=tuple(zip(images, without_rest(decoder, images, self.keep), *completed.swapaxes(0, 1), strict=True))))
         if source.grades_images:
             yield from self._grades(context, source, decoding)
-
-    def _images(self, context: EvalContext, source: Source, indices: np.ndarray) -> np.ndarray:
-        return np.stack([eval_image(decode(source[int(i)]["image"]), context.data.image) for i in indices])
 
     def _grades(self, context: EvalContext, source: Source, decoding) -> Iterator[float]:
         """Yield the shares of completions, then of the images through the model's tokens, in colour and in shape."""
@@ -95,8 +92,8 @@ class ImageSamples(Evaluator):
         if not chosen:
             yield from [float("nan")] * 4
             return
-        images = self._images(context, source, np.array(chosen))
-        limit = np.asarray(decoder.to_images(decoder.to_tokens(images)))
+        chosen, images = read_images(source, context.data.image, chosen)
+        limit = np.asarray(decoder.to_images(make_token_fn(context.task)(images)))
         completed = complete_images(context.task, context.weights_of(self), images, self.keep, 1, decoding, seed=1,
                                     mesh=context.mesh)[:, 0]
         grades = [source.shows_largest(i, np.stack(pair), part)

@@ -1,6 +1,5 @@
 """Prepare a run: open its sources, bind its task to them, check everything that can be checked before compiling."""
 
-import contextlib
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
@@ -13,12 +12,10 @@ import numpy as np
 
 from jaxmm import hosts
 from jaxmm.config import Evaluator, ImageConfig, TrainConfig
-from jaxmm.data.bad_records import BadRecord
-from jaxmm.data.base import DataError, Source, record_texts
-from jaxmm.data.rows import load_row, transform_images
+from jaxmm.data.base import Source, record_texts
+from jaxmm.data.eval_pipeline import read_images
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
-from jaxmm.data.transforms import eval_image
 from jaxmm.evals.context import EvalContext, evenly_spaced
 from jaxmm.pretrained.warm_start import adopt, open_start, with_longer_texts
 from jaxmm.saved_config import from_dict, to_dict
@@ -132,14 +129,7 @@ def _bind_task(
 
 def _sample(source: Source, image: ImageConfig, count: int) -> np.ndarray:
     """Return up to `count` evenly spaced images of `source`, uint8 [n size size 3], without unreadable ones."""
-    images = []
-    for index in evenly_spaced(len(source), count).tolist():
-        with contextlib.suppress(BadRecord):
-            row = load_row(source, index, with_text=False, with_label=False, rng=None)
-            images.append(transform_images(row["image"], eval_image, image))
-    if not images:
-        raise DataError(f"source {source.name!r}: none of {min(count, len(source)):,} images can be read")
-    return np.stack(images)
+    return read_images(source, image, evenly_spaced(len(source), count).tolist())[1]
 
 
 def _make_tokenizer(config: TrainConfig, task: Task, source: Source, workdir: Path) -> Tokenizer | None:

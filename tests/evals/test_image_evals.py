@@ -9,6 +9,7 @@ from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.data.scenes import one_shape
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals import KNN, Drawing, EvalContext, ImageGrid, ImageLikelihood, ImageSamples, LayerProbes, LinearProbe
+from jaxmm.evals.context import evenly_spaced
 from jaxmm.evals.knn import knn
 from jaxmm.evals.probe import probe
 from jaxmm.validation import ConfigError
@@ -86,17 +87,18 @@ class Graded(MemorySource):
 
 
 def test_samples_and_graded_completions():
-    source = Graded(tuple(chain_images(11, 4)))
+    source = Graded((*chain_images(11, 4)[:5], b"broken", *chain_images(11, 4)[6:]))
     run = context(source)
     evaluator = ImageSamples(count=10, examples=3, samples=2, graded=4)
+    assert evenly_spaced(11, 3).tolist() == [0, 5, 10]           # the broken one is left out
     got = dict(evaluator.run(run))
-    chosen = np.stack(source.images)[[0, 2, 4, 6]]
+    chosen = chain_images(11, 4)[[0, 2, 4, 6]]
     assert got["val/completion_color_limit"] == (chosen[:, -1, -1, 0] > 100).mean()
     assert got["val/completion_shape_limit"] == got["val/completion_shape"] == (chosen[:, 0, 0, 0] > 100).mean()
     assert 0 <= got["val/completion_color"] <= 1
     drawn, completed = run.examples
     assert isinstance(drawn, ImageGrid) and [len(row) for row in drawn.rows] == [8, 2]
-    assert [len(row) for row in completed.rows] == [4] * 3 and len(completed.columns) == 4
+    assert [len(row) for row in completed.rows] == [4] * 2 and len(completed.columns) == 4
     for image, given, *samples in completed.rows:
         np.testing.assert_array_equal(image[:2], given[:2])
         assert (given[2:] == 128).all() and all((sample[:2] == image[:2]).all() for sample in samples)

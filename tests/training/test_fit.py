@@ -46,7 +46,7 @@ def test_the_images_are_evenly_spaced_as_in_evaluation():
     got = _sample(source, config, 4)
     assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
     np.testing.assert_array_equal(got, np.stack([eval_image(decode(images[i]), config) for i in (0, 3, 6)]))
-    with pytest.raises(DataError, match="none of 1 images can be read"):
+    with pytest.raises(DataError, match="none of the images asked for can be read"):
         _sample(MemorySource((b"broken",)), config, 4)
 
 
