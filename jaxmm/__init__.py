@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names as in `_MODUL
     from jaxmm.data.sources.registry import open_source as open_source
     from jaxmm.evals import KNN as KNN
     from jaxmm.evals import AttentionCenters as AttentionCenters
+    from jaxmm.evals import CaptionChoice as CaptionChoice
     from jaxmm.evals import Captions as Captions
     from jaxmm.evals import EvalContext as EvalContext
     from jaxmm.evals import ImageLikelihood as ImageLikelihood
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors, the same names as in `_MODUL
     from jaxmm.evals import TopKAccuracy as TopKAccuracy
     from jaxmm.evals import VQAAccuracy as VQAAccuracy
     from jaxmm.evals import ZeroShot as ZeroShot
+    from jaxmm.evals.evaluation import evaluate as evaluate
     from jaxmm.inference.generate import Decoding as Decoding
     from jaxmm.inference.model import Model as Model
     from jaxmm.inference.model import load as load
@@ -78,8 +80,9 @@ _MODULES = {
               "TrainConfig",
     "data.base": "DataError Source",
     "data.sources.registry": "open_source",
-    "evals": "AttentionCenters Captions EvalContext ImageLikelihood ImageSamples KNN LayerProbes LinearProbe Reranking "
-             "Retrieval TopKAccuracy VQAAccuracy ZeroShot",
+    "evals": "AttentionCenters CaptionChoice Captions EvalContext ImageLikelihood ImageSamples KNN LayerProbes "
+             "LinearProbe Reranking Retrieval TopKAccuracy VQAAccuracy ZeroShot",
+    "evals.evaluation": "evaluate",
     "inference.generate": "Decoding",
     "inference.model": "Model load",
     "models.attention_conv": "AttentionConv AttentionConvConfig convolution_params",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("train:train", "Train a model on a recipe."),
+    "eval": ("eval:evaluate", "Evaluate models on data sets, without training."),
     "classify": ("classify:classify", "Classify images."),
     "caption": ("caption:caption", "Caption images."),
     "answer": ("answer:answer", "Answer a question about an image."),
@@ -43,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _help(args)
     try:
         return _run(name, args[len(name.split()):])
-    except _user_errors(name) as error:
+    except user_errors(name) as error:
         from jaxmm import hosts
         from jaxmm.validation import ConfigError
         print(f"error: {error}", file=sys.stderr)
@@ -64,7 +65,7 @@ def _run(name: str, args: list[str]) -> int:
     return run(getattr(importlib.import_module(f"jaxmm.cli.{module}"), function), args, prog=f"jaxmm {name}")
 
 
-def _user_errors(name: str) -> tuple[type[Exception], ...]:
+def user_errors(name: str) -> tuple[type[Exception], ...]:
     """Return the errors that are reported in one line; imported only after something was raised.
 
     Training runs the user's own code, so a plain `ValueError` keeps its traceback there.

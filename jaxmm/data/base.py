@@ -40,7 +40,12 @@ class Source:
     """A digest that changes with the list of records. A run does not resume with another one."""
     classes: tuple[str, ...] | None = None
     """Names of the labels; None: records have no label."""
+    templates: tuple[str, ...] | None = None
+    """Prompts of zero-shot classification, with `{}` in the place of a class name, that belong to this data and its
+    names; None: it has none."""
     images_per_record: int = 1
+    has_foils: bool = False
+    """True if the texts of a record are one that is true of each of its images, and then others that are not."""
     most_answers: int = 0
     """The largest number of different answers to one question; 0: records have no questions with answers."""
     grades_captions: bool = False

@@ -2,6 +2,7 @@
 
 from jaxmm.evals.accuracy import TopKAccuracy
 from jaxmm.evals.attention_centers import AttentionCenters
+from jaxmm.evals.caption_choice import CaptionChoice
 from jaxmm.evals.captions import Captions
 from jaxmm.evals.context import (
     CaptionExample,
@@ -25,6 +26,7 @@ from jaxmm.evals.zero_shot import ZeroShot
 __all__ = [
            "KNN",
            "AttentionCenters",
+           "CaptionChoice",
            "CaptionExample",
            "Captions",
            "Drawing",

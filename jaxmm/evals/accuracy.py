@@ -8,7 +8,15 @@ import numpy as np
 
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
-from jaxmm.evals.context import Arrays, EvalContext, PredictionExample, check_labels, evenly_spaced, thumbnail
+from jaxmm.evals.context import (
+    Arrays,
+    EvalContext,
+    Outcomes,
+    PredictionExample,
+    check_labels,
+    evenly_spaced,
+    thumbnail,
+)
 from jaxmm.validation import require
 
 
@@ -23,7 +31,14 @@ class TopKAccuracy(Evaluator):
     def validate(self, context: EvalContext, source: Source) -> None:
         """Raise `ConfigError` if the source has no labels, or others than `data.train`."""
         check_labels(self, source)
-        known = context.train.classes if context.train is not None else None
+        if context.labels is not None or context.task.classes is not None:
+            count = len(context.labels or ()) or context.task.classes
+            require(len(source.classes) == count, "TopKAccuracy.source", source.name,
+                    f"a source with the {count} classes of the model, not {len(source.classes)}")
+            names = context.labels or source.classes
+            require(names == source.classes or set(names) != set(source.classes), "TopKAccuracy.source", source.name,
+                    f"the classes in the model's order: {', '.join(names[:5])}, ...")
+        known = context.train.classes if context.train is not None and context.labels is None else None
         require(known in (None, source.classes), "TopKAccuracy.source", source.name,
                 f"a source with the classes of data.train: {known}")
 
@@ -36,7 +51,7 @@ class TopKAccuracy(Evaluator):
         tokenizer = context.tokenizer if "text" in context.task.reads else None
         results = context.predictions(self, ("logits",), context.batches(self, source, tokenizer))
         logits = ((result["logits"], batch) for result, batch in results)
-        return score(logits, source, source.classes, context, self.examples)
+        return score(logits, source, source.classes, context, self.examples, self.names(source))
 
 
 def ranks(source: Source) -> tuple[int, ...]:
@@ -45,14 +60,16 @@ def ranks(source: Source) -> tuple[int, ...]:
 
 
 def score(logits: Iterable[tuple[np.ndarray, Arrays]], source: Source, classes: tuple[str, ...],
-          context: EvalContext, examples: int) -> tuple[float, ...]:
+          context: EvalContext, examples: int, names: tuple[str, ...]) -> tuple[float, ...]:
     """Return the top-k accuracy for each of `ranks`, then the mean cross-entropy.
 
-    `logits` are pairs of logits [b, classes] and their batch. Examples for the report are added to `context`.
+    `logits` are pairs of logits [b, classes] and their batch. Examples for the report, and under `names` the values of
+    every example, are added to `context`.
     """
     shown = set(evenly_spaced(len(source), examples).tolist()) if examples else set()
     ks = ranks(source)
     count, loss, correct = 0, 0.0, dict.fromkeys(ks, 0.0)
+    parts = []
     for values, batch in logits:
         labels, width, n = batch["label"], values.shape[1], len(values)
         if not n:
@@ -61,25 +78,39 @@ def score(logits: Iterable[tuple[np.ndarray, Arrays]], source: Source, classes: 
                 f"0 to {width - 1}: the model has {width} classes ({source.name})")
         values = values.astype(np.float64)
         log_p = _log_softmax(values)
-        loss -= np.take_along_axis(log_p, labels[:, None], axis=1).sum()
+        own = np.take_along_axis(log_p, labels[:, None], axis=1)
+        loss -= own.sum()
+        parts.append((batch["index"], labels, label_ranks(values, labels), values.argmax(axis=1), -own[:, 0]))
         for k, share in accuracy(values, labels, ks).items():
             correct[k] += share * n
         count += n
         for row, index in enumerate(batch["index"].tolist()):
             if index in shown:
                 context.examples.append(_example(source, index, log_p[row], int(labels[row]), classes))
+    index, labels, rank, best, losses = map(np.concatenate, zip(*parts, strict=True))
+    values = dict(zip(names, (*(rank < k for k in ks), losses), strict=False))
+    context.outcomes.append(Outcomes(values=values, index=index, labels=labels, describe=lambda row: (
+        _name(classes, int(labels[row])), _name(classes, int(best[row])))))
     return (*(correct[k] / count for k in ks), loss / count)
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray, ks: tuple[int, ...]) -> dict[int, float]:
     """Return for each k the share of rows of `scores` [n, classes] whose label is among the k highest.
 
-    A tie counts against the label, and so does a label whose score is not finite.
+    See `label_ranks`.
+    """
+    above = label_ranks(scores, labels)
+    return {k: float(np.mean(above < k)) for k in ks}
+
+
+def label_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return how many classes score at least as high as the label, for each row of `scores` [n, classes].
+
+    A tie counts against the label. A label whose score is not finite ranks behind all classes.
     """
     own = np.take_along_axis(scores, labels[:, None], axis=1)
     above = (~(scores < own)).sum(axis=1) - 1
-    above = np.where(np.isfinite(own[:, 0]), above, scores.shape[1])
-    return {k: float(np.mean(above < k)) for k in ks}
+    return np.where(np.isfinite(own[:, 0]), above, scores.shape[1])
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
@@ -89,9 +120,10 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
 
 def _example(source: Source, index: int, log_p: np.ndarray, label: int, classes: tuple[str, ...]
              ) -> PredictionExample:
-    def name(i):
-        return classes[i] if i < len(classes) else f"class {i}"
-
     best = np.argsort(-log_p, kind="stable")[:3]
-    return PredictionExample(image=thumbnail(source, index), truth=name(label),
-                             predictions=tuple((name(int(i)), float(np.exp(log_p[i]))) for i in best))
+    return PredictionExample(image=thumbnail(source, index), truth=_name(classes, label),
+                             predictions=tuple((_name(classes, int(i)), float(np.exp(log_p[i]))) for i in best))
+
+
+def _name(classes: tuple[str, ...], label: int) -> str:
+    return classes[label] if label < len(classes) else f"class {label}"

@@ -97,6 +97,11 @@ def by_image(source: Source) -> Source:
     return kept[1]
 
 
+def original_records(source: Source, index: np.ndarray) -> np.ndarray:
+    """Return the records of the source itself that are read for the records `index` of `source`, a view by image."""
+    return np.array([source.groups[i][0] for i in index.tolist()]) if isinstance(source, ByImage) else index
+
+
 def group_images(identities: list[Identity]) -> tuple[tuple[int, ...], ...]:
     """Return the numbers of the records of each image, images in order; of a group, one with a text comes first."""
     numbers: dict[bytes, int] = {}

@@ -10,9 +10,9 @@ from jaxmm.config import Evaluator
 from jaxmm.data.base import Source, record_texts
 from jaxmm.data.images import decode
 from jaxmm.data.transforms import eval_image
-from jaxmm.evals.by_image import by_image
+from jaxmm.evals.by_image import by_image, original_records
 from jaxmm.evals.caption_metrics import caption_metric_names, caption_metrics
-from jaxmm.evals.context import CaptionExample, EvalContext, evenly_spaced
+from jaxmm.evals.context import CaptionExample, EvalContext, Outcomes, evenly_spaced
 from jaxmm.inference.batching import padded_batch_size
 from jaxmm.inference.captioning import (
     CAPTIONS,
@@ -76,6 +76,11 @@ class Captions(Evaluator):
         for i, image, words in self._attention_maps(context, source, tokens):
             context.examples.append(CaptionExample(image=image, caption=captions[i], right=exact.get(i, False),
                                                    truth=(*references[i], "")[0], words=words))
+        rows = list(captions)
+        context.outcomes.append(Outcomes(
+            values={"caption_exact": np.array([exact.get(i, False) for i in rows])} if len(exact) == len(rows) else {},
+            index=original_records(source, np.array(rows)),
+            describe=lambda row: ((*references[rows[row]], "")[0], captions[rows[row]])))
         yield _mean(exact.values())
         yield _mean(scores)
         if source.grades_captions:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 from PIL import Image
 
 from jaxmm import hosts
@@ -27,6 +28,20 @@ FIGURE = "figure/"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """What an evaluator measured on every example (or query): its metrics are means over them."""
+
+    values: Mapping[str, np.ndarray]
+    """Values [n] of the metrics of these names."""
+    index: np.ndarray | None = None
+    """Records of the source [n]; None: the examples are no records."""
+    labels: np.ndarray | None = None
+    """Labels [n], for results by class."""
+    describe: Callable[[int], tuple[str, str]] | None = None
+    """The expected and the predicted text of the example of this row; None: there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalContext:
     """A model, and the data to measure it on."""
 
@@ -41,8 +56,14 @@ class EvalContext:
     """Texts to tokens int32 [n, t]; None: the task reads no texts."""
     mesh: Mesh | None = None
     """The batch is cut over its `data` and `fsdp` axes; None: the default device."""
+    labels: tuple[str, ...] | None = None
+    """Names of the classes of a trained head; None: they are those of `train`, or not known."""
     history: Callable[[], Mapping[str, Sequence[tuple[int, float]]]] = dict
     """What the run has logged before this evaluation: (step, value) pairs by rising step of each metric."""
+    watch: Callable[[Iterable, int], Iterable] = field(default=lambda batches, total: batches)
+    """Shows progress: yields `batches`, of which there are `total`."""
+    outcomes: list[Outcomes] = field(default_factory=list)
+    """Evaluators add the values of every example, in the order of `Evaluator.names`."""
     examples: list = field(default_factory=list)
     """Evaluators add what the report shows: `RetrievalExample`, `PredictionExample`, `CaptionExample`, `ImageGrid`,
     `Drawing`."""
@@ -83,7 +104,8 @@ class EvalContext:
 
     def batches(self, evaluator: Evaluator, source: Source, tokenizer: Any = None) -> Iterator[dict[str, Any]]:
         """Yield all records of `source` in batches of the size that `evaluator` asks for."""
-        return image_batches(source, self, self.batch_size(evaluator), tokenizer)
+        size = self.batch_size(evaluator)
+        return iter(self.watch(image_batches(source, self, size, tokenizer), -(-len(source) // size)))
 
     def batch_size(self, evaluator: Evaluator) -> int:
         """Return the batch size of `evaluator`, rounded up to a multiple of the devices."""
@@ -205,6 +227,17 @@ def concatenate(parts: Iterable[tuple[Arrays, Arrays]]) -> tuple[Arrays, Arrays]
         rest.append({name: value for name, value in batch.items() if name != "image"})
     return tuple({name: np.concatenate([part[name] for part in pieces]) for name in pieces[0]}
                  for pieces in (results, rest))
+
+
+def embed_texts(evaluator: Evaluator, context: EvalContext, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
+    """Return the embeddings of `texts`, in batches of the size that `evaluator` asks for."""
+    size = context.batch_size(evaluator)
+    tokens = np.asarray(context.tokenizer(texts))
+    pad = -len(tokens) % size
+    mask = np.arange(len(tokens) + pad) < len(tokens)
+    tokens = np.pad(tokens, ((0, pad), (0, 0)), mode="edge")
+    batches = ({"tokens": tokens[i:i + size], "mask": mask[i:i + size]} for i in range(0, len(tokens), size))
+    return concatenate(context.predictions(evaluator, ("text",), batches))[0]["text"]
 
 
 def thumbnail(source: Source, index: int, side: int = 112) -> np.ndarray:

@@ -3,7 +3,7 @@
 The same image twice, or the same words under two images, are right answers for each other. A tie counts as a miss.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxmm.config import Evaluator
 from jaxmm.data.base import Source, record_texts
 from jaxmm.data.eval_pipeline import eval_texts
 from jaxmm.evals.by_image import by_image
-from jaxmm.evals.context import Arrays, EvalContext, concatenate
+from jaxmm.evals.context import Arrays, EvalContext, Outcomes, concatenate
 from jaxmm.validation import require
 
 TIE = np.float32(1e-6)
@@ -94,7 +94,7 @@ def recall_names(ks: tuple[int, ...], kind: str = "") -> tuple[str, ...]:
     return tuple(f"{direction}_{kind}recall@{k}" for direction in DIRECTIONS for k in ks)
 
 
-def recalls(ranks: Iterable[tuple[Int[np.ndarray, "q"], Int[np.ndarray, "r"]]], ks: tuple[int, ...]) -> list[float]:
+def recalls(ranks: Iterable[tuple[np.ndarray, np.ndarray]], ks: tuple[int, ...]) -> list[float]:
     """Return the recalls at each of `ks` in both directions, averaged over the pools that `ranks` are of."""
     values = []
     for pools in zip(*ranks, strict=True):
@@ -102,6 +102,15 @@ def recalls(ranks: Iterable[tuple[Int[np.ndarray, "q"], Int[np.ndarray, "r"]]], 
             shares = [np.mean(pool < k) for pool in pools if len(pool)]
             values.append(float(np.mean(shares)) if shares else float("nan"))
     return values
+
+
+def add_outcomes(context: EvalContext, ranks: Sequence[tuple[np.ndarray, np.ndarray]], ks: tuple[int, ...],
+                 names: tuple[str, ...]) -> None:
+    """Add what `recalls` averages to `context`, of every query; `names` are those of the recalls."""
+    for direction, of_direction in enumerate(zip(*ranks, strict=True)):
+        rank = np.concatenate(of_direction)
+        own = names[direction * len(ks):]
+        context.outcomes.append(Outcomes(values={name: rank < k for name, k in zip(own, ks, strict=False)}))
 
 
 def embed_pairs(evaluator: Evaluator, context: EvalContext, source: Source, captions: str,

@@ -8,7 +8,7 @@ import numpy as np
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.context import EvalContext
-from jaxmm.evals.frozen_features import check_layer, check_train, train_and_test
+from jaxmm.evals.frozen_features import add_predictions, check_layer, check_train, train_and_test
 from jaxmm.optional import require_extra
 from jaxmm.validation import require
 
@@ -41,18 +41,29 @@ class KNN(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> tuple[float, ...]:
         """Return the accuracy."""
-        train, test = train_and_test(self, self.train, context, source, self.layer)
-        return (knn(*train, *test, k=self.k, temperature=self.temperature),)
+        train, (x, y), records = train_and_test(self, self.train, context, source, self.layer)
+        predicted = knn_labels(*train, x, k=self.k, temperature=self.temperature)
+        if predicted is None:
+            return (float("nan"),)
+        add_predictions(context, source, *self.metric_names, records, y, predicted)
+        return (float(np.mean(predicted == y)),)
 
 
 def knn(train_x: np.ndarray, train_y: np.ndarray, x: np.ndarray, y: np.ndarray, *, k: int, temperature: float
         ) -> float:
-    """Return the accuracy on features `x` [n, d] with labels `y` [n], by votes of the k nearest of `train_x`."""
+    """Return the accuracy of `knn_labels` on features `x` [n, d] with labels `y` [n]."""
+    predicted = knn_labels(train_x, train_y, x, k=k, temperature=temperature)
+    return float("nan") if predicted is None else float(np.mean(predicted == y))
+
+
+def knn_labels(train_x: np.ndarray, train_y: np.ndarray, x: np.ndarray, *, k: int, temperature: float
+               ) -> np.ndarray | None:
+    """Return the labels of features `x` [n, d], by votes of the k nearest of `train_x`; None: they are not finite."""
     require_extra("train", "the evaluator KNN")
     from sklearn.neighbors import KNeighborsClassifier  # takes a second, which only this evaluator needs
 
     if not (np.isfinite(train_x).all() and np.isfinite(x).all()):
-        return float("nan")
+        return None
     voters = KNeighborsClassifier(min(k, len(train_x)), metric="cosine", algorithm="brute",
                                   weights=lambda distance: np.exp(-distance / temperature))
-    return float(voters.fit(train_x, train_y).score(x, y))
+    return voters.fit(train_x, train_y).predict(x)

@@ -12,7 +12,16 @@ from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.by_image import by_image
 from jaxmm.evals.context import Arrays, EvalContext
-from jaxmm.evals.image_text_pairs import Pairs, check_pairs, check_ranks, chunks, embed_pairs, recall_names, recalls
+from jaxmm.evals.image_text_pairs import (
+    Pairs,
+    add_outcomes,
+    check_pairs,
+    check_ranks,
+    chunks,
+    embed_pairs,
+    recall_names,
+    recalls,
+)
 from jaxmm.inference.matching import make_image_encoder, match_pairs
 from jaxmm.validation import require
 
@@ -65,8 +74,10 @@ class Reranking(Evaluator):
             pairs = embed_pairs(self, context, source, self.captions,
                                 lambda batches: spilled.take(context.outputs(self, encoder, batches)))
             tokens = spilled.array()
-            return recalls((self._ranks(pool, tokens[i * len(pool.image):], context)
-                            for i, pool in enumerate(pairs.pools(self.pool))), self.ks)
+            ranks = [self._ranks(pool, tokens[i * len(pool.image):], context)
+                     for i, pool in enumerate(pairs.pools(self.pool))]
+        add_outcomes(context, ranks, self.ks, self.names(source))
+        return recalls(ranks, self.ks)
 
     def _ranks(self, pool: Pairs, image_tokens: Float[np.ndarray, "n s c"], context: EvalContext
                ) -> tuple[Int[np.ndarray, "q"], Int[np.ndarray, "r"]]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.data.sources.vqa import common_answers
-from jaxmm.evals.context import EvalContext, PredictionExample, evenly_spaced, thumbnail
+from jaxmm.evals.context import EvalContext, Outcomes, PredictionExample, evenly_spaced, thumbnail
 from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, make_rank_fn
 from jaxmm.inference.captioning import check_length, make_caption_fn, prompt_tokens
 from jaxmm.inference.generate import Decoding
@@ -96,13 +96,18 @@ class VQAAccuracy(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> tuple[float, ...]:
         """Return the accuracy."""
-        accuracies, answered = [], {}
+        accuracies, graded, answered = [], [], {}
         for index, ranked in self._answer(context, source):
             if answers := source.answers(index):
                 accuracies.append(accuracy_of(ranked[0][0], answers))
+                graded.append(index)
             answered[index] = ranked
             if self.questions is not None and len(answered) >= self.questions:
                 break
+        context.outcomes.append(Outcomes(
+            values=dict.fromkeys(self.metric_names, np.array(accuracies)), index=np.array(graded, int),
+            describe=lambda row: (" ".join(dict.fromkeys((source.texts(graded[row])[0], *source.answers(graded[row])))),
+                                  answered[graded[row]][0][0])))
         indices = sorted(answered)
         if self.results is not None:
             write_results(self.results, ({"question_id": result_id(source[index], "question_id"),

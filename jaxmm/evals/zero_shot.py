@@ -9,7 +9,7 @@ from jaxtyping import Float
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.evals.accuracy import ranks, score
-from jaxmm.evals.context import EvalContext, check_labels, concatenate
+from jaxmm.evals.context import EvalContext, check_labels, embed_texts
 from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts, unit
 from jaxmm.validation import require
 
@@ -18,10 +18,10 @@ from jaxmm.validation import require
 class ZeroShot(Evaluator):
     """Measures `zero_shot_top1` and, with more than five classes, `zero_shot_top5`."""
 
-    templates: tuple[str, ...] = TEMPLATES
-    """Prompts, with `{}` in the place of the class name."""
+    templates: tuple[str, ...] | None = None
+    """Prompts, with `{}` in the place of the class name; None: those of the source, else OpenAI's seven."""
     classes: tuple[str, ...] | None = None
-    """Class names in the order of the labels; None: the source's own, underscores as spaces."""
+    """Class names in the order of the labels; None: the source's own, underscores as spaces if it has no templates."""
     scale: float = 100.0
     """Factor on the cosines for the report's probabilities; the accuracy does not depend on it."""
     examples: int = 12
@@ -32,8 +32,9 @@ class ZeroShot(Evaluator):
     def __post_init__(self):
         """Check the templates."""
         super().__post_init__()
-        require(len(self.templates) > 0, "evals.templates", self.templates, "one template or more")
-        for template in self.templates:
+        require(self.templates is None or len(self.templates) > 0, "evals.templates", self.templates,
+                "one template or more")
+        for template in self.templates or ():
             require(template.count("{}") == 1, "evals.templates", template, "one {} in each template")
 
     def validate(self, context: EvalContext, source: Source) -> None:
@@ -48,21 +49,20 @@ class ZeroShot(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> tuple[float, ...]:
         """Return the accuracies."""
-        classes = self.classes or tuple(name.replace("_", " ") for name in source.classes)
-        weights = class_embeddings(self, context, classes)
+        own = source.templates if self.templates is None else None
+        classes = self.classes or (source.classes if own else tuple(name.replace("_", " ") for name in source.classes))
+        weights = class_embeddings(self, context, classes, own)
         images = context.predictions(self, ("image",), context.batches(self, source))
         logits = ((self.scale * unit(result["image"]) @ weights.T, batch) for result, batch in images)
-        return score(logits, source, classes, context, self.examples)[:-1]
+        return score(logits, source, classes, context, self.examples, self.names(source))[:-1]
 
 
-def class_embeddings(evaluator: ZeroShot, context: EvalContext, classes: tuple[str, ...]
-                     ) -> Float[np.ndarray, "classes e"]:
-    """Return for each class the normalised mean of its prompts' normalised embeddings."""
-    size = context.batch_size(evaluator)
-    tokens = np.asarray(context.tokenizer(class_prompts(classes, evaluator.templates)))
-    pad = -len(tokens) % size
-    mask = np.arange(len(tokens) + pad) < len(tokens)
-    tokens = np.pad(tokens, ((0, pad), (0, 0)), mode="edge")
-    batches = ({"tokens": tokens[i:i + size], "mask": mask[i:i + size]} for i in range(0, len(tokens), size))
-    prompts = concatenate(context.predictions(evaluator, ("text",), batches))[0]["text"]
-    return class_means(unit(prompts), len(classes))
+def class_embeddings(evaluator: ZeroShot, context: EvalContext, classes: tuple[str, ...],
+                     templates: tuple[str, ...] | None = None) -> Float[np.ndarray, "classes e"]:
+    """Return for each class the normalised mean of its prompts' normalised embeddings.
+
+    `templates` are those that belong to the names as they are written; None: those of `evaluator`.
+    """
+    prompts = (class_prompts(classes, evaluator.templates or TEMPLATES) if templates is None else
+               [template.replace("{}", name) for name in classes for template in templates])
+    return class_means(unit(embed_texts(evaluator, context, prompts)), len(classes))

@@ -27,6 +27,8 @@ class Kind(NamedTuple):
     opener: str
     location: str
     """The form of what follows the colon."""
+    addresses: bool = False
+    """True if it may be an address."""
 
 
 KINDS: dict[str, Kind] = {
@@ -40,7 +42,10 @@ KINDS: dict[str, Kind] = {
     "shapes": Kind("jaxmm.data.scenes.one_shape", "open_shapes", "SPLIT"),
     "tars": Kind("jaxmm.data.sources.tars", "open_tars", "GLOB"),
     "tfds": Kind("jaxmm.data.sources.tfds", "open_tfds", "NAME:SPLIT"),
+    "sugarcrepe": Kind("jaxmm.data.sources.foil_captions", "open_sugar_crepe", "FILE.json[@DIR]"),
     "vqa": Kind("jaxmm.data.sources.vqa", "open_questions", "FILE[@DIR]"),
+    "wds": Kind("jaxmm.data.sources.web_datasets", "open_web_dataset", "DIR|REPOSITORY[:SPLIT]", addresses=True),
+    "winoground": Kind("jaxmm.data.sources.foil_captions", "open_winoground", "FILE.jsonl[@DIR]"),
 }
 REGISTERED: dict[str, tuple[Opener, str]] = {}
 """Openers that `register_source` added, each with the form of its location."""
@@ -77,7 +82,8 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
         opener = REGISTERED[kind][0]
     else:
         opener = getattr(importlib.import_module(KINDS[kind].module), KINDS[kind].opener)
-        location, data_dir = _local(spec, location), data_dir and expand(data_dir, "data_dir")
+        location = os.path.expanduser(location) if KINDS[kind].addresses else _local(spec, location)
+        data_dir = data_dir and expand(data_dir, "data_dir")
     source = opener(spec, location, data_dir)
     if not source:  # not its length: a source of many shards would read all of them
         raise DataError(f"source {spec!r} is empty: it has no records")

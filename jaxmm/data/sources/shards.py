@@ -33,8 +33,8 @@ class Slice(Source):
     source: Source
     start: int
     stop: int
-    name, classes, images_per_record, most_answers = map(_of_source, (
-        "name", "classes", "images_per_record", "most_answers"))
+    name, classes, templates, images_per_record, has_foils, most_answers = map(_of_source, (
+        "name", "classes", "templates", "images_per_record", "has_foils", "most_answers"))
     grades_captions, grades_images, varies, image_id_scope = map(_of_source, (
         "grades_captions", "grades_images", "varies", "image_id_scope"))
 
@@ -95,6 +95,7 @@ class Shards(Source):
     name: str
     parts: tuple[Source, ...]
     classes: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
     def __bool__(self):

@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxmm.data.bad_records import BadRecord
 from jaxmm.data.base import EXTENSIONS, Record, Source, fingerprint
-from jaxmm.data.cleaning import printable, usable_texts
+from jaxmm.data.cleaning import clean, printable, usable_texts
 from jaxmm.data.sources.columns import Columns, read_location
 from jaxmm.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT, Shards, find_files
 from jaxmm.data.sources.tar_members import Member, TarFault, members, open_tar, tar_size
@@ -55,6 +55,8 @@ class Tar(Source):
     columns: Columns = field(default_factory=Columns)
     classes: tuple[str, ...] | None = None
     """Names of the classes, which are the same in all tars."""
+    clip_benchmark: bool = False
+    """True for CLIP_benchmark's layout: labels are numbers of the classes, and a text has one caption per line."""
 
     @property
     def name(self) -> str:
@@ -113,6 +115,8 @@ class Tar(Source):
 
     def _texts(self, file: BufferedIOBase, index: int) -> tuple[str, ...]:
         text = self._read(file, index, _TEXT)
+        if self.clip_benchmark and text is not None:
+            return usable_texts(clean(text).splitlines())
         if texts := usable_texts(text):
             return texts
         content = self._read(file, index, _JSON)
@@ -120,6 +124,8 @@ class Tar(Source):
 
     def _label(self, file: BufferedIOBase, index: int) -> int | None:
         label = _class_name(self._read(file, index, _LABEL) or b"")
+        if self.clip_benchmark:
+            return int(label) if label.isdecimal() else None
         return self.classes.index(label) if label in self.classes else None
 
     def _read(self, file: BufferedIOBase, index: int, kind: int) -> bytes | None:
