@@ -29,7 +29,7 @@ FIGURE = "figure/"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """What an evaluator measured on every example (or query): its metrics are means over them."""
+    """Values that an evaluator measured on every example or query; its metrics are means over them."""
 
     values: Mapping[str, np.ndarray]
     """Values [n] of the metrics of these names."""

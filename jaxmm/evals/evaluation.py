@@ -55,7 +55,7 @@ class Mistake:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What one evaluator measured of a model on a source."""
+    """Metrics of a model on a source by one evaluator."""
 
     source: str
     evaluator: str

@@ -93,17 +93,17 @@ def numpy_outputs(params, source, texts=()):
     return x @ params["image"], x @ params["head"], t
 
 
-def foil_records(images, texts, each):
-    """Return `each` records (two images and two texts) for which both images and both texts are nearest to their own,
-    only the images, only the texts, or neither; embeddings are of length 1."""
+def foil_records(images, texts, count):
+    """Return `count` records (two images and two texts) of each kind: both images and both texts are nearest to their
+    own, only the images, only the texts, or neither; embeddings are of length 1."""
     rng, kinds, scores = np.random.default_rng(3), {}, images @ texts.T
-    while len(kinds) < 4 or min(map(len, kinds.values())) < each:
+    while len(kinds) < 4 or min(map(len, kinds.values())) < count:
         (left, right), (one, other) = (rng.choice(n, 2, replace=False).tolist() for n in scores.shape)
         by_text = scores[left, one] - scores[left, other], scores[right, other] - scores[right, one]
         by_image = scores[left, one] - scores[right, one], scores[right, other] - scores[left, other]
         if np.abs([*by_text, *by_image]).min() > 1e-4:
             kind = kinds.setdefault((min(by_text) > 0, min(by_image) > 0), [])
-            kind += [(left, right, one, other)] * (len(kind) < each)
+            kind += [(left, right, one, other)] * (len(kind) < count)
     return [record for kind in kinds.values() for record in kind]
 
 

@@ -169,7 +169,7 @@ def test_caption_choice_against_numpy(context, params, pictures):
     images, words = pictures(24), ["".join(pair) for pair in itertools.product("abcde", "vwxyz")]
     x, _, text = numpy_outputs(params, MemorySource(images), words)
     x, text = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, text))
-    rows = foil_records(x, text, each=3)
+    rows = foil_records(x, text, count=3)
     both, captions = zip(*(((images[left], images[right]), (words[one], words[other]))
                            for left, right, one, other in rows), strict=True)
     source = Foils((*both, both[0]), captions=(*captions, ("a", "a")))                 # a tie is a miss

@@ -131,7 +131,7 @@ def test_caption_choice(models, tmp_path, record_property):
     embedded = (models.theirs.encode_image(pixels, normalize=True).numpy(),
                 models.theirs.encode_text(models.tokenizer(texts), normalize=True).numpy())
     rows = [{"image_0": str(left), "image_1": str(right), "caption_0": texts[one], "caption_1": texts[other]}
-            for left, right, one, other in foil_records(*embedded, each=5)]
+            for left, right, one, other in foil_records(*embedded, count=5)]
     (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     batches = [(pixels[[int(row["image_0"]), int(row["image_1"])]][None], [[row["caption_0"], row["caption_1"]]])
                for row in rows]

@@ -85,9 +85,9 @@ def _foils(spec: str, path: str, root: Path | None, rows: Sequence[Row], images:
         raise DataError(f"source {spec!r}: {path}{rows[0].place if rows else ''}: {expected}")
     first = ["" if number in faults else files[0] for number, files in enumerate(names)]
     forms = [first, *([name and f"{name}{ending}" for name in first] for ending in (".png", ".jpg"))]
-    found = find_root(spec, Path(path), forms, root=root)
-    ending = ("", ".png", ".jpg")[found.form]                   # Winoground's names have none
+    place = find_root(spec, Path(path), forms, root=root)
+    ending = ("", ".png", ".jpg")[place.form]                   # Winoground's names have none
     return FoilCaptions(
-        name=spec, root=found.path, files=[tuple(f"{file}{ending}" for file in files) for files in names],
-        captions=texts, images_per_record=len(images), faults=faults, notes=found.notes,
+        name=spec, root=place.path, files=[tuple(f"{file}{ending}" for file in files) for files in names],
+        captions=texts, images_per_record=len(images), faults=faults, notes=place.notes,
         fingerprint=fingerprint([*names, *texts]))
