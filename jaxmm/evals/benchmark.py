@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxmm.atomic import write_atomically
-from jaxmm.config import Evaluator, to_dict
+from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals.captions import Captions
@@ -24,6 +24,7 @@ from jaxmm.evals.vqa_accuracy import VQAAccuracy
 from jaxmm.inference.model import Model, load
 from jaxmm.pretrained.io.files import Weights
 from jaxmm.pretrained.registry import open_checkpoint
+from jaxmm.saved_config import to_dict
 
 ROOT = "https://huggingface.co/datasets/clip-benchmark/wds_{}"
 """Where CLIP_benchmark's data sets are, with `{}` in the place of the name."""

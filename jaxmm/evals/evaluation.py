@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmm.checkpoints import CheckpointError, read_weights
-from jaxmm.config import DataConfig, Evaluator, TrainConfig, from_dict
+from jaxmm.config import DataConfig, Evaluator, TrainConfig
 from jaxmm.data.base import Source, record_key
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals.accuracy import TopKAccuracy
@@ -29,6 +29,7 @@ from jaxmm.evals.zero_shot import ZeroShot
 from jaxmm.inference.model import Model, load
 from jaxmm.paths import user_path
 from jaxmm.pretrained.families.native import is_run
+from jaxmm.saved_config import from_dict
 from jaxmm.validation import ConfigError
 
 EVALUATORS: dict[str, type[Evaluator]] = {

@@ -1,6 +1,7 @@
 """The `jaxmm` command, as it is typed."""
 
 import csv
+import io
 import json
 import re
 from dataclasses import replace
@@ -8,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxmm import cli
 from jaxmm.cli.caption_files import caption_files, write_captions
 from jaxmm.data.sources.registry import open_source
+from jaxmm.evals.evaluation import evaluate
 from jaxmm.inference.captioning import CAPTIONS
 from jaxmm.inference.model import load
 from jaxmm.sharding import named_leaves
 from jaxmm.validation import ConfigError
 from tests.data import crawl
-from tests.data.crawl import write_tar
+from tests.data.crawl import jpeg, write_tar
+from tests.data.test_web_datasets import web_dataset
 from tests.pretrained import tiny
 
 
@@ -290,3 +294,31 @@ def test_help_names_every_command(jaxmm):
 def test_the_command_is_installed():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'jaxmm = "jaxmm.cli:main"' in text and callable(cli.main)
+
+
+def test_eval(jaxmm, models, tmp_path):
+    animals = web_dataset(tmp_path / "wds_animals", [[("cls", str(row % 5).encode()) for row in range(11)]],
+                          classes=tiny.LABELS)
+    options = ("--root", tmp_path / "wds_{}", "--out", tmp_path / "out", "--batch-size", 8)
+    status, out, err = jaxmm("eval", models / "clip", models / "vit", "--on", "animals,none", *options, "--json",
+                             tmp_path / "all.json", "--html", tmp_path / "page.html", "--predictions")
+    assert status == 1 and err.count("error: ") == 2 and f"vit on wds:{tmp_path / 'wds_none'}:test: " in err
+    assert "3 of 4 done" in err and "zero_shot_top1" in out and "mean_recall" in out
+    clip, vit = json.loads((tmp_path / "all.json").read_text())
+    [want] = evaluate(load(models / "clip"), f"wds:{animals}", batch_size=8)
+    assert clip["dataset"] == "wds/animals" and clip["metrics"]["acc1"] == want.metrics["zero_shot_top1"]
+    assert vit["jaxmm"]["metrics"]["top1"] == np.mean([
+        rows[0][0] == tiny.LABELS[row % 5] for row, rows in enumerate(tiny.vit().classify(
+            [Image.open(io.BytesIO(jpeg(row))) for row in range(11)]))])
+    mistakes = clip["jaxmm"]["mistakes"] + vit["jaxmm"]["mistakes"]
+    assert (tmp_path / "page.html").read_text().count("<img") == len(mistakes) > 0
+    files = sorted((tmp_path / "out").iterdir())
+    assert [path.name.partition("_zero")[0].partition("_topk")[0] for path in files] == [
+        "clip_animals", "clip_animals", "vit_animals", "vit_animals"]
+    assert len(files[1].read_text().splitlines()) == 11
+    assert jaxmm("eval", models / "vit", "--on", "animals", *options, "--predictions")[0] == 0
+    assert jaxmm("eval", models / "vit", *options)[0] == 1
+    for extra, words in ((("--evaluators", "top1"), "expected some of zero_shot, accuracy"),
+                         (("--prompts", "nothing"), "prompts is 'nothing'")):
+        status, _, err = jaxmm("eval", models / "clip", "--on", f"wds:{animals}", *extra)
+        assert status == 1 and words in err

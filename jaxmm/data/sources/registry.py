@@ -82,7 +82,8 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
         opener = REGISTERED[kind][0]
     else:
         opener = getattr(importlib.import_module(KINDS[kind].module), KINDS[kind].opener)
-        location = os.path.expanduser(location) if KINDS[kind].addresses else _local(spec, location)
+        if not (KINDS[kind].addresses and is_address(location)):
+            location = _local(spec, location)
         data_dir = data_dir and expand(data_dir, "data_dir")
     source = opener(spec, location, data_dir)
     if not source:  # not its length: a source of many shards would read all of them
