@@ -17,7 +17,7 @@ from jaxmm.data.base import Source
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals.captions import Captions
 from jaxmm.evals.context import EvalContext
-from jaxmm.evals.evaluation import Result, choose, measure, model_context, run_context
+from jaxmm.evals.evaluation import Result, check_unused, choose, measure, model_context, run_context
 from jaxmm.evals.named_prompts import named_prompts
 from jaxmm.evals.published_scores import data_set_name
 from jaxmm.evals.vqa_accuracy import VQAAccuracy
@@ -90,6 +90,9 @@ class Benchmark:
         Without `spec`, the model is the workdir of a run, and its own evaluators run on its held-out source.
         """
         if spec is None:
+            check_unused(evaluators=self.evaluators, train=self.train, shots=self.shots, prompts=self.prompts,
+                         batch_size=self.batch_size, dtype=self.dtype, architecture=self.architecture,
+                         weights=self.weights)
             run, evaluators = run_context(model, self.mesh, self.data_dir)
         else:
             run, evaluators = None, None

@@ -30,7 +30,7 @@ from jaxmm.inference.model import Model, load
 from jaxmm.paths import user_path
 from jaxmm.pretrained.families.native import is_run
 from jaxmm.saved_config import from_dict
-from jaxmm.validation import ConfigError
+from jaxmm.validation import ConfigError, require
 
 EVALUATORS: dict[str, type[Evaluator]] = {
     "zero_shot": ZeroShot, "accuracy": TopKAccuracy, "retrieval": Retrieval, "reranking": Reranking,
@@ -69,7 +69,7 @@ class Result:
     per_class: dict[str, float] = field(default_factory=dict, repr=False)
     """Accuracy of each class that occurs; equal names are numbered."""
     mistakes: tuple[Mistake, ...] = field(default=(), repr=False)
-    """Evenly spaced ones."""
+    """Examples that are wrong, evenly spaced."""
     predictions: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
     """Key of the record, what is expected and what was predicted, of every example, if they were asked for."""
 
@@ -90,6 +90,8 @@ def evaluate(
     """
     mesh = model.mesh if isinstance(model, Model) else mesh
     if on is None:
+        check_unused(evaluators=evaluators, train=train, shots=shots, classes=classes, templates=templates,
+                     batch_size=batch_size)
         context, chosen = run_context(model, mesh, data_dir)
         return [measure(context, evaluator, predictions) for evaluator in chosen]
     model = model if isinstance(model, Model) else load(model, mesh=mesh)
@@ -102,6 +104,12 @@ def evaluate(
         chosen = choose(context, evaluators, **options)
         results += [measure(context, evaluator, predictions) for evaluator in chosen]
     return results
+
+
+def check_unused(**options: Any) -> None:
+    """Raise `ConfigError` if one of `options` is not None: the evaluators of a run are as its recipe has them."""
+    for name, value in options.items():
+        require(value is None, name, value, "a source to measure on, too (on); a run's own evaluators stay as they are")
 
 
 def model_context(model: Model, source: Source, train: Source | None = None, data_dir: str | None = None
