@@ -64,6 +64,7 @@ def evaluate(
     """
     from jaxmm.cli import user_errors
 
+    require(models, "models", "", "one model or more")
     require("{}" in root, "root", root, "{} in the place of the name")
     require(out is not None or not predictions, "predictions", True, "--out FOLDER, too")
     use_compilation_cache()
@@ -99,4 +100,4 @@ def _watch(batches: Iterable, total: int, description: str) -> Iterable:
     """Show the progress over batches, with the time left."""
     terminal = sys.stderr.isatty()
     return tqdm(batches, total=total, desc=description, unit=" batches", leave=False, dynamic_ncols=terminal,
-                mininterval=1 if terminal else 30, disable=total < 2 or jax.process_index() > 0)
+                delay=1 if terminal else 30, mininterval=1 if terminal else 30, disable=jax.process_index() > 0)
