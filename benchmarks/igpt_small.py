@@ -18,6 +18,7 @@ over the evaluations of the autoregressive run (the paper's Figure 3).
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,31 +92,31 @@ def last(workdir: Path) -> dict[str, float]:
     return {name: value for row in rows if row["step"] == rows[-1]["step"] for name, value in row.items()}
 
 
-def measure(name: str, out: Path) -> dict[str, Any]:
-    """Train everything for one recipe and return the results."""
+def measure(name: str, out: Path) -> Iterator[dict[str, Any]]:
+    """Train everything for one recipe; yield the results after each part."""
     config = load_recipe(CONFIGS / f"igpt_{name}.py")
     evaluator = next(e for e in config.evals if isinstance(e, LayerProbes))
-    bert = replace(config, task=replace(config.task, kind="bert"), evals=(evaluator,), eval_every=None)
-    for part, run in (("autoregressive", config), ("bert", bert)):
-        train(run, out / part)
+    train(config, out / "autoregressive")
     model = load(out / "autoregressive")
     result: dict[str, Any] = {"tables": table_losses(*(
         tokens_of(config, model.task, spec) for spec in (config.data.train, config.data.val)), model.config.colors)}
-    sources = {part: open_source(getattr(config.data, part)) for part in ("train", "val")}
-    context = EvalContext(task=model.task, params=jax.jit(model.task.init)(jax.random.key(1)), data=config.data,
-                          **sources)
-    result["random"] = probes(evaluator, dict(evaluator.run(context)))
-    metrics = {part: last(out / part) for part in ("autoregressive", "bert")}
-    for part in metrics:
-        result[part] = probes(evaluator, metrics[part])
-    result["loss"] = metrics["autoregressive"]["val/token_loss"]
-    result["completions"] = {key.removeprefix("val/"): value for key, value in metrics["autoregressive"].items()
+    metrics = last(out / "autoregressive")
+    result |= {"loss": metrics["val/token_loss"], "autoregressive": probes(evaluator, metrics)}
+    result["completions"] = {key.removeprefix("val/"): value for key, value in metrics.items()
                              if key.startswith("val/completion")}
     losses = curve(out / "autoregressive", "val/token_loss")
     best = {step: max(curve(out / "autoregressive", f"{evaluator.prefix}/layer_probe@{layer}")[step]
                       for layer in evaluator.layers) for step in losses}
     result["along"] = [{"step": step, "loss": losses[step], "probe": best[step]} for step in losses]
     result["correlation"] = float(np.corrcoef(list(losses.values()), list(best.values()))[0, 1])
+    sources = {part: open_source(getattr(config.data, part)) for part in ("train", "val")}
+    context = EvalContext(task=model.task, params=jax.jit(model.task.init)(jax.random.key(1)), data=config.data,
+                          **sources)
+    result["random"] = probes(evaluator, dict(evaluator.run(context)))
+    yield result
+    train(replace(config, task=replace(config.task, kind="bert"), evals=(evaluator,), eval_every=None), out / "bert")
+    result["bert"] = probes(evaluator, last(out / "bert"))
+    yield result
     labelled = replace(config.data, **dict(zip(("train", "val"), LABELLED[name], strict=True)))
     tuned = replace(config, data=labelled, steps=config.steps // 4, evals=(TopKAccuracy(),), eval_every=None,
                     optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate / 4))
@@ -126,7 +127,26 @@ def measure(name: str, out: Path) -> dict[str, Any]:
         task = GenerativeClassification(model=config.task.model, palette=None if init.source else model.task.palette,
                                         kind="bert" if start == "bert" else "autoregressive")
         result["fine-tuned"][start] = train(replace(tuned, task=task, init=init), out / f"tuned-{start}")["val/top1"]
-    return result
+    yield result
+
+
+def show(name: str, result: dict[str, Any], console: Console) -> None:
+    """Print the results of one recipe."""
+    console.print(f"{name}: held-out nats per pixel {result['loss']:.3f}; by tables "
+                  + ", ".join(f"{table} {loss:.3f}" for table, loss in result["tables"].items()))
+    table = Table(title=f"{name}: held-out accuracy by layer")
+    for column in ("features", "classifier", *map(str, range(len(result["random"]["probe"]))), "pixels"):
+        table.add_column(column)
+    for part in ("random", "autoregressive", "bert"):
+        for kind in ("probe", "knn"):
+            row = [*result[part][kind], result[part][f"pixels {kind}"]]
+            table.add_row(part, kind, *(f"{value:.3f}" for value in row))
+    console.print(table)
+    console.print("along the run: " + ", ".join(f"step {row['step']}: {row['loss']:.3f} nats, best probe "
+                                                f"{row['probe']:.3f}" for row in result["along"])
+                  + f"; correlation {result['correlation']:.2f}")
+    for key in ("fine-tuned", "completions"):
+        console.print(f"{key}: " + ", ".join(f"{part} {value:.3f}" for part, value in result[key].items()))
 
 
 def main():
@@ -138,26 +158,13 @@ def main():
     args = parser.parse_args()
     use_compilation_cache()
     keep_memory()
-    results, console = {}, Console(width=120)
+    results: dict[str, Any] = {"machine": machine()}
     for name in args.only.split(","):
-        result = results[name] = measure(name, args.out / name)
-        if args.json:
-            Path(args.json).write_text(json.dumps(results | {"machine": machine()}, indent=1) + "\n")
-        console.print(f"{name}: held-out nats per pixel {result['loss']:.3f}; by tables "
-                      + ", ".join(f"{table} {loss:.3f}" for table, loss in result["tables"].items()))
-        table = Table(title=f"{name}: held-out accuracy by layer")
-        for column in ("features", "classifier", *map(str, range(len(result["random"]["probe"]))), "pixels"):
-            table.add_column(column)
-        for part in ("random", "autoregressive", "bert"):
-            for kind in ("probe", "knn"):
-                row = [*result[part][kind], result[part][f"pixels {kind}"]]
-                table.add_row(part, kind, *(f"{value:.3f}" for value in row))
-        console.print(table)
-        console.print("along the run: " + ", ".join(f"step {row['step']}: {row['loss']:.3f} nats, best probe "
-                                                    f"{row['probe']:.3f}" for row in result["along"])
-                      + f"; correlation {result['correlation']:.2f}")
-        for key in ("fine-tuned", "completions"):
-            console.print(f"{key}: " + ", ".join(f"{part} {value:.3f}" for part, value in result[key].items()))
+        for result in measure(name, args.out / name):
+            results[name] = result
+            if args.json:
+                Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+        show(name, results[name], Console(width=120))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import attention_against_convolution as arms
-from benchmarks import caption_generation, pair_matching, pod_plans
+from benchmarks import caption_generation, igpt_small, pair_matching, pod_plans
 from benchmarks.measure import Rounds, Worker
 from benchmarks.train_step_sides import Case
 from tests.planning.test_plan import planned
@@ -142,3 +142,13 @@ def test_plans_of_some_recipes_leave_those_of_others(tmp_path, monkeypatch):
     assert [line for line in lines if line.startswith("- ")] == [
         f"- {name}: {peak} GiB per chip on 16, {peak} on 256 (+0.0%)"
         for name, peak in (("clip_b16", "1.00"), ("clip_l14", "2.00"))]
+
+
+def test_tables_of_counts():
+    """The losses of held-out tokens by chances counted by hand: two images of 1 x 2 pixels, two colours."""
+    train, val = np.array([[[0, 1]], [[0, 0]]]), np.array([[[0, 1]]])
+    losses = igpt_small.table_losses(train, val, 2)
+    zero, one = 3.1 / 4.2, 1.1 / 4.2
+    assert losses["unigram"] == pytest.approx(-np.log([zero, one]).mean())
+    begins = -np.log(2.1 / 2.2)                                  # after the start both images have 0; then 1 of 2
+    assert losses["previous pixel"] == losses["left and up"] == pytest.approx((begins - np.log(1.1 / 2.2)) / 2)
