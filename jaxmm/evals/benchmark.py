@@ -83,6 +83,8 @@ class Benchmark:
     """Shows progress: (batches, their number, description) to batches."""
     _loaded: dict[str, Model] = field(default_factory=dict, repr=False)
     """The model that was loaded last."""
+    _described: dict[str, Model] = field(default_factory=dict, repr=False)
+    """The models so far, without their parameters."""
 
     def run(self, model: str, spec: str | None) -> Iterator[tuple[dict[str, Any], Source]]:
         """Yield the result of every evaluator of `model` on `spec`, as JSON, and the source.
@@ -97,11 +99,8 @@ class Benchmark:
         else:
             run, evaluators = None, None
             source = open_source(spec, data_dir=self.data_dir)
-            opened = open_checkpoint(model, architecture=self.architecture, weights=self.weights)
-            unread = Model(task=opened.task, params=None, preprocessing=opened.image, tokenizer=opened.tokenizer,
-                           labels=opened.labels, mesh=self.mesh)
             train = None if self.train is None else open_source(self.train, data_dir=self.data_dir)
-            context = model_context(unread, source, train, self.data_dir)
+            context = model_context(self._describe(model), source, train, self.data_dir)
             prompts = (None, None) if self.prompts is None else named_prompts(self.prompts)
             evaluators = choose(context, self.evaluators, shots=self.shots, classes=prompts[0], templates=prompts[1],
                                 batch_size=self.batch_size)
@@ -123,6 +122,14 @@ class Benchmark:
                 if file is not None and jax.process_index() == 0:
                     self._write(file, row, result)
             yield row, measured_on
+
+    def _describe(self, model: str) -> Model:
+        """Return `model` without parameters, which are not read if all results are there."""
+        if model not in self._described:
+            opened = open_checkpoint(model, architecture=self.architecture, weights=self.weights)
+            self._described[model] = Model(task=opened.task, params=None, preprocessing=opened.image,
+                                           tokenizer=opened.tokenizer, labels=opened.labels, mesh=self.mesh)
+        return self._described[model]
 
     def _load(self, model: str) -> Model:
         if model not in self._loaded:
