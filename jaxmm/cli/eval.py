@@ -44,7 +44,7 @@ def evaluate(
         on: What to measure on, separated by commas: sources (folder:DIR, coco:FILE.json, wds:DIR:test, ...), data sets
             of CLIP_benchmark (cifar10, flickr30k), or its collections (vtab, vtab+, retrieval, imagenet_robustness).
         evaluators: Some of zero_shot, accuracy, retrieval, reranking, captions, vqa, caption_choice, linear_probe, knn,
-            separated by commas. Default: all that fit the model and the source.
+            likelihood, separated by commas. Default: all that fit the model and the source.
         train: Source that linear probe and k-NN fit on, and that VQA's answers come from.
         shots: Images per class that the linear probe is fitted on. Default: all.
         prompts: Data set of clip-benchmark, such as imagenet1k, whose class names and templates zero-shot

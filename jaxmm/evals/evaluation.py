@@ -20,6 +20,7 @@ from jaxmm.evals.accuracy import TopKAccuracy
 from jaxmm.evals.caption_choice import CaptionChoice
 from jaxmm.evals.captions import Captions
 from jaxmm.evals.context import FIGURE, EvalContext, Outcomes, evenly_spaced
+from jaxmm.evals.image_likelihood import ImageLikelihood
 from jaxmm.evals.knn import KNN
 from jaxmm.evals.probe import LinearProbe
 from jaxmm.evals.reranking import Reranking
@@ -34,7 +35,8 @@ from jaxmm.validation import ConfigError, require
 
 EVALUATORS: dict[str, type[Evaluator]] = {
     "zero_shot": ZeroShot, "accuracy": TopKAccuracy, "retrieval": Retrieval, "reranking": Reranking,
-    "captions": Captions, "vqa": VQAAccuracy, "caption_choice": CaptionChoice, "linear_probe": LinearProbe, "knn": KNN}
+    "captions": Captions, "vqa": VQAAccuracy, "caption_choice": CaptionChoice, "linear_probe": LinearProbe, "knn": KNN,
+    "likelihood": ImageLikelihood}
 """Evaluators by the names that a user chooses them by."""
 PREFIX = "test"
 """First part of the metrics' names, which results are without."""
@@ -182,11 +184,11 @@ def _suited(context: EvalContext, source: Source) -> Iterator[str]:
     elif source.images_per_record > 1:
         yield "accuracy"
     elif source.classes is not None:
-        yield from ("accuracy", "zero_shot")
+        yield from ("accuracy", "zero_shot", "likelihood")
         if context.train is not None:
             yield from ("linear_probe", "knn")
     else:
-        yield from ("retrieval", "reranking", "captions")
+        yield from ("retrieval", "reranking", "captions", "likelihood")
 
 
 def _fits(evaluator: Evaluator, context: EvalContext) -> bool:

@@ -11,6 +11,7 @@ from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.data.eval_pipeline import read_images
 from jaxmm.evals.context import EvalContext, ImageGrid, evenly_spaced
+from jaxmm.inference.generate import Decoding
 from jaxmm.inference.image_generation import (
     complete_images,
     generate_images,
@@ -38,7 +39,7 @@ class ImageSamples(Evaluator):
     graded: int = 200
     """Number of images that are completed to be graded, the first ones that allow it."""
     examples: int = 6
-    """Completed images in the report."""
+    """Completed images in the report; 0: none, and no generated ones either."""
     samples: int = 4
     """Completions of each image."""
     temperature: float = 1.0
@@ -49,8 +50,9 @@ class ImageSamples(Evaluator):
     def __post_init__(self):
         """Check ranges."""
         super().__post_init__()
-        for name in ("count", "graded", "examples", "samples"):
+        for name in ("count", "graded", "samples"):
             require(getattr(self, name) > 0, f"evals.{name}", getattr(self, name), "a positive number")
+        require(self.examples >= 0, "evals.examples", self.examples, "0 or more")
 
     def validate(self, context: EvalContext, source: Source) -> None:
         """Raise `ConfigError` for values out of range."""
@@ -67,8 +69,16 @@ class ImageSamples(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> Iterator[float]:
         """Yield the shares."""
+        decoding = image_decoding(context.task.decoder, temperature=self.temperature, top_k=self.top_k,
+                                  top_p=self.top_p)
+        if self.examples:
+            self._show(context, source, decoding)
+        if source.grades_images:
+            yield from self._grades(context, source, decoding)
+
+    def _show(self, context: EvalContext, source: Source, decoding: Decoding) -> None:
+        """Add generated images and completions to the report."""
         task, decoder, params = context.task, context.task.decoder, context.weights_of(self)
-        decoding = image_decoding(decoder, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         options = {"seed": 0, "mesh": context.mesh}
         drawn = generate_images(task, params, self.count, decoding, **options)
         context.examples.append(ImageGrid(title="Generated images", text="Samples of the model, without any input.",
@@ -79,10 +89,8 @@ class ImageSamples(Evaluator):
             title="Completions", text="Held-out images, what the model is given of them, and what it makes of that.",
             columns=("image", "given", *["completed"] * self.samples),
             rows=tuple(zip(images, without_rest(decoder, images, self.keep), *completed.swapaxes(0, 1), strict=True))))
-        if source.grades_images:
-            yield from self._grades(context, source, decoding)
 
-    def _grades(self, context: EvalContext, source: Source, decoding) -> Iterator[float]:
+    def _grades(self, context: EvalContext, source: Source, decoding: Decoding) -> Iterator[float]:
         """Yield the shares of completions, then of the images through the model's tokens, in colour and in shape."""
         decoder, side = context.task.decoder, context.data.image.size
         none = np.zeros((0, side, side, 3), np.uint8)

@@ -10,6 +10,7 @@ from jaxmm.data.scenes import one_shape
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals import KNN, Drawing, EvalContext, ImageGrid, ImageLikelihood, ImageSamples, LayerProbes, LinearProbe
 from jaxmm.evals.context import evenly_spaced
+from jaxmm.evals.evaluation import choose
 from jaxmm.evals.knn import knn
 from jaxmm.evals.probe import probe
 from jaxmm.validation import ConfigError
@@ -102,7 +103,13 @@ def test_samples_and_graded_completions():
     for image, given, *samples in completed.rows:
         np.testing.assert_array_equal(image[:2], given[:2])
         assert (given[2:] == 128).all() and all((sample[:2] == image[:2]).all() for sample in samples)
+    silent = context(source)
+    assert dict(replace(evaluator, examples=0).run(silent)) == got and silent.examples == []
     assert ImageSamples().names(MemorySource(tuple(chain_images(1)))) == ()
+
+
+def test_it_is_chosen_for_models_that_write_images():
+    assert [type(evaluator) for evaluator in choose(context(labelled(9, 2)))] == [ImageLikelihood]
 
 
 def test_scenes_are_graded_by_the_nearest_drawing(scenes):
