@@ -92,9 +92,9 @@ def test_evaluators_that_cannot_run_are_named(tmp_path):
     turned = model_context(replace(tiny.vit(), labels=tiny.LABELS[::-1]), source)
     with pytest.raises(ConfigError, match="the classes in the model's order: elk, dog"):
         choose(turned, ["accuracy"])
-    few = model_context(replace(tiny.vit(), labels=tiny.LABELS[:3]), source)
+    smaller = model_context(replace(tiny.vit(), labels=tiny.LABELS[:3]), source)
     with pytest.raises(ConfigError, match="the 3 classes of the model, not 5"):
-        choose(few, ["accuracy"])
+        choose(smaller, ["accuracy"])
 
 
 def test_templates_and_names_of_the_source_are_used_as_they_are(tmp_path):
