@@ -124,7 +124,7 @@ def main():
             for _ in range(args.rounds):
                 for side, process in workers.items():
                     answers[side].append(process.ask("run"))
-            best = {side: min(found, key=lambda answer: answer["s"]) for side, found in answers.items()}
+            best = {side: min(runs, key=lambda answer: answer["s"]) for side, runs in answers.items()}
             row = {}
             if arm == list(arms)[-1]:
                 grown = {count: workers["ours"].ask(f"write {count}") for count in parts(args.pixels)}
