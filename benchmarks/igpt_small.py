@@ -82,7 +82,7 @@ def curve(workdir: Path, name: str) -> dict[int, float]:
 def probes(evaluator: LayerProbes, metrics: dict[str, float]) -> dict[str, Any]:
     """Return accuracies by layer, and those of the pixels, from the metrics of `evaluator`."""
     accuracies = {kind: [metrics[f"{evaluator.prefix}/layer_{kind}@{layer}"] for layer in evaluator.layers]
-             for kind in ("probe", "knn")}
+                  for kind in ("probe", "knn")}
     return accuracies | {f"pixels {kind}": metrics[f"{evaluator.prefix}/pixels_{kind}"] for kind in ("probe", "knn")}
 
 
