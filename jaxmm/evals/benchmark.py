@@ -156,12 +156,14 @@ class Benchmark:
         """Return `evaluator`; if it captions or answers, its predictions are written in the official format."""
         if file is None or not self.predictions or not isinstance(evaluator, (Captions, VQAAccuracy)):
             return evaluator
-        return replace(evaluator, results=str(file.with_suffix(".results.json")))
+        return replace(evaluator, results=str(_beside(file, "results.json")))
 
     def _write(self, file: Path, row: dict[str, Any], result: Result) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         if self.predictions:
-            write_atomically(file.with_suffix(".predictions.jsonl"), "".join(
+            predictions = _beside(file, "jsonl")
+            predictions.parent.mkdir(exist_ok=True)
+            write_atomically(predictions, "".join(
                 json.dumps({"key": key, "expected": expected, "predicted": predicted}) + "\n"
                 for key, expected, predicted in result.predictions))
         write_atomically(file, json.dumps(row, indent=1) + "\n")
@@ -193,6 +195,11 @@ def _read(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return row if row["jaxmm"]["settings"] == settings else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _beside(file: Path, ending: str) -> Path:
+    """Return a file in the folder of predictions: in that of the results, clip_benchmark reads every JSON file."""
+    return file.parent / "predictions" / f"{file.stem}.{ending}"
 
 
 def _short(model: str) -> str:

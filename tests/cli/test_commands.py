@@ -312,10 +312,13 @@ def test_eval(jaxmm, models, tmp_path):
             [Image.open(io.BytesIO(jpeg(row))) for row in range(11)]))])
     mistakes = clip["jaxmm"]["mistakes"] + vit["jaxmm"]["mistakes"]
     assert (tmp_path / "page.html").read_text().count("<img") == len(mistakes) > 0
-    files = sorted((tmp_path / "out").iterdir())
-    assert [path.name.partition("_zero")[0].partition("_topk")[0] for path in files] == [
-        "clip_animals", "clip_animals", "vit_animals", "vit_animals"]
-    assert len(files[1].read_text().splitlines()) == 11
+    files = sorted((tmp_path / "out").glob("*.json"))
+    assert [re.sub("_[0-9a-f]{6}.json", "", path.name) for path in files] == [
+        "clip_animals_zero_shot", "vit_animals_topk_accuracy"]
+    first, _ = sorted((tmp_path / "out" / "predictions").iterdir())
+    written = [tuple(row.values()) for row in map(json.loads, first.read_text().splitlines())]
+    assert first.stem == files[0].stem and len(written) == 11
+    assert {tuple(mistake.values())[1:] for mistake in clip["jaxmm"]["mistakes"]} < set(written)
     assert jaxmm("eval", models / "vit", "--on", "animals", *options, "--predictions")[0] == 0
     status, _, err = jaxmm("eval", models / "vit", *options)
     assert status == 1 and "batch_size is 8; expected a source to measure on" in err
