@@ -93,10 +93,8 @@ def candidate_tokens(tokenizer: Tokenizer, choices: Sequence[str], decoder: Deco
     Raise `ConfigError` if there is nothing to choose from.
     """
     require(len(choices) > 0 and not isinstance(choices, str), "choices", choices, "a list of one text or more")
-    start = prompt_tokens(tokenizer, prompt, decoder)
-    room = decoder.longest - start.shape[1]
-    require(room > 1, "prompt", prompt, f"at most {decoder.longest - 3} tokens, for a choice and its end")
-    tokens = tokenizer.at_length(room + 1)(choices)[:, 1:]
+    start = prompt_tokens(tokenizer, prompt, decoder, room=2)  # for a choice and its end
+    tokens = tokenizer.at_length(decoder.longest - start.shape[1] + 1)(choices)[:, 1:]
     tokens = tokens[:, :1 + np.flatnonzero((tokens != tokenizer.pad_id).any(axis=0)).max()]
     return np.concatenate([np.repeat(start, len(tokens), axis=0), tokens], axis=1), start.shape[1]
 

@@ -84,11 +84,14 @@ def check_length(decoding: Decoding, decoder: Decoder) -> None:
             f"at most {decoder.longest}, the positions of the model")
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str, decoder: Decoder) -> np.ndarray:
-    """Return [1 p]: the decoder's start token, then the tokens of `prompt`. Raise `ConfigError` if it is too long."""
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, decoder: Decoder, room: int = 1) -> np.ndarray:
+    """Return [1 p]: the decoder's start token, then the tokens of `prompt`.
+
+    Raise `ConfigError` if fewer than `room` tokens fit behind it.
+    """
     tokens = [decoder.start_id, *prompt_ids(tokenizer, prompt)]
-    require(len(tokens) < decoder.longest, "prompt", prompt,
-            f"at most {decoder.longest - 2} tokens, not {len(tokens) - 1}: the model has {decoder.longest} positions")
+    require(len(tokens) + room <= decoder.longest, "prompt", prompt,
+            f"at most {decoder.longest - 1 - room} tokens, not {len(tokens) - 1}: the model has {decoder.longest} positions")
     return np.asarray([tokens], np.int32)
 
 
