@@ -91,7 +91,8 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, decoder: Decoder, room: int
     """
     tokens = [decoder.start_id, *prompt_ids(tokenizer, prompt)]
     require(len(tokens) + room <= decoder.longest, "prompt", prompt,
-            f"at most {decoder.longest - 1 - room} tokens, not {len(tokens) - 1}: the model has {decoder.longest} positions")
+            f"at most {decoder.longest - 1 - room} tokens, not {len(tokens) - 1}: the model has {decoder.longest} "
+            "positions")
     return np.asarray([tokens], np.int32)
 
 
