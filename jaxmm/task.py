@@ -125,13 +125,26 @@ class PositionGrid(NamedTuple):
     """Positions before those of the patches, such as the class token's."""
 
 
+def check_image_size(image_size: int, model: Any, name: str = "task.model") -> None:
+    """Raise `ConfigError` if images of the data are not of the size that the configuration `model` reads."""
+    require(image_size == model.image_size, "data.image.size", image_size,
+            f"the model's {name}.image_size = {model.image_size}")
+
+
+def with_classes(model: Any, classes: int | None) -> Any:
+    """Return the configuration `model` with the data's number of classes. Raise `ConfigError` if they do not fit."""
+    if classes is None:
+        raise ConfigError("data.train has no labels; expected a source with classes, such as folder:DIR")
+    require(model.classes in (None, classes), "task.model.classes", model.classes, f"None, or the source's {classes}")
+    return dataclasses.replace(model, classes=classes)
+
+
 def check_pairs(image_size: int, vision: Any, tokenizer: Any | None) -> None:
     """Raise `ConfigError` if images and texts of the data do not fit a task that reads both.
 
     `vision` is the configuration of the model's image tower.
     """
-    require(image_size == vision.image_size, "data.image.size", image_size,
-            f"the model's task.model.vision.image_size = {vision.image_size}")
+    check_image_size(image_size, vision, "task.model.vision")
     if tokenizer is None:
         raise ConfigError("data.train has no texts; expected a source with captions, such as captions:FILE.jsonl")
 

@@ -11,9 +11,9 @@ from jaxmm.losses import classification as losses
 from jaxmm.models.attention_conv import AttentionConvConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.pixels import INCEPTION, Pixels
-from jaxmm.task import Classifier, Embedder, PatchAttention, Task
+from jaxmm.task import Classifier, Embedder, PatchAttention, Task, check_image_size, with_classes
 from jaxmm.tasks.tower_task import TowerTask
-from jaxmm.validation import BELOW_ONE, ConfigError, at_least, check_types, require
+from jaxmm.validation import BELOW_ONE, at_least, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,8 @@ class Classification(TowerTask, Task):
 
     def bind(self, *, image_size, classes, tokenizer):
         """Take the number of classes from the data if the recipe has none."""
-        require(image_size == self.model.image_size, "data.image.size", image_size,
-                f"the model's task.model.image_size = {self.model.image_size}")
-        if classes is None:
-            raise ConfigError("data.train has no labels; expected a source with classes, such as folder:DIR")
-        require(self.model.classes in (None, classes), "task.model.classes", self.model.classes,
-                f"None, or the source's {classes}")
-        return replace(self, model=replace(self.model, classes=classes))
+        check_image_size(image_size, self.model)
+        return replace(self, model=with_classes(self.model, classes))
 
     def init(self, rng):
         """Initialise the parameters."""
