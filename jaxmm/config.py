@@ -240,6 +240,8 @@ class Evaluator:
     """Capabilities that the task must have, in the words of `jaxmm.task.capabilities`; "A or B" asks for one of two."""
     reads_text: ClassVar[bool] = False
     """True if a tokenizer is needed."""
+    encodes_single_images: ClassVar[bool] = False
+    """True if the images of a record are encoded one by one, by a task that reads one image per record."""
 
     def __post_init__(self):
         """Check the batch size, whose field subclasses define again."""

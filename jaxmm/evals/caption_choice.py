@@ -26,6 +26,7 @@ class CaptionChoice(Evaluator):
 
     needs: ClassVar = ("embeds images", "embeds texts")
     reads_text: ClassVar = True
+    encodes_single_images: ClassVar = True
 
     def validate(self, context: EvalContext, source: Source) -> None:
         """Raise `ConfigError` if the source has no foils."""

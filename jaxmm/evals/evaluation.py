@@ -202,8 +202,8 @@ def _fits(evaluator: Evaluator, context: EvalContext) -> bool:
 def _check(evaluator: Evaluator, context: EvalContext) -> None:
     """Raise `ConfigError` if `evaluator` cannot run in `context`, or a head has other classes than the source."""
     source = evaluator.check(context)
-    if source.images_per_record != context.task.images_per_record and not (
-            isinstance(evaluator, CaptionChoice) and context.task.images_per_record == 1):
+    images = 1 if evaluator.encodes_single_images else source.images_per_record
+    if images != context.task.images_per_record:
         raise ConfigError(f"{type(evaluator).__name__}.source is {source.name!r}, with {source.images_per_record} "
                           f"images per record; expected {context.task.images_per_record}")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxmm.checkpoints import write_atomically
+from jaxmm.atomic import write_atomically
 from jaxmm.data.base import fingerprint
 from jaxmm.paths import user_path
 

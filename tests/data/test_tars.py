@@ -311,7 +311,6 @@ def test_compressed_tars(tmp_path):
 
 
 def test_lists_of_files(tmp_path):
-    pytest.importorskip("bracex", reason="without the package that reads lists in braces")
     for number in (8, 9, 10, 11):
         write_tar(tmp_path / f"part-{number:03d}.tar", pairs(number, 1))
     for location, numbers in [("part-{008..010}.tar", [8, 9, 10]), ("part-{009,011}.tar", [9, 11]),
