@@ -4,7 +4,6 @@ Some data has one record per caption, and some one per image. Evaluators that co
 latter. Two images are the same if they have the same `image_id`, or the same bytes.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,10 +18,6 @@ from jaxmm import hosts
 from jaxmm.data.bad_records import BadRecord, read_record
 from jaxmm.data.base import Record, Source, record_texts
 from jaxmm.data.rows import content_id, image_id
-
-KEPT = 4
-"""Number of sources whose images are remembered: an evaluator runs often on the same one."""
-_views: OrderedDict[int, tuple[Source, Source]] = OrderedDict()
 
 
 class Identity(NamedTuple):
@@ -87,14 +82,8 @@ class ByImage(Source):
 
 def by_image(source: Source) -> Source:
     """Return `source` with one record per image: itself if it is so already. All records are read once, not decoded."""
-    kept = _views.get(id(source))
-    if kept is None or kept[0] is not source:
-        groups = group_images(list(_identities(source)))
-        kept = source, source if len(groups) == len(source) else ByImage(source, groups)
-        _views[id(source)] = kept
-        while len(_views) > KEPT:
-            _views.popitem(last=False)
-    return kept[1]
+    groups = group_images(list(_identities(source)))
+    return source if len(groups) == len(source) else ByImage(source, groups)
 
 
 def original_records(source: Source, index: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from jaxmm.config import Evaluator
 from jaxmm.data.base import Source, record_texts
 from jaxmm.data.images import decode
 from jaxmm.data.transforms import eval_image
-from jaxmm.evals.by_image import by_image, original_records
+from jaxmm.evals.by_image import original_records
 from jaxmm.evals.caption_metrics import caption_metric_names, caption_metrics
 from jaxmm.evals.context import CaptionExample, EvalContext, Outcomes, evenly_spaced
 from jaxmm.inference.batching import padded_batch_size
@@ -62,7 +62,7 @@ class Captions(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> Iterator[float]:
         """Yield the shares and scores."""
-        source, tokenizer, decoder = by_image(source), context.tokenizer, context.task.decoder
+        source, tokenizer, decoder = context.sources.by_image(source), context.tokenizer, context.task.decoder
         prompt = prompt_tokens(tokenizer, decoder.prompt if self.prompt is None else self.prompt, decoder)
         tokens, scores = self._generate(context, source, prompt)
         captions = {i: tokenizer.decode(ids[prompt.shape[1]:]) for i, ids in tokens.items()}

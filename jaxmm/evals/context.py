@@ -16,7 +16,7 @@ from jaxmm.config import DataConfig, Evaluator
 from jaxmm.data.base import Source
 from jaxmm.data.eval_pipeline import counted, eval_rows
 from jaxmm.data.images import decode
-from jaxmm.data.sources.registry import open_source
+from jaxmm.evals.opened_sources import OpenedSources
 from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
 from jaxmm.sharding import host_share, place_batch, replicated
 from jaxmm.task import Task, capabilities
@@ -39,6 +39,8 @@ class Outcomes:
     """Labels [n], for results by class."""
     describe: Callable[[int], tuple[str, str]] | None = None
     """The expected and the predicted text of the example of this row; None: there are none."""
+    per_class: Mapping[str, float] | None = None
+    """A score of each class that occurs; None: it follows from `labels`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,8 @@ class EvalContext:
     """What the run has logged before this evaluation: (step, value) pairs by rising step of each metric."""
     watch: Callable[[Iterable, int], Iterable] = field(default=lambda batches, total: batches)
     """Shows progress: yields `batches`, of which there are `total`."""
+    sources: OpenedSources = field(default_factory=OpenedSources, repr=False)
+    """The sources of evaluators; all contexts of a run share them."""
     outcomes: list[Outcomes] = field(default_factory=list)
     """Evaluators add the values of every example, in the order of `Evaluator.names`."""
     examples: list = field(default_factory=list)
@@ -100,7 +104,7 @@ class EvalContext:
 
     def open(self, spec: str | None, default: Source | None) -> Source | None:
         """Return the source that `spec` names; None: `default`."""
-        return default if spec is None else open_source(spec, data_dir=self.data.data_dir)
+        return default if spec is None else self.sources.open(spec, self.data.data_dir)
 
     def batches(self, evaluator: Evaluator, source: Source, tokenizer: Any = None) -> Iterator[dict[str, Any]]:
         """Yield all records of `source` in batches of the size that `evaluator` asks for."""

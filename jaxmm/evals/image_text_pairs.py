@@ -13,7 +13,6 @@ from scipy.sparse import csr_array
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source, record_texts
 from jaxmm.data.eval_pipeline import eval_texts
-from jaxmm.evals.by_image import by_image
 from jaxmm.evals.context import Arrays, EvalContext, Outcomes, concatenate
 from jaxmm.validation import require
 
@@ -71,11 +70,11 @@ def check_ranks(pool: int | None, ks: tuple[int, ...]) -> None:
     require(len(ks) > 0 and min(ks) > 0, "evals.ks", ks, "one positive number or more")
 
 
-def check_pairs(evaluator: Evaluator, source: Source, pool: int | None) -> None:
+def check_pairs(evaluator: Evaluator, context: EvalContext, source: Source, pool: int | None) -> None:
     """Raise `ConfigError` if the source has no texts, or fewer images than a pool."""
     name = type(evaluator).__name__
     require(_has_texts(source), f"{name}.source", source.name, "a source whose images have texts")
-    images = None if pool is None else len(by_image(source))
+    images = None if pool is None else len(context.sources.by_image(source))
     require(pool is None or pool <= images, f"{name}.pool", pool, f"at most the {images} images of {source.name!r}")
 
 

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
-from jaxmm.evals.by_image import by_image
 from jaxmm.evals.context import Arrays, EvalContext
 from jaxmm.evals.image_text_pairs import (
     Pairs,
@@ -59,7 +58,7 @@ class Reranking(Evaluator):
 
     def validate(self, context: EvalContext, source: Source) -> None:
         """Raise `ConfigError` if the source has no texts, or fewer images than a pool."""
-        check_pairs(self, source, self.pool)
+        check_pairs(self, context, source, self.pool)
 
     def names(self, source: Source) -> tuple[str, ...]:
         """Return the names of the metrics."""
@@ -67,7 +66,7 @@ class Reranking(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> list[float]:
         """Return the recalls."""
-        source = by_image(source)
+        source = context.sources.by_image(source)
         encoder = make_image_encoder(context.task, context.mesh)
         with tempfile.TemporaryFile() as file:
             spilled = SpilledTokens(file)

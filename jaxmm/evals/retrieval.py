@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source, record_texts
-from jaxmm.evals.by_image import by_image, original_records
+from jaxmm.evals.by_image import original_records
 from jaxmm.evals.context import EvalContext, RetrievalExample, Retrieved, evenly_spaced, thumbnail
 from jaxmm.evals.image_text_pairs import (
     Pairs,
@@ -45,7 +45,7 @@ class Retrieval(Evaluator):
 
     def validate(self, context: EvalContext, source: Source) -> None:
         """Raise `ConfigError` if the source has no texts, or fewer images than a pool."""
-        check_pairs(self, source, self.pool)
+        check_pairs(self, context, source, self.pool)
 
     def names(self, source: Source) -> tuple[str, ...]:
         """Return the names of the metrics."""
@@ -53,7 +53,7 @@ class Retrieval(Evaluator):
 
     def measure(self, context: EvalContext, source: Source) -> list[float]:
         """Return the recalls."""
-        source = by_image(source)
+        source = context.sources.by_image(source)
         pairs = embed_pairs(self, context, source, self.captions)
         if self.examples:
             context.examples.extend(_examples(source, next(pairs.pools(self.pool)), self.examples))

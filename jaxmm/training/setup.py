@@ -17,6 +17,7 @@ from jaxmm.data.eval_pipeline import read_images
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.evals.context import EvalContext, evenly_spaced
+from jaxmm.evals.opened_sources import OpenedSources
 from jaxmm.pretrained.warm_start import adopt, open_start, with_longer_texts
 from jaxmm.saved_config import from_dict, to_dict
 from jaxmm.sharding import host_share, make_mesh, with_shardings
@@ -48,12 +49,14 @@ class Setup:
     """Evaluators of `config` that have something to measure on."""
     like: State
     """Shapes and shardings of the state."""
+    sources: OpenedSources = dataclasses.field(default_factory=OpenedSources)
+    """The sources of evaluators, which stay open between evaluations."""
 
     def context(self, state: State) -> EvalContext:
         """Return the arguments of evaluators."""
         return EvalContext(task=self.task, params=state.params, average=state.average, data=self.config.data,
-                           train=self.train, val=self.val, tokenizer=self.tokenizer, mesh=self.mesh,
-                           history=partial(read_metrics, self.workdir / "metrics.jsonl"))
+                           train=self.train, val=self.val, sources=self.sources, tokenizer=self.tokenizer,
+                           mesh=self.mesh, history=partial(read_metrics, self.workdir / "metrics.jsonl"))
 
 
 def prepare(config: TrainConfig, workdir: Path) -> Setup:

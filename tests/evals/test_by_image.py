@@ -10,6 +10,7 @@ from pycocoevalcap.cider.cider import Cider
 from jaxmm.config import DataConfig
 from jaxmm.evals import Captions, EvalContext, Reranking, Retrieval
 from jaxmm.evals.by_image import ByImage, Identity, by_image, group_images
+from jaxmm.evals.opened_sources import OpenedSources
 from jaxmm.evals.ptb import ptb_tokens
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.result_files import number_of, result_id
@@ -168,7 +169,8 @@ def test_a_view_has_all_captions_and_reads_the_first_record_with_one(pictures):
     view = by_image(source)
     assert isinstance(view, ByImage) and view.groups == ((2, 3, 0), (1,))
     assert view.texts(0) == ("second", "third", "fourth") == view[0]["texts"] and view.key(1) == "1"
-    assert by_image(source) is view
+    opened = OpenedSources()
+    assert opened.by_image(source) is opened.by_image(source)
     wide = MemorySource(images=(np.ones((2, 8, 3), np.uint8), np.ones((4, 4, 3), np.uint8)), captions=(("x",), ("y",)))
     assert by_image(wide) is wide                               # the same bytes in another shape
 

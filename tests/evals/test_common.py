@@ -1,17 +1,21 @@
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 
-from jaxmm.config import Evaluator
+from jaxmm.config import DataConfig, Evaluator, TrainConfig
 from jaxmm.evals import KNN, LinearProbe, Retrieval, TopKAccuracy, ZeroShot
 from jaxmm.evals.accuracy import accuracy
 from jaxmm.evals.context import concatenate, evenly_spaced
+from jaxmm.evals.opened_sources import OpenedSources
 from jaxmm.inference.batching import outputs, padded_batch_size, predict_fn
 from jaxmm.saved_config import from_dict, to_dict
 from jaxmm.task import Task
+from jaxmm.training.setup import Setup
+from jaxmm.training.state import State
 from jaxmm.validation import ConfigError
 from tests.evals.conftest import SIDE, LinearTask, MemorySource, numpy_outputs
 
@@ -155,3 +159,24 @@ def test_an_evaluator_of_a_users_module_is_one_method(context, params, pictures)
 def test_fields_out_of_range_are_refused(make):
     with pytest.raises(ConfigError, match="expected"):
         make()
+
+
+def test_sources_of_evaluators_are_opened_and_grouped_once_per_run(monkeypatch, pictures):
+    opened = []
+
+    def open_source(spec, data_dir):
+        opened.append((spec, data_dir))
+        return MemorySource(pictures(2), captions=(("a",), ("b",)))
+
+    monkeypatch.setattr("jaxmm.evals.opened_sources.open_source", open_source)
+    config = TrainConfig(task=LinearTask(), data=DataConfig(data_dir="here"))
+    first, second = (object.__new__(Setup) for _ in range(2))                        # of which most is not needed
+    for run in (first, second):
+        for name, value in (("config", config), ("workdir", Path()), ("task", config.task), ("train", None),
+                            ("val", None), ("tokenizer", None), ("mesh", None), ("sources", OpenedSources())):
+            object.__setattr__(run, name, value)
+    state = State(step=0, params=None, opt=None, extra=None, average=None, skips=0)
+    sources = [run.context(state).source_of(Retrieval(source="scenes:test")) for run in (first, first, second)]
+    assert sources[0] is sources[1] is not sources[2] and opened == [("scenes:test", "here")] * 2
+    views = [run.context(state).sources.by_image(sources[0]) for run in (first, first)]
+    assert views[0] is views[1]
