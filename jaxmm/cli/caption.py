@@ -3,7 +3,16 @@
 from pathlib import Path
 
 from jaxmm.cli.caption_files import CaptionFormat, caption_files, write_captions
-from jaxmm.cli.image_files import CAPTIONER, Images, expand, load_model, read_labels, run_on_images
+from jaxmm.cli.image_files import (
+    CAPTIONER,
+    LOADING,
+    Images,
+    LoadingOptions,
+    expand,
+    load_model,
+    read_labels,
+    run_on_images,
+)
 from jaxmm.inference.captioning import CAPTIONS
 from jaxmm.inference.generate import Decoding
 from jaxmm.paths import user_path
@@ -15,6 +24,7 @@ def caption(
     images: Images, model: str = CAPTIONER, prompt: str | None = None, top: int = 1,
     decoding: Decoding = CAPTIONS, seed: int = 0, choices: str | None = None, json: bool = False,
     to: CaptionFormat | None = None, out: Path | None = None, overwrite: bool = False,
+    loading: LoadingOptions = LOADING,
 ) -> None:
     """Caption images.
 
@@ -31,12 +41,13 @@ def caption(
             file, which `captions:FILE` reads; coco: COCO's result format, with the numbers in the images' names as ids.
         out: The file; with txt the folder. Default: captions.csv, captions.jsonl or captions.json.
         overwrite: Replace files that exist.
+        loading: How the model is read.
     """
     if to is None and (out is not None or overwrite):
         raise ConfigError("out and overwrite are for files; expected to = txt, csv, jsonl or coco, too")
     paths = expand(images)
     files = None if to is None else caption_files(paths, to, out and user_path(out, "out"), overwrite)
-    rows, skipped = run_on_images(map(Path, paths), lambda paths, on_error: load_model(model).caption(
+    rows, skipped = run_on_images(map(Path, paths), lambda paths, on_error: load_model(model, loading).caption(
         paths, prompt=prompt, decoding=decoding, top=top, seed=seed, on_error=on_error,
         choices=None if choices is None else read_labels(choices)))
     if to is not None:

@@ -2,15 +2,23 @@
 
 import os
 
-from jaxmm.cli.image_files import CLIP, Images, load_model, read_labels, read_lines, run_on_images
+from jaxmm.cli.image_files import (
+    CLIP,
+    LOADING,
+    Images,
+    LoadingOptions,
+    load_model,
+    read_labels,
+    read_lines,
+    run_on_images,
+)
 from jaxmm.inference.class_prompts import TEMPLATES
-from jaxmm.pretrained.io.files import Weights
 from jaxmm.terminal import print_json, print_table
 
 
 def classify(
     images: Images, model: str = CLIP, labels: str | None = None, templates: tuple[str, ...] = TEMPLATES, top: int = 5,
-    json: bool = False, architecture: str | None = None, weights: Weights | None = None,
+    json: bool = False, loading: LoadingOptions = LOADING,
 ) -> None:
     """Classify images.
 
@@ -24,15 +32,13 @@ def classify(
             one per line. An article that the label already has is not repeated.
         top: Number of classes per image.
         json: Print one line of JSON per image instead of a table.
-        architecture: Model of an open_clip checkpoint without a configuration, such as ViT-H-14, or a JSON file.
-        weights: Raw (params) or averaged (average) weights of a file with both.
+        loading: How the model is read.
     """
     names = None if labels is None else read_labels(labels)
     if len(templates) == 1 and os.path.isfile(file := os.path.expanduser(templates[0])):
         templates = tuple(read_lines(file))
-    rows, skipped = run_on_images(images, lambda paths, on_error: load_model(
-        model, architecture=architecture, weights=weights).classify(
-            paths, names, templates=templates, top=top, on_error=on_error))
+    rows, skipped = run_on_images(images, lambda paths, on_error: load_model(model, loading).classify(
+        paths, names, templates=templates, top=top, on_error=on_error))
     if json:
         for path, classes in rows:
             print_json({"picture": path, "labels": [{"label": name, "probability": share} for name, share in classes]})

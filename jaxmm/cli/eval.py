@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +13,13 @@ from tqdm import tqdm
 
 from jaxmm.atomic import write_atomically
 from jaxmm.cli.evaluation_page import COLUMNS, metric_rows, write_evaluation
+from jaxmm.cli.image_files import LOADING, LoadingOptions
 from jaxmm.cli.parsing import positional
 from jaxmm.compiling import use_compilation_cache
 from jaxmm.config import MeshConfig
 from jaxmm.evals.benchmark import ROOT, Benchmark, data_specs
 from jaxmm.hosts import HostsConfig, distributed
 from jaxmm.paths import user_path
-from jaxmm.pretrained.io.files import Weights
 from jaxmm.sharding import make_mesh
 from jaxmm.terminal import print_table
 from jaxmm.training.logs import duration
@@ -32,8 +33,8 @@ def evaluate(
     models: Models, on: str | None = None, evaluators: str | None = None, train: str | None = None,
     shots: int | None = None, prompts: str | None = None, batch_size: int | None = None, root: str = ROOT,
     out: Path | None = None, predictions: bool = False, json: Path | None = None, html: Path | None = None,
-    data_dir: str | None = None, dtype: str | None = None, architecture: str | None = None,
-    weights: Weights | None = None, mesh: MeshConfig = MESH, hosts: HostsConfig = HOSTS,
+    data_dir: str | None = None, dtype: str | None = None, loading: LoadingOptions = LOADING,
+    mesh: MeshConfig = MESH, hosts: HostsConfig = HOSTS,
 ) -> int:
     """Evaluate models on data sets, without training.
 
@@ -57,8 +58,7 @@ def evaluate(
         html: Page with the results, and mistakes with their images.
         data_dir: Folder of prepared TFDS data sets.
         dtype: Type of parameters and activations, such as bfloat16. Default: that of the checkpoint.
-        architecture: Model of an open_clip checkpoint without a configuration, such as ViT-H-14, or a JSON file.
-        weights: Raw (params) or averaged (average) weights of a file with both.
+        loading: How the models are read.
         mesh: Devices. Default: all, each with a copy of the model.
         hosts: Processes that work together; `out` is then a folder that all of them share.
     """
@@ -72,8 +72,7 @@ def evaluate(
         benchmark = Benchmark(
             evaluators=None if evaluators is None else tuple(name.strip() for name in evaluators.split(",")),
             train=train, shots=shots, prompts=prompts, batch_size=batch_size, data_dir=data_dir, dtype=dtype,
-            architecture=architecture, weights=weights, mesh=make_mesh(mesh), out=out, predictions=predictions,
-            watch=_watch)
+            mesh=make_mesh(mesh), out=out, predictions=predictions, watch=_watch, **asdict(loading))
         jobs = [(model, spec) for model in models for spec in ((None,) if on is None else data_specs(on, root))]
         results, failed, since, primary = [], 0, time.monotonic(), jax.process_index() == 0
         for number, (model, spec) in enumerate(jobs, 1):

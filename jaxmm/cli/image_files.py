@@ -5,9 +5,11 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import tyro
 from tqdm import tqdm
 
 from jaxmm.cli.parsing import positional
@@ -15,6 +17,7 @@ from jaxmm.compiling import use_compilation_cache
 from jaxmm.data.base import find_images
 from jaxmm.inference import model
 from jaxmm.paths import user_path
+from jaxmm.pretrained.io.files import Weights
 from jaxmm.validation import ConfigError
 
 CLIP, CAPTIONER = "openai/clip-vit-base-patch32", "Salesforce/blip-image-captioning-base"
@@ -27,6 +30,20 @@ Images = Annotated[tuple[Path, ...], *positional("IMAGE...")]
 Image = Annotated[Path, *positional("IMAGE")]
 Checkpoint = Annotated[str, *positional("SOURCE")]
 Out = Annotated[Path, *positional("OUT")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Options of commands that load a model, for files that leave something open."""
+
+    architecture: str | None = None
+    """Model of an open_clip checkpoint without a configuration, such as ViT-H-14, or a JSON file."""
+    weights: Weights | None = None
+    """Raw (params) or averaged (average) weights of a file with both."""
+
+
+LoadingOptions = Annotated[Loading, tyro.conf.arg(name="")]
+LOADING = Loading()
 
 
 class Skipped:
@@ -48,15 +65,15 @@ class Skipped:
             raise ConfigError("no image could be read")
 
 
-def load_model(source: str, **options: Any) -> model.Model:
+def load_model(source: str, loading: Loading = LOADING, **options: Any) -> model.Model:
     """Load the model of a command; its compiled programs are kept for the next one."""
     use_compilation_cache()
-    return model.load(source, **options)
+    return model.load(source, **asdict(loading), **options)
 
 
-def load_two_towers(source: str, **options: Any) -> model.Model:
+def load_two_towers(source: str, loading: Loading = LOADING) -> model.Model:
     """Load the model of a search. Raises `ConfigError` for one that does not encode text."""
-    loaded = load_model(source, **options)
+    loaded = load_model(source, loading)
     if loaded.task.embedder is None or loaded.task.embedder.text is None:
         raise ConfigError(f"model is {source!r}, a {type(loaded.config).__name__}; expected CLIP or SigLIP")
     return loaded

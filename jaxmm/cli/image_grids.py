@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jaxmm.cli.image_files import Checkpoint, Images, Out, expand, load_model
+from jaxmm.cli.image_files import LOADING, Checkpoint, Images, LoadingOptions, Out, expand, load_model
 from jaxmm.inference.image_generation import without_rest
 
 LEAST, GAP = 96, 4
@@ -14,7 +14,7 @@ LEAST, GAP = 96, 4
 
 def generate(
     model: Checkpoint, out: Out, count: int = 16, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-    seed: int = 0,
+    seed: int = 0, loading: LoadingOptions = LOADING,
 ) -> None:
     """Generate images.
 
@@ -26,8 +26,10 @@ def generate(
         top_k: Sample from the k most probable tokens; 0: from all.
         top_p: Sample from the smallest set of tokens with this total probability.
         seed: Seed of the sampling.
+        loading: How the model is read.
     """
-    images = load_model(model).generate_images(count, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    images = load_model(model, loading).generate_images(count, temperature=temperature, top_k=top_k, top_p=top_p,
+                                                        seed=seed)
     columns = round(count**0.5)
     blank = np.full_like(images[:-count % columns], 255)
     write_grid(out, np.concatenate([images, blank]).reshape(-1, columns, *images.shape[1:]))
@@ -36,6 +38,7 @@ def generate(
 def complete(
     model: Checkpoint, images: Images, out: Path = Path("completed.png"), keep: str = "top", samples: int = 4,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+    loading: LoadingOptions = LOADING,
 ) -> None:
     """Complete images of which a part is kept.
 
@@ -51,8 +54,9 @@ def complete(
         top_k: Sample from the k most probable tokens; 0: from all.
         top_p: Sample from the smallest set of tokens with this total probability.
         seed: Seed of the sampling.
+        loading: How the model is read.
     """
-    loaded, paths = load_model(model), expand(images)
+    loaded, paths = load_model(model, loading), expand(images)
     completed = loaded.complete(paths, keep=keep, samples=samples, temperature=temperature, top_k=top_k, top_p=top_p,
                                 seed=seed)
     originals = loaded.preprocess(paths)[:, None]

@@ -1,15 +1,15 @@
 """`jaxmm show`."""
 
-from jaxmm.cli.image_files import Checkpoint
-from jaxmm.pretrained.io.files import Weights
+from dataclasses import asdict
+
+from jaxmm.cli.image_files import LOADING, Checkpoint, LoadingOptions
 from jaxmm.pretrained.registry import open_checkpoint
 from jaxmm.pretrained.summary import describe
 from jaxmm.terminal import print_json, print_table
 
 
 def show(
-    source: Checkpoint, revision: str | None = None, json: bool = False, architecture: str | None = None,
-    weights: Weights | None = None,
+    source: Checkpoint, revision: str | None = None, json: bool = False, loading: LoadingOptions = LOADING,
 ) -> None:
     """Show the parameters, configuration and warnings of a checkpoint.
 
@@ -19,11 +19,9 @@ def show(
         source: A repository of the hub, a folder, a file, or a run's workdir.
         revision: Revision of the hub's repository; of a workdir, the number of a step.
         json: Print one JSON object instead of tables.
-        architecture: Model of an open_clip checkpoint without a configuration, such as ViT-H-14, or a JSON file.
-        weights: Raw (params) or averaged (average) weights of a file with both.
+        loading: How the model is read.
     """
-    described = describe(open_checkpoint(
-        source, revision=revision, architecture=architecture, weights=weights))
+    described = describe(open_checkpoint(source, revision=revision, **asdict(loading)))
     if json:
         print_json(described)
         return

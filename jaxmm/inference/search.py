@@ -7,8 +7,8 @@ it is searched.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Index:
     embeddings: Float[np.ndarray, "n e"]
     """Embeddings, memory-mapped."""
     paths: list[str]
+    loading: Mapping[str, str] = field(default_factory=dict)
+    """Options of `jaxmm.load` that the model was loaded with."""
 
     def search(self, query: Float[np.ndarray, " e"], top: int = 10) -> list[Found]:
         """Return the `top` images nearest to `query`, a vector of length 1, best first."""
@@ -66,11 +68,13 @@ class Index:
 def build_index(
     encode: Encode, model: str, paths: Sequence[str], folder: Path | str, *,
     on_error: Callable[[str, Exception], None], on_chunk: Callable[[int], None] = lambda count: None,
+    loading: Mapping[str, str] | None = None,
 ) -> int:
     """Encode `paths` into a new index `folder`; return the number of images in it.
 
     If the same call was interrupted, it continues. `on_error` is called with each unreadable image, which is left out,
-    and `on_chunk` with the number of images just encoded. Raises `SearchError` if the folder exists.
+    and `on_chunk` with the number of images just encoded. `loading` are the options of `jaxmm.load` that `model` was
+    loaded with. Raises `SearchError` if the folder exists.
     """
     folder = user_path(folder, "folder")
     if folder.exists():
@@ -79,7 +83,7 @@ def build_index(
         raise SearchError("there are no images to put into an index")
     part = folder.with_name(folder.name + ".part")
     part.mkdir(parents=True, exist_ok=True)
-    wanted = {"model": model, "pictures": fingerprint(paths)}
+    wanted = {"model": model, "loading": dict(loading or {}), "pictures": fingerprint(paths)}
     done, kept, size = _resume(part, wanted)
     on_chunk(done)
     with (part / VECTORS).open("ab") as vectors, (part / PICTURES).open("a", encoding="utf-8") as lines:
@@ -136,7 +140,7 @@ def open_index(folder: Path | str) -> Index:
         rows = [json.loads(line) for line in (folder / PICTURES).open(encoding="utf-8")]
         paths = [row["path"] for row in rows if "error" not in row]
         embeddings = np.memmap(folder / VECTORS, np.float32, "r").reshape(len(paths), settings["size"])
-        return Index(settings["model"], embeddings, paths)
+        return Index(settings["model"], embeddings, paths, settings.get("loading", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SearchError(f"{folder} is no index that `jaxmm search index` made: {error}") from None
 

@@ -87,8 +87,14 @@ def test_templates_and_labels_with_commas(jaxmm, models, tmp_path):
                                 for row in rows(out)[0]["labels"]] == want
     status, _, err = jaxmm("classify", path, "--model", models / "clip", "--labels", "a,b", "--templates", "a photo")
     assert status == 1 and "'a photo'; expected one {} in it" in err
-    status, _, err = jaxmm("show", models / "clip", "--architecture", "ViT-B-32")
-    assert status == 1 and "architecture is 'ViT-B-32', but" in err
+    clip, vit = models / "clip", models / "vit"
+    for args in (("show", clip), ("convert", clip, tmp_path / "new"), ("classify", path, "--model", clip),
+                 ("caption", path, "--model", clip), ("match", path, "a", "--model", clip),
+                 ("answer", path, "who?", "--model", clip), ("generate", vit, tmp_path / "a.png"),
+                 ("complete", vit, path), ("eval", vit, "--on", f"folder:{tmp_path}"),
+                 ("search", "index", tmp_path / "pictures", tmp_path / "index", "--model", clip)):
+        status, _, err = jaxmm(*args, "--architecture", "ViT-B-32")
+        assert status == 1 and "architecture is 'ViT-B-32', but" in err, args
 
 
 def test_search(jaxmm, models, tmp_path):
@@ -106,6 +112,19 @@ def test_search(jaxmm, models, tmp_path):
     assert status == 1 and "exists" in err
     status, _, err = jaxmm("search", "index", tmp_path / "pictures", tmp_path / "other", "--model", models / "vit")
     assert status == 2 and "expected CLIP or SigLIP" in err
+
+
+def test_a_query_loads_the_model_as_the_index_did(jaxmm, models, tmp_path, monkeypatch):
+    tiny.picture_files(tmp_path / "pictures", 2)
+    loaded = []
+    monkeypatch.setattr("jaxmm.inference.model.load", lambda source, **options: loaded.append(options) or tiny.clip())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.json").write_text("{}")
+    index = "search", "index", tmp_path / "pictures", tmp_path / "index", "--model", models / "clip"
+    assert jaxmm(*index, "--architecture", "own.json", "--weights", "average")[0] == 0
+    assert jaxmm("search", "query", tmp_path / "index", "a star")[0] == 0
+    assert loaded == [{"architecture": "own.json", "weights": "average"},
+                      {"architecture": str(tmp_path / "own.json"), "weights": "average"}]
 
 
 def test_caption_and_match(jaxmm, models, tmp_path):
