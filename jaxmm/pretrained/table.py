@@ -24,6 +24,8 @@ SHOWN = 20
 """Most problems of one kind that a message lists."""
 COLUMNS = 16
 """Columns of a transposed matrix that are copied at a time: a cache line of fp32."""
+COUNTED = 2**20
+"""Values that are looked at together: they stay in the cache."""
 READERS = 2
 """Most tensors that are read at a time; each takes memory beside the result."""
 
@@ -102,20 +104,22 @@ def read_params(
     """Read parameters with the shapes, dtypes and shardings, if any, of the `ShapeDtypeStruct`s `like`.
 
     `ignore` holds regular expressions of keys without use. Raises `FileError` with `name` and everything that is
-    missing, left over or of another shape.
+    missing, left over, of another shape or not finite.
     """
     leaves = dict(named_leaves(like))
     _check(tensors, rows, leaves, name, [re.compile(pattern) for pattern in ignore])
     groups = defaultdict(list)
     for row in rows:
         groups[row.theirs].append(row)
-    filled = {}
+    filled, infinite = {}, []
 
     def fill(group: list[Row]) -> None:
         """Fill the arrays that share tensors, so that each tensor is read once."""
         hosts = [_empty(leaves[row.ours]) for row in group]
         for layer, key in enumerate(group[0].keys(_depth(leaves, group[0]))):
             theirs = tensors[key].read()
+            if count := count_not_finite(theirs):
+                infinite.append(f"{key} ({', '.join(row.ours for row in group)}): {count:,} of {theirs.size:,} values")
             for row, host in zip(group, hosts, strict=True):
                 target = host[layer, ...] if row.layered else host
                 piece = np.split(theirs, row.parts, axis=row.axis)[row.part] if row.parts > 1 else theirs
@@ -128,6 +132,8 @@ def read_params(
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(fill, groups.values()))
+    if infinite:
+        raise FileError(f"{name} cannot be used:\n  " + _listed("with NaN or infinite values", infinite))
     paths = [path for path, _ in named_leaves(like)]
     return jax.tree.unflatten(jax.tree.structure(like), [filled[path] for path in paths])
 
@@ -202,6 +208,13 @@ def _check(tensors, rows, leaves, name, ignore) -> None:
                  ("left over", left)) if keys]
     if problems:
         raise FileError(f"{name} does not hold this model:\n  " + "\n  ".join(problems))
+
+
+def count_not_finite(array: np.ndarray) -> int:
+    """Return how many values are NaN or infinite."""
+    flat = array.reshape(-1)
+    finite = (np.count_nonzero(np.isfinite(flat[start:start + COUNTED])) for start in range(0, len(flat), COUNTED))
+    return len(flat) - int(sum(finite))
 
 
 def _listed(kind: str, keys: list[str]) -> str:

@@ -2,6 +2,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -110,6 +111,24 @@ def test_every_problem_is_listed_and_nothing_is_read():
     assert text.startswith("model.safetensors does not hold this model")
     assert "2 missing: blocks.1.norm1.bias, cls_token" in text and "1 left over: ema" in text
     assert "1 of another shape: pos_embed [1, 11, 24], expected [1, 10, 24]" in text and "buffer" not in text
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite_are_named(dtype, monkeypatch):
+    monkeypatch.setattr("jaxmm.pretrained.table.COUNTED", 7)
+    params = random_params(CONFIG)
+    tensors = {name: Tensor(value.shape, np.dtype(dtype), lambda value=value: value.read().astype(dtype))
+               for name, value in write_tensors(params, ROWS["timm"]).items()}
+    read_params(tensors, ROWS["timm"], shapes(CONFIG), name="w")
+    for name, places in (("blocks.1.mlp.fc1.bias", [3, 39]), ("pos_embed", [0])):
+        array = tensors[name].read()
+        array.reshape(-1)[places] = [np.nan, -np.inf][:len(places)]
+        tensors[name] = tensor(array)
+    with pytest.raises(FileError) as error:
+        read_params(tensors, ROWS["timm"], shapes(CONFIG), name="w")
+    assert str(error.value) == (
+        "w cannot be used:\n  2 with NaN or infinite values: blocks.1.mlp.fc1.bias (encoder/blocks/mlp/up/bias): 2 of "
+        "40 values, pos_embed (positions): 1 of 240 values")
 
 
 def test_a_table_and_a_model_that_do_not_agree_are_named():
