@@ -20,9 +20,9 @@ from jaxmm.data.sources.nlvr import clean_sentence
 from jaxmm.data.sources.vqa import clean_question
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.data.transforms import eval_image
-from jaxmm.inference.answering import ANSWERS, SHORTLIST, choose_texts
-from jaxmm.inference.batching import decode_ahead, pad_to_power_of_two, predict
-from jaxmm.inference.captioning import CAPTIONS, write_texts
+from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, choose_texts
+from jaxmm.inference.batching import decode_ahead, outputs, pad_to_power_of_two, predict
+from jaxmm.inference.captioning import CAPTIONS, make_attention_map_fn, word_attention_maps, write_texts
 from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.image_generation import Keep, complete_images, generate_images, image_decoding
@@ -173,6 +173,27 @@ class Model:
         self._require(self.task.writes_captions, "writes captions, such as Salesforce/blip-image-captioning-base")
         prompt = self.task.decoder.prompt if prompt is None else prompt
         return self._decode(self._batches(images, on_error), prompt, decoding, top, seed, choices, None)
+
+    def attention_maps(self, images: Images, captions: str | Iterable[str], *, prompt: str | None = None
+                       ) -> list[list[tuple[str, Float[np.ndarray, "g g"]]]]:
+        """Return the words of each image's caption, each with its cross-attention to the g x g patches of the image.
+
+        A map is the mean over layers and heads. `captions` are one per image, such as `caption` wrote behind `prompt`.
+        """
+        decoder = self.task.decoder
+        self._require(self.task.writes_captions and decoder.attention, "writes captions and shows its cross-attention")
+        images, captions = list(as_images(images)), as_texts(captions, "captions", blank=False)
+        if len(captions) != len(images):
+            raise ValueError(f"there are {len(captions)} captions for {len(images)} images; expected one for each")
+        self.tokenize([])  # raises if there is no vocabulary
+        tokens, given = candidate_tokens(self.tokenizer, captions, decoder,
+                                         decoder.prompt if prompt is None else prompt)
+        batches = (pad_to_power_of_two(batch | {"tokens": tokens[BATCH * number:][:len(batch["image"])]}, self.mesh)
+                   for number, batch in enumerate(self._batches(images)))
+        attend = make_attention_map_fn(self.task, self.mesh)
+        return [word_attention_maps(self.tokenizer, ids[given:], maps[given:])
+                for result, batch in outputs(attend, self.params, batches, self.mesh)
+                for ids, maps in zip(batch["tokens"], result["attention"], strict=True)]
 
     def answer(
         self, images: Images, questions: str | Iterable[str], *, choices: Iterable[str] | None = None,

@@ -309,6 +309,27 @@ def test_captions_among_choices():
         model.caption(pictures, choices=[])
 
 
+def test_attention_maps_are_those_of_each_word_s_tokens(monkeypatch):
+    monkeypatch.setattr("jaxmm.inference.model.BATCH", 2)
+    model, pictures = tiny.captioner(), tiny.pictures(3)
+    captions = ["red circle", "two green stars above", "heart"]
+    decoder, images = model.task.decoder, model.preprocess(pictures)
+    words = model.attention_maps(pictures, captions)
+    assert [[word for word, _ in row] for row in words] == [caption.split() for caption in captions]
+    pieces = [tiny.TOKENIZER([word])[0] for word in ("a", "heart")]
+    prompt, own = (ids[1:ids.tolist().index(tiny.TOKENIZER.eos_id)].tolist() for ids in pieces)
+    tokens = [decoder.start_id, *prompt, *own, tiny.TOKENIZER.eos_id]                             # without padding
+    [maps] = decoder.attention(model.params, {"image": jnp.asarray(images[2:])}, jnp.asarray([tokens]))
+    at = 1 + len(prompt)
+    np.testing.assert_allclose(words[2][0][1], maps[at:at + len(own)].mean(axis=0), atol=1e-6)
+    assert np.abs(words[2][0][1] - maps[at + len(own)]).max() > 1e-3
+    with pytest.raises(ValueError, match="there are 2 captions for 3 images"):
+        model.attention_maps(pictures, captions[:2])
+    for other in (tiny.vit(), tiny.answerer()):
+        with pytest.raises(ValueError, match="expected one that writes captions"):
+            other.attention_maps(pictures, captions)
+
+
 def test_matching_is_of_every_picture_with_every_text():
     model = tiny.matcher()
     pictures, texts = tiny.pictures(3), ["a red circle", "two stars"]
