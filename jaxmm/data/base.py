@@ -15,7 +15,8 @@ from jaxmm.data.cleaning import printable, usable_texts
 Record = dict[str, Any]
 """Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]; or a tuple of two such), `image_id` (str; without
 one, images of the same bytes count as the same), `texts` (tuple of str: all captions of the image), `label` (int),
-`question` (str) with `answers` (tuple of str, repeats counted) and `question_id` (str or int)."""
+`tags` (tuple of int: all labels of an image that may have several), `question` (str) with `answers` (tuple of str,
+repeats counted) and `question_id` (str or int)."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
@@ -40,6 +41,8 @@ class Source:
     """A digest that changes with the list of records. A run does not resume with another one."""
     classes: tuple[str, ...] | None = None
     """Names of the labels; None: records have no label."""
+    tags: tuple[str, ...] | None = None
+    """Names of classes of which an image may have several or none; None: records have no tags."""
     templates: tuple[str, ...] | None = None
     """Prompts of zero-shot classification, with `{}` in the place of a class name, that belong to this data and its
     names; None: it has none."""
@@ -75,6 +78,10 @@ class Source:
     def texts(self, index: int) -> tuple[str, ...]:
         """Return all captions of a record, or its question and answers; override it to avoid reading the image."""
         return self[index].get("texts", ())
+
+    def tags_of(self, index: int) -> tuple[int, ...]:
+        """Return the numbers of a record's tags; override it to avoid reading the image."""
+        return self[index]["tags"]
 
     def answers(self, index: int) -> tuple[str, ...]:
         """Return all answers to the question of a record, repeats counted."""

@@ -30,7 +30,9 @@ class Usable:
 
 
 def needs(source: Source) -> tuple[Need, ...]:
-    """Return what training needs of a record besides the image: a label if there are classes, else a text."""
+    """Return what a record needs besides the image: a label if there are classes, a text unless there are tags."""
+    if source.tags is not None:
+        return ()
     return ("label",) if source.classes is not None else ("text", "answer") if source.most_answers else ("text",)
 
 

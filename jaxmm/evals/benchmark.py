@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,10 @@ from jaxmm.atomic import write_atomically
 from jaxmm.config import Evaluator
 from jaxmm.data.base import Source
 from jaxmm.data.sources.registry import open_source
-from jaxmm.evals.captions import Captions
 from jaxmm.evals.context import EvalContext
 from jaxmm.evals.evaluation import Result, check_unused, choose, measure, model_context, run_context
 from jaxmm.evals.named_prompts import named_prompts
 from jaxmm.evals.published_scores import data_set_name
-from jaxmm.evals.vqa_accuracy import VQAAccuracy
 from jaxmm.inference.model import Model, load
 from jaxmm.pretrained.io.files import Weights
 from jaxmm.pretrained.registry import open_checkpoint
@@ -34,16 +32,18 @@ _VTAB = ("caltech101", "cifar100", "clevr_count_all", "clevr_closest_object_dist
 _ROBUSTNESS = ("imagenetv2", "imagenet_sketch", "imagenet-a", "imagenet-r", "objectnet")
 COLLECTIONS: dict[str, tuple[str, ...]] = {
     "vtab": (*(f"vtab/{name}" for name in _VTAB), "sun397"),
-    "vtab+": ("imagenet1k", *_ROBUSTNESS, "fer2013", "voc2007", "sun397", "cars", "fgvc_aircraft", "mnist", "stl10",
-              "gtsrb", "country211", "renderedsst2", "vtab/cifar10", *(f"vtab/{name}" for name in _VTAB)),
+    "vtab+": ("imagenet1k", *_ROBUSTNESS, "fer2013", "voc2007", "voc2007_multilabel", "sun397", "cars",
+              "fgvc_aircraft", "mnist", "stl10", "gtsrb", "country211", "renderedsst2", "vtab/cifar10",
+              *(f"vtab/{name}" for name in _VTAB)),
     "imagenet_robustness": _ROBUSTNESS,
     "retrieval": ("mscoco_captions", "flickr8k", "flickr30k"),
 }
-"""CLIP_benchmark's collections, without the data set of several labels per image."""
+"""CLIP_benchmark's collections."""
 TASKS = {"zero_shot": "zeroshot_classification", "retrieval": "zeroshot_retrieval", "linear_probe": "linear_probe",
          "captions": "captioning", "caption_choice": "image_caption_selection"}
 """CLIP_benchmark's names of our evaluators."""
-_METRICS = ((r"zero_shot_top", "acc"), (r"zero_shot_mean_recall", "mean_per_class_recall"), (r"probe_top", "lp_acc"),
+_METRICS = ((r"zero_shot_top", "acc"), (r"zero_shot_mean_recall", "mean_per_class_recall"),
+            (r"zero_shot_map", "mean_average_precision"), (r"probe_top", "lp_acc"),
             (r"probe_mean_recall", "lp_mean_per_class_recall"), (r"i2t_recall", "text_retrieval_recall"),
             (r"t2i_recall", "image_retrieval_recall"), (r"text_score", "text_acc"), (r"image_score", "image_acc"),
             (r"group_score", "acc"))
@@ -153,8 +153,8 @@ class Benchmark:
             "predictions": self.predictions, "image": to_dict(context.data.image), "evaluator": to_dict(evaluator)}))
 
     def _with_results(self, evaluator: Evaluator, file: Path | None) -> Evaluator:
-        """Return `evaluator`; if it captions or answers, its predictions are written in the official format."""
-        if file is None or not self.predictions or not isinstance(evaluator, (Captions, VQAAccuracy)):
+        """Return `evaluator`; if it can write its predictions in the format of a server, it does so beside `file`."""
+        if file is None or not self.predictions or "results" not in {one.name for one in fields(evaluator)}:
             return evaluator
         return replace(evaluator, results=str(_beside(file, "results.json")))
 

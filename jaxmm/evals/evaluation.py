@@ -69,7 +69,7 @@ class Result:
     intervals: dict[str, tuple[float, float]]
     """Ends of the 95 % bootstrap interval of metrics that are means over examples."""
     per_class: dict[str, float] = field(default_factory=dict, repr=False)
-    """Accuracy of each class that occurs; equal names are numbered."""
+    """Accuracy of each class that occurs, or its average precision; equal names are numbered."""
     mistakes: tuple[Mistake, ...] = field(default=(), repr=False)
     """Examples that are wrong, evenly spaced."""
     predictions: tuple[tuple[str, str, str], ...] = field(default=(), repr=False)
@@ -168,8 +168,8 @@ def choose(context: EvalContext, names: Sequence[str | Evaluator] | None = None,
         return chosen
     chosen = tuple(make(name) for name in _suited(context, source) if _fits(make(name), context))
     if not chosen:
-        offered = [name for name, there in (("classes", source.classes), ("questions", source.most_answers),
-                                            ("foils", source.has_foils)) if there]
+        offered = [name for name, there in (("classes", source.classes or source.tags), ("foils", source.has_foils),
+                                            ("questions", source.most_answers)) if there]
         raise ConfigError(f"on is {source.name!r}, which has images with {' and '.join(offered) or 'texts'}; expected "
                           f"a source that a {type(context.task).__name__} can be measured on")
     return chosen
@@ -183,6 +183,8 @@ def _suited(context: EvalContext, source: Source) -> Iterator[str]:
         yield "vqa"
     elif source.images_per_record > 1:
         yield "accuracy"
+    elif source.tags is not None:
+        yield from ("zero_shot", "likelihood")
     elif source.classes is not None:
         yield from ("accuracy", "zero_shot", "likelihood")
         if context.train is not None:
@@ -227,6 +229,7 @@ def measure(context: EvalContext, evaluator: Evaluator, with_predictions: bool =
             recall = first.removesuffix("top1") + "mean_recall"
             per_class = class_accuracies(values, outcomes.labels, source.classes)
             metrics[recall] = float(np.mean(list(per_class.values())))
+        per_class = per_class if outcomes.per_class is None else dict(outcomes.per_class)
         intervals |= bootstrap(outcomes, recall, seed=number)
         mistakes += _mistakes(source, outcomes)
         predictions += _predictions(source, outcomes) if with_predictions else ()

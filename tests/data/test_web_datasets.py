@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -6,6 +7,10 @@ import pytest
 from jaxmm.data.bad_records import BadRecord
 from jaxmm.data.base import DataError
 from jaxmm.data.sources.registry import open_source
+from jaxmm.data.sources.shards import Slice, shards
+from jaxmm.data.tools.checking import check
+from jaxmm.data.tools.importing import import_source
+from jaxmm.data.tools.showing import first
 from jaxmm.data.usable import read_usable
 from tests.data.crawl import jpeg, write_tar
 
@@ -65,10 +70,36 @@ def test_splits_and_faults(tmp_path):
     (root / "train" / "nshards.txt").write_text("2")
     with pytest.raises(DataError, match=r"1\.tar is missing; .*says 2 shards"):
         open_source(f"wds:{root}:train")
-    (root / "dataset_type.txt").write_text("multilabel")
+    (root / "dataset_type.txt").write_text("depth")
     (root / "train" / "nshards.txt").write_text("1")
-    with pytest.raises(DataError, match="'multilabel'; expected classification or retrieval"):
+    with pytest.raises(DataError, match="'depth'; expected classification, multilabel or retrieval"):
         open_source(f"wds:{root}:train")
+
+
+def vector(*values, dtype=np.float32):
+    file = io.BytesIO()
+    np.save(file, np.array(values, dtype))
+    return file.getvalue()
+
+
+def test_several_labels_per_image(tmp_path):
+    labels = [vector(0, 1, 1), vector(0, 0, 0, dtype=np.int64), vector(1, 0), vector("a", "b", "c", dtype=str),
+              vector(0, 0, 1)[:-1], b"2"]
+    folder = web_dataset(tmp_path / "a", [[("npy", label) for label in labels], [("npy", vector(1, 0, 1))]],
+                         kind="multilabel")
+    source = open_source(f"wds:{folder}")
+    assert source.tags == NAMES and source.classes is None and source.templates == ("a {}", "{}, {}!")
+    assert [source.tags_of(row) for row in (0, 1, 6)] == [(1, 2), (), (0, 2)] and source[0]["tags"] == (1, 2)
+    assert shards(source)[1].tags_of(0) == Slice(source, 5, 7).tags_of(1) == (0, 2)
+    for row, words in ((2, r"float32 with the shape \(2,\); expected 3 numbers"), (3, "<U1 with"), (4, "buffer"),
+                       (5, "EOF")):
+        with pytest.raises(BadRecord, match=f"no label: .*{words}"):
+            source[row]
+    report = check(source)
+    assert report["usable"] == 3 and report["broken"] == {"no label": 4}
+    assert [shown.texts for shown in first(source, 2)] == [("crane", "elk"), ()]
+    with pytest.raises(DataError, match="has questions, several labels or several images per record"):
+        import_source(source, tmp_path / "b")
 
 
 @pytest.mark.parametrize("root", ["own/wds_cats", "https://huggingface.co/datasets/own/wds_cats/tree/v2"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from jaxmm.config import Evaluator
 from jaxmm.data.sources.registry import open_source
 from jaxmm.evals import CaptionChoice, LinearProbe, Retrieval
 from jaxmm.evals import benchmark as benchmarks
@@ -28,7 +29,7 @@ from jaxmm.evals.published_scores import data_set_name, published_score
 from jaxmm.sharding import make_mesh
 from jaxmm.training.loop import train
 from jaxmm.validation import ConfigError
-from tests.data.test_web_datasets import web_dataset
+from tests.data.test_web_datasets import vector, web_dataset
 from tests.evals.conftest import MemorySource, foil_records, numpy_outputs
 from tests.pretrained import tiny
 from tests.training.common import Killed, clip_run, lines
@@ -51,6 +52,9 @@ def source_of(kind, tmp_path):
     if kind == "classes":
         shards = [[("cls", str(row % 5).encode()) for row in range(11)]]
         return f"wds:{web_dataset(tmp_path / kind, shards, classes=tiny.LABELS)}"
+    if kind == "tags":
+        shards = [[("npy", vector(*range(5)))] * 2]
+        return f"wds:{web_dataset(tmp_path / kind, shards, classes=tiny.LABELS, kind='multilabel')}"
     if kind == "texts":
         texts = [("txt", f"{text} {row}\na heart {row}".encode()) for row, text in enumerate(tiny.CORPUS)]
         return f"wds:{web_dataset(tmp_path / kind, [texts], classes=(), kind='retrieval')}"
@@ -66,6 +70,7 @@ def source_of(kind, tmp_path):
 
 @pytest.mark.parametrize("kind, chosen", [
     ("classes", {"clip": ["zero_shot"], "vit": ["accuracy"], "matcher": ["zero_shot"]}),
+    ("tags", {"clip": ["zero_shot"], "matcher": ["zero_shot"]}),
     ("texts", {"clip": ["retrieval"], "matcher": ["retrieval", "reranking"], "captioner": ["captions"]}),
     ("questions", {"answerer": ["vqa"]}),
     ("pairs", {"pair": ["accuracy"]}),
@@ -232,6 +237,20 @@ def test_json_has_clip_benchmarks_names():
     assert {name: row[name] for name in ("dataset", "model", "pretrained", "task", "metrics", "language")} == {
         "dataset": "wds/vtab/pets", "model": "clip", "pretrained": "openai/clip", "task": "zeroshot_classification",
         "metrics": {"acc1": 0.5, "mean_per_class_recall": 0.25}, "language": "en"}
+    assert as_json("openai/clip", replace(result, metrics={"zero_shot_map": 0.5}), {})["metrics"] == {
+        "mean_average_precision": 0.5}
+
+
+def test_predictions_of_every_evaluator_that_writes_them(tmp_path):
+    """Also of one that is defined elsewhere."""
+    @dataclass(frozen=True, kw_only=True)
+    class Own(Evaluator):
+        results: str | None = None
+
+    benchmark, file = Benchmark(out=tmp_path, predictions=True), tmp_path / "a.json"
+    assert benchmark._with_results(Own(), file).results == str(tmp_path / "predictions" / "a.results.json")
+    assert benchmark._with_results(Retrieval(), file) == Retrieval()
+    assert replace(benchmark, predictions=False)._with_results(Own(), file) == Own()
 
 
 def test_killed_and_started_again_nothing_is_done_twice(tmp_path, monkeypatch):

@@ -33,8 +33,8 @@ class Slice(Source):
     source: Source
     start: int
     stop: int
-    name, classes, templates, images_per_record, has_foils, most_answers = map(_of_source, (
-        "name", "classes", "templates", "images_per_record", "has_foils", "most_answers"))
+    name, classes, tags, templates, images_per_record, has_foils, most_answers = map(_of_source, (
+        "name", "classes", "tags", "templates", "images_per_record", "has_foils", "most_answers"))
     grades_captions, grades_images, varies, image_id_scope = map(_of_source, (
         "grades_captions", "grades_images", "varies", "image_id_scope"))
 
@@ -57,6 +57,10 @@ class Slice(Source):
     def texts(self, index: int) -> tuple[str, ...]:
         """Return the captions of the record."""
         return self.source.texts(self._at(index))
+
+    def tags_of(self, index: int) -> tuple[int, ...]:
+        """Return the numbers of the record's tags."""
+        return self.source.tags_of(self._at(index))
 
     def answers(self, index: int) -> tuple[str, ...]:
         """Return the answers of the record."""
@@ -95,6 +99,7 @@ class Shards(Source):
     name: str
     parts: tuple[Source, ...]
     classes: tuple[str, ...] | None = None
+    tags: tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
@@ -118,6 +123,11 @@ class Shards(Source):
         """Return the captions; images are not read."""
         part, inner = self._find(index)
         return part.texts(inner)
+
+    def tags_of(self, index: int) -> tuple[int, ...]:
+        """Return the numbers of the record's tags; images are not read."""
+        part, inner = self._find(index)
+        return part.tags_of(inner)
 
     def shards(self) -> tuple[Source, ...]:
         """Return the parts."""

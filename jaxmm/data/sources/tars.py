@@ -9,6 +9,7 @@ checked against the size of the file.
 """
 
 import contextlib
+import io
 import itertools
 import json
 import logging
@@ -55,6 +56,9 @@ class Tar(Source):
     columns: Columns = field(default_factory=Columns)
     classes: tuple[str, ...] | None = None
     """Names of the classes, which are the same in all tars."""
+    tags: tuple[str, ...] | None = None
+    """Names of the tags; the label is then an array of numpy with one number per name, above zero for those that the
+    image has."""
     clip_benchmark: bool = False
     """True for CLIP_benchmark's layout: labels are numbers of the classes, and a text has one caption per line."""
 
@@ -85,6 +89,8 @@ class Tar(Source):
                 record["texts"] = texts
             if self.classes is not None:
                 record["label"] = self._label(file, index)
+            if self.tags is not None:
+                record["tags"] = self._tags(file, index)
             image = self._read(file, index, _IMAGE)
         return record if image is None else record | {"image": image}
 
@@ -96,6 +102,11 @@ class Tar(Source):
         """Return the captions: the text, else those of the JSON. The image is not read."""
         with open_tar(self.path) as file:
             return self._texts(file, index)
+
+    def tags_of(self, index: int) -> tuple[int, ...]:
+        """Return the numbers of the tags. The image is not read."""
+        with open_tar(self.path) as file:
+            return self._tags(file, index)
 
     @property
     def has_labels(self) -> bool:
@@ -127,6 +138,13 @@ class Tar(Source):
         if self.clip_benchmark:
             return int(label) if label.isdecimal() else None
         return self.classes.index(label) if label in self.classes else None
+
+    def _tags(self, file: BufferedIOBase, index: int) -> tuple[int, ...]:
+        try:
+            values = read_vector(self._read(file, index, _LABEL) or b"", len(self.tags))
+        except ValueError as error:
+            raise BadRecord("no label", str(error)) from None
+        return tuple(np.flatnonzero(values > 0).tolist())
 
     def _read(self, file: BufferedIOBase, index: int, kind: int) -> bytes | None:
         offset, size = self._index.places[index, kind].tolist()
@@ -213,6 +231,19 @@ def _keys(listed: Sequence[Member], columns: Columns) -> Iterator[tuple[str, int
             best = min(range(len(images)), key=lambda i: ([part not in parts[i] for part in IMAGE_PARTS], i),
                        default=None)
             yield from ((key, None if kind == _IMAGE and stem != images[best] else kind) for stem, kind in split)
+
+
+def read_vector(content: bytes, size: int) -> np.ndarray:
+    """Return the vector of `size` numbers in the content of an .npy file. Raises `ValueError` for anything else."""
+    file = io.BytesIO(content)
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in header:
+        raise ValueError(f"its label is an array of numpy's version {version}; expected one of {list(header)}")
+    shape, _, dtype = header[version](file)
+    if shape != (size,) or dtype.kind not in "biuf":
+        raise ValueError(f"its label is an array of {dtype} with the shape {shape}; expected {size} numbers")
+    return np.frombuffer(content, dtype, size, file.tell())     # of what is there: the header may claim any size
 
 
 def open_tars(spec: str, location: str, data_dir: str | None = None) -> Shards:

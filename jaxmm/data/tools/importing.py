@@ -90,9 +90,9 @@ def import_source(
 
 
 def _check(source: Source, split: str) -> None:
-    if source.images_per_record > 1 or source.most_answers:
-        raise DataError(f"source {source.name!r} has questions or several images per record; expected images with "
-                        "captions or labels")
+    if source.images_per_record > 1 or source.most_answers or source.tags is not None:
+        raise DataError(f"source {source.name!r} has questions, several labels or several images per record; expected "
+                        "images with captions, or with one label each")
     if not re.fullmatch(r"[a-zA-Z]\w*", split, re.ASCII) or split == "all":
         raise DataError(f"split is {split!r}; expected a word such as train ('all' is every split together)")
 

@@ -78,7 +78,8 @@ def _shown(source: Source, index: int) -> Shown:
         key, usable = examine(source, index)
     except BadRecord as error:
         return Shown(record_key(source, index), printable(str(error)), (), ())
-    texts = usable.texts if usable.label is None else (source.classes[usable.label], *usable.texts)
+    labels = usable.record.get("tags", ()) if usable.label is None else (usable.label,)
+    texts = (*((source.classes or source.tags)[label] for label in labels), *usable.texts)
     sizes = ", ".join(f"{image.width} x {image.height}" for image in usable.images)
     return Shown(printable(key), sizes, tuple(map(_cut, texts)), usable.images)
 
