@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.caption_generation import agreed, line
-from benchmarks.measure import Worker, is_busy, machine, options, product_pace, serve, tuned_arms
+from benchmarks.measure import Worker, import_torch, is_busy, machine, options, product_pace, serve, tuned_arms
 
 BATCH, CHECKED = 8, 32
 
@@ -66,7 +66,7 @@ def ours(folder: Path):
 
 def theirs(folder: Path):
     """Return the same for transformers."""
-    import torch
+    torch = import_torch()
     import transformers
     model = transformers.ImageGPTForCausalImageModeling.from_pretrained(folder).eval()
     start = torch.full((BATCH, 1), 512)

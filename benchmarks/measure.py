@@ -88,6 +88,19 @@ def serve(about: dict, answers: dict):
         print(json.dumps(answers[line.strip()]()), flush=True)
 
 
+def import_torch():
+    """Return torch, with what a torchvision beside a CPU build lacks to be imported; nothing calls it."""
+    import importlib.util
+
+    import torch
+    if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
+        operators = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import_torch.operators = operators  # they last as long as this object
+    return torch
+
+
 def seconds(function) -> float:
     """Return the wall-clock time of one call."""
     start = time.perf_counter()

@@ -23,7 +23,18 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import Rounds, Worker, is_busy, machine, options, product_pace, seconds, serve, tuned_arms
+from benchmarks.measure import (
+    Rounds,
+    Worker,
+    import_torch,
+    is_busy,
+    machine,
+    options,
+    product_pace,
+    seconds,
+    serve,
+    tuned_arms,
+)
 
 BATCH, SHARD, DIFFERENT = 64, 500, 200
 TEMPLATES = ("itap of a {c}.", "a bad photo of the {c}.", "a origami {c}.", "a photo of the large {c}.",
@@ -47,10 +58,7 @@ def ours(folder: Path, workers: int):
 
 def theirs(folder: Path, workers: int):
     """Return the same for clip_benchmark."""
-    import torch
-    declared = torch.library.Library("torchvision", "DEF")  # what a torchvision without operators lacks to be imported
-    for name in ("nms", "qnms"):
-        declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch = import_torch()
     import open_clip
     from clip_benchmark.datasets.builder import build_wds_dataset
     from clip_benchmark.metrics import zeroshot_classification

@@ -20,12 +20,12 @@ DEPTH = 6
 def get_config() -> TrainConfig:
     """Return the recipe."""
     model = IGPTConfig(
-        transformer=TransformerConfig(width=96, depth=DEPTH, heads=4, mlp_dim=384, eps=1e-5, activation="quick_gelu",
+        transformer=TransformerConfig(width=96, depth=DEPTH, heads=2, mlp_dim=384, eps=1e-5, activation="quick_gelu",
                                       init="igpt"),
         image_size=16, colors=24)
     return TrainConfig(
         task=GenerativePretraining(model=model),
-        steps=1500,
+        steps=1000,
         data=DataConfig(train="scenes:train", val="scenes:val", batch_size=32,
                         image=ImageConfig(size=16, train_crop="squash", eval_crop="squash", flip=True)),
         optimizer=OptimizerConfig(name="muon", momentum=0.95, learning_rate=2e-3, warmup=0.1, b2=0.95),

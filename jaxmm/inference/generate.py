@@ -7,6 +7,7 @@ finished rows are padded until all are done.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ NEVER = -1e9
 """A score that loses to any other."""
 NO_TOKEN = -1
 """An id that no token has."""
+SEGMENT = 256
+"""Number of positions by which the cache of a long sequence grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,18 +86,20 @@ def generate(
     def step(tokens, position, cache, cache_mask):
         return decoder.decode_step(params, tokens, position, cache, prepared, cache_mask, context_mask)
 
-    return search(step, decoder.cache(len(prompt) * decoding.beams, decoding.max_length),
+    return search(step, lambda length: decoder.cache(len(prompt) * decoding.beams, length),
                   prompt.at[:, 0].set(decoder.start_id), lengths, keys, decoding, end_id=decoder.end_id,
                   pad_id=decoder.pad_id, kept=kept)
 
 
 def search(
-    step: Step, cache: Any, prompt: Int[Array, "b p"], lengths: Int[Array, "b"], keys: Key[Array, "b"],
-    decoding: Decoding, *, end_id: int | None, pad_id: int | None, kept: Bool[Array, "b p"] | None = None,
+    step: Step, cache: Callable[[int], Any], prompt: Int[Array, "b p"], lengths: Int[Array, "b"],
+    keys: Key[Array, "b"], decoding: Decoding, *, end_id: int | None, pad_id: int | None,
+    kept: Bool[Array, "b p"] | None = None,
 ) -> Generated:
     """Continue the first `lengths` (at least 1) tokens of each prompt, as `decoding` says.
 
-    `cache` has room for b x k rows and L positions: leaves [r ...], row r being sequence r % k of prompt r // k.
+    `cache` returns an empty one with room for b x k rows and a number of positions: leaves [r ...], row r being
+    sequence r % k of prompt r // k. It grows with the sequences.
     Without `end_id` every sequence has `decoding.max_length` tokens. Tokens of the prompt where `kept` is True are
     those of the sequence at any position.
     """
@@ -108,16 +113,16 @@ def search(
     written = jnp.maximum(jnp.cumsum(~given, axis=1), 1).astype(jnp.float32)  # at least 1, because it is a divisor
     first = jnp.full((b, k, total), pad_id, prompt.dtype).at[:, :, 0].set(prompt[:, :1])
     score = jnp.full((b, k), NEVER).at[:, 0].set(0.0)
-    start = State(
-        at=jnp.zeros((), jnp.int32), tokens=first, score=score, cache=cache, done=first,
+    state = State(
+        at=jnp.zeros((), jnp.int32), tokens=first, score=score, cache=cache(cache_lengths(total)[0]), done=first,
         done_score=jnp.full((b, k), NEVER) if total > 1 else score, ended=jnp.zeros(b, bool))
 
-    def cond(state: State) -> Bool[Array, ""]:
-        return (state.at < total - 1) & ~state.ended.all()
+    def unfinished(length: int, state: State) -> Bool[Array, ""]:
+        return (state.at < min(length, total - 1)) & ~state.ended.all()
 
-    def body(state: State) -> State:
+    def body(length: int, state: State) -> State:
         at = state.at
-        cache_mask = jnp.broadcast_to(jnp.arange(total) <= at, (b * k, total))
+        cache_mask = jnp.broadcast_to(jnp.arange(length) <= at, (b * k, length))
         logits, new = step(state.tokens[:, :, at].reshape(-1), at, state.cache, cache_mask)
         scores = _scores(logits.reshape(b, k, -1), state.tokens, at, decoding, end_id)
         forced = prompt[:, at + 1]
@@ -132,8 +137,20 @@ def search(
                         count, decoding, end_id, pad_id)
         return _beams(state, new, scores, in_prompt, forced, count, decoding, end_id)
 
-    last = jax.lax.while_loop(cond, body, start)
-    return Generated(last.done, last.done_score)
+    for length in cache_lengths(total):
+        state = state._replace(cache=jax.tree.map(_grow, state.cache, cache(length)))
+        state = jax.lax.while_loop(partial(unfinished, length), partial(body, length), state)
+    return Generated(state.done, state.done_score)
+
+
+def cache_lengths(total: int) -> list[int]:
+    """Return the lengths of the cache while a sequence of `total` tokens is written: every step reads all of it."""
+    return [*range(SEGMENT, total - 1, SEGMENT), total]
+
+
+def _grow(old: Array, room: Array) -> Array:
+    """Return `room` with `old` at the start of each axis."""
+    return jax.lax.dynamic_update_slice(room, old, (0,) * room.ndim)
 
 
 class State(NamedTuple):

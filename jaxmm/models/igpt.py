@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, causal_mask, to_bhtd
+from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, add_to_cache, causal_mask
 from jaxmm.nn.embeddings import TokenEmbedding
 from jaxmm.nn.precision import wide, widened
 from jaxmm.nn.transformer import REMAT_POLICIES, Mlp, TransformerConfig, initializers, unstack
@@ -108,8 +108,7 @@ class IGPTLayer(nn.Module):
         Return the token, and the cache with its keys and values.
         """
         y = self.attention_norm(x)
-        cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, to_bhtd(new).astype(old.dtype), position, axis=2)
-                      for old, new in zip(cache, self.attention.keys_values(y), strict=True))
+        cache = add_to_cache(cache, self.attention.keys_values(y), position)
         x = x + self.attention.attend_cached(y, cache, mask)
         return x + self.mlp(self.mlp_norm(x), train=False), cache
 
@@ -224,10 +223,3 @@ class IGPT(nn.Module):
                                     method=IGPTLayer.decode_step)
             new_cache.append(filled)
         return self.head(self.norm(x))[:, 0], new_cache
-
-
-def empty_cache(config: IGPTConfig, batch: int, length: int) -> Cache:
-    """Return an empty cache with room for `length` tokens of `batch` images."""
-    stack = config.transformer
-    room = jnp.zeros((batch, stack.heads, length, stack.width // stack.heads), stack.dtype)
-    return [(room, room)] * stack.depth

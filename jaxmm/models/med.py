@@ -209,10 +209,3 @@ class Med(nn.Module):
         x, _ = run(x, MedLayer(self.config, parent=None), low)
         layers = {**params, "merge": self.merge}, keys
         return run(x, MedLayer(self.config, True, parent=None), layers)
-
-
-def empty_cache(config: MedConfig, batch: int, length: int) -> Cache:
-    """Return an empty self-attention cache with room for `length` tokens of `batch` texts."""
-    stack = config.transformer
-    room = jnp.zeros((batch, stack.heads, length, stack.width // stack.heads), stack.dtype)
-    return [(room, room)] * stack.depth

@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.models.med_config import MedConfig
-from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, to_bhtd
+from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, add_to_cache, to_bhtd
 from jaxmm.nn.transformer import Linear, Mlp, initializers, layer_norm
 
 ContextMask = Bool[Array, "#r 1 1 #n"]
@@ -120,8 +119,7 @@ class MedLayer(nn.Module):
         """
         name = self._decoder_part("attention")
         attention = getattr(self, name)
-        cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, to_bhtd(new).astype(old.dtype), position, axis=2)
-                      for old, new in zip(cache, attention.keys_values(x), strict=True))
+        cache = add_to_cache(cache, attention.keys_values(x), position)
         x = self._add(name, x, attention.attend_cached(x, cache, mask), False)
         return self._decode_context(x, context, context_mask), cache
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxmm.nn.attention import Attention, Linear, Mask
+from jaxmm.nn.attention import Attention, CachedKeysValues, Linear, Mask
 from jaxmm.sharding import constrain_batch
 from jaxmm.validation import BELOW_ONE, POSITIVE, check_types, require
 
@@ -264,6 +264,12 @@ def run_layers(layer: Callable, x: Any, inputs: Any, config: TransformerConfig) 
         x, output = layer(x, one)
         outputs.append(output)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def empty_cache(config: TransformerConfig, batch: int, length: int) -> list[CachedKeysValues]:
+    """Return the cache of every layer's self-attention: zeros, with room for `length` tokens of `batch` sequences."""
+    room = jnp.zeros((batch, config.heads, length, config.width // config.heads), config.dtype)
+    return [(room, room)] * config.depth
 
 
 def unstack(tree, length: int) -> list:

@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Key
 
 from jaxmm.data.tokenizers import Tokenizer
 from jaxmm.models.blip import BLIP, BLIPConfig
-from jaxmm.models.med import Med, empty_cache
+from jaxmm.models.med import Med
 from jaxmm.models.med_config import MedConfig
 from jaxmm.nn.pixels import Pixels
+from jaxmm.nn.transformer import empty_cache
 from jaxmm.task import Batch, Decoder, Embedder, Matcher, Params, Task, check_pairs
 from jaxmm.validation import require
 
@@ -116,7 +117,7 @@ def blip_decoder(config: BLIPConfig, pixels: Pixels, prompt: str = "") -> Decode
     return Decoder(
         context=read if config.reads_questions else lambda params, batch: (encode(params, batch), None),
         prepare=lambda params, context: run(params, Med.cross_attention_cache, context),
-        cache=lambda rows, length: empty_cache(text, rows, length),
+        cache=lambda rows, length: empty_cache(text.transformer, rows, length),
         decode_step=decode_step,
         logits=lambda params, tokens, prepared, context_mask=None: run(params, Med.decode_cached, tokens, prepared,
                                                                        context_mask),

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from jaxmm.models.igpt import IGPT, IGPTConfig, IGPTOutput, empty_cache
+from jaxmm.models.igpt import IGPT, IGPTConfig, IGPTOutput
 from jaxmm.nn.palette import fit_palette
+from jaxmm.nn.transformer import empty_cache
 from jaxmm.task import Batch, Decoder, Embedder, Params, Task, check_image_size
 from jaxmm.validation import ConfigError, Limit, require
 
@@ -123,7 +124,7 @@ class IGPTTask:
         return Decoder(
             context=None,
             prepare=lambda params, context: module.apply({"params": params}, method=IGPT.separate_layers),
-            cache=lambda rows, length: empty_cache(config, rows, length), decode_step=decode_step,
+            cache=lambda rows, length: empty_cache(config.transformer, rows, length), decode_step=decode_step,
             logits=lambda params, tokens, prepared, context_mask: module.apply({"params": params}, tokens).logits,
             start_id=config.colors, end_id=None, pad_id=None, longest=config.pixels + 1, vocab_size=config.colors,
             to_tokens=self.tokens, to_images=lambda tokens: self.palette.to_images(tokens, config.image_size),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.inference.generate import Decoding, generate, search
+from jaxmm.inference.generate import Decoding, cache_lengths, generate, search
 from jaxmm.task import Decoder
 from jaxmm.validation import ConfigError
 
@@ -45,7 +45,10 @@ def written(pictures, prompts, decoding, keys=None):
     prompt = np.full((len(prompts), max(lengths)), PAD, np.int32)
     for row, text in zip(prompt, prompts, strict=True):
         row[:len(text)] = text
-    cache = jnp.zeros((len(prompts) * decoding.beams, decoding.max_length), jnp.int32)
+
+    def cache(length):
+        return jnp.zeros((len(prompts) * decoding.beams, length), jnp.int32)
+
     keys = jax.random.split(jax.random.key(0), len(prompts)) if keys is None else keys
     found = jax.jit(lambda prompt, lengths, keys: search(
         step(pictures, decoding.beams), cache, prompt, lengths, keys, decoding, end_id=END, pad_id=PAD))(
@@ -168,6 +171,18 @@ def test_wide_beams_find_the_best_of_all_texts():
     best.sort(key=lambda each: -each[0])
     np.testing.assert_allclose(score[0, :20], [each for each, _ in best[:20]], rtol=1e-4)
     assert tokens[0, 0].tolist() == told(best[0][1], 4)
+
+
+@pytest.mark.parametrize("options", [{"beams": 3}, {}, {"sample": True}], ids=str)
+@pytest.mark.parametrize("longest", [8, 9, 10])
+def test_growing_cache(options, longest, monkeypatch):
+    """The same text whether the cache has all positions from the start or grows with the sequences."""
+    decoding, prompts = Decoding(max_length=longest, min_length=7, **options), [[2], [3, 4, 4, 2, 5], [2, 5, 3], [4]]
+    want = written(range(4), prompts, decoding)
+    monkeypatch.setattr("jaxmm.inference.generate.SEGMENT", 4)
+    assert cache_lengths(longest)[0] == 4 and cache_lengths(longest)[-1] == longest
+    for got, expected in zip(written(range(4), prompts, decoding), want, strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("options", [{"beams": 3}, {}, {"sample": True, "top_p": 0.9}], ids=str)

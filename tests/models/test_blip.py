@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxmm.models.blip import BLIP, BLIPConfig, blip
-from jaxmm.models.med import Med, empty_cache
+from jaxmm.models.med import Med
 from jaxmm.models.med_config import MedConfig
 from jaxmm.models.vit import ViTConfig
-from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.nn.transformer import TransformerConfig, empty_cache
 from jaxmm.sharding import named_leaves
 from jaxmm.validation import ConfigError
 from tests import reference
@@ -152,7 +152,7 @@ def test_step_by_step_is_all_at_once(beams, encoder):
     whole = module.apply(params, tokens, jnp.repeat(context, beams, 0), train=False, method=Med.decode,
                          context_mask=jnp.repeat(context_mask, beams, 0))
     sights = module.apply(params, context, method=Med.cross_attention_cache)
-    cache = empty_cache(config, B * beams, 8)
+    cache = empty_cache(config.transformer, B * beams, 8)
 
     @jax.jit
     def step(tokens, at, cache):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.models.igpt import IGPT, IGPTConfig, empty_cache, igpt
-from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.models.igpt import IGPT, IGPTConfig, igpt
+from jaxmm.nn.transformer import TransformerConfig, empty_cache
 from jaxmm.sharding import named_leaves
 from jaxmm.validation import ConfigError
 from tests import reference
@@ -65,7 +65,7 @@ def test_token_by_token_is_all_at_once():
     """The cache is longer than what is filled, and its rest is garbage."""
     tokens, params = setting()
     want = apply(TINY)(params, tokens).logits
-    cache = jax.tree.map(lambda leaf: leaf + 9.0, empty_cache(TINY, 4, 12))
+    cache = jax.tree.map(lambda leaf: leaf + 9.0, empty_cache(TINY.transformer, 4, 12))
 
     @jax.jit
     def step(tokens, position, cache):
