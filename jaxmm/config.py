@@ -4,6 +4,7 @@ A recipe (`configs/*.py`) is a file with `get_config() -> TrainConfig`; the comm
 dotted name. Invalid values are errors here, before anything compiles.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -96,6 +97,13 @@ class DataConfig:
     """Source of the held-out images; None: no evaluation."""
     batch_size: Annotated[int, POSITIVE] = 64
     """Images per step, over all devices and hosts."""
+    captions: Annotated[int, POSITIVE] = 1
+    """Captions per image and step, for tasks that read captions; the image is encoded once for all of them. They are
+    drawn at random, none twice before all were drawn."""
+    origins: tuple[tuple[str, float], ...] = ()
+    """(origin, weight) pairs. Where a caption comes from is drawn by these weights among the origins of the image's
+    texts, such as `web`, `synthetic` and `human` in what `jaxmm capfilt merge` writes; texts of other origins are not
+    used. Texts without an origin are drawn alike. (): all texts are."""
     questions: Annotated[int, POSITIVE] = 1
     """Questions per image, if the source has questions; the image is encoded once. From 2 on the others are drawn from
     the questions about the same image."""
@@ -109,7 +117,11 @@ class DataConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self):
+        """Check the weights of origins."""
         check_types(self, "data")
+        names, weights = zip(*self.origins, strict=True) if self.origins else ((), (1.0,))
+        require(len(set(names)) == len(names) and min(weights) >= 0 < max(weights) < math.inf, "data.origins",
+                self.origins, "different origins with weights of 0 or more, one above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

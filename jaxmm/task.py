@@ -125,6 +125,12 @@ class PositionGrid(NamedTuple):
     """Positions before those of the patches, such as the class token's."""
 
 
+def flat_ids(batch: Batch) -> Int[Array, "m 2"] | None:
+    """Return the ids of all texts of a batch, one image after the other; None if it has none."""
+    ids = batch.get("text_id")
+    return None if ids is None else ids.reshape(-1, 2)
+
+
 def check_image_size(image_size: int, model: Any, name: str = "task.model") -> None:
     """Raise `ConfigError` if images of the data are not of the size that the configuration `model` reads."""
     require(image_size == model.image_size, "data.image.size", image_size,
@@ -160,6 +166,8 @@ class Task:
     reads: ClassVar[tuple[str, ...]] = ("image",)
     """Parts of a record that the task needs: `image`, `text`, `label`, `answers`."""
     images_per_record: ClassVar[int] = 1
+    several_captions: ClassVar[bool] = False
+    """True if the loss takes `tokens` [b n t] and `text_id` [b n 2] too, n captions of each image (`data.captions`)."""
     decomposes: ClassVar[bool] = False
     """True if the loss of a batch is the mean of the losses of its parts."""
     clamps: ClassVar[tuple[tuple[str, float, float], ...]] = ()

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorflow_datasets as tfds
 
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.stages import SELECTED, VERSION, Folder, Shard, progress_bar
@@ -19,7 +18,7 @@ from jaxmm.capfilt.tables import Texts, digest, file_digest, read_texts
 from jaxmm.data import images
 from jaxmm.data.bad_records import read_record
 from jaxmm.data.tools.importing import png
-from jaxmm.data.tools.writing import WORK, Written, finish, image_features, shard_path, write_shard
+from jaxmm.data.tools.writing import ORIGINS, WORK, Written, finish, image_features, shard_path, write_shard
 from jaxmm.hosts.startup import barrier, heartbeat
 
 MERGED, NOTES = "merged", "merged.json"
@@ -40,7 +39,7 @@ def merge(folder: Folder) -> Path:
     if jax.process_index() == 0:
         (part / WORK).mkdir(parents=True, exist_ok=True)
     barrier("merge")
-    features = image_features(origins=tfds.features.Sequence(tfds.features.Text()))
+    features = image_features(**ORIGINS)
     mine = folder.shards[jax.process_index()::jax.process_count()]
     todo = [shard for shard in mine if not _is_written(part, shard, made[shard.name])]
     with progress_bar(MERGED, todo) as bar:

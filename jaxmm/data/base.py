@@ -14,9 +14,10 @@ from jaxmm.data.cleaning import printable, usable_texts
 
 Record = dict[str, Any]
 """Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]; or a tuple of two such), `image_id` (str; without
-one, images of the same bytes count as the same), `texts` (tuple of str: all captions of the image), `label` (int),
-`tags` (tuple of int: all labels of an image that may have several), `question` (str) with `answers` (tuple of str,
-repeats counted) and `question_id` (str or int)."""
+one, images of the same bytes count as the same), `texts` (tuple of str: all captions of the image), `origins` (tuple of
+str: where each of `texts` comes from, such as web, synthetic or human), `label` (int), `tags` (tuple of int: all labels
+of an image that may have several), `question` (str) with `answers` (tuple of str, repeats counted) and `question_id`
+(str or int)."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
@@ -47,6 +48,8 @@ class Source:
     """Prompts of zero-shot classification, with `{}` in the place of a class name, that belong to this data and its
     names; None: it has none."""
     images_per_record: int = 1
+    has_origins: bool = False
+    """True if records say where each of their texts comes from."""
     has_foils: bool = False
     """True if the texts of a record are one that is true of each of its images, and then others that are not."""
     most_answers: int = 0

@@ -60,11 +60,26 @@ def usable_texts(value: Any, names: Sequence[str] = TEXT_NAMES) -> tuple[str, ..
     return tuple(text for text in texts_of(value, names) if text.strip() and text.strip() not in NULLS)
 
 
+def texts_with_origins(texts: Any, origins: Any) -> dict[str, tuple[str, ...]]:
+    """Return the `texts` of a record that are usable (see `usable_texts`), and their `origins` if there are any.
+
+    One origin is that of all texts. Raises `ValueError` for another number of origins than of texts.
+    """
+    texts, origins = texts_of(texts), texts_of(origins)
+    if not origins:
+        return {"texts": usable_texts(texts)}
+    if len(origins) not in (1, len(texts)):
+        raise ValueError(f"it has {len(texts)} texts and {len(origins)} origins; expected one for each text, or one")
+    pairs = [(text, origin) for text, origin in zip(texts, origins * len(texts) if len(origins) == 1 else origins,
+                                                    strict=True) if usable_texts(text)]
+    return {"texts": tuple(text for text, _ in pairs), "origins": tuple(origin for _, origin in pairs)}
+
+
 def cleaned_record(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record with its texts and names cleaned."""
     changes: dict[str, Any] = {}
     if "texts" in record:
-        changes["texts"] = usable_texts(record["texts"])
+        changes |= texts_with_origins(record["texts"], record.get("origins"))
     if "answers" in record:
         changes["answers"] = texts_of(record["answers"])
     if "question" in record:

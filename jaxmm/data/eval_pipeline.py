@@ -132,4 +132,4 @@ class EvalBatch:
                "index": index, "drawn": index, "fault": 0, "mask": False}
         if self.source.classes is not None:
             row["label"] = 0
-        return row | ({"text": ""} if self.tokenizer is not None else {})
+        return row | ({"texts": ("",)} if self.tokenizer is not None else {})

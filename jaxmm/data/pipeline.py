@@ -64,7 +64,8 @@ def train_batches(
 
     A batch has `image` uint8 [b, size, size, 3] ([b, 2, size, size, 3] if a record has two images), `image_id` int32
     [b, 2], `index`, `drawn` and `fault` int32 [b]. With a tokenizer it has `tokens` int32 [b, t] and `text_id` int32
-    [b, 2] of one caption of each image, drawn at random. With `labels`, if the source has classes, it has `label` int32
+    [b, 2] of one caption of each image, drawn at random; of n captions if `config.captions` is n above 1, in another
+    axis, after the first. With `labels`, if the source has classes, it has `label` int32
     [b]. `drawn` is the record whose turn it was. `index` is the record in the batch: another random one if the first
     was bad, which `fault` says. If records have questions, `tokens` are the question's, and there are `answers` and
     `answer_weight` (see `answer_arrays`); all three have another axis, after the first, if `config.questions` is not 1.
@@ -167,7 +168,8 @@ class TrainBatch:
             rng = np.random.default_rng((self.seed, position, attempt))
             index = int(rng.integers(len(self.source))) if attempt else drawn
             try:
-                row = load_row(self.source, index, self.tokenizer is not None, self.labels, rng)
+                row = load_row(self.source, index, self.tokenizer is not None, self.labels, rng, self.config.captions,
+                               self.config.origins)
                 if self.config.questions > 1:
                     row["others"] = self.source.others(index, self.config.questions - 1, rng)
                 row["image"] = transform_images(row["image"], transforms.train_image, self.config.image, rng)

@@ -1,7 +1,8 @@
 """Load one record as a row of a batch, and stack rows."""
 
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,30 +10,57 @@ from jaxtyping import Int
 from PIL import Image
 
 from jaxmm.config import ImageConfig
-from jaxmm.data.bad_records import Batch
+from jaxmm.data.bad_records import BadRecord, Batch
 from jaxmm.data.base import DataError, Record, Source
 from jaxmm.data.sources.vqa import answer_shares
 from jaxmm.data.usable import read_usable
 
+OriginWeights = tuple[tuple[str, float], ...]
+"""Weights of texts by where they come from."""
 Shard = tuple[int, int]
 """(this host, hosts): host h of H gets the h-th of H equal runs of rows of every batch."""
 
 
 def load_row(
-    source: Source, index: int, with_text: bool, with_label: bool, rng: np.random.Generator | None
+    source: Source, index: int, with_text: bool, with_label: bool, rng: np.random.Generator | None, captions: int = 1,
+    weights: OriginWeights = (),
 ) -> dict[str, Any]:
-    """Read and decode a record and choose a caption, at random with `rng`, else the first. Raises `BadRecord`."""
+    """Read and decode a record and choose `captions` of its texts, at random with `rng` (see `draw_texts`), else the
+    first. Raises `BadRecord`."""
     wanted = ("text",) * with_text + ("answer",) * (with_text and rng is not None)
     usable = read_usable(source, index, (*wanted, *("label",) * (with_label and source.classes is not None)), rng)
     record, texts, row = usable.record, usable.texts, {}
     if with_text:
-        row["text"] = texts[rng.integers(len(texts)) if rng is not None and len(texts) > 1 else 0]
+        row["texts"] = texts[:1] if rng is None else draw_texts(texts, captions, rng, record.get("origins"), weights)
         if "question" in record and rng is not None:
             row["answers"] = answer_shares(record.get("answers", ()))
     if with_label and source.classes is not None:
         row["label"] = usable.label
     image = usable.images if isinstance(record["image"], tuple) else usable.images[0]
     return row | {"image": image, "image_id": image_id(record)}
+
+
+def draw_texts(
+    texts: Sequence[str], count: int, rng: np.random.Generator, origins: Sequence[str] | None = None,
+    weights: OriginWeights = (),
+) -> tuple[str, ...]:
+    """Draw `count` of `texts` at random, none twice before all were drawn.
+
+    With `origins` of the texts and `weights`, an origin is drawn by its weight for every text, and the text from those
+    of that origin. Raises `BadRecord` if no text is of an origin with a weight.
+    """
+    if origins is None or not weights:
+        if count == 1:
+            return (texts[rng.integers(len(texts)) if len(texts) > 1 else 0],)
+        return tuple(texts[i] for i in np.resize(rng.permutation(len(texts)), count))
+    shares = {name: weight for name, weight in weights if weight and name in origins}
+    if not shares:
+        raise BadRecord("no text", f"its texts are of {', '.join(sorted(set(origins)))}, without a weight in "
+                                   "data.origins")
+    places = [itertools.cycle(rng.permutation([i for i, origin in enumerate(origins) if origin == name]))
+              for name in shares]
+    drawn = rng.choice(len(shares), count, p=np.array([*shares.values()]) / sum(shares.values()))
+    return tuple(texts[next(places[i])] for i in drawn)
 
 
 def transform_images(
@@ -45,13 +73,18 @@ def transform_images(
 
 
 def stack_rows(rows: list[dict[str, Any]], tokenizer: Any) -> Batch:
-    """Stack rows to a batch and tokenize their texts, all at once."""
+    """Stack rows to a batch and tokenize their texts, all at once.
+
+    `tokens` and `text_id` have another axis, after the first, if rows have several texts.
+    """
     batch = {name: np.stack([row[name] for row in rows]) for name in ("image", "image_id")}
     batch |= {name: np.asarray([row[name] for row in rows], np.int32)
               for name in ("label", "index", "drawn", "fault") if name in rows[0]}
     if tokenizer is not None:
-        texts = [row["text"] for row in rows]
+        texts = [text for row in rows for text in row["texts"]]
         batch |= {"tokens": tokenizer(texts), "text_id": np.stack([text_id(text) for text in texts])}
+        if (count := len(rows[0]["texts"])) > 1:
+            batch |= {name: batch[name].reshape(len(rows), count, -1) for name in ("tokens", "text_id")}
     if "mask" in rows[0]:
         batch["mask"] = np.asarray([row["mask"] for row in rows], bool)
     return batch

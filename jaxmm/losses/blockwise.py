@@ -22,6 +22,8 @@ from jaxmm.sharding import BATCH, batch_shards, on_each_device
 
 Keys = Int[Array, "_ k 2"]
 """Keys of examples: a row and a column are positives if they have the same key at the same index k."""
+PairIds = tuple[Ids | None, Int[Array, "m 2"] | None]
+"""Ids of images and of texts."""
 NOT_IN_BATCH = -1
 """Position of a candidate that is not an example of the batch (a queue entry)."""
 
@@ -30,6 +32,18 @@ def pair_keys(ids: tuple[Ids | None, ...], positions: Int[Array, "n"]) -> Keys:
     """Return the keys of examples: their positions in the batch, and every entry of `ids` that is not None."""
     position = jnp.stack([positions, jnp.zeros_like(positions)], axis=1)
     return jnp.stack([position, *(key for key in ids if key is not None)], axis=1)
+
+
+def caption_keys(ids: PairIds, images: int, texts: int) -> tuple[Keys, Keys]:
+    """Return the keys of a batch's images and of its texts, from the `ids` of both.
+
+    Each image has texts / images texts, one after the other.
+    """
+    (image_ids, text_ids), captions, positions = ids, texts // images, jnp.arange(images)
+    own = () if text_ids is None else tuple(text_ids.reshape(images, captions, 2).swapaxes(0, 1))
+    repeated = None if image_ids is None else jnp.repeat(image_ids, captions, axis=0)
+    return (pair_keys((image_ids, *own), positions),
+            pair_keys((repeated, *([text_ids] * captions)), jnp.repeat(positions, captions)))
 
 
 def _positive_mask(rows: Keys, columns: Keys) -> Bool[Array, "r c"]:
@@ -94,6 +108,9 @@ def _best_positive(row: Array, logits: Array, positive: Array) -> Array:
 class Softmax:
     """Blockwise `softmax_contrastive`: the cross-entropies of both directions."""
 
+    def __init__(self, captions: int = 1):
+        self.captions = captions
+
     def init(self, rows, columns):
         """Return empty statistics."""
         return (LogitSums.empty(rows), jnp.full(rows, -jnp.inf)), LogitSums.empty(columns)
@@ -107,7 +124,8 @@ class Softmax:
     def finalize(self, row, column):
         """Return log-sum-exp minus the mean logit of the positives."""
         sums, best = row
-        loss = sum((side.log_total - side.positive / side.count).sum() for side in (sums, column)) / 2
+        rows, columns = ((side.log_total - side.positive / side.count).sum() for side in (sums, column))
+        loss = (rows + columns / self.captions) / 2
         metrics = {"accuracy": (best >= sums.highest).astype(jnp.float32)}
         return loss, metrics, *((side.log_total, side.count) for side in (sums, column))
 
@@ -116,11 +134,15 @@ class Softmax:
         [s] = logits
         directions = (row[0][:, None], row[1][:, None]), (column[0][None], column[1][None])
         weight = positive.astype(s.dtype)
-        return sum(jnp.exp(s - log_total) - weight / count for log_total, count in directions) / 2
+        rows, columns = (jnp.exp(s - log_total) - weight / count for log_total, count in directions)
+        return (rows + columns / self.captions) / 2
 
 
 class Sigmoid:
     """Blockwise `sigmoid_contrastive`: every pair separately."""
+
+    def __init__(self, captions: int = 1):
+        self.captions = captions
 
     def init(self, rows, columns):
         """Return, per row, the loss, the largest logit and the largest logit of a positive."""
@@ -136,12 +158,12 @@ class Sigmoid:
     def finalize(self, row, column):
         """Return the loss; the backward pass needs no residuals."""
         loss, highest, best = row
-        return loss.sum(), {"accuracy": (best >= highest).astype(jnp.float32)}, (), ()
+        return loss.sum() / self.captions, {"accuracy": (best >= highest).astype(jnp.float32)}, (), ()
 
     def grad(self, row, column, logits, positive):
         """Return -sign * sigmoid(-sign * logit), with sign 1 for positives and -1 for negatives."""
         [s] = logits
-        return jnp.where(positive, -jax.nn.sigmoid(-s), jax.nn.sigmoid(s))
+        return jnp.where(positive, -jax.nn.sigmoid(-s), jax.nn.sigmoid(s)) / self.captions
 
 
 class Distilled:
@@ -342,9 +364,10 @@ def blockwise_loss(
 
 
 def blockwise_contrastive(
-    loss: type[Softmax] | type[Sigmoid], image: Float[Array, "b e"], text: Float[Array, "b e"],
-    ids: tuple[Ids | None, ...], scale: Float[Array, ""], bias: Float[Array, ""], *, tile: int,
+    loss: type[Softmax] | type[Sigmoid], image: Float[Array, "b e"], text: Float[Array, "m e"],
+    ids: PairIds, scale: Float[Array, ""], bias: Float[Array, ""], *, tile: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return `softmax_contrastive` or `sigmoid_contrastive` with the positives of `ids`, and the top-1 accuracy."""
-    keys = pair_keys(ids, jnp.arange(len(image)))
-    return blockwise_loss(loss, Anchors((image,), keys), Candidates((text,), (keys,)), scale, bias, tile=tile)
+    rows, columns = caption_keys(ids, len(image), len(text))
+    return blockwise_loss(partial(loss, len(text) // len(image)), Anchors((image,), rows), Candidates(
+        (text,), (columns,)), scale, bias, tile=tile)

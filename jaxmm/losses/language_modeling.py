@@ -23,8 +23,13 @@ def token_losses(
 
 
 def language_loss(
-    logits: Float[Array, "b t v"], tokens: Int[Array, "b t"], counts: Bool[Array, "b t"], smoothing: float = 0.0
+    logits: Float[Array, "b t v"], tokens: Int[Array, "b t"], counts: Bool[Array, "b t"], smoothing: float = 0.0,
+    captions: int = 1,
 ) -> Float[Array, ""]:
-    """Return the mean of `token_losses` over the tokens that count."""
-    losses = token_losses(logits, tokens, counts, smoothing)
-    return losses.sum() / jnp.maximum(counts[:, 1:].sum(), 1).astype(losses.dtype)
+    """Return the mean of `token_losses` over the tokens that count.
+
+    With several `captions` per image, one after the other, it is the mean of the losses with one of them each.
+    """
+    losses = token_losses(logits, tokens, counts, smoothing).reshape(-1, captions, tokens.shape[1])
+    totals = counts[:, 1:].reshape(-1, captions, tokens.shape[1] - 1).sum(axis=(0, 2))
+    return (losses.sum(axis=(0, 2)) / jnp.maximum(totals, 1).astype(losses.dtype)).mean()

@@ -226,10 +226,13 @@ class BLIP(nn.Module):
         return self.pair_head(nn.relu(self.pair_hidden(widened(states[:, 0]))))
 
     def decode(
-        self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, train: bool,
-        context_mask: Bool[Array, "b n"] | None = None,
+        self, tokens: Int[Array, "b t"], context: Float[Array, "r n c"], *, train: bool,
+        context_mask: Bool[Array, "r n"] | None = None,
     ) -> Float[Array, "b t v"]:
-        """Return the logits of the token after each one, fp32: the image-grounded decoder, or that of answers."""
+        """Return the logits of the token after each one, fp32: the image-grounded decoder, or that of answers.
+
+        Row r of `tokens` reads context r * contexts // b.
+        """
         return self._decoder.decode(tokens, context, train=train, context_mask=context_mask)
 
     @property

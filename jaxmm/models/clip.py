@@ -160,13 +160,13 @@ class CLIPOutput(NamedTuple):
     """Embeddings of length 1, the scale and bias of their logits, and the attention weights if requested."""
 
     image: Float[Array, "b e"]
-    text: Float[Array, "b e"]
+    text: Float[Array, "m e"]
     logit_scale: Float[Array, ""]
     """exp of the parameter."""
     logit_bias: Float[Array, ""]
     image_attention: Float[Array, "l b h n n"] | None
     """Attention weights of the image tower."""
-    text_attention: Float[Array, "l b k t t"] | None
+    text_attention: Float[Array, "l m k t t"] | None
     """Attention weights of the text tower, k heads."""
 
 
@@ -230,7 +230,7 @@ class CLIP(nn.Module):
         return self.text_projection(widened(text.pooled))
 
     def __call__(
-        self, images: Float[Array, "b H W c"], tokens: Int[Array, "b t"], *, train: bool, attention: bool = False,
+        self, images: Float[Array, "b H W c"], tokens: Int[Array, "m t"], *, train: bool, attention: bool = False,
     ) -> CLIPOutput:
         """Return the embeddings of both; `attention` requests the attention weights of both towers."""
         bias = jnp.zeros(()) if self.config.logit_bias is None else self.logit_bias

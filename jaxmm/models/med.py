@@ -119,10 +119,13 @@ class Med(nn.Module):
         return self._run(MedLayer.encode, x, mask[:, None, None, :], context, context_mask, train=train)[0]
 
     def decode(
-        self, tokens: Int[Array, "b t"], context: Float[Array, "b n c"], *, train: bool,
-        mask: Bool[Array, "b t"] | None = None, context_mask: Bool[Array, "b n"] | None = None,
+        self, tokens: Int[Array, "b t"], context: Float[Array, "r n c"], *, train: bool,
+        mask: Bool[Array, "b t"] | None = None, context_mask: Bool[Array, "r n"] | None = None,
     ) -> Float[Array, "b t v"]:
-        """Return the logits of the token after each one, given those before it and the context."""
+        """Return the logits of the token after each one, given those before it and the context.
+
+        The context may have fewer rows than `tokens`, as in `encode`.
+        """
         mask = tokens != self.config.pad_id if mask is None else mask
         x = self.embedding(tokens, train=train)
         if not self.is_initializing():

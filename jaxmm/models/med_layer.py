@@ -83,25 +83,24 @@ class MedLayer(nn.Module):
     def _read(self, x, context, context_mask, *, train: bool, weights: bool):
         """Cross-attend to one image, or to two by separate cross-attentions whose outputs are merged or averaged."""
         if self.config.merge_from is None:
-            keys_values = self.cross_attention.keys_values(context)
-            y, probabilities = self.cross_attention.attend(
-                group_by_context(x, len(keys_values[0])), keys_values, context_mask, train=train, weights=weights)
-            return y.reshape(x.shape), probabilities
+            return _attend_grouped(self.cross_attention, x, context, context_mask, train=train, weights=weights)
         first, second = (getattr(self, name)(x, image, context_mask, train=train)[0]
                          for name, image in zip(PAIR_CROSS_ATTENTION, context, strict=True))
         return self.merge(jnp.concatenate([first, second], axis=-1)) if self.merging else (first + second) / 2, None
 
     def decode(
-        self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "b n c"], context_mask: ContextMask | None, *,
+        self, x: Float[Array, "b t d"], mask: Mask, context: Float[Array, "r n c"], context_mask: ContextMask | None, *,
         train: bool, weights: bool = False,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b h t n"] | None]:
         """Run the layer of the image-grounded decoder on all tokens at once.
 
-        Return the tokens, and the weights of cross-attention if `weights`.
+        Return the tokens, and the weights of cross-attention if `weights`. `context` may have fewer rows, as in
+        `encode`.
         """
         attention, cross, mlp = map(self._decoder_part, ("attention", "cross_attention", "mlp"))
         x = self._add(attention, x, getattr(self, attention)(x, x, mask, train=train)[0], train)
-        y, probabilities = getattr(self, cross)(x, context, context_mask, train=train, weights=weights)
+        y, probabilities = _attend_grouped(getattr(self, cross), x, context, context_mask, train=train,
+                                           weights=weights)
         x = self._add(cross, x, y, train)
         return self._add(mlp, x, getattr(self, mlp)(x, train=train), train), probabilities
 
@@ -146,6 +145,14 @@ class MedLayer(nn.Module):
             images = context if self.config.merge_from is None else (context, context)
             x, _ = self.encode(x, mask, images, None, train=False)
         return self.decode(x, mask, context, None, train=False)[0] if self.config.decoder else x
+
+
+def _attend_grouped(attention, x, context, context_mask, *, train: bool, weights: bool):
+    """Attend to contexts that may have fewer rows than `x`; keys and values are computed once per context."""
+    keys_values = attention.keys_values(context)
+    y, probabilities = attention.attend(group_by_context(x, len(context)), keys_values, context_mask, train=train,
+                                        weights=weights)
+    return y.reshape(x.shape), probabilities
 
 
 def group_by_context(x: Float[Array, "b t d"], rows: int) -> Float[Array, "r s d"]:

@@ -59,14 +59,14 @@ def batch_shapes(task: Task, data: DataConfig, mesh: Mesh) -> dict[str, jax.Shap
     """Return the shapes of a training batch, sharded on `mesh` as `place_batch` does."""
     b, side = data.batch_size, data.image.size
     pictures = (task.images_per_record,) if task.images_per_record > 1 else ()
-    questions = (data.questions,) if data.questions > 1 else ()
+    captions, questions = ((count,) if count > 1 else () for count in (data.captions, data.questions))
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((b, *pictures, side, side, 3), jnp.uint8), "image_id": ((b, 2), jnp.int32)}
     if "label" in task.reads:
         shapes["label"] = (b,), jnp.int32
     if "text" in task.reads:
-        shapes["tokens"] = (b, *questions, data.tokenizer.context_length), jnp.int32
-        shapes["text_id"] = (b, 2), jnp.int32
+        shapes["tokens"] = (b, *captions, *questions, data.tokenizer.context_length), jnp.int32
+        shapes["text_id"] = (b, *captions, 2), jnp.int32
     if "answers" in task.reads:
         shapes["answers"] = (b, *questions, ANSWERS, data.tokenizer.answer_length), jnp.int32
         shapes["answer_weight"] = (b, *questions, ANSWERS), jnp.float32

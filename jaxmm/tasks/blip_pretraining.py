@@ -10,16 +10,24 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from jaxmm.losses.blockwise import NOT_IN_BATCH, Anchors, Candidates, Distilled, blockwise_loss, pair_keys
-from jaxmm.losses.contrastive import distilled_targets, equal_ids, positive_mask, soft_contrastive
+from jaxmm.losses.blockwise import (
+    NOT_IN_BATCH,
+    Anchors,
+    Candidates,
+    Distilled,
+    blockwise_loss,
+    caption_keys,
+    pair_keys,
+)
+from jaxmm.losses.contrastive import distilled_targets, positive_mask, soft_contrastive
 from jaxmm.losses.image_text_matching import hard_negatives, matching_loss
 from jaxmm.losses.language_modeling import language_loss
 from jaxmm.models.blip import BLIP, BLIPConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.sharding import batch_shards, constrain_batch, constrain_replicated
-from jaxmm.task import Decoder, Embedder, Task
+from jaxmm.task import Decoder, Embedder, Task, flat_ids
 from jaxmm.tasks.blip_common import BLIPTask, blip_decoder, blip_embedder
 from jaxmm.tasks.tower_task import TowerTask
 from jaxmm.validation import BELOW_ONE, POSITIVE, Limit, at_least, check_types, count_steps, require
@@ -32,7 +40,11 @@ MOMENTUM_PARTS = ("vision", "text", "vision_projection", "text_projection")
 
 @dataclass(frozen=True, kw_only=True)
 class BLIPPretraining(BLIPTask, TowerTask, Task):
-    """Contrastive, matching and captioning losses of one model; an image is encoded once for all three."""
+    """Contrastive, matching and captioning losses of one model; an image is encoded once for all three.
+
+    With several captions per image, all are positives of their image in the contrastive loss, and the matching and
+    captioning losses are means of the losses with one of them each. The queues keep the first caption.
+    """
 
     model: BLIPConfig
     pixels: Pixels = CLIP_PIXELS
@@ -56,7 +68,11 @@ class BLIPPretraining(BLIPTask, TowerTask, Task):
     negatives: Annotated[int | None, Limit("two or more pairs", lambda value: value > 1)] = None
     """Draw hard negatives within groups of this many consecutive pairs (the paper's pre-training: one GPU's batch).
     Groups that are local to a device need no all-gather of image tokens. None: from the global batch."""
+    matched: Annotated[int | None, POSITIVE] = None
+    """Captions of an image that are matched, the first ones, if there are several; None: all. Matching is what costs
+    most: it reads each of them three times."""
     reads: ClassVar = ("image", "text")
+    several_captions: ClassVar = True
     clamps: ClassVar = ((r"^temperature$", 0.001, 0.5),)
 
     def __post_init__(self):
@@ -103,8 +119,9 @@ class BLIPPretraining(BLIPTask, TowerTask, Task):
 
     def loss(self, params, extra, batch, rng):
         """Compute the weighted sum of the three losses. The teacher is updated before use, the queues after."""
-        model, tokens = BLIP(self.model), batch["tokens"]
-        self.check_batch(len(tokens))
+        model, tokens = BLIP(self.model), batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        b = len(batch["image"])
+        self.check_batch(b)
         dropout, drawing, teaching = jax.random.split(rng, 3)
         rngs = [{"dropout": key} for key in jax.random.split(dropout, 4)]
         variables = {"params": params}
@@ -121,17 +138,19 @@ class BLIPPretraining(BLIPTask, TowerTask, Task):
         contrastive = self._contrast(image, text, image_m, text_m, extra, batch, params["temperature"],
                                      jnp.asarray(alpha))
 
-        similar = [self._grouped(x) @ self._grouped(y).mT / params["temperature"]
-                   for x, y in ((text, image_m), (image, text_m))]
-        ids = (self._grouped(batch[name]) if name in batch else None for name in ("image_id", "text_id"))
-        positive = jnp.broadcast_to(positive_mask(*ids, size=similar[0].shape[-1]), similar[0].shape)
-        matching, accuracy = self._match(variables, image_tokens, tokens, similar, positive, drawing, rngs[2])
+        n = len(tokens) // b
+        keys = [drawing] if n == 1 else jax.random.split(drawing, n)
+        drawn = [self._draw_negatives(image, *texts, batch.get("image_id"), image_m, params["temperature"], key)
+                 for *texts, key in zip(*(_by_caption(x, b, n) for x in (text, text_m, flat_ids(batch))), keys,
+                                        strict=True)][:self.matched]
+        matching, accuracy = self._match(variables, image_tokens, _by_caption(tokens, b, n)[:self.matched], drawn,
+                                         rngs[2])
         metrics = {"contrastive": contrastive, "matching": matching, "match_accuracy": accuracy,
                    "temperature": params["temperature"], "alpha": jnp.asarray(alpha)}
         if self.model.text.decoder:
             captions = tokens.at[:, 0].set(self.model.text.decode_id)
             logits = model.apply(variables, captions, image_tokens, train=True, method=BLIP.decode, rngs=rngs[3])
-            metrics["writing"] = language_loss(logits, captions, captions != self.model.text.pad_id, self.smoothing)
+            metrics["writing"] = language_loss(logits, captions, captions != self.model.text.pad_id, self.smoothing, n)
 
         extra = extra | self._enqueue(extra, image_m, text_m, batch) | {
             "teacher": teacher, "step": extra["step"] + 1}
@@ -153,26 +172,27 @@ class BLIPPretraining(BLIPTask, TowerTask, Task):
             return self._contrast_in_blocks(image, text, image_m, text_m, extra, batch, temperature, alpha)
         texts = jnp.concatenate([text_m, extra["text_queue"]])
         images = jnp.concatenate([image_m, extra["image_queue"]])
-        positive = _positive_mask(batch, extra, len(image), self.queue)
+        masks = _positive_masks(batch, extra, len(image), len(text))
         similar = [_similar(x, y, temperature) for x, y in (
             (image, texts), (text, images), (image_m, texts), (text_m, images))]
         to_text, to_image, *teacher = similar
         losses = [soft_contrastive(logits, distilled_targets(targets, positive, alpha))
-                  for logits, targets in zip((to_text, to_image), teacher, strict=True)]
+                  for logits, targets, positive in zip((to_text, to_image), teacher, masks, strict=True)]
         return sum(losses) / 2
 
     def _contrast_in_blocks(self, image, text, image_m, text_m, extra, batch, temperature, alpha):
         """Compute the contrastive loss blockwise, with batch and queue sharded over the devices."""
         require(self.queue % batch_shards() == 0, "task.queue", self.queue,
                 f"a multiple of the {batch_shards()} devices that share it, with task.tile")
-        names = [name for name in ("image_id", "text_id") if name in batch]
-        keys = pair_keys(tuple(batch[name] for name in names), jnp.arange(len(image)))
-        queued = pair_keys(tuple(extra[f"{name}s"] for name in names), jnp.full(self.queue, NOT_IN_BATCH))
-        losses = [blockwise_loss(Distilled, Anchors((student, teacher), keys),
-                                 Candidates((new, extra[queue]), (keys, queued)),
+        keys = caption_keys((batch.get("image_id"), flat_ids(batch)), len(image), len(text))
+        names = ["image_ids"] * ("image_id" in batch) + ["text_ids"] * ("text_id" in batch) * (len(text) // len(image))
+        queued = pair_keys(tuple(extra[name] for name in names), jnp.full(self.queue, NOT_IN_BATCH))
+        losses = [blockwise_loss(Distilled, Anchors((student, teacher), own),
+                                 Candidates((new, extra[queue]), (other, queued)),
                                  1 / temperature, jnp.zeros(()), alpha, tile=self.tile)[0]
-                  for student, teacher, new, queue in ((image, image_m, text_m, "text_queue"),
-                                                       (text, text_m, image_m, "image_queue"))]
+                  for student, teacher, own, new, other, queue in (
+                      (image, image_m, keys[0], text_m, keys[1], "text_queue"),
+                      (text, text_m, keys[1], image_m, keys[0], "image_queue"))]
         return sum(losses) / 2
 
     def _grouped(self, x: Array) -> Array:
@@ -180,34 +200,48 @@ class BLIPPretraining(BLIPTask, TowerTask, Task):
         x = x.reshape(-1, self.negatives or len(x), *x.shape[1:])
         return constrain_batch(x) if len(x) % batch_shards() == 0 else x
 
-    def _match(self, variables, image_tokens, tokens, similar, positive, rng, rngs):
+    def _draw_negatives(self, image, text, text_m, text_ids, image_ids, image_m, temperature, rng):
+        """Draw a hard negative image for each text and a hard negative text for each image, among one caption each."""
+        similar = [self._grouped(x) @ self._grouped(y).mT / temperature for x, y in ((text, image_m), (image, text_m))]
+        ids = (None if x is None else self._grouped(x) for x in (image_ids, text_ids))
+        positive = jnp.broadcast_to(positive_mask(*ids, size=similar[0].shape[-1]), similar[0].shape)
+        return [hard_negatives(jax.lax.stop_gradient(logits), positive, key)
+                for logits, key in zip(similar, jax.random.split(rng), strict=True)]
+
+    def _match(self, variables, image_tokens, captions, drawn, rngs):
         """Compute the ITM loss over positives, texts with hard negative images, and images with hard negative texts.
 
-        An image's own text and its negative text attend to it together, so only negative images move between devices.
+        `captions` has the first captions of all images, then the second ones, and `drawn` their negatives. An image's
+        own texts and its negative texts attend to it together, so only negative images move between devices.
         """
-        drawn = [hard_negatives(jax.lax.stop_gradient(logits), positive, key)
-                 for logits, key in zip(similar, jax.random.split(rng), strict=True)]
-        (images, has_image), (texts, has_text) = drawn
         take = jax.vmap(lambda x, places: x[places])
-        other_tokens = take(self._grouped(tokens), texts).reshape(tokens.shape)
-        other_images = constrain_batch(take(self._grouped(image_tokens), images).reshape(image_tokens.shape))
+        other_tokens = [take(self._grouped(own), texts).reshape(own.shape)
+                        for own, (_, (texts, _)) in zip(captions, drawn, strict=True)]
+        other_images = [take(self._grouped(image_tokens), images).reshape(image_tokens.shape)
+                        for (images, _), _ in drawn]
 
-        b, (own, other) = len(tokens), jax.random.split(rngs["dropout"])
+        b, n, (own, other) = len(image_tokens), len(drawn), jax.random.split(rngs["dropout"])
         match = partial(BLIP(self.model).apply, variables, train=True, method=BLIP.match)
-        both = constrain_batch(jnp.stack([tokens, other_tokens], axis=1).reshape(2 * b, -1))
-        with_own = match(both, image_tokens, rngs={"dropout": own}).reshape(b, 2, 2)
-        with_other = match(tokens, other_images, rngs={"dropout": other})
-        logits = jnp.concatenate([with_own[:, 0], with_own[:, 1], with_other])
-        labels = jnp.repeat(jnp.asarray([1, 0, 0]), b)
-        counts = jnp.concatenate([jnp.ones(b, bool), has_text.ravel(), has_image.ravel()])
-        return matching_loss(logits, labels, counts)
+        both = constrain_batch(jnp.stack([*captions, *other_tokens], axis=1).reshape(2 * n * b, -1))
+        with_own = match(both, image_tokens, rngs={"dropout": own}).reshape(b, 2 * n, 2)
+        others = constrain_batch(jnp.stack(other_images, axis=1).reshape(n * b, *image_tokens.shape[1:]))
+        texts = constrain_batch(jnp.stack(captions, axis=1).reshape(n * b, -1))
+        with_other = match(texts, others, rngs={"dropout": other}).reshape(b, n, 2)
+        labels, results = jnp.repeat(jnp.asarray([1, 0, 0]), b), []
+        for i, ((_, has_image), (_, has_text)) in enumerate(drawn):
+            logits = jnp.concatenate([with_own[:, i], with_own[:, n + i], with_other[:, i]])
+            counts = jnp.concatenate([jnp.ones(b, bool), has_text.ravel(), has_image.ravel()])
+            results.append(matching_loss(logits, labels, counts))
+        return tuple(sum(values) / n for values in zip(*results, strict=True))
 
     def _enqueue(self, extra, image, text, batch) -> dict[str, Any]:
         """Overwrite the oldest queue entries (ring buffer; the batch size need not divide the queue)."""
         b = len(image)
         places = (extra["place"] + jnp.arange(b)) % self.queue
-        new = {"image_queue": image, "text_queue": text, "image_ids": _ids(batch, "image_id", b),
-               "text_ids": _ids(batch, "text_id", b)}
+        n, empty = len(text) // b, jnp.full((b, 2), EMPTY_ID, jnp.int32)
+        new = {"image_queue": image, "image_ids": batch.get("image_id"),
+               "text_queue": _by_caption(text, b, n)[0], "text_ids": _by_caption(flat_ids(batch), b, n)[0]}
+        new = {name: empty if rows is None else rows for name, rows in new.items()}
         return {name: extra[name].at[places].set(constrain_replicated(rows)) for name, rows in new.items()} | {
             "place": (extra["place"] + b) % self.queue}
 
@@ -228,17 +262,24 @@ def _similar(rows: Float[Array, "b e"], columns: Float[Array, "n e"], temperatur
     return constrain_batch(constrain_batch(rows) @ constrain_replicated(columns).T / temperature)
 
 
-def _ids(batch: Mapping[str, Array], name: str, size: int) -> Int[Array, "b 2"]:
-    """Return the batch's ids; EMPTY_ID if it has none."""
-    return batch[name] if name in batch else jnp.full((size, 2), EMPTY_ID, jnp.int32)
+def _by_caption(x: Array | None, images: int, captions: int) -> list[Array | None]:
+    """Return the rows of `x` of the first caption of every image, then of the second, and so on.
+
+    `x` has the captions of an image one after the other; without it, return as many None.
+    """
+    return [None] * captions if x is None else list(x.reshape(images, captions, *x.shape[1:]).swapaxes(0, 1))
 
 
-def _positive_mask(batch: Mapping[str, Array], extra: Mapping[str, Any], size: int, queue: int) -> Bool[Array, "b n"]:
-    """Return the mask of positives in batch and queue: the same image, or the same text."""
-    positive = jnp.concatenate([jnp.eye(size, dtype=bool), jnp.zeros((size, queue), bool)], axis=1)
-    for name, queued in (("image_id", "image_ids"), ("text_id", "text_ids")):
+def _positive_masks(
+    batch: Mapping[str, Array], extra: Mapping[str, Any], images: int, texts: int
+) -> tuple[Bool[Array, "b n"], Bool[Array, "c m"]]:
+    """Return the masks of positives in batch and queue, of images and of texts: the same image, or the same text."""
+    captions = texts // images
+    own = positive_mask(batch.get("image_id"), flat_ids(batch), images, captions)
+    queued = jnp.zeros((images, captions, len(extra["image_ids"])), bool)
+    for name, stored in (("image_id", "image_ids"), ("text_id", "text_ids")):
         if name in batch:
-            ids = batch[name]
-            same = (ids[:, None] == extra[queued][None]).all(axis=-1)
-            positive = positive | jnp.concatenate([equal_ids(ids), same], axis=1)
-    return positive
+            ids = batch[name].reshape(images, -1, 1, 2)
+            queued = queued | (ids == extra[stored][None, None]).all(axis=-1)
+    return (jnp.concatenate([own, queued.any(axis=1)], axis=1),
+            jnp.concatenate([own.T, queued.reshape(texts, -1)], axis=1))

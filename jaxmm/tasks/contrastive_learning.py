@@ -11,7 +11,7 @@ from jaxmm.losses.blockwise import Sigmoid, Softmax, blockwise_contrastive
 from jaxmm.models.clip import CLIP, CLIPConfig, TextConfig
 from jaxmm.nn.pixels import CLIP_PIXELS, Pixels
 from jaxmm.sharding import constrain_batch
-from jaxmm.task import Embedder, Task, check_pairs
+from jaxmm.task import Embedder, Task, check_pairs, flat_ids
 from jaxmm.tasks.tower_task import TowerTask
 from jaxmm.validation import POSITIVE, check_types, require
 
@@ -31,6 +31,7 @@ class ContrastiveLearning(TowerTask, Task):
     """Block size of the blockwise loss over a ring of devices: at most `tile` x `tile` logits at a time (1024 is good),
     for batches of any size. None: each device has the logits of its images with all texts."""
     reads: ClassVar = ("image", "text")
+    several_captions: ClassVar = True
     text_positions: ClassVar = "text/positions"
 
     def __post_init__(self):
@@ -73,23 +74,24 @@ class ContrastiveLearning(TowerTask, Task):
         return CLIP(self.model).init(rng, image, tokens, train=False)["params"]
 
     def encode(self, params, batch, rng):
-        """Return the normalised embeddings of images and texts."""
-        out = CLIP(self.model).apply({"params": params}, self.pixels(batch["image"]), batch["tokens"], train=True,
-                                     rngs={"dropout": rng})
-        return {"image": out.image, "text": out.text}
+        """Return the normalised embeddings of images [b e] and of texts [b e], or [b n e] if `tokens` are [b n t]."""
+        tokens = batch["tokens"]
+        out = CLIP(self.model).apply({"params": params}, self.pixels(batch["image"]),
+                                     tokens.reshape(-1, tokens.shape[-1]), train=True, rngs={"dropout": rng})
+        return {"image": out.image, "text": out.text.reshape(*tokens.shape[:-1], -1)}
 
     def objective(self, params, outputs, batch):
         """Compute the loss over the global batch, and the share of images whose nearest text is a positive."""
-        ids = (batch.get("image_id"), batch.get("text_id")) if self.duplicates else (None, None)
+        image, text = outputs["image"], outputs["text"].reshape(-1, outputs["text"].shape[-1])
+        ids = (batch.get("image_id"), flat_ids(batch)) if self.duplicates else (None, None)
         scale, bias = jnp.exp(params["logit_scale"]), params.get("logit_bias", jnp.zeros(()))
         metrics = {"logit_scale": scale, "logit_bias": bias}
         if self.tile is not None:
             block_loss = {"softmax": Softmax, "sigmoid": Sigmoid}[self.kind]
-            loss, accuracy = blockwise_contrastive(block_loss, outputs["image"], outputs["text"], ids, scale, bias,
-                                                   tile=self.tile)
+            loss, accuracy = blockwise_contrastive(block_loss, image, text, ids, scale, bias, tile=self.tile)
             return loss, metrics | accuracy
-        positive = constrain_batch(losses.positive_mask(*ids, size=len(outputs["image"])))
-        logits = losses.contrastive_logits(outputs["image"], outputs["text"], scale, bias)
+        positive = constrain_batch(losses.positive_mask(*ids, size=len(image), captions=len(text) // len(image)))
+        logits = losses.contrastive_logits(image, text, scale, bias)
         loss = {"softmax": losses.softmax_contrastive, "sigmoid": losses.sigmoid_contrastive}[self.kind]
         nearest = jnp.take_along_axis(positive, logits.argmax(axis=1)[:, None], axis=1)
         return loss(logits, positive), metrics | {"accuracy": nearest.mean()}

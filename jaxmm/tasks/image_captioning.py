@@ -29,6 +29,7 @@ class Captioning(BLIPTask, TowerTask, Task):
     smoothing: Annotated[float, BELOW_ONE] = 0.1
     """Label smoothing of the caption tokens."""
     reads: ClassVar = ("image", "text")
+    several_captions: ClassVar = True
 
     def __post_init__(self):
         """Check that the model has a decoder."""
@@ -50,12 +51,12 @@ class Captioning(BLIPTask, TowerTask, Task):
         first, second = ({"dropout": key} for key in jax.random.split(rng))
         image_tokens = module.apply(variables, self.pixels(batch["image"]), train=True, method=BLIP.encode_image,
                                     rngs=first)
-        b, given = len(batch["tokens"]), self.prompt_ids or ()
-        start = jnp.broadcast_to(jnp.asarray((text.decode_id, *given), jnp.int32), (b, 1 + len(given)))
-        tokens = jnp.concatenate([start, batch["tokens"][:, 1:]], axis=1)
+        tokens, given = batch["tokens"].reshape(-1, batch["tokens"].shape[-1]), self.prompt_ids or ()
+        start = jnp.broadcast_to(jnp.asarray((text.decode_id, *given), jnp.int32), (len(tokens), 1 + len(given)))
+        tokens = jnp.concatenate([start, tokens[:, 1:]], axis=1)
         logits = module.apply(variables, tokens, image_tokens, train=True, method=BLIP.decode, rngs=second)
         counts = (tokens != text.pad_id) & (jnp.arange(tokens.shape[1]) > len(given))[None]
-        loss = language_loss(logits, tokens, counts, self.smoothing)
+        loss = language_loss(logits, tokens, counts, self.smoothing, len(tokens) // len(image_tokens))
         right = (logits[:, :-1].argmax(axis=-1) == tokens[:, 1:]) & counts[:, 1:]
         return loss, (extra, {"accuracy": right.sum() / jnp.maximum(counts.sum(), 1)})
 

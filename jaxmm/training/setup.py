@@ -93,6 +93,10 @@ def _open_sources(config: TrainConfig) -> tuple[Source, Source | None]:
             "a source of questions with answers, such as vqa:DIR or vqa:FILE.json")
     require(data.questions == 1 or "answers" in task.reads, "data.questions", data.questions,
             f"1: {type(task).__name__} reads no questions")
+    require(data.captions == 1 or task.several_captions, "data.captions", data.captions,
+            f"1: {type(task).__name__} reads one text per image, or none")
+    require(not data.origins or train.has_origins, "data.origins", data.origins,
+            f"(): {train.name} does not say where its texts come from")
     val = open_source(data.val, data_dir=data.data_dir) if data.val else None
     if val is not None and None not in (train.classes, val.classes) and train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))

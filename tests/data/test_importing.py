@@ -48,6 +48,26 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def test_where_captions_come_from_is_kept(tmp_path):
+    """From a list to a data set, alone and mixed with a source that does not say."""
+    lines = [{"image": "0.jpg", "captions": ["a", "", "b"], "origins": ["web", "web", "human"]},
+             {"image": "0.jpg", "caption": "c", "origin": "synthetic"}, {"image": "0.jpg", "caption": "d"},
+             {"image": "0.jpg", "captions": ["e", "f", "g"], "origins": ["web", "human"]}]
+    (tmp_path / "0.jpg").write_bytes(jpeg(1))
+    (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "plain.jsonl").write_text(json.dumps(lines[2]))
+    source, plain = (open_source(f"captions:{tmp_path}/{name}.jsonl") for name in ("all", "plain"))
+    expected = [(("a", "b"), ("web", "human")), (("c",), ("synthetic",)), (("d",), None)]
+    import_source(source, tmp_path / "data")
+    data, mixed = open_source(f"tfds:{tmp_path}/data:train"), open_source(f"{plain.name} + {source.name}")
+    for opened in (source, data):
+        assert [(opened[i]["texts"], opened[i].get("origins")) for i in range(3)] == expected and opened.has_origins
+    assert len(data) == 3 and source.faults[3].startswith("cannot be used: it has 3 texts and 2 origins")
+    assert mixed.has_origins and not plain.has_origins and mixed[1]["origins"] == ("web", "human")
+    import_source(plain, tmp_path / "other")
+    assert "origins" not in (tmp_path / "other" / "features.json").read_text()
+
+
 def test_both_readers_see_the_images(shards, reference):
     dest, imported = reference
     assert (imported.tally.records, imported.tally.usable, imported.shards) == (26, 18, 3)

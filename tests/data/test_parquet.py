@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jaxmm.data.bad_records import BadRecord
+from jaxmm.data.bad_records import BadRecord, read_record
 from jaxmm.data.base import DataError, record_texts
 from jaxmm.data.sources import parquet
 from jaxmm.data.sources.registry import open_source
@@ -44,6 +44,18 @@ def test_columns(tmp_path, image, caption):
         image: pa.array([b"1", b"2", None], pa.large_binary()), caption: ["one", None, "three"], "width": [1, 2, 3]})
     assert [source[i] for i in range(3)] == [{"key": "a/x", "image": b"1", "texts": ("one",)},
                                              {"key": "a/y\ufffd", "image": b"2"}, {"key": "a/z", "texts": ("three",)}]
+
+
+def test_origins_of_captions(tmp_path):
+    """One for each, of which those of blank captions go, or one for all; a record may have none."""
+    source = write(tmp_path / "a.parquet", image=[b"1", b"2", b"3", b"4"],
+                   captions=[["a", " ", "b"], ["c", "d"], ["e"], ["f"]],
+                   origins=[["web", "web", "human"], ["synthetic"], None, ["web", "web"]])
+    assert source.has_origins and not write(tmp_path / "b.parquet", image=[b"1"], text=["a"]).has_origins
+    assert [(source[i]["texts"], source[i].get("origins")) for i in range(3)] == [
+        (("a", "b"), ("web", "human")), (("c", "d"), ("synthetic", "synthetic")), (("e",), None)]
+    with pytest.raises(BadRecord, match="it has 1 texts and 2 origins; expected one for each text, or one"):
+        read_record(source, 3)
 
 
 def test_a_shard_a_file_and_a_group_at_a_time(tmp_path, monkeypatch):

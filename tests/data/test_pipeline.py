@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 
 import grain
 import numpy as np
@@ -179,6 +180,70 @@ def test_texts_are_drawn_from_all_captions(captions):
             drawn_texts.setdefault(index, set()).add(text)
             np.testing.assert_array_equal(batch["text_id"][row], text_id(text))
     assert drawn_texts == {i: set(captions.texts(i)) for i in range(11)}
+
+
+def test_several_captions_of_an_image(captions):
+    """As many as asked for, none twice before all were drawn; restarts and hosts do not change them."""
+    config, drawn = replace(CONFIG, captions=2), {}
+    batches = take(train_batches(captions, config, Letters(), seed=5), 40)
+    for batch in batches:
+        assert batch["tokens"].shape == (6, 2, 9) and batch["text_id"].shape == (6, 2, 2)
+        for row, index in enumerate(batch["index"].tolist()):
+            texts = tuple(map(Letters().decode, batch["tokens"][row]))
+            assert set(texts) <= set(captions.texts(index)) and len(set(texts)) == min(2, len(captions.texts(index)))
+            drawn.setdefault(index, set()).add(texts)
+            np.testing.assert_array_equal(batch["text_id"][row], [text_id(text) for text in texts])
+    assert [len(drawn[i]) for i in range(5)] == [1, 2, 6, 1, 2]      # of one, two and three captions, ordered pairs
+    iterator = train_batches(captions, config, Letters(), seed=5)
+    iterator.set_state({"step": 3})
+    assert_same(take(iterator, 1)[0], batches[3])
+    hosts = [train_batches(captions, config, Letters(), seed=5, shard=(host, 2)) for host in range(2)]
+    parts = [next(host) for host in hosts]
+    assert_same(batches[0], {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    one, alone = (next(train_batches(captions, replace(CONFIG, batch_size=11, **fields), Letters(), seed=5))
+                  for fields in ({}, {"captions": 1}))
+    assert_same(one, alone)
+
+
+ORIGINS = [("web", "web", "synthetic", "human"), ("web",), ("human",), None]
+
+
+@pytest.fixture
+def mixed_origins(tmp_path):
+    """Four records: texts of three origins, of one, of one without a weight, and of unknown origin."""
+    lines = []
+    for i, origins in enumerate(ORIGINS):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+        texts = [f"{i}{k} {origin}" for k, origin in enumerate(origins or ("x", "y"))]
+        lines.append(json.dumps({"image": f"{i}.png", "captions": texts} | ({"origins": origins} if origins else {})))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    return open_source(f"captions:{tmp_path}/train.jsonl")
+
+
+def test_texts_are_drawn_by_the_weights_of_their_origins(mixed_origins):
+    config = replace(CONFIG, batch_size=8, captions=3, max_bad=1.0,
+                     origins=(("synthetic", 3.0), ("web", 1.0), ("human", 0.0)))
+    batches = take(train_batches(mixed_origins, config, Letters(), seed=5), 100)
+    texts = {i: [] for i in range(4)}
+    for batch in batches:
+        for index, tokens in zip(batch["index"].tolist(), batch["tokens"], strict=True):
+            texts[index].append(tuple(map(Letters().decode, tokens)))
+    faults = {fault for batch in batches for drawn, fault in zip(batch["drawn"], batch["fault"], strict=True)
+              if drawn == 2}
+    assert faults == {1 + REASONS.index("no text")} and not texts[2]
+    shares = Counter(text for row in texts[0] for text in row)
+    assert set(shares) == {"00 web", "01 web", "02 synthe"} and set(texts[1]) == {("10 web",) * 3}
+    np.testing.assert_allclose([shares["02 synthe"], shares["00 web"]], np.array([0.75, 0.125]) * shares.total(),
+                               rtol=0.15)
+    for row in texts[0]:
+        web = [text for text in row if "web" in text]
+        assert len(set(web)) == min(len(web), 2)
+    assert {frozenset(row) for row in texts[3]} == {frozenset(("30 x", "31 y"))}
+    again = train_batches(mixed_origins, config, Letters(), seed=5)
+    again.set_state({"step": 2})
+    assert_same(take(again, 1)[0], batches[2])
+    hosts = [next(train_batches(mixed_origins, config, Letters(), seed=5, shard=(host, 2))) for host in range(2)]
+    assert_same(batches[0], {name: np.concatenate([part[name] for part in hosts]) for name in hosts[0]})
 
 
 def test_ids_are_equal_where_the_image_or_the_words_are(captions):

@@ -57,4 +57,7 @@ def test_language_loss():
         args = jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(tokens != 0), smoothing
         np.testing.assert_allclose(token_losses(*args), expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(language_loss(*args), expected.sum() / 5, rtol=1e-5)
+        # the texts are two captions of one image: the mean over three and over two tokens weighs the same
+        want = (expected[0].sum() / 3 + expected[1].sum() / 2) / 2
+        np.testing.assert_allclose(language_loss(*args, captions=2), want, rtol=1e-6)
     assert float(language_loss(jnp.asarray(logits), jnp.asarray(tokens), jnp.zeros((2, 5), bool))) == 0

@@ -81,6 +81,23 @@ def test_blocks_are_the_plain_loss(kind, record_property):
     record_property(f"{kind} loss in blocks, largest difference of a gradient", f"{largest:.1e}")
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_several_captions_in_blocks(kind):
+    captions = 2
+    image, text = embeddings(B, B * captions)
+    names = IDS[0], ids(B * captions, 3)
+    positive = positive_mask(*names, size=B, captions=captions)
+    inputs = image, text, jnp.float32(SCALE), jnp.float32(BIAS)
+    expected = differentiated(lambda *x: (LOSSES[kind][1](contrastive_logits(*x), positive), {}), (0, 1, 2, 3), *inputs)
+    for shape, tile in (((2, 2, 2), 5), ((8, 1, 1), 1000), ((1, 1, 1), 7)):
+        with jax.set_mesh(mesh(shape)):
+            result = differentiated(lambda *x, tile=tile: blockwise_contrastive(
+                LOSSES[kind][0], *x[:2], names, *x[2:], tile=tile), (0, 1, 2, 3), *inputs)
+        np.testing.assert_allclose(result[0][0], expected[0][0], rtol=1e-6)
+        for one, other in zip(jax.tree.leaves(result[1]), jax.tree.leaves(expected[1]), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_the_distilled_loss_in_blocks_is_the_plain_one():
     student, teacher, new, queue = embeddings(B, B, B, Q)
     queued = jnp.concatenate([IDS[0][:5], jnp.full((Q - 5, 2), -9, jnp.int32)])      # five images are in the queue

@@ -27,15 +27,15 @@ def brute_softmax(logits, positive):
     for matrix, same in ((logits, positive), (logits.T, positive.T)):
         for row, mine in zip(matrix, same, strict=True):
             probabilities = np.exp(row) / np.exp(row).sum()
-            total += np.mean([-np.log(p) for p, yes in zip(probabilities, mine, strict=True) if yes])
-    return total / (2 * len(logits))
+            total += np.mean([-np.log(p) for p, yes in zip(probabilities, mine, strict=True) if yes]) / len(matrix)
+    return total / 2
 
 
 def brute_sigmoid(logits, positive):
     total = 0.0
     for logit, yes in zip(fp64(logits).ravel(), positive.ravel(), strict=True):
         total -= np.log(1 / (1 + np.exp(-logit if yes else logit)))
-    return total / len(logits)
+    return total / logits.shape[1]
 
 
 LOSSES = {"softmax": (softmax_contrastive, brute_softmax), "sigmoid": (sigmoid_contrastive, brute_sigmoid)}
@@ -68,6 +68,29 @@ def test_logits():
     expected = [[2.5 * fp64(x) @ fp64(y) - 0.5 for y in text] for x in image]
     logits = contrastive_logits(image, text, jnp.float32(2.5), jnp.float32(-0.5))
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_several_captions_of_an_image(kind):
+    """All captions of an image are its positives, and so are those of the same words; the sigmoid loss is a mean."""
+    captions = 3
+    image, text = arrays((B, E), (B * captions, E))
+    text_ids = jnp.asarray(np.random.default_rng(1).integers(0, 4, (B * captions, 2)), jnp.int32)
+    words, pictures = (list(map(tuple, np.asarray(ids).tolist())) for ids in (text_ids, IMAGE_IDS))
+    expected = np.array([[pictures[i] == pictures[j // captions] or words[j] in words[captions * i:captions * (i + 1)]
+                          for j in range(B * captions)] for i in range(B)])
+    positive = positive_mask(IMAGE_IDS, text_ids, B, captions)
+    np.testing.assert_array_equal(positive, expected)
+    assert expected.sum() > B * captions and not expected.all()
+    np.testing.assert_array_equal(positive_mask(None, None, B, captions), np.eye(B, dtype=bool).repeat(captions, 1))
+    np.testing.assert_array_equal(positive_mask(IMAGE_IDS, None, B, captions),
+                                  np.asarray(equal_ids(IMAGE_IDS)).repeat(captions, axis=1))
+    loss, brute = LOSSES[kind]
+    logits = contrastive_logits(image, text, jnp.float32(2.5), jnp.float32(-0.5))
+    np.testing.assert_allclose(loss(logits, positive), brute(logits, expected), rtol=1e-6)
+    if kind == "sigmoid":
+        each = [loss(logits[:, i::captions], positive[:, i::captions]) for i in range(captions)]
+        np.testing.assert_allclose(loss(logits, positive), np.mean(each), rtol=1e-6)
 
 
 class Variants(chex.TestCase):

@@ -41,13 +41,18 @@ def labelled():
             "label": jnp.asarray(rng.integers(0, CLASSES, B), jnp.int32)}
 
 
-def pairs():
-    """0 and 5 are crops of the same picture, 2 and 7 have the same words: neighbours in no microbatch."""
+def pairs(captions=1):
+    """0 and 5 are crops of the same picture, 2 and 7 have the same words: neighbours in no microbatch.
+
+    Of several captions, it is the last one that 7 shares with the first one of 2.
+    """
     rng = np.random.default_rng(4)
-    image, tokens = rng.integers(0, 256, (B, 6, 6, 3)), rng.integers(0, 11, (B, 7))
-    ids = np.stack([np.arange(B), np.arange(B) + 50], axis=1)
-    image_id, text_id = ids.copy(), ids.copy() + 7
-    image_id[5], text_id[7] = image_id[0], text_id[2]
+    several = (captions,) if captions > 1 else ()
+    image, tokens = rng.integers(0, 256, (B, 6, 6, 3)), rng.integers(0, 11, (B, *several, 7))
+    image_id = np.stack([np.arange(B), np.arange(B) + 50], axis=1)
+    text_id = np.stack([np.arange(B * captions), np.arange(B * captions) + 50], axis=1) + 7
+    image_id[5], text_id[8 * captions - 1] = image_id[0], text_id[2 * captions]
+    text_id = text_id.reshape(B, *several, 2)
     return {"image": jnp.asarray(image, jnp.uint8), "tokens": jnp.asarray(tokens, jnp.int32),
             "image_id": jnp.asarray(image_id, jnp.int32), "text_id": jnp.asarray(text_id, jnp.int32)}
 

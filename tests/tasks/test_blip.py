@@ -37,12 +37,19 @@ def gradients(task):
     return jax.jit(jax.value_and_grad(task.loss, has_aux=True))
 
 
-def batch(step):
-    """Two captions of a picture are in each batch, and one picture of the batch before."""
+def batch(step, captions=1):
+    """Two captions of a picture are in each batch, and one picture of the batch before.
+
+    With several captions, the first picture's last one is also the last picture's first one.
+    """
     rng = np.random.default_rng(step)
-    tokens = rng.integers(1, 15, (B, T))
-    tokens[1, 4:] = 0
-    image_id, text_id = (rng.integers(0, 1000, (B, 2)) for _ in range(2))
+    several = (captions,) if captions > 1 else ()
+    tokens = rng.integers(1, 15, (B, *several, T))
+    tokens[1, ..., 4:] = 0
+    image_id, text_id = rng.integers(0, 1000, (B, 2)), rng.integers(0, 1000, (B, *several, 2))
+    if captions > 1:
+        text_id[0, -1] = text_id[3, 0] = [8, 9]
+        tokens[2, 0, 2:] = 0
     image_id[2] = image_id[0]
     image_id[3] = [7, 7 + step // 2]
     return {"image": jnp.asarray(rng.integers(0, 256, (B, 6, 6, 3)), jnp.uint8),
@@ -62,10 +69,14 @@ def trained():
 
 
 class Oracle:
-    """The pre-training of ALBEF and BLIP as their papers describe it, one pair after the other."""
+    """The pre-training of ALBEF and BLIP as their papers describe it, one pair after the other.
 
-    def __init__(self, params, extra, among=B):
-        self.p, self.among = fp64(params), among
+    With several captions of a picture: all are its positives, and each is matched and written as if it were the only
+    one.
+    """
+
+    def __init__(self, params, extra, among=B, dtype=np.float32):
+        self.p, self.among, self.dtype = fp64(params), among, dtype
         self.teacher = {name: self.p[name] for name in MOMENTUM_PARTS}
         self.queue = [(np.asarray(image, np.float64), np.asarray(text, np.float64), None, None)
                       for image, text in zip(extra["image_queue"], extra["text_queue"], strict=True)]
@@ -79,55 +90,69 @@ class Oracle:
         return seen, reference.unit(image), reference.unit(text)
 
     def losses(self, data, rng):
-        p, tokens = self.p, np.asarray(data["tokens"])
+        p, tokens = self.p, np.asarray(data["tokens"]).reshape(B, -1, T)
+        n, keys = tokens.shape[1], jax.random.split(rng, 3)[1][None]
+        keys = keys if n == 1 else jax.random.split(keys[0], n)
         std, mean = np.array(TASK.pixels.std), np.array(TASK.pixels.mean)
         pixels = (np.asarray(data["image"], np.float64) / 255 - mean) / std
-        ids = [[tuple(row) for row in np.asarray(data[name]).tolist()] for name in ("image_id", "text_id")]
-        seen, image, text = self.embed(p, pixels, tokens)
+        picture = [tuple(row) for row in np.asarray(data["image_id"]).tolist()]
+        words = [[tuple(row) for row in rows] for rows in np.asarray(data["text_id"]).reshape(B, n, 2).tolist()]
+        seen, image, text = self.embed(p, pixels, tokens.reshape(-1, T))
         self.teacher = jax.tree.map(lambda old, new: TASK.momentum * old + (1 - TASK.momentum) * new, self.teacher,
                                     {name: p[name] for name in MOMENTUM_PARTS})
-        _, image_m, text_m = self.embed(p | self.teacher, pixels, tokens)
+        _, image_m, text_m = self.embed(p | self.teacher, pixels, tokens.reshape(-1, T))
+        text, text_m = (x.reshape(B, n, -1) for x in (text, text_m))
         alpha = TASK.alpha * min(1.0, self.steps / TASK.ramp)
 
-        everyone = [(image_m[i], text_m[i], ids[0][i], ids[1][i]) for i in range(B)] + self.queue
-        contrastive, similar = 0.0, {}
-        for name, mine, taught, theirs in (("text", image, image_m, 1), ("image", text, text_m, 0)):
-            columns = np.stack([each[theirs] for each in everyone])
-            similar[name] = mine @ columns.T / p["temperature"]
-            told = np.exp(log_softmax(taught @ columns.T / p["temperature"], 1))
-            for i in range(B):
-                belongs = [i == j or ids[0][i] == each[2] or ids[1][i] == each[3] for j, each in enumerate(everyone)]
-                target = alpha * told[i] + (1 - alpha) * np.array(belongs) / sum(belongs)
-                contrastive -= (target * log_softmax(similar[name], 1)[i]).sum() / B / 2
+        def towards(mine, taught, columns, belongs):
+            logits, told = (x @ np.stack(columns).T / p["temperature"] for x in (mine, taught))
+            target = alpha * np.exp(log_softmax(told, 0)) + (1 - alpha) * np.array(belongs) / sum(belongs)
+            return -(target * log_softmax(logits, 0)).sum()
 
-        positive = np.array([[i == j or ids[0][i] == ids[0][j] or ids[1][i] == ids[1][j] for j in range(B)]
-                             for i in range(B)])
-        groups = [range(i, i + self.among) for i in range(0, B, self.among)]
-        first, second = jax.random.split(jax.random.split(rng, 3)[1])
-        pictures, texts = ((np.asarray(hard_negatives(
-            *(jnp.asarray([x[np.ix_(group, group)] for group in groups])
-              for x in (similar[name].astype(np.float32), positive)), key)[0])
-            + [[group[0]] for group in groups]).ravel() for name, key in (("image", first), ("text", second)))
-        matching = 0.0
-        for label, rows, words in ((1, seen, tokens), (0, seen[pictures], tokens), (0, seen, tokens[texts])):
-            started = words.copy()
-            started[:, 0] = MODEL.text.encode_id
-            states = reference.med(p["text"], started, MODEL.text, rows, keep=words != 0)[:, 0]
-            logits = states @ p["matching_head"]["kernel"] + p["matching_head"]["bias"]
-            matching -= log_softmax(logits, 1)[:, label].sum() / (3 * B)
+        contrastive = 0.0
+        for i in range(B):
+            others = [(j, text_m[j, k], picture[j], words[j][k]) for j in range(B) for k in range(n)]
+            others += [(None, each[1], each[2], each[3]) for each in self.queue]
+            contrastive += towards(image[i], image_m[i], [each[1] for each in others], [
+                i == j or picture[i] == its or said in words[i] for j, _, its, said in others]) / B / 2
+            others = [(j, image_m[j], picture[j], words[j]) for j in range(B)]
+            others += [(None, each[0], each[2], [each[3]]) for each in self.queue]
+            for k in range(n):
+                contrastive += towards(text[i, k], text_m[i, k], [each[1] for each in others], [
+                    i == j or picture[i] == its or words[i][k] in said for j, _, its, said in others]) / (B * n) / 2
 
-        started = tokens.copy()
-        started[:, 0] = MODEL.text.decode_id
-        states = reference.med(p["text"], started, MODEL.text, seen, causal=True)
-        told = log_softmax(reference.language_head(p["text"], states, MODEL.text), 2)
-        each = [-(1 - TASK.smoothing) * told[b, t - 1, tokens[b, t]] - TASK.smoothing * told[b, t - 1].mean()
-                for b in range(B) for t in range(1, T) if tokens[b, t] != 0]
+        matching, writing = 0.0, []
+        for k, key in enumerate(keys):
+            positive = np.array([[i == j or picture[i] == picture[j] or words[i][k] == words[j][k] for j in range(B)]
+                                 for i in range(B)])
+            groups = [range(i, i + self.among) for i in range(0, B, self.among)]
+            similar = [x @ y.T / p["temperature"] for x, y in ((text[:, k], image_m), (image, text_m[:, k]))]
+            pictures, texts = ((np.asarray(hard_negatives(
+                *(jnp.asarray([x[np.ix_(group, group)] for group in groups])
+                  for x in (logits.astype(self.dtype), positive)), one)[0])
+                + [[group[0]] for group in groups]).ravel() for logits, one in zip(
+                    similar, jax.random.split(key), strict=True))
+            for label, rows, said in ((1, seen, tokens[:, k]), (0, seen[pictures], tokens[:, k]),
+                                      (0, seen, tokens[texts, k])):
+                started = said.copy()
+                started[:, 0] = MODEL.text.encode_id
+                states = reference.med(p["text"], started, MODEL.text, rows, keep=said != 0)[:, 0]
+                logits = states @ p["matching_head"]["kernel"] + p["matching_head"]["bias"]
+                matching -= log_softmax(logits, 1)[:, label].sum() / (3 * B) / n
+
+            started = tokens[:, k].copy()
+            started[:, 0] = MODEL.text.decode_id
+            states = reference.med(p["text"], started, MODEL.text, seen, causal=True)
+            told = log_softmax(reference.language_head(p["text"], states, MODEL.text), 2)
+            writing.append(np.mean([-(1 - TASK.smoothing) * told[b, t - 1, started[b, t]]
+                                    - TASK.smoothing * told[b, t - 1].mean()
+                                    for b in range(B) for t in range(1, T) if started[b, t] != 0]))
 
         for i in range(B):      # a ring: the oldest go
-            place = (self.steps * B + i) % QUEUE
-            self.queue[place] = everyone[i]
+            place = (self.steps * B + i) % len(self.queue)
+            self.queue[place] = image_m[i], text_m[i, 0], picture[i], words[i][0]
         self.steps += 1
-        return contrastive, matching, np.mean(each)
+        return contrastive, matching, np.mean(writing)
 
 
 @pytest.mark.parametrize("negatives", [None, 2])
@@ -147,6 +172,62 @@ def test_the_three_losses_over_steps(negatives):
     assert int(extra["place"]) == 5 * B % QUEUE and int(extra["step"]) == 5
     np.testing.assert_allclose(extra["image_queue"], np.stack([each[0] for each in oracle.queue]), atol=1e-5)
     assert (extra["text_ids"] != EMPTY_ID).all()
+
+
+def double(tree):
+    """The tree with its fp32 arrays in fp64."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if x.dtype == jnp.float32 else x, tree)
+
+
+def in_double(task):
+    """`task` with activations in fp64."""
+    vision, text = (replace(part, transformer=replace(part.transformer, dtype="float64"))
+                    for part in (MODEL.vision, MODEL.text))
+    return replace(task, model=replace(MODEL, vision=vision, text=text))
+
+
+@pytest.mark.standard_promotion
+def test_several_captions_of_an_image():
+    """fp64: each loss is its definition to 1e-6, over two steps, on one device and eight, and in blocks."""
+    captions, mesh = 2, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.enable_x64(True):
+        task, (params, _) = in_double(replace(TASK, queue=12)), double(start())
+        extra = double(task.init_extra(params, jax.random.key(1)))
+        oracle = Oracle(params, extra, dtype=np.float64)
+        one, eight, blocks = (jax.jit(one.loss) for one in (task, task, replace(task, tile=3)))
+        for step in range(2):
+            rng, data = jax.random.key(step), batch(step, captions)
+            want, before = oracle.losses(data, rng), extra
+            total, (extra, metrics) = one(params, extra, data, rng)
+            np.testing.assert_allclose([metrics[name] for name in ("contrastive", "matching", "writing")], want,
+                                       rtol=1e-6)
+            np.testing.assert_allclose(total, sum(want), rtol=1e-6)
+        assert int(extra["place"]) == 2 * B and int((extra["text_ids"] != EMPTY_ID).all(axis=1).sum()) == 2 * B
+        with jax.set_mesh(mesh):
+            spread = jax.device_put((params, before), shardings((params, before), mesh))
+            placed = place_batch(jax.tree.map(np.asarray, data), mesh)
+            for run in (eight, blocks):
+                np.testing.assert_allclose(run(*spread, placed, rng)[0], total, rtol=1e-6)
+
+
+def test_several_captions_are_matched_and_written_as_if_alone(monkeypatch):
+    """The losses with one caption each, whose negatives are the nearest ones here, have the loss as their mean."""
+    def nearest(similarity, positive, rng):
+        return jnp.where(positive, -jnp.inf, similarity).argmax(axis=-1), ~positive.all(axis=-1)
+
+    monkeypatch.setattr(tasks, "hard_negatives", nearest)
+    params, extra = start()
+    run, data = jax.jit(TASK.loss), batch(0, 3)
+    data["text_id"] = data["text_id"].at[1, 1].set(data["text_id"][3, 1])
+    _, (_, metrics) = run(params, extra, data, jax.random.key(0))
+    each = [run(params, extra, data | {name: data[name][:, i] for name in ("tokens", "text_id")}, jax.random.key(0))
+            for i in range(3)]
+    for name in ("matching", "match_accuracy", "writing"):
+        np.testing.assert_allclose(metrics[name], np.mean([found[name] for _, (_, found) in each]), rtol=1e-6)
+    _, (_, some) = jax.jit(replace(TASK, matched=2).loss)(params, extra, data, jax.random.key(0))
+    np.testing.assert_allclose(some["matching"], np.mean([found["matching"] for _, (_, found) in each[:2]]), rtol=1e-6)
+    for name in ("contrastive", "writing"):
+        np.testing.assert_allclose(some[name], metrics[name], rtol=1e-6)
 
 
 def test_contrast_in_blocks_gives_the_same_losses(trained):
@@ -220,10 +301,7 @@ def watched(patch, held):
 def test_gradients_are_finite_differences():
     """fp64: along a random direction of every parameter, each loss's central difference is its slope to 1e-6."""
     with jax.enable_x64(True):
-        vision, text = (replace(part, transformer=replace(part.transformer, dtype="float64"))
-                        for part in (MODEL.vision, MODEL.text))
-        task = replace(TASK, model=replace(MODEL, vision=vision, text=text))
-        params, extra = jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, start())
+        task, (params, extra) = in_double(TASK), double(start())
         extra |= {"step": jnp.asarray(2)}
 
         def losses(params, held):

@@ -42,6 +42,21 @@ def test_loss():
     assert extra == {}
 
 
+def test_several_captions_of_an_image():
+    """The mean of the losses with one caption each, which differ in length."""
+    params = random_like(jax.eval_shape(TASK.init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    image = jnp.asarray(rng.integers(0, 256, (4, 6, 6, 3)), jnp.uint8)
+    tokens = jnp.asarray(rng.integers(4, 15, (4, 3, 6)), jnp.int32).at[1, 0, 3:].set(0).at[:, 2, 4:].set(0)
+    run = jax.jit(TASK.loss)
+    each = [run(params, {}, {"image": image, "tokens": tokens[:, i]}, jax.random.key(0)) for i in range(3)]
+    loss, (_, metrics) = run(params, {}, {"image": image, "tokens": tokens}, jax.random.key(0))
+    np.testing.assert_allclose(loss, np.mean([value for value, _ in each]), rtol=1e-6)
+    counted = np.array([(tokens[:, i] != 0).sum() - 4 for i in range(3)])
+    right = np.array([found["accuracy"] for _, (_, found) in each]) * counted
+    np.testing.assert_allclose(metrics["accuracy"], right.sum() / counted.sum(), rtol=1e-6)
+
+
 def test_bind_takes_the_prompt_and_the_vocabulary_from_the_tokenizer():
     model = replace(WRITES, text=replace(WRITES.text, positions=30, vocab_size=None))
     task = replace(TASK, model=model, prompt="a red circle", prompt_ids=None).bind(

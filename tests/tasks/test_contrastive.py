@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmm.config import MeshConfig
 from jaxmm.inference.batching import predictions
+from jaxmm.sharding import make_mesh, place_batch, shardings
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from jaxmm.validation import ConfigError
 from tests import reference
@@ -40,6 +42,30 @@ def numpy_loss(task, duplicates=True):
     p = params(task)
     logits = np.exp(fp64(p["logit_scale"])) * image @ text.T + fp64(p.get("logit_bias", 0.0))
     return BRUTE[task.kind](logits, positive(duplicates)), logits
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_several_captions(kind):
+    """The definition, from embeddings in numpy; in blocks and on eight devices it is the same."""
+    task, batch, captions = TASKS[kind], pairs(3), 3
+    p = params(task)
+    image = (fp64(batch["image"]) / 255 - MEAN) / STD
+    image, text = (x for x in reference.clip(fp64(p), image.repeat(captions, axis=0), np.asarray(
+        batch["tokens"]).reshape(B * captions, -1), task.model))
+    logits = np.exp(fp64(p["logit_scale"])) * image[::captions] @ text.T + fp64(p.get("logit_bias", 0.0))
+    same = positive().repeat(captions, axis=1)
+    same[[2, 7], [7 * 3 + 2, 2 * 3]] = True
+    same[2, [21, 22]] = same[7, [7, 8]] = False         # the same words, but not in these captions
+    value, (_, metrics) = run(task, batch)
+    np.testing.assert_allclose(value, BRUTE[kind](logits, same), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], np.mean([same[i, row.argmax()] for i, row in enumerate(logits)]))
+    with jax.set_mesh(mesh := make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        placed = place_batch(jax.tree.map(np.asarray, batch), mesh)
+        for other in (task, replace(task, tile=5)):
+            spread, (_, measured) = jax.jit(other.loss)(jax.device_put(p, shardings(p, mesh)), {}, placed,
+                                                        jax.random.key(0))
+            np.testing.assert_allclose(spread, value, rtol=1e-6)
+            assert measured["accuracy"] == metrics["accuracy"]
 
 
 def run(task, batch, key=0):

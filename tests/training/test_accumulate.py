@@ -10,7 +10,8 @@ from jaxmm.training.accumulate import join, split, value_and_grad
 from tests.tasks.common import CLASSIFY, SIGMOID, SOFTMAX, labelled, pairs, params
 
 MIXED = replace(CLASSIFY, mixup=0.8, label_smoothing=0.1)
-TASKS = {"classify with mixup": (MIXED, labelled()), "softmax": (SOFTMAX, pairs()), "sigmoid": (SIGMOID, pairs())}
+TASKS = {"classify with mixup": (MIXED, labelled()), "softmax": (SOFTMAX, pairs()), "sigmoid": (SIGMOID, pairs()),
+         "three captions": (SOFTMAX, pairs(3))}
 
 
 def test_split_and_join():

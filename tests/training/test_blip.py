@@ -18,7 +18,7 @@ from jaxmm.tasks.image_captioning import Captioning
 from jaxmm.training.loop import train
 from jaxmm.training.setup import prepare
 from jaxmm.validation import ConfigError
-from tests.training.common import Killed, assert_same_bits, clip_run, lines, restored
+from tests.training.common import LINEAR, Killed, assert_same_bits, clip_run, lines, restored
 
 pytestmark = pytest.mark.usefixtures("no_java")
 STACK = {"depth": 2, "heads": 2, "dropout": 0.1}
@@ -39,13 +39,21 @@ def test_a_queue_with_too_little_room_stops_the_run_before_it_begins(scenes, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_several_captions_need_a_task_that_reads_them(scenes, tmp_path):
+    for fields, message in (({"captions": 2}, r"data\.captions is 2; expected 1: Linear reads one text per image, or"),
+                            ({"origins": (("web", 1.0),)}, r"data\.origins is .*; expected \(\): digits:train does")):
+        with pytest.raises(ConfigError, match=message):
+            prepare(replace(LINEAR, data=replace(LINEAR.data, **fields)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kind", TASKS)
 def test_an_interrupted_run_goes_on_bit_for_bit(kind, scenes, tmp_path):
     evals = (Captions(decoding=Decoding(max_length=8), limit=12, batch_size=8, examples=2),)
     if kind == "pretraining":
         evals += (Retrieval(batch_size=16),)
     config = replace(clip_run(scenes, steps=6), task=TASKS[kind], evals=evals)
-    config = replace(config, data=replace(config.data, val="scenes:tiny/val"))
+    config = replace(config, data=replace(config.data, val="scenes:tiny/val", captions=2))
     config = replace(config, checkpoint=CheckpointConfig(every=3))
     metrics = train(config, tmp_path / "whole")
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from jaxmm.data.base import EXTENSIONS, DataError, find_images, fingerprint
-from jaxmm.data.cleaning import usable_texts
+from jaxmm.data.cleaning import texts_with_origins, usable_texts
 from jaxmm.data.sources.annotations import Row, read_rows, read_text
 from jaxmm.data.sources.columns import read_location
 from jaxmm.data.sources.files import Files
@@ -22,7 +22,7 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
     A row has a path relative to the file, and captions; see `columns` for names and options. A row that cannot be read
     is one bad record. Raises `DataError`.
     """
-    place = read_location(spec, location, ("image", "caption", "image_id"), exists=os.path.exists)
+    place = read_location(spec, location, ("image", "caption", "origin", "image_id"), exists=os.path.exists)
     path = Path(place.path)
     if path.is_dir():
         lists = [name for name in LISTS if (path / name).is_file()]
@@ -44,18 +44,25 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
                         "expected one object per line, or a list. Is it coco:FILE.json or vqa:FILE.json?")
     elif content is not None:
         rows = [Row(":1", content)]
-    files, captions, image_ids, faults, without = [], [], [], {}, 0
+    files, captions, origins, image_ids, faults, without = [], [], [], [], {}, 0
     for number, row in enumerate(rows):
         image = None if row.value is None else place.columns.get(row.value, "image")
         if isinstance(image, dict):
             image = image.get("path")
         fault = row.fault if row.value is None else None if isinstance(image, (str, int)) else (
             f"names no image; its keys are {', '.join(map(str, row.value))[:200]}")
+        texts, own = (), ()
+        if fault is None:
+            try:
+                read_texts = texts_with_origins(*(place.columns.get(row.value, name) for name in ("caption", "origin")))
+                texts, own = read_texts["texts"], read_texts.get("origins", ())
+            except ValueError as error:
+                fault = f"cannot be used: {error}"
         if fault is not None:
             faults[number] = fault
         files.append(f"{path.name}{row.place}" if fault else str(image).strip())
-        texts = () if fault else usable_texts(place.columns.get(row.value, "caption"))
         captions.append(texts)
+        origins.append(own)
         without += not texts and not fault
         image_id = None if fault else place.columns.get(row.value, "image_id")
         image_ids.append(None if image_id is None else str(image_id))
@@ -72,7 +79,7 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
     notes += [f"{len(faults)} of {len(rows)} rows cannot be read"] if faults else []
     lines = read.text.split("\n")
     return Files(name=spec, root=root.path, files=files, captions=captions, image_ids=image_ids, faults=faults,
-                 notes=tuple(notes),
+                 origins=origins if any(origins) else None, notes=tuple(notes),
                  fingerprint=fingerprint([*lines, str(place.columns)] if place.columns.chosen else lines))
 
 

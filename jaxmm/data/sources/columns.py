@@ -25,6 +25,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "image_id": ("image_id", "imageId", "img_id", "image_ID"),
     "question": ("question", "query", "sent"),
     "answer": ("answers", "direct_answers", "answer", "multiple_choice_answer"),
+    "origin": ("origins", "origin"),
     "label": ("label", "labels", "cls", "class", "category", "target", "fine_label"),
 }
 """Names of every field, in order of preference. Upper and lower case are the same."""

@@ -29,6 +29,8 @@ class Files(Source):
     labels: np.ndarray | None = None
     classes: tuple[str, ...] | None = None
     captions: Sequence[tuple[str, ...]] | None = None
+    origins: Sequence[tuple[str, ...]] | None = None
+    """Where each caption comes from; an empty tuple: the record does not say."""
     image_ids: Sequence[str | None] | None = None
     faults: Mapping[int, str] = field(default_factory=dict, repr=False)
     """The reasons why lines or entries could not be read, by record; `files` has their places instead of a file."""
@@ -47,9 +49,16 @@ class Files(Source):
             record["label"] = int(self.labels[index])
         if self.captions is not None:
             record["texts"] = self.captions[index]
+        if self.origins is not None and self.origins[index]:
+            record["origins"] = self.origins[index]
         if self.image_ids is not None and self.image_ids[index] is not None:
             record["image_id"] = self.image_ids[index]
         return record
+
+    @property
+    def has_origins(self) -> bool:
+        """True if there are origins of captions."""
+        return self.origins is not None
 
     def key(self, index: int) -> str:
         """Return the file, and the record number if a file may occur more than once."""

@@ -35,6 +35,11 @@ class Mixed(Source):
         """The number of images per record, which is the same in all parts."""
         return self.parts[0].images_per_record
 
+    @property
+    def has_origins(self) -> bool:
+        """True if records of a part say where their texts come from."""
+        return any(part.has_origins for part in self.parts)
+
     def __len__(self):
         return self._ends[-1]
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from jaxmm.data.bad_records import BadRecord
 from jaxmm.data.base import DataError, Record, Source, fingerprint
-from jaxmm.data.cleaning import TEXT_NAMES, clean, printable, usable_texts
+from jaxmm.data.cleaning import TEXT_NAMES, clean, printable, texts_with_origins, usable_texts
 from jaxmm.data.sources.columns import Columns, read_location
 from jaxmm.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT, Shards, find_files
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 FIRST = ("texts", "captions", "text", "caption")
 """Names of caption columns that come before the others of `columns.NAMES`."""
 NOT_CAPTIONS = ("key", "url", "id", "split", "status", "path", "file", "name", "sha256", "md5", "exif", "license",
-                "error", "label", "labels", "class", "category")
+                "error", "label", "labels", "class", "category", "origin", "origins")
 """Parts of the names of text columns that are no captions."""
 LARGEST_GROUP = 2**31
 """Uncompressed bytes of one column in a row group; records of larger ones are refused as too large."""
@@ -38,6 +38,8 @@ class _Index:
     image: str
     captions: tuple[str, ...]
     """The caption columns; the first one with a text is used."""
+    origin: str | None
+    """The column with the origins of captions."""
     label: str | None
     classes: tuple[str, ...] | None
     notes: tuple[str, ...]
@@ -83,8 +85,8 @@ class File(Source):
         image_id = self._value("image_id", index)
         if image_id is not None:
             record["image_id"] = clean(str(image_id))
-        if texts := self.texts(index):
-            record["texts"] = texts
+        if captions := self._captions(index):
+            record |= texts_with_origins(captions, self._value(self._index.origin, index))
         if self.classes is not None:
             record["label"] = self._value(self._index.label, index)
         image = self._value(self._index.image, index)
@@ -106,13 +108,18 @@ class File(Source):
 
     def texts(self, index: int) -> tuple[str, ...]:
         """Return the captions; images are not read."""
+        return usable_texts(self._captions(index))
+
+    def _captions(self, index: int) -> Any:
+        """Return the value of the first caption column with a text; None if there is none."""
         for column in self._index.captions:
-            texts = usable_texts(self._value(column, index))
+            value = self._value(column, index)
+            texts = usable_texts(value)
             if any(len(text) > LARGEST_TEXT for text in texts):
                 raise BadRecord("too large", f"a text has more than {LARGEST_TEXT} bytes")
             if texts:
-                return texts
-        return ()
+                return value
+        return None
 
     def _value(self, column: str | None, index: int) -> Any:
         if not 0 <= index < len(self):
@@ -127,6 +134,11 @@ class File(Source):
     def notes(self) -> tuple[str, ...]:
         """A remark on columns that may have captions, if it is not clear which do."""
         return self._index.notes
+
+    @property
+    def has_origins(self) -> bool:
+        """True if there is a column with the origins of captions."""
+        return self._index.origin is not None
 
     @property
     def own_classes(self) -> tuple[str, ...] | None:
@@ -152,7 +164,8 @@ class File(Source):
             log.warning("%s: %s", self.path, fault)
         size = self.path.stat().st_size
         chosen = [str(self.columns)] if self.columns.chosen else []
-        return _Index(fields.image, fields.captions, fields.label, fields.classes, fields.notes, names, starts,
+        origin = next(iter(self.columns.candidates("origin", names)), None)
+        return _Index(fields.image, fields.captions, origin, fields.label, fields.classes, fields.notes, names, starts,
                       fingerprint([self.path.name, size, schema, *starts, *chosen]), fault)
 
 
@@ -171,7 +184,7 @@ def _column(path: Path, changed: int, group: int, column: str) -> pa.ChunkedArra
 
 def open_parquet(spec: str, location: str, data_dir: str | None = None) -> Shards:
     """Open each file that the pattern `location` matches as one shard. Raises `DataError`."""
-    place = read_location(spec, location, ("image", "caption", "label"))
+    place = read_location(spec, location, ("image", "caption", "origin", "label"))
     files = [File(path, stem, place.columns) for path, stem in find_files(spec, place.path, (".parquet",))]
     first = next((file for file in files if not file.fault), files[0])
     if first.fault and len(files) == 1:

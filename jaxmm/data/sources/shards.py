@@ -33,8 +33,8 @@ class Slice(Source):
     source: Source
     start: int
     stop: int
-    name, classes, tags, templates, images_per_record, has_foils, most_answers = map(_of_source, (
-        "name", "classes", "tags", "templates", "images_per_record", "has_foils", "most_answers"))
+    name, classes, tags, templates, images_per_record, has_origins, has_foils, most_answers = map(_of_source, (
+        "name", "classes", "tags", "templates", "images_per_record", "has_origins", "has_foils", "most_answers"))
     grades_captions, grades_images, varies, image_id_scope = map(_of_source, (
         "grades_captions", "grades_images", "varies", "image_id_scope"))
 
@@ -105,6 +105,11 @@ class Shards(Source):
 
     def __bool__(self):
         return any(len(part) for part in self.parts)
+
+    @property
+    def has_origins(self) -> bool:
+        """True if records of a part say where their texts come from."""
+        return any(part.has_origins for part in self.parts)
 
     def __len__(self):
         return self._ends[-1]

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from jaxmm.data.base import DataError, Record, Source, fingerprint
-from jaxmm.data.cleaning import usable_texts
+from jaxmm.data.cleaning import texts_with_origins
 from jaxmm.data.sources.columns import Columns, read_location
 
 CAPTIONS = ("captions", "caption", "texts", "text")
@@ -28,6 +28,8 @@ class TfdsSource(Source):
     image: str
     """The name of the feature with the image."""
     captions: str | None
+    origins: str | None
+    """The name of the feature with the origins of captions."""
     classes: tuple[str, ...] | None
     keys: bool
     """True if examples have a text feature `key`."""
@@ -46,10 +48,15 @@ class TfdsSource(Source):
         if self.classes is not None:
             record["label"] = int(example["label"])
         if self.captions is not None:
-            record["texts"] = usable_texts(example[self.captions])
+            record |= texts_with_origins(example[self.captions], example[self.origins] if self.origins else ())
         if "image_id" in example:
             record["image_id"] = _text(example["image_id"])
         return record
+
+    @property
+    def has_origins(self) -> bool:
+        """True if examples say where their captions come from."""
+        return self.origins is not None
 
     @property
     def image_id_scope(self) -> str | None:
@@ -66,7 +73,7 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSour
 
     `data_dir`, else `TFDS_DATA_DIR`, is the folder of prepared data sets. Nothing is downloaded. Raises `DataError`.
     """
-    place = read_location(spec, location, ("image", "caption"))
+    place = read_location(spec, location, ("image", "caption", "origin"))
     parts = _NAME_SPLIT.fullmatch(place.path)
     if not parts:
         raise DataError(f"source {spec!r}: expected tfds:NAME:SPLIT")
@@ -103,9 +110,10 @@ def _from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str, scop
     except Exception as error:
         raise DataError(f"source {spec!r}: cannot open split {split!r}: {error}") from None
     label = features.get("label")
+    captions = columns.chosen.get("caption") or next((name for name in CAPTIONS if name in features), None)
     return TfdsSource(
         name=spec, data=data, image=images[0],
-        captions=columns.chosen.get("caption") or next((name for name in CAPTIONS if name in features), None),
+        captions=captions, origins=next(iter(columns.candidates("origin", features)), None) if captions else None,
         classes=tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else None,
         keys=isinstance(features.get("key"), tfds.features.Text),
         scope=None if builder.info.description == WRITTEN_BY_US else scope,

@@ -21,7 +21,9 @@ from jaxmm.data.processes import in_order
 from jaxmm.data.sources.shards import shards
 from jaxmm.data.tools.checking import Tally, pixel_id, usable_records
 from jaxmm.data.tools.writing import (
+    ORIGINS,
     WORK,
+    Features,
     Written,
     finish,
     image_features,
@@ -85,7 +87,7 @@ def import_source(
         write_atomically(folder / NOTES, json.dumps(
             {"settings": settings, "inputs": [result["input"] for result in results], "tally": tally.to_dict(),
              "shards": sum(shard.records > 0 for shard in written), "faults": faults}, indent=1))
-        finish(folder, dest, image_features(source.classes), {split: written})
+        finish(folder, dest, _features(source), {split: written})
     return _read(dest, complete_before=False)
 
 
@@ -130,7 +132,7 @@ def _import_shard(folder: Path, settings: dict[str, Any], parts: list[Source], n
         pass
     note.unlink(missing_ok=True)
     tally = Tally()
-    written = write_shard(_examples(shard, tally), path, image_features(shard.classes))
+    written = write_shard(_examples(shard, tally), path, _features(shard))
     result = wanted | {"shard": shard.name, "tally": tally.to_dict(), "bytes": written.bytes,
                        "size": path.stat().st_size if written.records else 0, "fault": shard.fault}
     write_atomically(note, json.dumps(result))
@@ -142,7 +144,13 @@ def _examples(shard: Source, tally: Tally) -> Iterator[dict[str, Any]]:
         (image,), (plain,) = usable.images, usable.plain
         example = {"key": key, "image": usable.record["image"] if plain else png(image),
                    "image_id": pixel_id(image), "texts": list(usable.texts)}
+        if shard.has_origins:
+            example["origins"] = list(usable.record.get("origins", ()))
         yield example | ({} if usable.label is None else {"label": usable.label})
+
+
+def _features(source: Source) -> Features:
+    return image_features(source.classes, **(ORIGINS if source.has_origins else {}))
 
 
 def png(image: Image.Image) -> bytes:

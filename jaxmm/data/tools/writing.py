@@ -23,6 +23,8 @@ WORK = "work"
 VERSION = "1.0.0"
 
 Features = tfds.features.FeaturesDict
+ORIGINS = {"origins": tfds.features.Sequence(tfds.features.Text())}
+"""The feature that says where each of the texts comes from."""
 
 
 @dataclass(frozen=True)
