@@ -64,7 +64,7 @@ def prepare(folder: Path, count: int) -> None:
 
 def ours(folder: Path, loop: int):
     """Return ({way: run}, a function that returns the probabilities of the images' own texts)."""
-    from jaxmm.capfilt.scoring import score_shard
+    from jaxmm.capfilt.scoring import make_filter, score_shard
     from jaxmm.capfilt.synthetic_captions import CaptionOptions, caption_shard
     from jaxmm.data.sources.registry import open_source
     from jaxmm.inference.generate import Decoding
@@ -72,14 +72,14 @@ def ours(folder: Path, loop: int):
     from jaxmm.training.runtime import keep_memory
     keep_memory()  # as the command does
     source = open_source(f"captions:{folder}/pairs.jsonl")
-    captioner, matcher = load(folder / "captioner"), load(folder / "filter")
+    captioner, filters = load(folder / "captioner"), [make_filter(load(folder / "filter"), "filter")]
     decoding = Decoding(sample=True, top_p=0.9, min_length=1 + TOKENS, max_length=1 + TOKENS)
 
     def run():
-        return score_shard(source, caption_shard(source, [captioner], CaptionOptions(decoding=decoding)), matcher)
+        return score_shard(source, caption_shard(source, [captioner], CaptionOptions(decoding=decoding)), filters)
 
     def check():
-        return score_shard(source, caption_shard(source, []), matcher)["itm"].tolist()
+        return score_shard(source, caption_shard(source, []), filters)[0]["itm"].tolist()
 
     return {"jaxmm": run}, check
 

@@ -6,23 +6,26 @@ hosts, and gives the same bytes. Under `jax.distributed` host h of H takes every
 the end of a stage.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 from tqdm import tqdm
 
 from jaxmm import hosts
 from jaxmm.capfilt.image_batches import BATCH
 from jaxmm.capfilt.manifest import NAME, model_digest, plain, read_manifest, record_facts
-from jaxmm.capfilt.scoring import check_filter, score_shard
-from jaxmm.capfilt.selection import Rule, cutoff, select_texts
+from jaxmm.capfilt.near_duplicates import group_images, representatives, unpack
+from jaxmm.capfilt.scoring import make_filter, score_shard, split_name
+from jaxmm.capfilt.selection import Rule, frequent_rows, limits, select_texts
 from jaxmm.capfilt.synthetic_captions import DEFAULTS, CaptionOptions, Done, caption_shard, check_captioner
-from jaxmm.capfilt.tables import Texts, digest, file_digest, made_from, read_texts, write_texts
+from jaxmm.capfilt.tables import Texts, digest, file_digest, made_from, read_texts, score_names, write_texts
 from jaxmm.data.base import Source
 from jaxmm.data.sources.registry import open_source
 from jaxmm.data.sources.shards import shards
@@ -36,6 +39,8 @@ VERSION = 1
 SHARD_RECORDS = 1000
 """Records per shard, if the source has no shards of its own."""
 STAGES = CAPTIONS, SCORES, SELECTED = "captions", "scores", "selected"
+EMBEDDINGS = "embeddings"
+"""Folder of the embeddings of images, which are written with the scores."""
 
 @dataclass(frozen=True)
 class Shard:
@@ -125,45 +130,110 @@ def write_captions(folder: Folder, captioners: Sequence[str], options: CaptionOp
     return _run_stage(folder, CAPTIONS, digest_of, facts.get("captioner_digests"), load_models, write)
 
 
-def write_scores(folder: Folder, filter: str) -> int:
-    """Run the second stage and return how many shards this host wrote. `filter` is what `jaxmm.load` takes."""
+def write_scores(folder: Folder, filters: str | Sequence[str], embeddings: str | None = None) -> int:
+    """Run the second stage and return how many shards this host wrote.
+
+    `filters` are what `jaxmm.load` takes, each as NAME=MODEL or, at most one of them, without a name. `embeddings` is
+    the name of a cosine: the embeddings of its images are written too, to find near-duplicates.
+    """
     folder.require_stage(CAPTIONS)
-    facts = record_facts(folder.path, filter=filter)
+    specs = [filters] if isinstance(filters, str) else list(filters)
+    names = [split_name(spec)[0] for spec in specs]
+    require(specs and len(set(names)) == len(names), "filter", tuple(specs), "one or more, with different names")
+    facts = record_facts(folder.path, filter=specs[0] if len(specs) == 1 else specs,
+                         **({} if embeddings is None else {"embeddings": embeddings}))
     mesh, models = local_mesh(), []
 
     def digest_of(shard: Shard, filter_digest: str) -> str:
-        return digest(VERSION, file_digest(folder.table(CAPTIONS, shard)), filter_digest)
+        stored = [] if embeddings is None else [embeddings]
+        return digest(VERSION, file_digest(folder.table(CAPTIONS, shard)), filter_digest, *stored)
 
-    def load_model() -> str:
-        models.append(load(filter, mesh=mesh))
-        check_filter(models[0], filter)
-        filter_digest = model_digest(models[0])
+    def load_models() -> str:
+        models.extend(make_filter(load(split_name(spec)[1], mesh=mesh), spec) for spec in specs)
+        cosines = [one.cosine for one in models if one.cosine is not None]
+        require(embeddings is None or embeddings in cosines, "embeddings", embeddings,
+                f"one of the cosines {', '.join(cosines) or '(there is none)'}")
+        digests = [model_digest(one.model) for one in models]
+        filter_digest = digests[0] if len(digests) == 1 else digest(*digests)
         record_facts(folder.path, filter_digest=filter_digest)
         return filter_digest
 
     def write(shard: Shard, done: Done) -> Texts:
-        return score_shard(shard.source, read_texts(folder.table(CAPTIONS, shard)), models[0], mesh=mesh, done=done)
+        texts = read_texts(folder.table(CAPTIONS, shard))
+        texts, embedded = score_shard(shard.source, texts, models, embeddings=embeddings, mesh=mesh, done=done)
+        if embedded is not None:  # before the scores, which make the shard complete
+            write_texts(folder.table(EMBEDDINGS, shard), embedded, digest_of(shard, known()))
+        return texts
 
-    return _run_stage(folder, SCORES, digest_of, facts.get("filter_digest"), load_model, write)
+    def known() -> str:
+        return folder.manifest["filter_digest"]
+
+    return _run_stage(folder, SCORES, digest_of, facts.get("filter_digest"), load_models, write)
 
 
 def select(folder: Folder, rule: Rule) -> int:
     """Run the third stage, without a model, and return how many shards this host wrote. The rule may be a new one."""
     folder.require_stage(SCORES)
-    least = rule.threshold
-    if rule.quantile is not None:
-        least = cutoff(rule, folder.tables(SCORES, ["key", "origin", rule.score]))
-    record_facts(folder.path, free=("rule", "least"), rule=plain(rule), least=least)
+    names = score_names(read_texts(folder.table(SCORES, folder.shards[0])).columns)
+    rule.check(names)
+    reads_all = rule.quantile is not None or rule.formula is not None
+    known = limits(rule, folder.tables(SCORES, ["key", "origin", *names]) if reads_all else (), names)
+    near = find_near_duplicates(folder, rule)
+    record_facts(folder.path, free=("rule", "least"), rule=plain(rule), least=known.least)
+
+    def selected(shard: Shard, frequent: Sequence[int] = ()) -> Texts:
+        texts, places = read_texts(folder.table(SCORES, shard)), near.get(shard.name)
+        if places is None:
+            return select_texts(texts, rule, known, frequent=frequent)
+        firsts = [places[record] for record in texts.columns["record"]]
+        dropped = shard.origin == "web" or bool(rule.group)
+        near_duplicate = np.array([dropped and first is not None for first in firsts], bool)
+        texts = replace(texts, columns={**texts.columns, "near_duplicate": near_duplicate})
+        if not rule.group:
+            return select_texts(texts, rule, known, near_duplicate, frequent)
+        ids = [own if first is None else first for own, first in zip(texts.columns["image_id"], firsts, strict=True)]
+        return select_texts(replace(texts, columns={**texts.columns, "image_id": ids}), rule, known, frequent=frequent)
+
+    frequent: dict[str, list[int]] = {}
+    if rule.repeats is not None:
+        rows = frequent_rows([selected(shard) for shard in folder.shards], rule)
+        frequent = {shard.name: numbers for shard, numbers in zip(folder.shards, rows, strict=True)}
 
     def digest_of(shard: Shard, _) -> str:
-        return digest(VERSION, file_digest(folder.table(SCORES, shard)), plain(rule), least)
+        more = [part for part in (sorted([*key, value] for key, value in known.quantiles.items()),
+                                  [[record, first] for record, first in near.get(shard.name, {}).items()],
+                                  frequent.get(shard.name, [])) if part]
+        return digest(VERSION, file_digest(folder.table(SCORES, shard)), plain(rule), known.least, *more)
 
     def write(shard: Shard, done: Done) -> Texts:
-        texts = select_texts(read_texts(folder.table(SCORES, shard)), rule, least)
+        texts = selected(shard, frequent.get(shard.name, ()))
         done(texts.images)
         return texts
 
     return _run_stage(folder, SELECTED, digest_of, "no model", str, write)
+
+
+def find_near_duplicates(folder: Folder, rule: Rule) -> dict[str, dict[int, str | None]]:
+    """Return, by shard and record, the `image_id` of the image that an image is nearly the same as; None if there is
+    none, or if it is the first of them. {} if the rule asks for none.
+
+    The first image of a group is one with human captions, if there is one.
+    """
+    if rule.near_duplicates is None:
+        return {}
+    require("embeddings" in folder.manifest, "rule.near_duplicates", rule.near_duplicates,
+            "None, or a folder that was scored with `--embeddings NAME`, the name of a cosine")
+    tables = folder.tables(EMBEDDINGS)
+    groups = group_images(unpack([table.columns["embedding"] for table in tables]), rule.near_duplicates)
+    origins = np.repeat([shard.origin == "human" for shard in folder.shards], [len(table) for table in tables])
+    first = representatives(groups, origins)
+    ids = [image_id for table in tables for image_id in table.columns["image_id"]]
+    found: dict[str, dict[int, str | None]] = {}
+    place = itertools.count()
+    for shard, table in zip(folder.shards, tables, strict=True):
+        found[shard.name] = {record: None if first[i] == i else ids[first[i]]
+                             for record, i in zip(table.columns["record"], place, strict=False)}
+    return found
 
 
 def _run_stage(folder: Folder, stage: str, digest_of: Callable[[Shard, Any], str], known: Any,

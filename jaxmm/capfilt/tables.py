@@ -7,7 +7,7 @@ what is done, and the records that could not be used. The same rows give the sam
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,21 @@ COLUMNS = {
     "log_probability": pa.float32(),    # mean over the tokens of a synthetic caption
     "itm": pa.float32(),                # probability that text and image belong together
     "itc": pa.float32(),                # cosine of text and image
+    "embedding": pa.binary(),           # of an image, float16; in the files of `embeddings/` only
+    "near_duplicate": pa.bool_(),       # the image is nearly the same as another one
     "kept": pa.bool_(),
     "why": pa.string(),                 # a key of `selection.REASONS`
 }
-"""Names and types in order. A stage adds columns to those of the stage before."""
+"""Names and types in order. A stage adds columns to those of the stage before. Scores of filters with a name are
+float32 columns of that name, behind `itc`."""
 
 CAPTIONED = tuple(COLUMNS)[:7]
 SCORED = tuple(COLUMNS)[:9]
+
+
+def score_names(columns: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of scores among those of columns."""
+    return tuple(name for name in columns if name in ("itm", "itc") or name not in COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -56,18 +64,21 @@ class Texts:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a column; numbers that are null are NaN."""
-        return np.asarray(self.columns[name], {pa.float32(): np.float32}.get(COLUMNS[name]))
+        return np.asarray(self.columns[name], {pa.float32(): np.float32}.get(COLUMNS.get(name, pa.float32())))
 
 
 def write_texts(path: Path, texts: Texts, made_from: str) -> None:
     """Write `texts` atomically to `path`."""
     notes = {"made_from": made_from, "pictures": texts.images, "bad": dict(texts.bad),
              "examples": [list(example) for example in texts.examples]}
-    schema = pa.schema([(name, COLUMNS[name]) for name in COLUMNS if name in texts.columns],
+    names = [name for name in COLUMNS if name in texts.columns]
+    scores = [name for name in texts.columns if name not in COLUMNS]
+    names = [*(name for name in names if name in SCORED), *scores, *(name for name in names if name not in SCORED)]
+    schema = pa.schema([(name, COLUMNS.get(name, pa.float32())) for name in names],
                        metadata={"jaxmm": json.dumps(notes, sort_keys=True)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table({name: pa.array(texts.columns[name], COLUMNS[name], from_pandas=True) for name in schema.names},
-                     schema=schema)
+    table = pa.table({field.name: pa.array(texts.columns[field.name], field.type, from_pandas=True)
+                      for field in schema}, schema=schema)
     with atomic_file(path) as file:
         pq.write_table(table, file, compression="zstd")
 

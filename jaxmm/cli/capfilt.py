@@ -29,9 +29,9 @@ HOSTS = HostsConfig()
 
 
 def run(
-    captioner: Models, filter: str, web: str, out: Path, human: str | None = None, options: FlatOptions = DEFAULTS,
-    rule: FlatRule = RULE, human_weight: int = 1, shard_records: int = stages.SHARD_RECORDS,
-    data_dir: str | None = None, hosts: HostsConfig = HOSTS,
+    captioner: Models, filter: Models, web: str, out: Path, human: str | None = None, options: FlatOptions = DEFAULTS,
+    embeddings: str | None = None, rule: FlatRule = RULE, human_weight: int = 1,
+    shard_records: int = stages.SHARD_RECORDS, data_dir: str | None = None, hosts: HostsConfig = HOSTS,
 ) -> None:
     """Caption, score, select and merge, and write the report.
 
@@ -39,11 +39,12 @@ def run(
 
     Args:
         captioner: One or more models that caption, as `jaxmm.load` takes them.
-        filter: A model that matches, as `jaxmm.load` takes it.
+        filter: One or more models that match or embed, as `jaxmm.load` takes them; all but one as NAME=MODEL.
         web: Source of images with noisy texts: tars:GLOB, parquet:GLOB, tfds:FOLDER:SPLIT and others.
         out: Folder of everything.
         human: Source of images with human captions; they are scored, and all stay.
         options: Options of the synthetic captions.
+        embeddings: Name of a cosine whose embeddings of images are stored, for `--near-duplicates`.
         rule: Rule of which texts stay.
         human_weight: Times that each human record counts in the source that is printed at the end.
         shard_records: Records per shard, if the source has no shards.
@@ -52,7 +53,7 @@ def run(
     """
     with distributed(hosts, out, name="out"):
         caption(captioner, web, out, human, options, shard_records, data_dir, hosts)
-        score(filter, out, data_dir, hosts)
+        score(filter, out, embeddings, data_dir, hosts)
         select(out, rule, data_dir, hosts)
         merge(out, human_weight, data_dir, hosts)
 
@@ -82,20 +83,25 @@ def caption(
         print_shards(out / stages.CAPTIONS, stages.write_captions(folder, captioner, options))
 
 
-def score(filter: str, out: Path, data_dir: str | None = None, hosts: HostsConfig = HOSTS) -> None:
+def score(
+    filter: Models, out: Path, embeddings: str | None = None, data_dir: str | None = None, hosts: HostsConfig = HOSTS,
+) -> None:
     """Score how well each text belongs to its image: the second stage.
 
-    The result is in OUT/scores.
+    The result is in OUT/scores. A filter without a name has the scores itm and itc; another one, given as NAME=MODEL,
+    NAME (the probability if it matches, else the cosine) and, if it does both, NAME_itc.
 
     Args:
-        filter: A model that matches, as `jaxmm.load` takes it.
+        filter: One or more models that match or embed, as `jaxmm.load` takes them; all but one as NAME=MODEL.
         out: Folder of the first stage.
+        embeddings: Name of a cosine whose embeddings of images are stored, for `--near-duplicates`.
         data_dir: Folder of prepared TFDS data sets.
         hosts: Processes that work together.
     """
     use_compilation_cache()
     with distributed(hosts, out, name="out"):
-        print_shards(out / stages.SCORES, stages.write_scores(stages.Folder(out, data_dir), filter))
+        print_shards(out / stages.SCORES, stages.write_scores(stages.Folder(out, data_dir), filter,
+                                                                    embeddings))
 
 
 def select(out: Path, rule: FlatRule = RULE, data_dir: str | None = None, hosts: HostsConfig = HOSTS) -> None:
@@ -149,6 +155,8 @@ def report(out: Path, json: bool = False, data_dir: str | None = None) -> None:
     print_table(("origin", "texts", "stay", "dropped"), (
         (origin, f"{counts['texts']:,}", f"{counts['kept']:,}", f"{counts['noise']:.1%}")
         for origin, counts in measured["origins"].items()))
+    if measured["near_duplicates"]:
+        print(f"{measured['near_duplicates']:,} images are nearly the same as another one")
     bad = ", ".join(f"{count:,} {reason}" for reason, count in measured["bad"].items())
     print(f"{measured['left']:,} of {measured['pictures']:,} images keep a text; "
           f"{sum(measured['bad'].values()):,} records could not be used{f' ({bad})' if bad else ''}")
