@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.measure import draw
 from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.data.pipeline import train_batches
 from jaxmm.data.sources.registry import open_source
@@ -59,21 +60,6 @@ class TorchImages(torch.utils.data.Dataset):
             if 0 < w <= width and 0 < h <= height:
                 return int(torch.randint(width - w + 1, ())), int(torch.randint(height - h + 1, ())), w, h
         return 0, 0, width, height
-
-
-def draw(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
-    """Write images with the 1/f spectrum of photographs."""
-    folder = folder / "drawn"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(size[1])[:, None], np.fft.rfftfreq(size[0])[None])
-    frequency[0, 0] = 1
-    for number in range(count):
-        noise = np.fft.rfft2(rng.standard_normal((3, size[1], size[0])), axes=(1, 2)) / frequency**1.1
-        waves = np.fft.irfft2(noise, s=(size[1], size[0]), axes=(1, 2))
-        grey = waves[:1] / waves[0].std() + 0.3 * waves / waves.std()
-        pixels = np.clip(128 + 55 * grey, 0, 255).astype(np.uint8).transpose(1, 2, 0)
-        Image.fromarray(pixels).save(folder / f"{number:04}.jpg", quality=90)
 
 
 def ours(source, workers: int, size: int, seed: int):

@@ -15,10 +15,26 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 # glibc returns XLA's work space to the system after every step and maps it again before the next, page fault by page
 # fault. With these settings the memory stays with the process.
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
+
+
+def draw(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
+    """Write images with the 1/f spectrum of photographs."""
+    folder = folder / "drawn"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    frequency = np.hypot(np.fft.fftfreq(size[1])[:, None], np.fft.rfftfreq(size[0])[None])
+    frequency[0, 0] = 1
+    for number in range(count):
+        noise = np.fft.rfft2(rng.standard_normal((3, size[1], size[0])), axes=(1, 2)) / frequency**1.1
+        waves = np.fft.irfft2(noise, s=(size[1], size[0]), axes=(1, 2))
+        grey = waves[:1] / waves[0].std() + 0.3 * waves / waves.std()
+        pixels = np.clip(128 + 55 * grey, 0, 255).astype(np.uint8).transpose(1, 2, 0)
+        Image.fromarray(pixels).save(folder / f"{number:04}.jpg", quality=90)
 
 
 def vendor_shim(folder: Path) -> Path | None:

@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,11 +24,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmm.atomic import write_atomically
+from jaxmm.paths import is_bucket, move_folder, remove_tree
 from jaxmm.sharding import named_leaves
+from jaxmm.validation import require
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+STEPS = "steps.json"
+"""A list of the complete steps, in a bucket."""
 State = TypeVar("State")
 """A dataclass of arrays that is a pytree and has a field `step`."""
 
@@ -43,7 +49,10 @@ def _orbax() -> Any:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Return the BLAKE2b digest of every file under `folder` but the manifest, by path."""
+    """Return the BLAKE2b digest of every file under `folder` but the manifest, by path; in a bucket, its checksum."""
+    if is_bucket(folder):
+        return {path.relative_to(folder).as_posix(): path.checksum() for path in folder.files()
+                if path.name != MANIFEST}
     result = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         with path.open("rb") as file:
@@ -58,7 +67,20 @@ def shapes(state: State) -> dict[str, list]:
 
 def whole_steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in `folder`, oldest first."""
+    if is_bucket(folder):  # whose listing may lack new objects; a request for one object does not
+        return sorted(int(name) for name in _bucket_names(folder)
+                      if name.isdigit() and (folder / name / MANIFEST).exists())
     return sorted(int(p.parent.name) for p in folder.glob(f"*/{MANIFEST}") if p.parent.name.isdigit())
+
+
+def _bucket_names(folder: Path) -> set[str]:
+    """Return the names in a folder of a bucket and those of the steps that the last save recorded."""
+    names: set[str] = set()
+    with contextlib.suppress(FileNotFoundError):
+        names |= {path.name for path in folder.iterdir()}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        names |= set(map(str, json.loads((folder / STEPS).read_text())))
+    return names
 
 
 def find_damage(folder: Path) -> str | None:
@@ -67,11 +89,15 @@ def find_damage(folder: Path) -> str | None:
         expected = _read_manifest(folder)["files"]
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read: {error}"
-    actual = digests(folder)
+    actual = {} if is_bucket(folder) else digests(folder)
     for name, digest in expected.items():
-        if name not in actual:
+        try:
+            now = (folder / name).checksum() if is_bucket(folder) else actual.get(name)
+        except FileNotFoundError:
+            now = None
+        if now is None:
             return f"{name} is missing"
-        if actual[name] != digest:
+        if now != digest:
             return f"{name} is not what was written"
     return None
 
@@ -96,8 +122,8 @@ def read_weights(folder: Path, part: str, like: Any, step: int | None = None) ->
     ocp = _orbax()
     arguments = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(
         dtype=leaf.dtype, sharding=leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])), like)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-        restored = orbax.restore(chosen / "state", args=ocp.args.PyTreeRestore(
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax, _readable(chosen / "state") as state:
+        restored = orbax.restore(state, args=ocp.args.PyTreeRestore(
             item={part: like}, restore_args={part: arguments}, partial_restore=True))
     return restored[part]
 
@@ -113,6 +139,11 @@ class Checkpoints:
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         self._primary = jax.process_index() == 0
+        self._staged = None
+        if _is_staged(self.folder):
+            require(jax.process_count() == 1, "workdir", str(folder.parent), "for several hosts, gs:// or a folder "
+                    "that they share")
+            self._staged = Path(tempfile.mkdtemp(prefix="jaxmm-"))
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first."""
@@ -130,12 +161,14 @@ class Checkpoints:
             return
         with self._wrap_errors(target):
             if self._primary and target.exists():
-                shutil.rmtree(target)
-            needed = sum(leaf.nbytes for _, leaf in named_leaves(_fields(state)))
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise OSError(f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free")
-            self._orbax.save(target / "state", args=_orbax().args.StandardSave(_fields(state)))
+                remove_tree(target)
+            if self._staged is not None or not is_bucket(target):
+                needed = sum(leaf.nbytes for _, leaf in named_leaves(_fields(state)))
+                free = shutil.disk_usage(self._staged or self.folder).free
+                if free < needed:
+                    raise OSError(f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} MiB are free")
+            self._orbax.save(_for_orbax((self._staged or target) / "state"),
+                             args=_orbax().args.StandardSave(_fields(state)))
         notes = {"step": step, "data": data, "metric": None, "shapes": shapes(state)}
         self._pending = self._worker.submit(self._finish, target, notes)
 
@@ -165,7 +198,8 @@ class Checkpoints:
         folder = self.folder / str(step)
         notes = _read_manifest(folder)
         _check_shapes(folder, notes["shapes"], shapes(like))
-        restored = self._orbax.restore(folder / "state", args=_orbax().args.StandardRestore(_fields(like)))
+        with _readable(folder / "state") as path:
+            restored = self._orbax.restore(path, args=_orbax().args.StandardRestore(_fields(like)))
         return type(like)(**restored), notes["data"]
 
     def _newest(self) -> int | None:
@@ -180,7 +214,7 @@ class Checkpoints:
             damaged.append(step)
         for step in damaged if chosen is not None else ():  # with none to go on from, they stay where they are
             aside = self.folder / f"{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_tree(aside, missing_ok=True)
             (self.folder / str(step)).rename(aside)
             log.warning("going on from step %d; the damaged one is now %s", chosen, aside)
         if jax.process_count() > 1:
@@ -194,10 +228,11 @@ class Checkpoints:
     def clean(self) -> None:
         """Remove what interrupted saves left. Only for the run that has locked the workdir."""
         complete = {str(step) for step in self.steps()}
-        for path in self.folder.iterdir():
-            if self._primary and path.is_dir() and path.name not in complete and not path.name.endswith(".damaged"):
+        names = _bucket_names(self.folder) if is_bucket(self.folder) else {path.name for path in self.folder.iterdir()}
+        for path in (self.folder / name for name in sorted(names - complete)):
+            if self._primary and path.is_dir() and not path.name.endswith(".damaged"):
                 log.warning("removing %s, which an interrupted save left unfinished", path)
-                shutil.rmtree(path)
+                remove_tree(path)
 
     def close(self) -> None:
         """Wait for the last save and end the threads."""
@@ -206,14 +241,20 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
             self._orbax.close()
+            if self._staged is not None:
+                shutil.rmtree(self._staged, ignore_errors=True)
 
     def _finish(self, target: Path, notes: dict) -> None:
         with self._wrap_errors(target):
             self._orbax.wait_until_finished()
+            if self._staged is not None:
+                move_folder(self._staged / "state", target / "state")
             if self._primary:
                 write_atomically(target / MANIFEST, _signed(notes | {"files": digests(target)}))
         if self._primary:
             self._prune()
+            if is_bucket(self.folder):
+                write_atomically(self.folder / STEPS, json.dumps(sorted({*self.steps(), notes["step"]})))
 
     def _prune(self) -> None:
         """Remove complete checkpoints that are neither among the newest nor the best."""
@@ -231,7 +272,7 @@ class Checkpoints:
             folder = self.folder / str(step)
             try:
                 (folder / MANIFEST).unlink()  # first, so that a removal cut short leaves no complete one
-                shutil.rmtree(folder)
+                remove_tree(folder)
             except OSError as error:
                 log.warning("the old checkpoint %s could not be removed: %s", folder, error)
 
@@ -241,13 +282,38 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            shutil.rmtree(target, ignore_errors=True)
-            for left in target.parent.glob(f"{target.name}*tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(OSError):  # what is left has no manifest, and the next run removes it
+                remove_tree(target, missing_ok=True)
+                for left in target.parent.glob(f"{target.name}*tmp*"):
+                    remove_tree(left)
             steps = self.steps()
             last = f"the last whole checkpoint is of step {steps[-1]}" if steps else "there is no whole checkpoint yet"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(f"saving {target} failed: {reason}; {last}") from error
+
+
+def _is_staged(folder: Path) -> bool:
+    """Return whether Orbax cannot write to `folder`: arrays go through a folder on the local disk."""
+    return os.fspath(folder).startswith("s3://")
+
+
+def _for_orbax(path: Path) -> Any:
+    """Return `path` as Orbax reads it."""
+    return str(path) if is_bucket(path) else path
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[Any]:
+    """Yield the folder of arrays as Orbax can read it."""
+    if not _is_staged(folder):
+        yield _for_orbax(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxmm-") as local:
+        for path in folder.files():
+            target = Path(local) / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.download(target)
+        yield Path(local)
 
 
 def _signed(notes: dict[str, Any]) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from jaxmm.paths import is_bucket
 from jaxmm.sharding import layer_stack, named_leaves, replicated
+from jaxmm.user_cache import cache_folder
 from jaxmm.validation import ConfigError
 
 log = logging.getLogger(__name__)
@@ -67,11 +69,6 @@ def compile_prediction(
                    compiler_options=None if small_matmuls else jit_options(platform))
 
 
-def cache_folder() -> Path:
-    """Return the folder for what jaxmm can make again: jaxmm in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxmm"
-
-
 def use_compilation_cache(folder: Path | None = None) -> None:
     """Keep compiled programs in `folder`, so that the next start is fast; None: jaxmm/xla in the user's cache.
 
@@ -79,6 +76,9 @@ def use_compilation_cache(folder: Path | None = None) -> None:
     folder cannot be made, programs are compiled each time, with a warning.
     """
     folder = cache_folder() / "xla" if folder is None else folder
+    if is_bucket(folder):  # JAX reads and writes it, and the owner of the bucket says who may
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()

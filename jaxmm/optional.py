@@ -5,6 +5,7 @@ import importlib.util
 EXTRAS = {
     "train": ("jinja2", "matplotlib", "sklearn", "tensorboardX"),
     "captions": ("pycocoevalcap",),
+    "buckets": ("gcsfs", "s3fs"),
     "parity": ("torch", "transformers"),
     "tpu": ("libtpu",),
 }

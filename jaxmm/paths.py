@@ -1,15 +1,22 @@
-"""Read the paths that users give: `~` is the home folder, and an address such as `s3://bucket/data` is refused.
+"""Read the paths that users give: `~` is the home folder, `gs://` and `s3://` are buckets, other addresses are refused.
 
-Every path from a command line, a recipe, a source or a call comes through here. A supported kind of address would be
-opened here, too.
+Every path from a command line, a recipe, a source or a call comes through here. A path in a bucket is a `BucketPath`,
+whose module is imported with the first one.
 """
 
+import contextlib
+import hashlib
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 
+from jaxmm.user_cache import cache_folder
 from jaxmm.validation import require
 
+BUCKETS = ("gs://", "s3://")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` turns `//` into `/`; one letter is a drive of Windows
 
 
@@ -18,12 +25,99 @@ def is_address(path: str | os.PathLike) -> bool:
     return _ADDRESS.match(os.fspath(path)) is not None
 
 
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Return whether `path` is in a bucket."""
+    return os.fspath(path).startswith(BUCKETS)
+
+
 def expand(path: str | os.PathLike, name: str = "path") -> str:
-    """Return `path` with the home folder for `~`. Raises `ConfigError` with `name` if it is an address."""
-    require(not is_address(path), name, os.fspath(path), "a local path; addresses are not supported")
-    return os.path.expanduser(path)
+    """Return `path` with the home folder for `~`. Raises `ConfigError` with `name` if it is an address of no bucket."""
+    text = os.fspath(path)
+    if is_bucket(text):
+        require(bool(text[5:].strip("/")), name, text, "the name of a bucket behind it")
+        return text
+    require(not is_address(text), name, text, "a local path, or one in a bucket (gs://, s3://)")
+    return os.path.expanduser(text)
 
 
 def user_path(path: str | os.PathLike, name: str = "path") -> Path:
-    """Return what `expand` returns as a `Path`."""
-    return Path(expand(path, name))
+    """Return what `expand` returns as a `Path`; one in a bucket needs the extra `buckets`."""
+    text = expand(path, name)
+    if not is_bucket(text):
+        return Path(text)
+    from jaxmm.buckets import BucketPath
+
+    return BucketPath(text)
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Return whether there is such a file or folder."""
+    return user_path(path).exists() if is_bucket(path) else os.path.exists(path)
+
+
+def local_copy(path: Path) -> Path:
+    """Return `path`, or a copy of a file or folder of a bucket in the local cache, which is downloaded if it is new."""
+    return path.local_copy() if is_bucket(path) else path
+
+
+def cache_limit() -> int:
+    """Return the largest size of the local cache of buckets, in bytes."""
+    from jaxmm.object_cache import limit
+
+    return limit()
+
+
+def open_data(path: Path) -> BufferedIOBase:
+    """Open a file to read, which does not change while this process runs; parts of an object stay in the local cache.
+    """
+    return path.open_data() if is_bucket(path) else path.open("rb")
+
+
+def remove_tree(folder: Path, *, missing_ok: bool = False) -> None:
+    """Remove a folder with everything in it."""
+    if is_bucket(folder):
+        folder.rmtree(missing_ok=missing_ok)
+    else:
+        with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext():
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, last: str | None = None) -> Iterator[Path]:
+    """Yield an empty local folder that becomes `folder` when it is complete.
+
+    In a bucket, which has no rename, its file `last` is the one that is uploaded last.
+    """
+    part = staging_folder(folder)
+    shutil.rmtree(part, ignore_errors=True)  # of a call that was interrupted
+    part.mkdir(parents=True)
+    yield part
+    move_folder(part, folder, last)
+
+
+def staging_folder(folder: Path) -> Path:
+    """Return the local folder or file in which `folder` is made: beside it, or in the user's cache for a bucket's."""
+    if not is_bucket(folder):
+        return folder.with_name(folder.name + ".part")
+    digest = hashlib.blake2b(str(folder).encode(), digest_size=16).hexdigest()
+    return cache_folder() / "parts" / digest / folder.name
+
+
+def move_file(part: Path, path: Path) -> None:
+    """Give a complete local file its place."""
+    if is_bucket(path):
+        path.upload(part)
+        part.unlink()
+    else:
+        part.replace(path)
+
+
+def move_folder(part: Path, folder: Path, last: str | None = None) -> None:
+    """Give a complete local folder its place. In a bucket its file `last` is uploaded last."""
+    if not is_bucket(folder):
+        part.rename(folder)
+        return
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path.name == last):
+        (folder / path.relative_to(part).as_posix()).upload(path)
+    shutil.rmtree(part)

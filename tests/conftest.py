@@ -1,6 +1,7 @@
 """Eight CPU devices, annotations checked at every call, and compiled programs kept from one run to the next."""
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -98,6 +99,59 @@ def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
     open_source("scenes:tiny/train", data_dir=str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def gcs_proxy(tmp_path_factory):
+    """A proxy in front of a server of `gs://`, which the environment names for the rest of the session."""
+    from tests.bucket_servers import Proxy, gcs_environment, gcs_server
+
+    proxy = Proxy()
+    with gcs_server(proxy.port) as proxy.target, pytest.MonkeyPatch.context() as patch:
+        for name, value in gcs_environment(proxy.port).items():
+            patch.setenv(name, value)
+        patch.setenv("JAXMM_BUCKET_TIMEOUT", "5")
+        yield proxy
+        proxy.close()
+
+
+def slug(request):
+    """A name for a folder of a test."""
+    return re.sub(r"\W+", "-", request.node.name)
+
+
+@pytest.fixture
+def gcs(gcs_proxy, request):
+    """A new folder `gs://...` on a real server."""
+    from tests.bucket_servers import BUCKET
+
+    return f"gs://{BUCKET}/{slug(request)}"
+
+
+@pytest.fixture(scope="session")
+def s3_address():
+    """A server of `s3://`, which the environment names for the rest of the session."""
+    from tests.bucket_servers import S3_KEYS, s3_server
+
+    with s3_server() as address, pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ENDPOINT_URL": address, **S3_KEYS}.items():
+            patch.setenv(name, value)
+        yield address
+
+
+@pytest.fixture
+def s3(s3_address, request):
+    """A new folder `s3://...` on a real server."""
+    from tests.bucket_servers import BUCKET
+
+    return f"s3://{BUCKET}/{slug(request)}"
+
+
+@pytest.fixture
+def bucket_cache(tmp_path, monkeypatch):
+    """An empty cache of the parts of objects."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "jaxmm" / "buckets"
 
 
 @pytest.fixture(scope="session")

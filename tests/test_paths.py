@@ -11,20 +11,27 @@ from jaxmm.data.tokenizers import make_tokenizer
 from jaxmm.data.tools.importing import import_source
 from jaxmm.inference.model import load
 from jaxmm.inference.search import build_index, open_index
-from jaxmm.paths import is_address, user_path
+from jaxmm.paths import is_address, is_bucket, user_path
 from jaxmm.recipes import find_recipe, load_recipe
 from jaxmm.training.loop import train
 from jaxmm.validation import ConfigError
 from tests.pretrained import tiny
 
-ADDRESSES = ["gs://bucket/run", "s3://b", "https://host/x?y=1", "HF://a/b", "file:///tmp/x", "az+blob://c/d"]
+ADDRESSES = ["http://b", "https://host/x?y=1", "HF://a/b", "file:///tmp/x", "az+blob://c/d"]
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_addresses(address):
     assert is_address(address)
-    with pytest.raises(ConfigError, match=r"workdir is .*; expected a local path; addresses are not supported"):
+    with pytest.raises(ConfigError, match=r"workdir is .*; expected a local path, or one in a bucket"):
         user_path(address, "workdir")
+
+
+@pytest.mark.parametrize("bucket", ["gs://bucket/run", "s3://b"])
+def test_buckets(bucket):
+    assert is_address(bucket) and is_bucket(bucket) and str(user_path(bucket)) == bucket
+    with pytest.raises(ConfigError, match="workdir is 'gs:///'; expected the name of a bucket behind it"):
+        user_path("gs:///", "workdir")
 
 
 @pytest.mark.parametrize("path", ["runs/x", "/data/a:b/c", "C:/data", "a:b", "~/x", "gs:", "me@home:x", "1:/a"])
@@ -40,8 +47,8 @@ def test_paths(path):
     lambda path: make_tokenizer(TokenizerConfig(kind="clip", file=path))])
 def test_no_address_becomes_a_folder(use, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="'s3://bucket/x'; expected a local path"):
-        use("s3://bucket/x")
+    with pytest.raises(ConfigError, match="'http://bucket/x'; expected a local path"):
+        use("http://bucket/x")
     assert list(tmp_path.iterdir()) == []
 
 

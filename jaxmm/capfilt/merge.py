@@ -4,7 +4,6 @@
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,18 @@ from jaxmm.capfilt.tables import Texts, digest, file_digest, read_texts
 from jaxmm.data import images
 from jaxmm.data.bad_records import read_record
 from jaxmm.data.tools.importing import png
-from jaxmm.data.tools.writing import ORIGINS, WORK, Written, finish, image_features, shard_path, write_shard
+from jaxmm.data.tools.writing import (
+    ORIGINS,
+    WORK,
+    Written,
+    finish,
+    image_features,
+    is_complete,
+    shard_path,
+    write_shard,
+)
 from jaxmm.hosts.startup import barrier, heartbeat
+from jaxmm.paths import remove_tree
 
 MERGED, NOTES = "merged", "merged.json"
 
@@ -32,7 +41,7 @@ def merge(folder: Folder) -> Path:
     folder.require_stage(SELECTED)
     dest = folder.path / MERGED
     made = {shard.name: _made_from(folder, shard) for shard in folder.shards}
-    if _read(dest / NOTES) == made:
+    if _read(dest / NOTES) == made and is_complete(dest):
         barrier("merged")
         return dest
     part = dest.with_name(MERGED + ".part")
@@ -58,7 +67,7 @@ def merge(folder: Folder) -> Path:
             note = _read(_note(part, shard))
             splits.setdefault(shard.origin, []).append(Written(_path(part, shard), note["records"], note["bytes"]))
         write_atomically(part / NOTES, json.dumps(made, indent=1))
-        shutil.rmtree(dest, ignore_errors=True)  # of an earlier selection
+        remove_tree(dest, missing_ok=True)  # of an earlier selection
         finish(part, dest, features, splits)
     barrier("merged")
     return dest

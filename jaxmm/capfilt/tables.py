@@ -86,7 +86,8 @@ def write_texts(path: Path, texts: Texts, made_from: str) -> None:
 def read_texts(path: Path, columns: Sequence[str] | None = None) -> Texts:
     """Read what `write_texts` wrote. Raise `DataError` for anything else."""
     try:
-        table = pq.read_table(path, columns=None if columns is None else list(columns))
+        with path.open("rb") as file:
+            table = pq.read_table(file, columns=None if columns is None else list(columns))
         notes = json.loads(table.schema.metadata[b"jaxmm"])
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is not what CapFilt writes: {error}") from None
@@ -98,7 +99,8 @@ def read_texts(path: Path, columns: Sequence[str] | None = None) -> Texts:
 def made_from(path: Path) -> str | None:
     """Return the digest of what the file was made from; None if there is no complete file."""
     try:
-        return json.loads(pq.read_schema(path).metadata[b"jaxmm"])["made_from"]
+        with path.open("rb") as file:
+            return json.loads(pq.read_schema(file).metadata[b"jaxmm"])["made_from"]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
 

@@ -12,13 +12,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from jaxmm.cli.parsing import with_recipe
-from jaxmm.compiling import cache_folder
 from jaxmm.config import TrainConfig
 from jaxmm.planning import pareto
 from jaxmm.planning.chips import Topology, open_topology
 from jaxmm.planning.pareto import Trial
 from jaxmm.planning.plan import Plan, make_plan, sharding_lines, trace
 from jaxmm.terminal import print_json, print_table
+from jaxmm.user_cache import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)

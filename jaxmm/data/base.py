@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from jaxmm.data.cleaning import printable, usable_texts
+from jaxmm.paths import is_bucket, user_path
 
 Record = dict[str, Any]
 """Some of `key` (str), `image` (encoded bytes, or uint8 [h, w, 3]; or a tuple of two such), `image_id` (str; without
@@ -177,6 +178,16 @@ def find_images(folder: str | Path, passed: Counter[str] | None = None) -> list[
     counted by extension in `passed`.
     """
     images, visited, passed = [], set(), Counter() if passed is None else passed
+    if is_bucket(folder):
+        for path in user_path(folder).files():
+            *folders, name = path.relative_to(folder).parts
+            if any(map(is_hidden, (*folders, name))):
+                passed["hidden files"] += 1
+            elif name.lower().endswith(EXTENSIONS):
+                images.append(str(path))
+            else:
+                passed[f"{path.suffix.lower() or name} files"] += 1
+        return sorted(images)
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited:  # by a link that leads upwards

@@ -15,7 +15,7 @@ from jaxmm.data import transforms
 from jaxmm.data.bad_records import REASONS, BadRecord, Batch, FaultCounter
 from jaxmm.data.base import DataError, Source, record_texts
 from jaxmm.data.pipeline import prefetched
-from jaxmm.data.rows import Shard, host_rows, image_shape, load_row, stack_rows, text_id, transform_images
+from jaxmm.data.rows import Shard, host_rows, image_shape, load_row, load_rows, stack_rows, text_id, transform_images
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +116,10 @@ class EvalBatch:
 
     def __call__(self, indices: np.ndarray) -> Batch:
         """Load the records `indices`, up to `batch_size`."""
-        rows = [self._row(int(indices[row])) if row < len(indices) else self._blank(0) for row in self.rows]
-        return stack_rows(rows, self.tokenizer)
+        def load(row: int) -> dict[str, Any]:
+            return self._row(int(indices[row])) if row < len(indices) else self._blank(0)
+
+        return stack_rows(load_rows(self.source, load, self.rows), self.tokenizer)
 
     def _row(self, index: int) -> dict[str, Any]:
         try:

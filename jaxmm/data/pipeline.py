@@ -24,7 +24,7 @@ from jaxmm.data import transforms
 from jaxmm.data.bad_records import REASONS, BadRecord, Batch
 from jaxmm.data.base import DataError, Source, record_key
 from jaxmm.data.processes import start_worker
-from jaxmm.data.rows import Shard, host_rows, image_shape, load_row, stack_rows, transform_images
+from jaxmm.data.rows import Shard, host_rows, image_shape, load_row, load_rows, stack_rows, transform_images
 from jaxmm.data.sources.vqa import answer_arrays, answer_shares
 
 TRIES = 50
@@ -143,7 +143,7 @@ class TrainBatch:
         """Load batch `step`."""
         size = self.config.batch_size
         drawn = step_records(len(self.source), size, self.seed, step)
-        rows = [self._row(step * size + row, int(drawn[row])) for row in self.rows]
+        rows = load_rows(self.source, lambda row: self._row(step * size + row, int(drawn[row])), self.rows)
         batch = stack_rows(rows, self.tokenizer)
         if "answers" in rows[0]:
             batch |= self._questions(rows, batch["tokens"])

@@ -1,8 +1,11 @@
 """Load one record as a row of a batch, and stack rows."""
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,12 @@ from jaxmm.data.bad_records import BadRecord, Batch
 from jaxmm.data.base import DataError, Record, Source
 from jaxmm.data.sources.vqa import answer_shares
 from jaxmm.data.usable import read_usable
+from jaxmm.paths import BUCKETS
 
 OriginWeights = tuple[tuple[str, float], ...]
 """Weights of texts by where they come from."""
+STREAMS = 32
+"""Number of records of a bucket that a process reads at the same time."""
 Shard = tuple[int, int]
 """(this host, hosts): host h of H gets the h-th of H equal runs of rows of every batch."""
 
@@ -61,6 +67,19 @@ def draw_texts(
               for name in shares]
     drawn = rng.choice(len(shares), count, p=np.array([*shares.values()]) / sum(shares.values()))
     return tuple(texts[next(places[i])] for i in drawn)
+
+
+def load_rows(source: Source, load: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
+    """Return `load(number)` of all `numbers`, many at the same time if `source` is in a bucket, which answers slowly.
+    """
+    if any(scheme in source.name for scheme in BUCKETS):
+        return list(_streams(os.getpid()).map(load, numbers))
+    return list(map(load, numbers))
+
+
+@functools.cache
+def _streams(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(STREAMS, "bucket")
 
 
 def transform_images(

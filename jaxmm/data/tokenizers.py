@@ -23,7 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxmm.config import TokenizerConfig
 from jaxmm.data.base import digest
-from jaxmm.paths import user_path
+from jaxmm.paths import local_copy, user_path
 from jaxmm.validation import ConfigError
 
 Cleaning = Literal["none", "openai", "whitespace", "canonical", "siglip", "lower"]
@@ -33,6 +33,8 @@ openai: repair mojibake and HTML entities, collapse white space, lower case (CLI
 case (open_clip with other vocabularies); canonical: openai without punctuation (open_clip's SigLIP, CLIPA); siglip:
 lower case without punctuation (SigLIP in big_vision and transformers); lower: lower case (SigLIP 2).
 """
+SETTINGS = "tokenizer_settings.json"
+"""The file that `Tokenizer.save` writes last."""
 CLIP_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
@@ -128,14 +130,14 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=False), encoding="utf-8")
-        (folder / "tokenizer_settings.json").write_text(json.dumps(self._settings(), indent=2) + "\n")
+        (folder / SETTINGS).write_text(json.dumps(self._settings(), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
         """Read the tokenizer that `save` wrote."""
-        folder = Path(folder)
+        folder = local_copy(user_path(folder))
         try:
-            settings = json.loads((folder / "tokenizer_settings.json").read_text())
+            settings = json.loads((folder / SETTINGS).read_text())
             settings["literal"] = tuple(settings["literal"])
             return cls(_from_json(folder / "tokenizer.json"), **settings)
         except Exception as error:      # the library raises bare Exceptions
@@ -159,7 +161,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterable[str] | None = None) 
         train = _train_wordpiece if config.kind == "train-wordpiece" else _train_bpe
         backend, special = train(corpus, config.vocab_size), {"pad_id": 0, "bos_id": 2, "eos_id": 3}
     else:
-        path = user_path(config.file or "", "data.tokenizer.file")
+        path = local_copy(user_path(config.file or "", "data.tokenizer.file"))
         read: Callable = {"clip": read_clip, "bert": read_bert, "file": read_file}[config.kind]
         try:
             backend, special = read(path)

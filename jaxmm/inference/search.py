@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from jaxmm.atomic import write_atomically
 from jaxmm.data.base import fingerprint
-from jaxmm.paths import user_path
+from jaxmm.paths import is_bucket, local_copy, move_folder, staging_folder, user_path
 
 CHUNK = 2048
 """Number of images after which an interrupted index can continue."""
@@ -81,7 +81,7 @@ def build_index(
         raise SearchError(f"{folder} exists; expected a new folder for the index")
     if not paths:
         raise SearchError("there are no images to put into an index")
-    part = folder.with_name(folder.name + ".part")
+    part = staging_folder(folder)
     part.mkdir(parents=True, exist_ok=True)
     wanted = {"model": model, "loading": dict(loading or {}), "pictures": fingerprint(paths)}
     done, kept, size = _resume(part, wanted)
@@ -100,14 +100,14 @@ def build_index(
                 write_atomically(part / SETTINGS, json.dumps(wanted | {"size": size}))
             vectors.write(np.ascontiguousarray(rows, np.float32).tobytes())
             _flush(vectors)  # before the lines: these say what is done
-            lines.writelines(json.dumps({"path": os.path.abspath(path)} | ({"error": str(bad[path])} if path in bad
-                                                                         else {})) + "\n" for path in chunk)
+            lines.writelines(json.dumps({"path": path if is_bucket(path) else os.path.abspath(path)} | (
+                {"error": str(bad[path])} if path in bad else {})) + "\n" for path in chunk)
             _flush(lines)
             kept += len(rows)
             on_chunk(len(chunk))
     if not kept:
         raise SearchError(f"none of the {len(paths)} images can be read")
-    part.rename(folder)
+    move_folder(part, folder, last=SETTINGS)
     return kept
 
 
@@ -136,6 +136,7 @@ def open_index(folder: Path | str) -> Index:
     """Open an index. Raises `SearchError` if it is not an index or is damaged."""
     folder = user_path(folder, "folder")
     try:
+        folder = local_copy(folder)
         settings = json.loads((folder / SETTINGS).read_text())
         rows = [json.loads(line) for line in (folder / PICTURES).open(encoding="utf-8")]
         paths = [row["path"] for row in rows if "error" not in row]

@@ -1,7 +1,6 @@
 """All checkpoint formats: `open_checkpoint` finds a source's format and reads it, `save_checkpoint` writes one."""
 
 import json
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from jaxmm.config import ImageConfig
 from jaxmm.data.tokenizers import Tokenizer
-from jaxmm.paths import expand, user_path
+from jaxmm.paths import expand, is_bucket, local_copy, new_folder, user_path
 from jaxmm.pretrained.families import (
     native,
     npz,
@@ -44,12 +43,12 @@ def open_checkpoint(
 ) -> Opened:
     """Recognise and describe `source`; see `jaxmm.load` for its kinds and the options. Raises `FileError`."""
     source = expand(source, "source")
-    path = Path(source)
+    path = user_path(source)
     if native.is_run(path):
         if architecture is not None or weights is not None:
             raise FileError(f"{source} is a run, whose architecture and weights are known; expected None for both")
         return native.open_run(path, revision)
-    files = find(source, revision=revision)
+    files = find(local_copy(path) if is_bucket(path) else source, revision=revision)
     tensors, notes = open_weights(files.weights, weights)
     notes += check_usable(files, tensors)
     family = next((family for family in FAMILIES if family.matches(files, tensors)), None)
@@ -64,7 +63,8 @@ def open_checkpoint(
             "(transformers) or architecture (timm), an open_clip_config.json, or the weights of OpenAI or Salesforce; "
             f"its tensors are {', '.join(list(tensors)[:5])}, ...")
     checkpoint = family.read(files, tensors)
-    vocabulary, given = checkpoint.vocabulary, None if tokenizer is None else user_path(tokenizer, "tokenizer")
+    vocabulary = checkpoint.vocabulary
+    given = None if tokenizer is None else local_copy(user_path(tokenizer, "tokenizer"))
     return Opened(
         name=files.name, family=family.name, task=checkpoint.task, image=checkpoint.image, labels=checkpoint.labels,
         notes=(*notes, *checkpoint.notes), tensors=tensors, resize=family.resize,
@@ -94,12 +94,9 @@ def save_checkpoint(
     tensors = write_tensors(params, export.rows) | {
         name: Tensor(shape, np.dtype(np.float32), partial(np.zeros, shape, np.float32))
         for name, shape in export.zeros.items()}
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a save that was interrupted
-    part.mkdir(parents=True)
-    for name, config in export.configs.items():
-        (part / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        family.save_tokenizer(tokenizer, part)
-    write_safetensors(part / export.weights, tensors, {"format": "pt"})
-    part.rename(folder)
+    with new_folder(folder, last=export.weights) as part:
+        for name, config in export.configs.items():
+            (part / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            family.save_tokenizer(tokenizer, part)
+        write_safetensors(part / export.weights, tensors, {"format": "pt"})

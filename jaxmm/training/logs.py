@@ -2,8 +2,11 @@
 
 import json
 import math
+import shutil
 import sys
+import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from jaxmm.atomic import write_atomically
+from jaxmm.paths import is_bucket
 
 
 class MetricLog:
@@ -21,11 +25,13 @@ class MetricLog:
         from tensorboardX import SummaryWriter  # seconds of import where torch is installed
 
         self.path = workdir / "metrics.jsonl"
+        self._files = UploadedFolder(workdir) if is_bucket(workdir) else None
+        folder = workdir if self._files is None else self._files.local
         if self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _step(line) <= step]
-            write_atomically(self.path, "".join(line + "\n" for line in lines))
-        self._file = self.path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            write_atomically(folder / self.path.name, "".join(line + "\n" for line in lines))
+        self._file = (folder / self.path.name).open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Write a line and flush it; a value that is not finite becomes null."""
@@ -34,11 +40,58 @@ class MetricLog:
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        if self._files is not None:
+            self._files.upload_soon()
+
+    def flush(self) -> None:
+        """Return when everything is in the workdir, also if that is in a bucket."""
+        if self._files is not None:
+            self._board.flush()
+            self._files.upload()
 
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
         self._board.close()
+        if self._files is not None:
+            self._files.close()
+
+
+class UploadedFolder:
+    """A local folder whose files are uploaded to a bucket, which cannot append to an object: again if they grow."""
+
+    def __init__(self, target: Path):
+        self.target, self.local = target, Path(tempfile.mkdtemp(prefix="jaxmm-"))
+        self._sizes: dict[str, int] = {}
+        self._worker = ThreadPoolExecutor(1, "upload")
+        self._uploading: Future | None = None
+        self._since = time.monotonic()
+
+    def upload_soon(self) -> None:
+        """Upload in the background, unless that was done in the last ten seconds."""
+        if time.monotonic() - self._since > 10 and (self._uploading is None or self._uploading.done()):
+            self._since = time.monotonic()
+            self._uploading = self._worker.submit(self._upload)
+
+    def upload(self) -> None:
+        """Upload what has changed and return when it is there. Raises `OSError`."""
+        self._since = time.monotonic()
+        self._worker.submit(self._upload).result()
+
+    def close(self) -> None:
+        """Upload what has changed and remove the local folder."""
+        try:
+            self.upload()
+        finally:
+            self._worker.shutdown()
+            shutil.rmtree(self.local)
+
+    def _upload(self) -> None:
+        for path in sorted(self.local.rglob("*")):
+            name = path.relative_to(self.local).as_posix()
+            if path.is_file() and self._sizes.get(name) != (size := path.stat().st_size):
+                (self.target / name).upload(path)
+                self._sizes[name] = size
 
 
 def _step(line: str) -> float:

@@ -156,6 +156,8 @@ class Run:
                 loss = self._log(step, metrics, bad_records)
             if saving:
                 hosts.heartbeat("saving")
+                if self.log is not None:
+                    self.log.flush()  # a run that goes on from this checkpoint has all metrics before it
                 self.checkpoints.save(self.state, position)
             if stopping:
                 return True
@@ -205,6 +207,7 @@ class Run:
         metrics = {name: value for evaluator in self.setup.evals for name, value in evaluator.run(context)}
         if self.log is not None and metrics:
             self.log.write(step, metrics)
+            self.log.flush()
         best = self.config.checkpoint.best
         if best is not None:
             self.checkpoints.record_metric(step, -metrics[best] if best.endswith("loss") else metrics[best])

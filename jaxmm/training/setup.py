@@ -15,7 +15,7 @@ from jaxmm.config import Evaluator, ImageConfig, TrainConfig
 from jaxmm.data.base import Source, record_texts
 from jaxmm.data.eval_pipeline import read_images
 from jaxmm.data.sources.registry import open_source
-from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
+from jaxmm.data.tokenizers import SETTINGS, Tokenizer, make_tokenizer
 from jaxmm.evals.context import EvalContext, evenly_spaced
 from jaxmm.evals.opened_sources import OpenedSources
 from jaxmm.pretrained.warm_start import adopt, open_start, with_longer_texts
@@ -142,7 +142,7 @@ def _sample(source: Source, image: ImageConfig, count: int) -> np.ndarray:
 def _make_tokenizer(config: TrainConfig, task: Task, source: Source, workdir: Path) -> Tokenizer | None:
     """Return the workdir's tokenizer, else a new one; None for a source without texts."""
     folder = workdir / "tokenizer"
-    if folder.exists():
+    if (folder / SETTINGS).exists():
         try:
             return Tokenizer.load(folder)
         except ValueError as error:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 
 from jaxmm.config import TrainConfig
 from jaxmm.data.base import Source
-from jaxmm.data.tokenizers import Tokenizer
+from jaxmm.data.tokenizers import SETTINGS, Tokenizer
+from jaxmm.folder_locks import FolderInUse, lock_folder
+from jaxmm.paths import new_folder
 from jaxmm.saved_config import differences, save_config, to_dict, with_current_names
 from jaxmm.task import Task
 from jaxmm.validation import ConfigError, count_steps
@@ -29,19 +30,16 @@ SHARES = (("optimizer", "warmup"), ("optimizer", "cooldown"), ("task", "ramp"))
 @contextlib.contextmanager
 def lock_workdir(workdir: Path) -> Iterator[None]:
     """Make `workdir` and, on the first host, lock it. Raises `ConfigError` if it cannot be written or is in use."""
-    lock = filelock.FileLock(workdir / ".lock")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            lock.acquire(blocking=False)
-    except filelock.Timeout:
-        raise ConfigError(f"workdir is {str(workdir)!r}, which another run is writing to") from None
-    except OSError as error:
-        raise ConfigError(f"workdir is {str(workdir)!r}, which cannot be written: {error}") from None
-    try:
+    with contextlib.ExitStack() as locked:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                locked.enter_context(lock_folder(workdir))
+        except FolderInUse:
+            raise ConfigError(f"workdir is {str(workdir)!r}, which another run is writing to") from None
+        except OSError as error:
+            raise ConfigError(f"workdir is {str(workdir)!r}, which cannot be written: {error}") from None
         yield
-    finally:
-        lock.release()
 
 
 def read_run_config(config: TrainConfig, workdir: Path, source: Source) -> dict[str, Any] | None:
@@ -75,10 +73,9 @@ def write_run_config(
     config: TrainConfig, task: Task, workdir: Path, source: Source, tokenizer: Tokenizer | None
 ) -> None:
     """Write `tokenizer/` and `config.json`: the recipe, the bound `task`, versions, devices."""
-    if tokenizer is not None and not (workdir / "tokenizer").exists():
-        part = workdir / "tokenizer.part"
-        tokenizer.save(part)
-        part.rename(workdir / "tokenizer")
+    if tokenizer is not None and not (workdir / "tokenizer" / SETTINGS).exists():
+        with new_folder(workdir / "tokenizer", last=SETTINGS) as folder:
+            tokenizer.save(folder)
     packages = ("jaxmm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
     devices = jax.devices()
     save_config(config, workdir / "config.json", task=to_dict(task), classes=to_dict(source.classes),

@@ -281,11 +281,11 @@ def test_paths_from_the_home_folder(jaxmm, tmp_path, monkeypatch):
     assert (tmp_path / "page.html").is_file() and (tmp_path / "set/features.json").is_file()
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    for args in (["data", "import", "folder:~/classes", "gs://b/set"], ["train", "--workdir", "s3://b/run"],
+    for args in (["data", "import", "folder:~/classes", "hf://b/set"], ["train", "--workdir", "http://b/run"],
                  ["data", "show", "folder:~/classes", "--html", "https://b/page.html"]):
         status, _, err = jaxmm(*args)
         assert status == 1
-        assert err == f"error: path is {args[-1]!r}; expected a local path; addresses are not supported\n"
+        assert err == f"error: path is {args[-1]!r}; expected a local path, or one in a bucket (gs://, s3://)\n"
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -89,7 +89,7 @@ class TestEveryKind:
         assert first_image(open_source(f"{spec}@set@2")) == png(0)
         (tmp_path / "other").mkdir()
         for root, message in [("other", "a folder here and beside the file"), ("nothing", "no folder 'nothing'"),
-                              ("s3://a/b", "in 's3://a/b'; expected a local folder")]:
+                              ("https://a/b", "in 'https://a/b'; expected a folder, local or in a bucket")]:
             with pytest.raises(DataError, match=message):
                 open_source(f"{spec}@{root}")
 

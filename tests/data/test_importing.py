@@ -176,7 +176,7 @@ def test_what_is_there_already(shards, reference, tmp_path):
 def test_other_settings_do_not_go_on_from_these(shards, tmp_path):
     part = tmp_path / "web.part" / "work"
     part.mkdir(parents=True)
-    with filelock.FileLock(part / "lock"), pytest.raises(DataError, match="another process imports"):
+    with filelock.FileLock(part / ".lock"), pytest.raises(DataError, match="another process imports"):
         import_source(open_source(shards), tmp_path / "web")
     digits = open_source("digits:test")
     with pytest.raises(KeyboardInterrupt):

@@ -282,10 +282,12 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert [source.key(i) for i in range(len(source))] == ["cat/1.png", "dog/more/more/2.png"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "captions", "coco", "vqa", "nlvr", "tars", "parquet"])
-@pytest.mark.parametrize("address", ["s3://bucket/a", "gs://bucket/a.json", "https://host/a.tar", "hf://a/b", "file:///a"])
+@pytest.mark.parametrize("kind, address", [
+    *((kind, address) for kind in ("folder", "captions", "coco", "vqa", "nlvr", "tars", "parquet")
+      for address in ("https://host/a.tar", "hf://a/b", "file:///a")),
+    *((kind, address) for kind in ("vqa", "nlvr") for address in ("s3://bucket/a", "gs://bucket/a.json"))])
 def test_addresses_are_refused_at_once(kind, address):
-    with pytest.raises(DataError, match=f"'{address}' is no local path; expected one: addresses are not supported"):
+    with pytest.raises(DataError, match=f"'{address}' is no local path.*; expected one: .*addresses are not supported"):
         open_source(f"{kind}:{address}")
 
 

@@ -319,6 +319,6 @@ def test_lists_of_files(tmp_path):
             (f"picture {number}",) for number in numbers]
     for location, message in [("part-{008..012}.tar", "no file matches .*part-012.tar"),
                               ("{0..99999999}.tar", "has more than 1000000 files"),
-                              ("part-008.tar::s3://b/1.tar", "'s3://b/1.tar' is no local path")]:
+                              ("part-008.tar::https://b/1.tar", "'https://b/1.tar' is no local path")]:
         with pytest.raises(DataError, match=message):
             open_source(f"tars:{tmp_path}/{location}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxmm import checkpoints
 from jaxmm.config import CheckpointConfig, MeshConfig
+from jaxmm.paths import user_path
 from jaxmm.training.loop import train
 from tests.training.common import Killed, clip_run
 
@@ -23,10 +24,10 @@ def config(data_dir, *, steps=STEPS, mesh=(1, 1, 1)):
                     checkpoint=CheckpointConfig(every=EVERY, keep=9))
 
 
-def run(workdir, data_dir, pause=None, end=None, **options):
+def run(workdir, data_dir, pause=None, end=None, ledger=None, **options):
     """Train in `workdir`, with a ledger of the records that each step used; raise `Killed` before step `end` is."""
     workdir.mkdir(exist_ok=True)
-    with (workdir / "ledger.jsonl").open("a") as ledger:
+    with ((ledger or workdir) / "ledger.jsonl").open("a") as ledger:
         def observe(step, batch):
             if step == end:
                 raise Killed
@@ -49,14 +50,15 @@ def block(workdir: Path) -> None:
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument("workdir", type=user_path)
     parser.add_argument("data_dir")
     parser.add_argument("--pause", type=int)
     parser.add_argument("--block", action="store_true")
+    parser.add_argument("--ledger", type=Path)
     options = parser.parse_args()
     if options.block:
         block(options.workdir)
-    run(options.workdir, options.data_dir, options.pause)
+    run(options.workdir, options.data_dir, options.pause, ledger=options.ledger)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ PATIENCE = 900
 class Trainer:
     """A training process in `workdir`."""
 
-    def __init__(self, workdir, data, *options):
-        self.workdir, self.output = workdir, workdir / "output.txt"
+    def __init__(self, workdir, data, *options, output=None):
+        self.workdir, self.output = workdir, (output or workdir) / "output.txt"
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.training.process", workdir, data, *map(str, options)], cwd=ROOT,

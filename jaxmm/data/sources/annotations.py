@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxmm.data.base import EXTENSIONS, DataError
 from jaxmm.data.sources.columns import NAMES, Columns
+from jaxmm.paths import user_path
 
 DELIMITERS = (",", "\t", ";", "|")
 """Marks between cells that are tried first; then every other one in the first line."""
@@ -47,9 +48,9 @@ class Annotations:
 def read_text(spec: str, path: str | Path) -> tuple[str, tuple[str, ...]]:
     """Return the text of a file, and notes if it is not UTF-8. Raises `DataError`."""
     try:
-        data = Path(path).read_bytes()
+        data = user_path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"source {spec!r}: cannot read {path}: {error.strerror}") from None
+        raise DataError(f"source {spec!r}: cannot read {path}: {error.strerror or error}") from None
     for magic, name in _OTHER_FILES.items():
         if data.startswith(magic):
             raise DataError(f"source {spec!r}: {path} is {name}; expected text")

@@ -9,6 +9,7 @@ from jaxmm.data.sources.annotations import Row, read_rows, read_text
 from jaxmm.data.sources.columns import read_location
 from jaxmm.data.sources.files import Files
 from jaxmm.data.sources.image_roots import find_root
+from jaxmm.paths import exists, is_bucket, user_path
 
 LISTS = tuple(f"{name}{suffix}" for name in ("metadata", "captions") for suffix in (".jsonl", ".csv", ".tsv", ".json"))
 """Names of a list in a folder of images, as the Hub and others write them."""
@@ -22,8 +23,8 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
     A row has a path relative to the file, and captions; see `columns` for names and options. A row that cannot be read
     is one bad record. Raises `DataError`.
     """
-    place = read_location(spec, location, ("image", "caption", "origin", "image_id"), exists=os.path.exists)
-    path = Path(place.path)
+    place = read_location(spec, location, ("image", "caption", "origin", "image_id"), exists=exists)
+    path = user_path(place.path)
     if path.is_dir():
         lists = [name for name in LISTS if (path / name).is_file()]
         if len(lists) > 1:
@@ -33,6 +34,9 @@ def open_captions(spec: str, location: str, data_dir: str | None = None) -> File
             inner = sorted({str(file.parent) for name in LISTS for file in path.glob(f"*/{name}")})
             if inner:
                 raise DataError(f"source {spec!r}: lists are in {', '.join(inner)}; expected one of them")
+            if is_bucket(path):
+                raise DataError(f"source {spec!r}: {path} has none of {', '.join(LISTS)}; expected one, because to "
+                                "open many text files in a bucket is slow")
             return _open_beside(spec, path)
         path = path / lists[0]
     read = read_rows(spec, path, place.columns)

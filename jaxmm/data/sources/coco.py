@@ -14,7 +14,7 @@ from jaxmm.data.sources.annotations import normal_ids, read_json
 from jaxmm.data.sources.columns import read_location
 from jaxmm.data.sources.files import Files
 from jaxmm.data.sources.image_roots import find_root
-from jaxmm.paths import expand
+from jaxmm.paths import exists, user_path
 
 TRAIN = ("train", "restval")
 """Splits that `train` includes, as in BLIP: 113,287 images of COCO. Karpathy's own `train` is `train-only`."""
@@ -46,9 +46,9 @@ def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
     Split `train` includes `restval`, `train-only` does not; `a+b` is both. An entry that cannot be read is one bad
     record. Raises `DataError`.
     """
-    if (behind := re.fullmatch(r"(.+\.json)@(.+):([^:/@]+)", location)) and Path(expand(behind[2])).is_dir():
+    if (behind := re.fullmatch(r"(.+\.json)@(.+):([^:/@]+)", location)) and user_path(behind[2]).is_dir():
         location = "{0}:{2}@{1}".format(*behind.groups())  # the split may also be behind the folder
-    place = read_location(spec, location, exists=lambda path: "@" not in (_cut(path)[1] or "") and os.path.exists(
+    place = read_location(spec, location, exists=lambda path: "@" not in (_cut(path)[1] or "") and exists(
         _cut(path)[0]))
     path, split = _cut(place.path)
     read = read_json(spec, path)
@@ -58,7 +58,7 @@ def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
     faults = {number: image.fault for number, image in enumerate(images) if image.fault}
     if images and len(faults) == len(images):
         raise DataError(f"{where}: {images[0].file} {images[0].fault}")
-    root = find_root(spec, Path(path), [["" if image.fault else image.file for image in images]], root=place.root,
+    root = find_root(spec, user_path(path), [["" if image.fault else image.file for image in images]], root=place.root,
                      split=split)
     notes = [*read.notes, *listed.notes, *root.notes]
     notes += [f"{len(faults)} of {len(images)} entries cannot be read"] if faults else []
@@ -70,7 +70,8 @@ def open_coco(spec: str, location: str, data_dir: str | None = None) -> Files:
 def _cut(location: str) -> tuple[str, str | None]:
     """Return the file and the split of `FILE.json:SPLIT`. The name of an existing file may contain a colon."""
     file, colon, split = location.rpartition(":")
-    return (file, split) if colon and file.endswith(".json") and not Path(location).is_file() else (location, None)
+    return (file, split) if colon and file.endswith(".json") and not (
+        user_path(location).is_file()) else (location, None)
 
 
 def _images(content: Any, split: str | None, where: str) -> _Listed:

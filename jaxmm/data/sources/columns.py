@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxmm.data.base import DataError
 from jaxmm.data.cleaning import usable_texts
-from jaxmm.paths import expand, is_address
+from jaxmm.paths import expand, is_address, is_bucket, user_path
 
 NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image", "file_name", "filename", "image_path", "img_path", "image_file", "image_name", "img", "path",
@@ -114,7 +114,7 @@ def read_location(
         raise DataError(f"source {spec!r}: no {path!r} with {given!r} behind it; expected "
                         + (f"one of the options {', '.join(f'{known}=...' for known in allowed)}" if allowed else
                            "no option"))
-    return Location(path, None if given is None else _folder(spec, given, Path(path).parent), Columns(chosen))
+    return Location(path, None if given is None else _folder(spec, given, user_path(path).parent), Columns(chosen))
 
 
 def _is_option(part: str) -> bool:
@@ -123,8 +123,12 @@ def _is_option(part: str) -> bool:
 
 def _folder(spec: str, root: str, beside: Path) -> Path:
     """Return the folder `root`, relative to here or to the folder `beside`."""
+    if is_bucket(root):
+        return user_path(root)
     if is_address(root):
-        raise DataError(f"source {spec!r}: its images are in {root!r}; expected a local folder")
+        raise DataError(f"source {spec!r}: its images are in {root!r}; expected a folder, local or in a bucket")
+    if is_bucket(beside):
+        return beside / root
     folders = [folder for folder in (Path(expand(root)), beside / expand(root)) if folder.is_dir()]
     if not folders:
         raise DataError(f"source {spec!r}: no folder {root!r}")

@@ -13,7 +13,7 @@ from jaxmm.data.base import EXTENSIONS, DataError, Record, Source, digest, find_
 from jaxmm.data.cleaning import printable
 from jaxmm.data.sources.image_roots import locate
 from jaxmm.optional import require_extra
-from jaxmm.paths import is_address
+from jaxmm.paths import is_address, is_bucket, open_data, user_path
 
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 """Names of folders that are not classes if no others are beside them."""
@@ -73,7 +73,8 @@ def read_image(root: str, file: str) -> bytes:
     """Return the bytes of an image file. Raises `BadRecord` or `OSError`."""
     if not file or is_address(file):
         raise BadRecord("no image", f"its image is {file!r}, an address" if file else "it names no image")
-    with open(locate(root, file), "rb") as stream:
+    path = locate(root, file)
+    with open_data(user_path(path)) if is_bucket(path) else open(path, "rb") as stream:
         return stream.read()
 
 
@@ -104,7 +105,7 @@ def open_folder(spec: str, location: str, data_dir: str | None = None) -> Files:
 
     Hidden and system folders are no classes. What is passed over is counted in `notes`. Raises `DataError`.
     """
-    root = Path(location)
+    root = user_path(location)
     if not root.is_dir():
         raise DataError(f"source {spec!r}: no folder {location!r}")
     folders = [p.name for p in root.iterdir() if p.is_dir()]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmm.data.base import DataError, is_hidden
-from jaxmm.paths import is_address
+from jaxmm.paths import is_address, is_bucket
 
 LOOKED_UP = 200
 """The number of records that are looked up in every folder, evenly spaced."""
@@ -76,6 +76,8 @@ def find_root(
     places = np.unique(np.linspace(0, max(count - 1, 0), min(LOOKED_UP, count)).round().astype(int)).tolist()
     samples = [[names[i] for i in places if names[i] and not is_address(names[i])] for names in forms]
     base = file.absolute().parent if root is None else root
+    if is_bucket(base):
+        return _bucket_root(spec, base, samples)
     if not any(samples) or all(map(os.path.isabs, samples[0])):
         return Root(str(base), 0)
     own = _split_words(split or "") or _split_words(file.stem)
@@ -115,6 +117,15 @@ def find_root(
         return Root(str(base), 0, (f"of {sought} images that were looked up, such as {samples[0][0]!r}, none is {where}"
                                    f"{hint}. {say}",))
     raise DataError(f"{first}the first image, none is {where}{hint}. {say}")
+
+
+def _bucket_root(spec: str, base: Path, samples: Sequence[Sequence[str]]) -> Root:
+    """Return a folder of a bucket, where other folders are not searched. Raises `DataError` if it has no image."""
+    hits = [sum((base / name).exists() for name in names[::max(1, len(names) // 8)]) for names in samples]
+    if any(samples) and not any(hits):
+        raise DataError(f"source {spec!r}: none of the images that were looked up, such as {samples[0][0]!r}, is in "
+                        f"{base}. Say where they are: {spec}@DIR")
+    return Root(str(base), max(range(len(hits)), key=hits.__getitem__, default=0))
 
 
 def _fits_near(file: Path, samples: Sequence[Sequence[str]], own: frozenset[tuple[str, str]]) -> list[_Fit]:

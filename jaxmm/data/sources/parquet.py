@@ -19,6 +19,7 @@ from jaxmm.data.base import DataError, Record, Source, fingerprint
 from jaxmm.data.cleaning import TEXT_NAMES, clean, printable, texts_with_origins, usable_texts
 from jaxmm.data.sources.columns import Columns, read_location
 from jaxmm.data.sources.shards import LARGEST_IMAGE, LARGEST_TEXT, Shards, find_files
+from jaxmm.paths import is_bucket, open_data
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,8 @@ class File(Source):
         if column is None or column not in self._index.names:
             return None
         group = int(np.searchsorted(self._index.starts, index, "right")) - 1
-        rows = _column(self.path, self.path.stat().st_mtime_ns, group, column)
+        changed = 0 if is_bucket(self.path) else self.path.stat().st_mtime_ns
+        rows = _column(self.path, changed, group, column)
         return rows[index - int(self._index.starts[group])].as_py()
 
     @property
@@ -150,7 +152,7 @@ class File(Source):
         fields, names, starts, schema = _Fields("", ()), (), np.zeros(1, np.int64), ""
         fault = None
         try:
-            with pq.ParquetFile(self.path) as file:
+            with open_data(self.path) as opened, pq.ParquetFile(opened) as file:
                 names = tuple(file.schema_arrow.names)
                 rows = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
                 fields, schema = _columns(file.schema_arrow, self.columns), str(file.schema_arrow.remove_metadata())
@@ -172,7 +174,7 @@ class File(Source):
 @functools.lru_cache(maxsize=2 * CACHED_GROUPS)
 def _column(path: Path, changed: int, group: int, column: str) -> pa.ChunkedArray:
     """Read a column of a row group. `changed`, the modification time of the file, is part of the cache's key."""
-    with pq.ParquetFile(path) as file:
+    with open_data(path) as opened, pq.ParquetFile(opened) as file:
         parts = file.metadata.row_group(group)
         size = sum(part.total_uncompressed_size for part in map(parts.column, range(parts.num_columns))
                    if part.path_in_schema.split(".")[0] == column)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from jaxmm.data.base import DataError, Source
 from jaxmm.data.sources.mixed import Mixed
-from jaxmm.paths import expand, is_address
+from jaxmm.paths import expand, is_address, is_bucket
 
 log = logging.getLogger(__name__)
 
@@ -29,19 +29,21 @@ class Kind(NamedTuple):
     """The form of what follows the colon."""
     addresses: bool = False
     """True if it may be an address."""
+    buckets: bool = False
+    """True if it may be in a bucket."""
 
 
 KINDS: dict[str, Kind] = {
-    "captions": Kind("jaxmm.data.sources.caption_lists", "open_captions", "FILE.jsonl[@DIR]"),
-    "coco": Kind("jaxmm.data.sources.coco", "open_coco", "FILE.json[:SPLIT][@DIR]"),
+    "captions": Kind("jaxmm.data.sources.caption_lists", "open_captions", "FILE.jsonl[@DIR]", buckets=True),
+    "coco": Kind("jaxmm.data.sources.coco", "open_coco", "FILE.json[:SPLIT][@DIR]", buckets=True),
     "digits": Kind("jaxmm.data.sources.files", "open_digits", "SPLIT"),
-    "folder": Kind("jaxmm.data.sources.files", "open_folder", "DIR"),
+    "folder": Kind("jaxmm.data.sources.files", "open_folder", "DIR", buckets=True),
     "nlvr": Kind("jaxmm.data.sources.nlvr", "open_nlvr", "FILE.json[@DIR]"),
-    "parquet": Kind("jaxmm.data.sources.parquet", "open_parquet", "GLOB"),
+    "parquet": Kind("jaxmm.data.sources.parquet", "open_parquet", "GLOB", buckets=True),
     "scenes": Kind("jaxmm.data.scenes", "open_spec", "SPLIT"),
     "shapes": Kind("jaxmm.data.scenes.one_shape", "open_shapes", "SPLIT"),
-    "tars": Kind("jaxmm.data.sources.tars", "open_tars", "GLOB"),
-    "tfds": Kind("jaxmm.data.sources.tfds", "open_tfds", "NAME:SPLIT"),
+    "tars": Kind("jaxmm.data.sources.tars", "open_tars", "GLOB", buckets=True),
+    "tfds": Kind("jaxmm.data.sources.tfds", "open_tfds", "NAME:SPLIT", buckets=True),
     "sugarcrepe": Kind("jaxmm.data.sources.foil_captions", "open_sugar_crepe", "FILE.json[@DIR]"),
     "vqa": Kind("jaxmm.data.sources.vqa", "open_questions", "FILE[@DIR]"),
     "wds": Kind("jaxmm.data.sources.web_datasets", "open_web_dataset", "DIR|REPOSITORY[:SPLIT]", addresses=True),
@@ -83,7 +85,7 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     else:
         opener = getattr(importlib.import_module(KINDS[kind].module), KINDS[kind].opener)
         if not (KINDS[kind].addresses and is_address(location)):
-            location = _local(spec, location)
+            location = _local(spec, location, KINDS[kind].buckets)
         data_dir = data_dir and expand(data_dir, "data_dir")
     source = opener(spec, location, data_dir)
     if not source:  # not its length: a source of many shards would read all of them
@@ -93,9 +95,10 @@ def open_source(spec: str, *, data_dir: str | None = None) -> Source:
     return source
 
 
-def _local(spec: str, path: str) -> str:
-    if is_address(path) or path.startswith("pipe:"):
-        raise DataError(f"source {spec!r}: {path!r} is no local path; expected one: addresses are not supported")
+def _local(spec: str, path: str, buckets: bool) -> str:
+    if path.startswith("pipe:") or (is_address(path) and not (buckets and is_bucket(path))):
+        raise DataError(f"source {spec!r}: {path!r} is no local path{' or in a bucket (gs://, s3://)' * buckets}; "
+                        f"expected one: {'other ' * buckets}addresses are not supported")
     return expand(path)
 
 

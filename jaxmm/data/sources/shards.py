@@ -6,14 +6,14 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
 from jaxmm.data.base import DataError, Record, Source, fingerprint
-from jaxmm.paths import expand, is_address
+from jaxmm.paths import expand, is_address, is_bucket, user_path
 
 LARGEST_IMAGE = 64 * 2**20
 """Bytes of an encoded image in a shard; larger ones are refused as too large."""
@@ -168,9 +168,16 @@ def find_files(spec: str, pattern: str, suffixes: tuple[str, ...]) -> list[tuple
     """
     matches: dict[Path, None] = {}
     for part in pattern.split("::"):
-        if is_address(part):
-            raise DataError(f"source {spec!r}: {part!r} is no local path; expected one: addresses are not supported")
+        if is_address(part) and not is_bucket(part):
+            raise DataError(f"source {spec!r}: {part!r} is no local path or in a bucket (gs://, s3://); expected one: "
+                            "other addresses are not supported")
         for one in _braces(spec, expand(part)):
+            if is_bucket(one):
+                paths = _bucket_files(one, suffixes)
+                if not paths:
+                    raise DataError(f"source {spec!r}: no object matches {one!r}")
+                matches |= dict.fromkeys(paths)
+                continue
             patterns = [f"{glob.escape(one)}/*{suffix}" for suffix in suffixes] if Path(one).is_dir() else [one]
             names = [path for form in patterns for path in glob.glob(form, recursive=True)]
             paths = [path for path in map(Path, names) if path.is_file()]
@@ -179,6 +186,26 @@ def find_files(spec: str, pattern: str, suffixes: tuple[str, ...]) -> list[tuple
             matches |= dict.fromkeys(sorted(paths))
     paths = sorted(matches)
     return list(zip(paths, _stems(paths, suffixes), strict=True))
+
+
+def _bucket_files(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the objects that a pattern in a bucket matches, or those of a folder."""
+    path = user_path(pattern)
+    if glob.has_magic(pattern):
+        return path.matches()
+    entries = _entries(str(path.parent))
+    if path.name in entries and entries[path.name].is_file():
+        return [path]
+    return [file for file in _entries(str(path)).values() if file.name.endswith(suffixes)]
+
+
+@lru_cache(maxsize=16)
+def _entries(folder: str) -> dict[str, Path]:
+    """Return what is in a folder of a bucket, by name. It is listed once, also for many names in braces."""
+    try:
+        return {path.name: path for path in user_path(folder).iterdir()}
+    except FileNotFoundError:
+        return {}
 
 
 def _braces(spec: str, pattern: str) -> list[str]:

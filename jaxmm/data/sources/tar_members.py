@@ -12,6 +12,7 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from jaxmm.data.cleaning import printable
+from jaxmm.paths import is_bucket, open_data
 
 LARGEST_HEADER = 2**16
 """Bytes of an extended header, which contains a long name and a few fields."""
@@ -39,15 +40,15 @@ class Member:
 @contextlib.contextmanager
 def open_tar(path: Path) -> Iterator[BufferedIOBase]:
     """Open a tar. One that is compressed stays open in this thread, because it can only be read forwards."""
-    with path.open("rb") as file:
+    with open_data(path) as file:
         if file.read(2) != b"\x1f\x8b":
             file.seek(0)
             yield file
             return
-    status = path.stat()
-    name = path, status.st_mtime_ns, status.st_size
+    status = None if is_bucket(path) else path.stat()
+    name = path, status and (status.st_mtime_ns, status.st_size)
     if getattr(_compressed, "name", None) != name:
-        _compressed.name, _compressed.file = name, gzip.open(path)  # noqa: SIM115
+        _compressed.name, _compressed.file = name, gzip.open(open_data(path))  # noqa: SIM115
     yield _compressed.file
 
 
@@ -57,7 +58,7 @@ _compressed = threading.local()
 def tar_size(file: BufferedIOBase) -> int:
     """Return the size of a tar, unpacked. Raises `TarFault`."""
     if not isinstance(file, gzip.GzipFile):
-        return os.fstat(file.fileno()).st_size
+        return file.seek(0, os.SEEK_END)
     try:
         file.seek(0)
         while file.read(2**20):

@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from jaxmm.data.base import DataError, Record, Source, fingerprint
 from jaxmm.data.cleaning import texts_with_origins
 from jaxmm.data.sources.columns import Columns, read_location
+from jaxmm.paths import cache_limit, is_bucket, local_copy, user_path
 
 CAPTIONS = ("captions", "caption", "texts", "text")
 """Names of features with captions. The first one that a data set has is used."""
@@ -79,14 +80,29 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSour
         raise DataError(f"source {spec!r}: expected tfds:NAME:SPLIT")
     name, split = parts.groups()
     try:
-        if Path(name, "dataset_info.json").is_file():
-            builder = tfds.builder_from_directory(name)
+        folder = _readable_folder(user_path(name)) if is_bucket(name) else Path(name)
+        if (folder / "dataset_info.json").is_file():
+            builder = tfds.builder_from_directory(folder)
         else:
             builder = tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # TFDS raises many types, and some messages list every known data set
         raise DataError(f"source {spec!r}: TFDS has no data set {name!r} in {data_dir or 'its data folder'}: "
                         f"{str(error).splitlines()[0]}") from None
     return _from_builder(builder, split, spec, f"tfds:{name}", place.columns)
+
+
+def _readable_folder(folder: Path) -> Path:
+    """Return the folder that ArrayRecord's reader reads: a local copy of one in a bucket.
+
+    The reader itself reads `gs://`, without a cache: a data set that is larger than the cache stays there.
+    """
+    size = folder.request("du")
+    if size <= cache_limit():
+        return local_copy(folder)
+    if str(folder).startswith("gs://"):
+        return folder
+    raise OSError(f"it has {size / 2**30:.1f} GiB, more than the local cache; expected JAXMM_BUCKET_CACHE or a disk "
+                  "that is large enough")
 
 
 def _from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str, scope: str, columns: Columns) -> TfdsSource:

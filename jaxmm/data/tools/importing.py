@@ -3,6 +3,7 @@
 The bytes of the result depend on the source and the settings, not on workers or interruptions.
 """
 
+import contextlib
 import io
 import json
 import re
@@ -12,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import filelock
 from PIL import Image
 
 from jaxmm.atomic import write_atomically
@@ -27,10 +27,12 @@ from jaxmm.data.tools.writing import (
     Written,
     finish,
     image_features,
+    is_complete,
     remove_work,
     shard_path,
     write_shard,
 )
+from jaxmm.folder_locks import FolderInUse, lock_folder
 from jaxmm.paths import user_path
 
 NOTES = "import.json"
@@ -64,15 +66,15 @@ def import_source(
     parts = shards(source, shard_records)
     settings = {"format": FORMAT, "split": split, "shard_records": shard_records,
                 "classes": None if source.classes is None else list(source.classes)}
-    if dest.exists():
+    if is_complete(dest):
         return _finished(dest, settings, [part.fingerprint for part in parts])
     folder = dest.with_name(dest.name + ".part")
     (folder / WORK).mkdir(parents=True, exist_ok=True)
-    try:
-        lock = filelock.FileLock(folder / WORK / "lock").acquire(blocking=False)
-    except filelock.Timeout:
-        raise DataError(f"another process imports into {dest}") from None
-    with lock:
+    with contextlib.ExitStack() as locked:
+        try:
+            locked.enter_context(lock_folder(folder / WORK))
+        except FolderInUse:
+            raise DataError(f"another process imports into {dest}") from None
         results = []
         for result in in_order(partial(_import_shard, folder, settings, parts), range(len(parts)), workers):
             results.append(result)

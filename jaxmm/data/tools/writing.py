@@ -4,9 +4,9 @@ Shards are written into `FOLDER/work` in any order, by any process. `finish` wri
 gives the shards their names and renames the folder. The same examples make the same bytes.
 """
 
+import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,10 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from jaxmm.data.base import DataError
 from jaxmm.data.sources.tfds import WRITTEN_BY_US
+from jaxmm.paths import is_bucket, move_file, new_folder, remove_tree, staging_folder
 
 WORK = "work"
+INFO = "dataset_info.json"
 VERSION = "1.0.0"
 
 Features = tfds.features.FeaturesDict
@@ -56,7 +58,7 @@ def write_shard(examples: Iterable[Mapping[str, Any]], path: Path, features: Fea
     Raises `OSError` if it cannot be written.
     """
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    part = path.with_name(path.name + ".part")
+    part = staging_folder(path)
     path.unlink(missing_ok=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     writer = ArrayRecordWriter(str(part), "group_size:1")
@@ -79,7 +81,7 @@ def write_shard(examples: Iterable[Mapping[str, Any]], path: Path, features: Fea
     reader.close()
     if count != records:
         raise OSError(f"{part} has {count} records of the {records} that were written; is the disk full?")
-    part.replace(path)
+    move_file(part, path)
     return Written(path, records, size)
 
 
@@ -106,6 +108,16 @@ def finish(folder: Path, dest: Path, features: Features, splits: Mapping[str, Se
         name=name, version=tfds.core.utils.Version(VERSION), data_dir=str(folder), module_name=""))
     info.set_file_format("array_record")
     info.set_splits(tfds.core.splits.SplitDict(infos))
+    if is_bucket(dest):  # a data set is complete with its dataset_info.json
+        for path, final in names.items():
+            path.replace(dest / final)
+        with new_folder(dest, last=INFO) as part:
+            info.write_to_directory(part)
+            for path in folder.iterdir():
+                if path.is_file():
+                    path.download(part / path.name)
+        remove_tree(folder)
+        return
     info.write_to_directory(folder)
     for old in folder.glob("*.array_record-*"):  # of an interrupted call
         old.unlink()
@@ -115,6 +127,12 @@ def finish(folder: Path, dest: Path, features: Features, splits: Mapping[str, Se
     remove_work(dest)
 
 
+def is_complete(dest: Path) -> bool:
+    """Return whether `finish` has made the data set `dest`."""
+    return (dest / INFO).exists() if is_bucket(dest) else dest.exists()
+
+
 def remove_work(dest: Path) -> None:
     """Remove the work folder of a finished data set."""
-    shutil.rmtree(dest / WORK, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove_tree(dest / WORK, missing_ok=True)

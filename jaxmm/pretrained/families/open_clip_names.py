@@ -11,7 +11,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from jaxmm.paths import user_path
+from jaxmm.paths import local_copy, user_path
 from jaxmm.pretrained import layers
 from jaxmm.pretrained.family import known
 from jaxmm.pretrained.io.files import FileError, Tensors
@@ -34,7 +34,7 @@ def named_config(architecture: str, tensors: Tensors) -> tuple[Config, tuple[str
     name, and if patch or widths differ: then it is another model, with other heads.
     """
     if architecture.endswith(".json"):
-        path = user_path(architecture, "architecture")
+        path = local_copy(user_path(architecture, "architecture"))
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             config = config.get("model_cfg", config)

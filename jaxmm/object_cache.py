@@ -1,0 +1,258 @@
+"""Keep the parts of a bucket's objects that were read on the local disk, within a limit, for all processes.
+
+An object has a folder with a sparse file, and one byte per block that says whether the block is there. A read fetches
+the missing blocks that it needs with one request, and more and more of what follows if the file is read in order. The
+folders that were not used for the longest time are removed first.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import mmap
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock
+
+from jaxmm.user_cache import cache_folder
+
+BLOCK = 2**16
+"""Bytes that are fetched together at least."""
+AHEAD = 2**24
+"""Largest number of bytes that are fetched ahead."""
+OPEN = 256
+"""Number of objects that stay open in a process."""
+CHECK = 2**26
+"""Bytes after which a process looks whether the cache is within its limit."""
+STREAMS = 16
+"""Number of files that are copied at the same time."""
+
+
+def limit() -> int:
+    """Return the largest size of the cache in bytes: JAXMM_BUCKET_CACHE in GiB, at most half of the free disk."""
+    asked = float(os.environ.get("JAXMM_BUCKET_CACHE", "32")) * 2**30
+    free = shutil.disk_usage(_folder()).free
+    return int(min(asked, used() + free) if "JAXMM_BUCKET_CACHE" in os.environ else min(asked, used() + free / 2))
+
+
+def used() -> int:
+    """Return the number of bytes on the disk."""
+    return sum(_size(entry) for entry in _entries())
+
+
+def open_object(path: Path, version: str) -> io.BufferedReader:
+    """Open this version of an object to read, through the cache."""
+    return io.BufferedReader(_Reader(_cached(path, version)), BLOCK)
+
+
+@functools.lru_cache(maxsize=2**16)
+def known_version(path: Path, process: int) -> str:
+    """Return the version of an object, which is asked for once."""
+    return path.version()
+
+
+def copy_files(path: Path) -> Path:
+    """Return a copy of an object or of a folder on the local disk; only what has changed is downloaded."""
+    single = path.is_file()
+    target = _folder() / f"copy-{_digest(str(path))}"
+    target.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target / ".lock"):
+        notes = target / ".versions"
+        have = json.loads(notes.read_text()) if notes.exists() else {}
+        files = {path.name: path} if single else {p.relative_to(path).as_posix(): p for p in path.files()}
+
+        def fetch(item: tuple[str, Path]) -> tuple[str, str]:
+            name, remote = item
+            local, now = target / name if single else target / path.name / name, remote.version()
+            if have.get(name) != now or not local.exists():
+                local.parent.mkdir(parents=True, exist_ok=True)
+                part = local.with_name(local.name + ".part")
+                remote.download(part)
+                part.replace(local)
+            return name, now
+
+        with ThreadPoolExecutor(STREAMS) as pool:
+            now = dict(pool.map(fetch, files.items()))
+        for name in set(have) - set(now):
+            (target / path.name / name).unlink(missing_ok=True)
+        notes.write_text(json.dumps(now))
+    _trim(keep=target)
+    return target / path.name
+
+
+class _Object:
+    """One version of an object: what of it is on the disk, and how the rest is fetched."""
+
+    def __init__(self, path: Path, version: str):
+        self.path, self.version, self.size = path, version, int(version.partition(" ")[0])
+        self._changed, self._pending = threading.Condition(), set()
+        folder = _folder() / f"object-{_digest(f'{self.path} {self.version} {_boot()}')}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._data = os.open(folder / "data", os.O_RDWR | os.O_CREAT, 0o600)
+        self._blocks = os.open(folder / "blocks", os.O_RDWR | os.O_CREAT, 0o600)
+        count = max(1, -(-self.size // BLOCK))
+        if os.fstat(self._blocks).st_size < count:
+            os.ftruncate(self._blocks, count)
+        self._present = mmap.mmap(self._blocks, count)
+        os.utime(folder)
+
+    def __del__(self):
+        with contextlib.suppress(AttributeError):  # if they could not be opened
+            os.close(self._data)
+            os.close(self._blocks)
+
+    @property
+    def removed(self) -> bool:
+        """True if the files were removed to make room: the space is free when nobody reads them any more."""
+        return os.fstat(self._blocks).st_nlink == 0
+
+    def read(self, start: int, stop: int, ahead: int) -> bytes:
+        """Return bytes `start` to `stop`. With missing blocks, `ahead` bytes behind them are fetched too."""
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        while (part := self._claim(first, last, -(-min(stop + ahead, self.size) // BLOCK))) is not None:
+            begin, end = part
+            try:
+                data = self.path.read_range(begin * BLOCK, min(end * BLOCK, self.size))
+                os.pwrite(self._data, data, begin * BLOCK)
+                self._present[begin:end] = b"\1" * (end - begin)
+            finally:
+                with self._changed:
+                    self._pending.difference_update(range(begin, end))
+                    self._changed.notify_all()
+            _count(len(data))
+        return os.pread(self._data, stop - start, start)
+
+    def _claim(self, first: int, last: int, furthest: int) -> tuple[int, int] | None:
+        """Return the next run of blocks that this thread has to fetch; None when blocks `first` to `last` are there."""
+        with self._changed:
+            while True:
+                missing = [n for n in range(first, last) if not self._present[n]]
+                mine = next((n for n in missing if n not in self._pending), None)
+                if mine is not None:
+                    end = mine + 1
+                    while end < max(last, furthest) and not self._present[end] and end not in self._pending:
+                        end += 1
+                    self._pending.update(range(mine, end))
+                    return mine, end
+                if not missing:
+                    return None
+                self._changed.wait()
+
+
+class _Reader(io.RawIOBase):
+    """A position in an object. It reads ahead while the position moves forward in small steps."""
+
+    def __init__(self, cached: _Object):
+        self.object, self._at, self._last, self._ahead = cached, 0, 0, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move the position."""
+        self._at = offset + (0, self._at, self.object.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        """Read into `buffer`, less at the end of the object."""
+        stop = min(self._at + len(buffer), self.object.size)
+        if stop <= self._at:
+            return 0
+        if self.object.removed:
+            self.object = _cached(self.object.path, self.object.version)
+        forward = 0 < self._last <= self._at <= self._last + max(self._ahead, 4 * BLOCK)
+        self._ahead = min(max(2 * self._ahead, 4 * BLOCK), AHEAD) if forward else 0
+        data = self.object.read(self._at, stop, self._ahead)
+        buffer[:len(data)] = data
+        self._at = self._last = self._at + len(data)
+        return len(data)
+
+
+_opened: dict[tuple[Path, str, int], _Object] = {}
+_opening = threading.Lock()
+
+
+def _cached(path: Path, version: str) -> _Object:
+    """Return the object, which processes open each by itself."""
+    name = path, version, os.getpid()
+    with _opening:
+        known = _opened.pop(name, None)
+        _opened[name] = _Object(path, version) if known is None or known.removed else known
+        if len(_opened) > OPEN:
+            del _opened[next(iter(_opened))]
+        return _opened[name]
+
+
+@functools.cache
+def _boot() -> str:
+    """Return the number of this start of the machine: what a crash left on the disk is not read."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text() if path.exists() else ""
+
+
+def _folder() -> Path:
+    folder = cache_folder() / "buckets"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _entries() -> list[Path]:
+    return [path for path in _folder().iterdir() if path.is_dir()]
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_blocks * 512
+    return total
+
+
+_fetched = 0
+_counting = threading.Lock()
+
+
+def _count(size: int) -> None:
+    global _fetched
+    with _counting:
+        before, _fetched = _fetched, _fetched + size
+    if before // CHECK != (before + size) // CHECK:
+        _trim()
+
+
+def _trim(keep: Path | None = None) -> None:
+    """Remove what was not used for the longest time until the cache is within its limit."""
+    most = limit()
+    sizes = {path: _size(path) for path in _entries()}
+    total = sum(sizes.values())
+
+    def last_used(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except OSError:  # another process has removed it
+            return 0.0
+
+    for path in sorted(sizes, key=last_used):
+        if total <= most:
+            return
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            total -= sizes[path]

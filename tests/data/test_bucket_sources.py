@@ -1,0 +1,134 @@
+"""Data in buckets is what it is in folders, and no byte of it is read twice."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jaxmm.config import DataConfig, ImageConfig
+from jaxmm.data.base import DataError
+from jaxmm.data.pipeline import train_batches
+from jaxmm.data.sources.registry import open_source
+from jaxmm.data.tools.importing import import_source
+from jaxmm.paths import user_path
+from tests.data import crawl
+from tests.test_buckets import fetched
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A folder with images in every layout that is read from buckets."""
+    folder = tmp_path_factory.mktemp("data")
+    crawl.write_tar(folder / "00000.tar", crawl.pairs(0, 18))
+    crawl.write_tar(folder / "00001.tar", crawl.files(crawl.CASES))
+    rows = [{"image": {"bytes": crawl.jpeg(i)}, "caption": f"picture {i}"} for i in range(9)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "some.parquet", row_group_size=4)
+    for i in range(6):
+        path = folder / "classes" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(crawl.jpeg(70 + i))
+    (folder / "classes" / "a" / "notes.txt").write_text("not an image")
+    (folder / "list.jsonl").write_text("".join(
+        json.dumps({"image": f"classes/{'ab'[i % 2]}/{i}.jpg", "caption": f"picture {i}"}) + "\n" for i in range(6)))
+    (folder / "coco.json").write_text(json.dumps([
+        {"image": f"classes/{'ab'[i % 2]}/{i}.jpg", "caption": f"picture {i}"} for i in range(6)]))
+    import_source(open_source(f"captions:{folder}/list.jsonl"), folder / "imported", shard_records=4)
+    return folder
+
+
+def upload(local, target):
+    """Copy the folder into a bucket."""
+    for path in local.rglob("*"):
+        if path.is_file():
+            (user_path(target) / path.relative_to(local).as_posix()).upload(path)
+
+
+SOURCES = ["tars:{}/*.tar", "tars:{}/{{00000..00001}}.tar", "tars:{}", "parquet:{}/some.parquet", "folder:{}/classes",
+           "captions:{}/list.jsonl", "coco:{}/coco.json", "tfds:{}/imported:train",
+           "captions:{}/list.jsonl@{}", "2*captions:{}/list.jsonl + tfds:{}/imported:train"]
+
+
+def records(source):
+    """All records, or what is wrong with them."""
+    result = []
+    for index in range(len(source)):
+        try:
+            result.append(source[index])
+        except Exception as error:
+            result.append(str(error))
+    return result
+
+
+@pytest.mark.parametrize("scheme", ["gcs", "s3"])
+def test_every_kind_is_what_it_is_in_a_folder(local, request, scheme, bucket_cache):
+    target = request.getfixturevalue(scheme)
+    upload(local, target)
+    for form in SOURCES:
+        near, far = (open_source(form.replace("{}", str(place)).replace("{{", "{").replace("}}", "}"))
+                     for place in (local, target))
+        assert [len(far), far.classes, far.image_id_scope is None] == [
+            len(near), near.classes, near.image_id_scope is None], form
+        assert far.fingerprint == near.fingerprint and records(far) == records(near), form
+        assert [far.texts(i) for i in range(len(far))] == [near.texts(i) for i in range(len(near))], form
+
+
+def test_batches_are_the_same_and_bytes_are_read_once(local, gcs, gcs_proxy, bucket_cache):
+    """Two epochs, in threads and in worker processes."""
+    upload(local, gcs)
+    gcs_proxy.requests.clear()
+    config = DataConfig(train="", batch_size=7, max_bad=1.0, image=ImageConfig(size=12), workers=0)
+    near, far = (open_source(f"tars:{place}/*.tar") for place in (local, gcs))
+    batches = [train_batches(source, config, seed=3) for source in (near, far)]
+    for _ in range(10):
+        one, other = map(next, batches)
+        assert all((one[name] == other[name]).all() for name in one)
+    for iterator in batches:
+        iterator.close()
+    for name in ("00000.tar", "00001.tar"):
+        ranges = fetched(gcs_proxy, name)
+        assert sum(stop - start for start, stop in ranges) <= (local / name).stat().st_size
+    assert sum("00000.tar" in path for _, path, _ in gcs_proxy.requests) < 6
+
+
+def test_a_data_set_larger_than_the_cache(local, gcs, s3, bucket_cache, monkeypatch):
+    """ArrayRecord's own reader reads `gs://` in ranges; from `s3://` it is refused in words."""
+    monkeypatch.setenv("JAXMM_BUCKET_CACHE", "1e-6")
+    for target in (gcs, s3):
+        upload(local / "imported", f"{target}/imported")
+    assert records(open_source(f"tfds:{gcs}/imported:train")) == records(open_source(f"tfds:{local}/imported:train"))
+    with pytest.raises(DataError, match="more than the local cache"):
+        open_source(f"tfds:{s3}/imported:train")
+
+
+def test_an_import_into_a_bucket(local, gcs, tmp_path, monkeypatch):
+    """It is what it is in a folder, also after it was interrupted."""
+    source = open_source(f"tars:{local}/*.tar")
+    import_source(source, tmp_path / "set")
+    dest = user_path(gcs) / "set"
+    plain, calls = type(dest).upload, []
+
+    def upload_some(self, file):
+        calls.append(self)
+        if len(calls) == 3:
+            raise OSError("interrupted")
+        plain(self, file)
+
+    monkeypatch.setattr(type(dest), "upload", upload_some)
+    with pytest.raises(OSError, match="interrupted"):
+        import_source(source, dest)
+    assert not import_source(source, dest).complete_before
+    assert {path.relative_to(dest).as_posix(): path.read_bytes() for path in dest.files()} == {
+        path.relative_to(tmp_path / "set").as_posix(): path.read_bytes() for path in (tmp_path / "set").rglob("*")
+        if path.is_file()}
+    assert import_source(source, dest).complete_before
+    assert not (dest.parent / "set.part").exists()
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("tars:{}/none-*.tar", "no object matches"), ("folder:{}/none", "no folder"),
+    ("captions:{}/none.jsonl", "there is no such object"), ("vqa:{}/x.json", "is no local path"),
+    ("tars:https://host/a.tar", r"no local path or in a bucket \(gs://, s3://\)")])
+def test_what_is_not_there(spec, message, gcs):
+    with pytest.raises(DataError, match=message):
+        open_source(spec.replace("{}", gcs))

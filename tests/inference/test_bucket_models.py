@@ -1,0 +1,31 @@
+"""Models, images and an index of `search` in a bucket."""
+
+import numpy as np
+import pytest
+
+import jaxmm
+from jaxmm.inference.search import build_index, open_index
+from jaxmm.paths import user_path
+from jaxmm.pretrained.io.files import FileError
+from tests.pretrained import tiny
+
+
+@pytest.mark.parametrize("scheme", ["gcs", "s3"])
+def test_models_images_and_an_index(scheme, request, tmp_path, bucket_cache):
+    folder = request.getfixturevalue(scheme)
+    model = tiny.clip()
+    model.save(f"{folder}/model")
+    with pytest.raises(FileError, match=f"{folder}/model exists; expected a new folder"):
+        model.save(f"{folder}/model")
+    files = tiny.picture_files(tmp_path / "images", 5)
+    for file in files:
+        user_path(f"{folder}/images/{file.rpartition('/')[2]}").upload(file)
+    loaded = jaxmm.load(f"{folder}/model")
+    paths = [str(path) for path in user_path(f"{folder}/images").files()]
+    embeddings = loaded.encode_image(paths)
+    np.testing.assert_array_equal(embeddings, model.encode_image(files))
+    build_index(lambda chunk, on_error: loaded.encode_image(chunk), f"{folder}/model", paths, f"{folder}/index",
+                on_error=lambda path, error: None)
+    index = open_index(f"{folder}/index")
+    assert index.model == f"{folder}/model" and index.paths == paths
+    assert index.search(embeddings[3], 1)[0].path == paths[3]

@@ -1,0 +1,196 @@
+"""Paths in buckets, against real servers: what is read, how often, what is tried again, and what is said."""
+
+import json
+import logging
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxmm import buckets, folder_locks, object_cache
+from jaxmm.atomic import atomic_file, write_atomically
+from jaxmm.folder_locks import FolderInUse, lock_folder
+from jaxmm.paths import local_copy, new_folder, open_data, remove_tree, user_path
+
+
+@pytest.fixture(params=["gs", "s3"])
+def folder(request):
+    return user_path(request.getfixturevalue({"gs": "gcs", "s3": "s3"}[request.param]))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No waiting between tries."""
+    monkeypatch.setattr(buckets.time, "sleep", lambda seconds: None)
+
+
+def data(size, seed=0):
+    return np.random.default_rng(seed).bytes(size)
+
+
+def test_a_path_in_a_bucket_is_a_path(gcs):
+    path = user_path("gs://b/run/config.json")
+    assert isinstance(path, Path) and str(path) == "gs://b/run/config.json" and path.name == "config.json"
+    assert str(path.parent / "x") == "gs://b/run/x" and path.suffix == ".json" and path.absolute() == path
+    assert str(path.relative_to(user_path("gs://b"))) == "run/config.json"
+    assert pickle.loads(pickle.dumps(path)) == path and hash(pickle.loads(pickle.dumps(path))) == hash(path)
+    assert path.with_name("y.part") == user_path("gs://b/run/y.part")
+
+
+def test_files_and_folders(folder, tmp_path):
+    assert not folder.exists() and not folder.is_dir()
+    write_atomically(folder / "a.txt", "one\n")
+    with atomic_file(folder / "sub" / "b.bin") as file:
+        file.write(b"\0\1\2")
+    assert (folder / "a.txt").read_text() == "one\n" and (folder / "sub" / "b.bin").read_bytes() == b"\0\1\2"
+    assert folder.is_dir() and (folder / "a.txt").is_file() and not (folder / "a.txt").is_dir()
+    assert sorted(path.name for path in folder.iterdir()) == ["a.txt", "sub"]
+    assert [path.relative_to(folder).as_posix() for path in folder.files()] == ["a.txt", "sub/b.bin"]
+    assert list(folder.glob("*/b.bin")) == [folder / "sub" / "b.bin"] and (folder / "*.txt").matches() == [
+        folder / "a.txt"]
+    assert (folder / "a.txt").stat().st_size == 4
+    before = (folder / "a.txt").version(), (folder / "a.txt").checksum()
+    write_atomically(folder / "a.txt", "two\n")
+    assert (folder / "a.txt").version() != before[0] and (folder / "a.txt").checksum() != before[1]
+    with (folder / "a.txt").open() as file:
+        assert file.read() == "two\n"
+    with pytest.raises(RuntimeError), atomic_file(folder / "a.txt") as file:
+        file.write(b"three")
+        raise RuntimeError
+    assert (folder / "a.txt").read_text() == "two\n"
+    (folder / "sub").rename(folder / "moved")
+    assert not (folder / "sub").exists() and (folder / "moved" / "b.bin").read_bytes() == b"\0\1\2"
+    with pytest.raises(FileNotFoundError, match=f"{folder}/none"):
+        (folder / "none").read_bytes()
+    with pytest.raises(FileExistsError):
+        (folder / "a.txt").create(b"three")
+    (folder / "c").create(b"three")
+    remove_tree(folder)
+    assert not folder.exists()
+    remove_tree(folder, missing_ok=True)
+
+
+def test_a_new_folder_and_its_local_copy(folder, bucket_cache, tmp_path):
+    with new_folder(folder / "model", last="weights") as part:
+        (part / "inner").mkdir()
+        for name in ("weights", "z", "inner/a"):
+            (part / name).write_text(name)
+    assert sorted(path.name for path in (folder / "model").files()) == ["a", "weights", "z"]
+    local = local_copy(folder / "model")
+    assert local.name == "model" and {path.relative_to(local).as_posix(): path.read_text() for path in local.rglob("*")
+                                      if path.is_file()} == {name: name for name in ("weights", "z", "inner/a")}
+    (folder / "model" / "z").write_text("changed")
+    (folder / "model" / "inner" / "a").unlink()
+    assert (local_copy(folder / "model") / "z").read_text() == "changed" and not (local / "inner" / "a").exists()
+    assert local_copy(folder / "model" / "z").read_text() == "changed"
+    assert local_copy(tmp_path) == tmp_path
+
+
+def test_reads_through_the_cache(gcs, gcs_proxy, bucket_cache):
+    """Any reads, from many threads: the bytes are right, and none is fetched twice."""
+    path, content = user_path(gcs) / "big", data(3_000_001)
+    path.write_bytes(content)
+    gcs_proxy.requests.clear()
+    rng = np.random.default_rng(1)
+    places = [(int(start), int(rng.integers(1, 200_000))) for start in rng.integers(0, len(content), 60)]
+
+    def check(place):
+        with open_data(path) as file:
+            file.seek(place[0])
+            assert file.read(place[1]) == content[place[0]:sum(place)]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, places))
+    ranges = fetched(gcs_proxy, "big")
+    assert sum(stop - start for start, stop in ranges) == len(set().union(*(range(*part) for part in ranges)))
+    with open_data(path) as file:
+        assert file.read() == content
+    assert set().union(*(range(*part) for part in fetched(gcs_proxy, "big"))) == set(range(len(content)))
+    count = len(gcs_proxy.requests)
+    with open_data(path) as file:
+        assert file.seek(0, 2) == len(content) and file.seek(5) == 5 and file.read(3) == content[5:8]
+    assert len(gcs_proxy.requests) == count                              # not even its size is asked for again
+
+
+def fetched(proxy, name):
+    """The ranges of the object's bytes that were read."""
+    ranges = [value.removeprefix("bytes=").split("-") for command, path, value in proxy.requests
+              if command == "GET" and name in path and value]
+    return [(int(start), int(stop) + 1) for start, stop in ranges]
+
+
+def test_reading_in_order_reads_ahead(gcs, gcs_proxy, bucket_cache):
+    path, content = user_path(gcs) / "long", data(6 * 2**20)
+    path.write_bytes(content)
+    gcs_proxy.requests.clear()
+    with open_data(path) as file:
+        assert b"".join(iter(lambda: file.read(10_000), b"")) == content
+    assert len(fetched(gcs_proxy, "long")) < 12                            # of 96 blocks
+
+
+def test_the_cache_keeps_to_its_limit(gcs, bucket_cache, monkeypatch):
+    """What was used last stays; what is removed while it is read is fetched again."""
+    monkeypatch.setenv("JAXMM_BUCKET_CACHE", str(2.5 / 2**10))
+    monkeypatch.setattr(object_cache, "CHECK", 2**18)
+    contents = {user_path(gcs) / str(n): data(2**20, n) for n in range(5)}
+    for path, content in contents.items():
+        path.write_bytes(content)
+    for path, content in list(contents.items()) + list(contents.items())[:2]:
+        with open_data(path) as file:
+            assert file.read() == content
+        assert object_cache.used() < 2**20 * 2.5 + 2**19
+
+
+@pytest.mark.parametrize("kind", ["status", "reset", "stall"])
+def test_what_may_pass_is_tried_again_and_named(gcs, gcs_proxy, bucket_cache, kind, caplog, monkeypatch):
+    path, content = user_path(gcs) / "object", data(300_000)
+    path.write_bytes(content)
+    monkeypatch.setattr(gcs_proxy, "plan", [kind, None, kind])
+    with caplog.at_level(logging.WARNING), open_data(path) as file:
+        assert file.read() == content
+    assert gcs_proxy.plan == [] and "object" in caplog.text and "trying again" in caplog.text
+
+
+def test_what_does_not_pass_ends_with_the_name(gcs, gcs_proxy, quick, monkeypatch):
+    path = user_path(gcs) / "object"
+    path.write_bytes(b"x")
+    monkeypatch.setattr(buckets, "TRIES", 2)
+    for status, message in ((401, "access denied"), (403, "access denied"), (400, "")):
+        monkeypatch.setattr(gcs_proxy, "always", status)
+        with pytest.raises(OSError, match=f"{path}.*{message}"):
+            path.read_bytes()
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(ImportError, match=r"a path in a bucket needs gcsfs, s3fs; install the extra: pip install "
+                                          r"'jaxmm\[buckets\]'"):
+        user_path("gs://b/x")
+
+
+def test_locks(folder, monkeypatch):
+    """One owner at a time; one that has gone, or does nothing for a while, is replaced, and ends if it comes back."""
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_locks, "RENEWAL", 0.1)
+        with lock_folder(folder), pytest.raises(FolderInUse, match="another process has locked"), lock_folder(folder):
+            raise AssertionError
+    with lock_folder(folder):
+        pass
+    monkeypatch.setattr(folder_locks, "LEASE", 0.3)
+    monkeypatch.setattr(folder_locks, "RENEWAL", 0.1)
+    (folder / ".lock" / "7").write_text(json.dumps({"host": "another", "process": 1, "count": 3}))
+    with lock_folder(folder):
+        assert [path.name for path in (folder / ".lock").iterdir()] == ["8"]
+        ended = threading.Event()
+        monkeypatch.setattr(folder_locks.os, "_exit", lambda status: ended.set() if status == 75 else None)
+        (folder / ".lock" / "9").write_text("{}")
+        assert ended.wait(60)
+        (folder / ".lock" / "9").unlink()
+    gone = json.dumps({"host": folder_locks.socket.gethostname(), "process": 2**22 + 1, "count": 3})
+    (folder / ".lock" / "9").write_text(gone)
+    monkeypatch.setattr(folder_locks, "LEASE", 1e9)
+    with lock_folder(folder):
+        pass

@@ -1,0 +1,121 @@
+"""Runs whose workdir is in a bucket: killed, stopped and with requests that fail, they end as local ones do."""
+
+import os
+import signal
+
+import pytest
+
+import jaxmm
+from jaxmm import checkpoints
+from jaxmm.checkpoints import CheckpointError, whole_steps
+from jaxmm.paths import local_copy, user_path
+from jaxmm.training.logs import MetricLog
+from jaxmm.validation import ConfigError
+from tests.training.common import Killed, assert_same_bits, lines, restored
+from tests.training.process import EVERY, STEPS, run
+from tests.training.test_resume import Trainer, used
+
+
+@pytest.fixture(scope="module")
+def undisturbed(scenes, tmp_path_factory):
+    """A local run."""
+    workdir = tmp_path_factory.mktemp("local")
+    run(workdir, scenes)
+    return workdir
+
+
+def assert_same_run(workdir, undisturbed, steps=STEPS):
+    """Equal losses, every one once, and the same last state bit for bit."""
+    losses = [row for row in lines(undisturbed, "train/loss") if row[0] <= steps]
+    assert lines(workdir, "train/loss") == losses and [step for step, _ in losses] == list(range(1, steps + 1))
+    assert_same_bits(restored(local_copy(workdir), steps), restored(undisturbed, steps))
+
+
+def test_killed_stopped_and_with_failing_requests(undisturbed, scenes, gcs, gcs_proxy, tmp_path, monkeypatch, capsys):
+    """Killed at random as a process; while checksums are taken and when asked to stop in this one; with 5 % faults."""
+    workdir = user_path(gcs)
+    trainer = Trainer(workdir, scenes, "--pause", 9, "--ledger", tmp_path, output=tmp_path)
+    trainer.wait_for(lambda: len(used(tmp_path)) >= 6)
+    assert "from the start" in trainer.kill()
+    start = max(whole_steps(workdir / "checkpoints"), default=0)
+
+    def end(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoints, "digests", end)
+        run(workdir, scenes, ledger=tmp_path)
+    assert max(whole_steps(workdir / "checkpoints"), default=0) == start
+
+    stopped, plain = start + 6, MetricLog.write
+
+    def write(self, step, metrics):
+        plain(self, step, metrics)
+        if step == stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricLog, "write", write)
+        assert run(workdir, scenes, ledger=tmp_path) == {}
+    assert "as asked, everything is saved" in capsys.readouterr().err
+    monkeypatch.setattr(gcs_proxy, "faults", 0.05)
+    before = gcs_proxy.failed.total()
+    run(workdir, scenes, ledger=tmp_path)
+    monkeypatch.setattr(gcs_proxy, "faults", 0.0)
+    assert gcs_proxy.failed.total() > before
+    assert_same_run(workdir, undisturbed)
+    names = {path.relative_to(workdir).parts[0] for path in workdir.files()}
+    assert names >= {"config.json", "metrics.jsonl", "tokenizer", "tensorboard", "report.html", "checkpoints"}
+    assert jaxmm.load(gcs).num_parameters == jaxmm.load(undisturbed).num_parameters
+
+
+def test_a_run_in_s3(undisturbed, scenes, s3, tmp_path):
+    workdir = user_path(s3)
+    with pytest.raises(Killed):
+        run(workdir, scenes, ledger=tmp_path, end=EVERY + 3)
+    run(workdir, scenes, ledger=tmp_path)
+    assert_same_run(workdir, undisturbed)
+    assert jaxmm.load(s3).num_parameters == jaxmm.load(undisturbed).num_parameters
+
+
+def test_damage_and_lost_listings(undisturbed, scenes, gcs, tmp_path, monkeypatch, caplog):
+    """A damaged checkpoint is set aside. One that a listing lacks is neither removed nor passed over."""
+    workdir, steps = user_path(gcs), [EVERY, 2 * EVERY]
+    with pytest.raises(Killed):
+        run(workdir, scenes, ledger=tmp_path, end=2 * EVERY + 2)
+    folder = workdir / "checkpoints"
+    assert whole_steps(folder) == steps
+    plain = type(workdir).iterdir
+    with monkeypatch.context() as patch:
+        patch.setattr(type(workdir), "iterdir", lambda self: (p for p in plain(self) if p.name != str(steps[-1])))
+        assert whole_steps(folder) == steps
+        checkpoints.Checkpoints(folder).clean()
+    assert whole_steps(folder) == steps and checkpoints.find_damage(folder / str(steps[-1])) is None
+    [largest] = sorted((folder / str(steps[-1])).files(), key=lambda path: path.stat().st_size)[-1:]
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
+    with pytest.raises(Killed):
+        run(workdir, scenes, ledger=tmp_path, end=2 * EVERY)
+    assert f"checkpoint {folder / str(steps[-1])} is damaged" in caplog.text
+    assert whole_steps(folder) == steps[:1]
+
+
+def test_two_runs_do_not_share_a_bucket(scenes, gcs, tmp_path):
+    from jaxmm.folder_locks import lock_folder
+
+    with lock_folder(user_path(gcs)), pytest.raises(ConfigError, match="which another run is writing to"):
+        run(user_path(gcs), scenes, ledger=tmp_path)
+
+
+def test_a_save_that_fails_names_the_object(undisturbed, scenes, gcs, gcs_proxy, tmp_path, monkeypatch):
+    plain = checkpoints.digests
+
+    def deny(folder):
+        monkeypatch.setattr(gcs_proxy, "always", 403)
+        return plain(folder)
+
+    monkeypatch.setattr(checkpoints, "digests", deny)
+    monkeypatch.setattr(checkpoints, "whole_steps", lambda folder: [])
+    with pytest.raises((CheckpointError, OSError), match=f"{gcs}.*access denied"):
+        run(user_path(gcs), scenes, ledger=tmp_path, end=2 * EVERY)
