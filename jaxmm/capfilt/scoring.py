@@ -89,8 +89,8 @@ def score_shard(
         here = np.concatenate(places)
         own = [[texts.columns["text"][i] for i in place] for place in places]
         for number, one in enumerate(filters):
-            found, vectors = _scores(one, [image.views[number] for image in group], own, mesh)
-            for name, values in found.items():
+            columns, vectors = _scores(one, [image.views[number] for image in group], own, mesh)
+            for name, values in columns.items():
                 scores[name][here] = values
             if embeddings is not None and one.cosine == embeddings:
                 embedded += [row.astype(np.float16).tobytes() for row in vectors]

@@ -146,8 +146,8 @@ def frequent_rows(selected: Sequence[Texts], rule: Rule) -> list[list[int]]:
         for row in np.flatnonzero(np.asarray(texts.columns["why"], object) == "good").tolist():
             places[texts.columns["text"][row].lower()].append((-float(scores[row]), shard, row))
     rows: list[list[int]] = [[] for _ in selected]
-    for found in places.values():
-        for _, shard, row in sorted(found)[rule.repeats:]:
+    for ranked in places.values():
+        for _, shard, row in sorted(ranked)[rule.repeats:]:
             rows[shard].append(row)
     return [sorted(numbers) for numbers in rows]
 

@@ -228,12 +228,12 @@ def find_near_duplicates(folder: Folder, rule: Rule) -> dict[str, dict[int, str 
     origins = np.repeat([shard.origin == "human" for shard in folder.shards], [len(table) for table in tables])
     first = representatives(groups, origins)
     ids = [image_id for table in tables for image_id in table.columns["image_id"]]
-    found: dict[str, dict[int, str | None]] = {}
+    nearest: dict[str, dict[int, str | None]] = {}
     place = itertools.count()
     for shard, table in zip(folder.shards, tables, strict=True):
-        found[shard.name] = {record: None if first[i] == i else ids[first[i]]
-                             for record, i in zip(table.columns["record"], place, strict=False)}
-    return found
+        nearest[shard.name] = {record: None if first[i] == i else ids[first[i]]
+                               for record, i in zip(table.columns["record"], place, strict=False)}
+    return nearest
 
 
 def _run_stage(folder: Folder, stage: str, digest_of: Callable[[Shard, Any], str], known: Any,

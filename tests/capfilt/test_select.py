@@ -131,9 +131,10 @@ def test_a_text_stays_at_so_many_images_only():
         places = [(-shard.columns["itm"][i], number, i) for number, shard in enumerate(before)
                   for i in range(len(shard)) if shard.columns["why"][i] == "good" and shard.columns["text"][i] == text]
         assert len(places) > 4
-        assert sorted(places)[4:] == sorted((-before[n].columns["itm"][i], n, i) for n, found in enumerate(rows)
-                                            for i in found if before[n].columns["text"][i] == text)
-    after = [select_texts(shard, rule, Limits(0.3), frequent=found) for shard, found in zip(shards, rows, strict=True)]
+        assert sorted(places)[4:] == sorted((-before[n].columns["itm"][i], n, i) for n, numbers in enumerate(rows)
+                                            for i in numbers if before[n].columns["text"][i] == text)
+    after = [select_texts(shard, rule, Limits(0.3), frequent=numbers)
+             for shard, numbers in zip(shards, rows, strict=True)]
     counts = Counter(text for shard in after for text, why in zip(shard.columns["text"], shard.columns["why"],
                                                                   strict=True) if why == "good")
     assert counts == {"t0": 4, "t1": 4, "t2": 4}
@@ -141,7 +142,7 @@ def test_a_text_stays_at_so_many_images_only():
 
 
 def test_near_duplicates_are_groups():
-    """By brute force, also across blocks: 1 is near 0, and 2 near 1 but not near 0; 5 is near 3."""
+    """Groups of angles, also across blocks: 1 is near 0, and 2 near 1 but not near 0; 5 is near 3."""
     angles = np.radians([0, 5, 10, 90, 180, 92, 250])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.arange(1, 8)[:, None]
     for block in (2, 3, 2048):
