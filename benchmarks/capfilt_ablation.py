@@ -1,6 +1,7 @@
 """The effect of each part of CapFilt on generated scenes with known truth: the arms of the paper's Tables 1, 2 and 4.
 
-    python -m benchmarks.capfilt_ablation [--quick] [--seeds 3] [--only none,both] [--out DIR] [--json FILE]
+    python -m benchmarks.capfilt_ablation [--quick] [--seeds 3] [--only none,both] [--captions 5] [--out DIR]
+                                          [--json FILE]
 
 The data of `configs/capfilt_scenes.py`: 4,000 images with web texts, 40 % of them correct, and 2,000 images with
 human captions. For each seed a BLIP is pre-trained on all of it (`none`), and a captioner and a filter are fine-tuned
@@ -17,8 +18,10 @@ captions that are true. On the texts: the share that the filter drops (the paper
 recall against the known noise of the web texts, and the share of correct texts among synthetic captions and among
 training texts.
 
-Results stay in DIR; rerun the command to continue. `--quick` is one seed, `none` and `both`, and two fifths of all
-steps: under 15 minutes on two cores, in which a captioner learns little and a filter drops nine of ten texts.
+`--captions` is the number of captions of each human image per step from which captioner and filter learn; web images
+have one text. Results stay in DIR; rerun the command to continue. `--quick` is one seed, `none` and `both`, and two
+fifths of all steps: under 15 minutes on two cores, in which a captioner learns little and a filter drops nine of ten
+texts.
 """
 
 import argparse
@@ -69,9 +72,12 @@ ARMS = {"none": None, "filter": Arm(Rule(origins=("web",))), "captions": Arm(Rul
 QUICK = ("none", "both")
 
 
-def recipe(quick: bool) -> CapFiltConfig:
-    """Return the recipe, which all seeds share."""
+def recipe(quick: bool, captions: int | None = None) -> CapFiltConfig:
+    """Return the recipe, which all seeds share; captioner and filter learn from `captions` texts per image and step."""
     config = load_recipe(RECIPE)
+    if captions is not None:
+        config = replace(config, **{name: replace(run, data=replace(run.data, captions=captions)) for name, run in (
+            ("captioner", config.captioner), ("filter", config.filter))})
     if not quick:
         return config
     runs = {name: getattr(config, name) for name in ("pretrain", "captioner", "filter")}
@@ -178,6 +184,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--only", help="arms, separated by commas")
+    parser.add_argument("--captions", type=int, help="captions per human image and step; default: the recipe's")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--json", metavar="FILE", type=Path)
     args = parser.parse_args()
@@ -188,14 +195,15 @@ def main() -> None:
     out = args.out or Path("runs") / ("capfilt-quick" if args.quick else "capfilt-benchmark")
     keep_memory()
     use_compilation_cache()
-    config = recipe(args.quick)
+    config = recipe(args.quick, args.captions)
     seed_rows = [seed_results(config, seed, out / f"seed-{seed}", arms) for seed in range(seeds)]
     results = {name: {key: [row[name][part][key] for row in seed_rows] for part in ("model", "texts")
                       for key in seed_rows[0][name][part]} for name in arms}
     print_results(results, seeds, f"CapFilt on scenes, {config.pretrain.steps:,} steps, {seeds} seeds")
     if args.json:
         write_atomically(args.json, json.dumps([{
-            "arm": name, "seeds": seeds, "steps": config.pretrain.steps, "quick": args.quick, **values,
+            "arm": name, "seeds": seeds, "steps": config.pretrain.steps, "quick": args.quick,
+            "captions": config.captioner.data.captions, **values,
             "machine": machine()} for name, values in results.items()], indent=1) + "\n")
 
 

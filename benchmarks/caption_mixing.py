@@ -1,11 +1,13 @@
 """The share of synthetic captions in contrastive training: Recap-DataComp's mixing rate p (Li et al. 2024) on scenes.
 
-    python -m benchmarks.caption_mixing [--shares 0,0.5,0.8,1] [--seeds 3] [--steps 420] [--out DIR] [--json FILE]
+    python -m benchmarks.caption_mixing [--shares 0,0.5,0.8,1] [--seeds 3] [--captions 5] [--out DIR]
+                                        [--json FILE]
 
 For each seed, the models of `configs/capfilt_scenes.py` are a BLIP pre-trained on web texts and human captions, and a
 captioner fine-tuned from it, which captions the 4,000 images of the web split. Nothing is filtered. The CLIP of
 `configs/clip_scenes.py` then trains on these images from scratch, once per share p: a synthetic caption is drawn with
-probability p at every step, the web's text otherwise (`data.origins`).
+probability p at every step, the web's text otherwise (`data.origins`). `--captions` is the number of captions of each
+human image per step from which the captioner learns.
 
 On held-out images: 100-way recall@1 in both directions, and zero-shot classification of single shapes (`shapes:test`).
 Results stay in DIR; rerun the command to continue. `--texts FOLDER` takes the captions of a finished CapFilt folder,
@@ -22,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.capfilt_ablation import RECIPE, format_summary
+from benchmarks.capfilt_ablation import RECIPE, format_summary, recipe
 from benchmarks.measure import machine
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.bootstrap import CapFiltConfig, Runs, on
@@ -92,6 +94,7 @@ def main() -> None:
     parser.add_argument("--shares", default="0,0.5,0.8,1", help="shares of synthetic captions, separated by commas")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="steps of each CLIP; default: the recipe's")
+    parser.add_argument("--captions", type=int, help="captions per human image and step; default: the recipe's")
     parser.add_argument("--texts", type=Path, help="a finished CapFilt folder, for all seeds")
     parser.add_argument("--out", type=Path, default=Path("runs/caption-mixing"))
     parser.add_argument("--json", metavar="FILE", type=Path)
@@ -104,7 +107,7 @@ def main() -> None:
         parser.error(f"--shares is {args.shares}; expected numbers from 0 to 1, separated by commas")
     keep_memory()
     use_compilation_cache()
-    config = load_recipe(RECIPE)
+    config = recipe(False, args.captions)
     rows = [seed_results(config, shares, args, seed) for seed in range(args.seeds)]
     results = {share: {key: [row[share][key] for row in rows] for key in rows[0][share]} for share in rows[0]}
     print_results(results, f"CLIP on scenes:web with a share of synthetic captions, {args.seeds} seeds")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from benchmarks import attention_against_convolution as arms
-from benchmarks import caption_generation, igpt_small, pair_matching, pod_plans
+from benchmarks import capfilt_ablation, caption_generation, caption_mixing, igpt_small, pair_matching, pod_plans
 from benchmarks.measure import Rounds, Worker
 from benchmarks.train_step_sides import Case
+from jaxmm.recipes import load_recipe
 from tests.planning.test_plan import planned
 
 SLEEPER = """
@@ -63,6 +64,19 @@ def test_arms_with_convolution_and_attention_are_of_one_size():
     logits = jax.eval_shape(lambda key, image: task.classifier.logits(task.init(key), {"image": image}),
                             jax.random.key(0), image)
     assert logits.shape == (3, 5)
+
+
+def test_captioner_and_filter_learn_from_several_captions():
+    config = capfilt_ablation.recipe(True, captions=4)
+    assert [getattr(config, name).data.captions for name in ("pretrain", "captioner", "filter")] == [1, 4, 4]
+    assert capfilt_ablation.recipe(False) == load_recipe(capfilt_ablation.RECIPE)
+
+
+def test_a_share_is_the_weight_of_synthetic_captions():
+    weights = [caption_mixing.clip_recipe(share, "tfds:a:web", 7, 2) for share in (0.0, 0.8, 1.0)]
+    assert [run.data.origins for run in weights] == [
+        (("web", 1.0),), (("web", pytest.approx(0.2)), ("synthetic", 0.8)), (("synthetic", 1.0),)]
+    assert {(run.data.train, run.seed, run.steps) for run in weights} == {("tfds:a:web", 2, 7)}
 
 
 def test_a_line_through_times():
