@@ -11,7 +11,8 @@ THOROUGH = {"xla_backend_optimization_level": 3} | ({"xla_cpu_use_fusion_emitter
 """Options of `jax.jit` that compile one program as users do."""
 
 
-def flags(devices: int, *, fast: bool = True) -> str:
-    """XLA_FLAGS for that many CPU devices."""
-    wanted = {**(FAST if fast else {}), "xla_force_host_platform_device_count": devices}
+def flags(devices: int | None, *, fast: bool = True) -> str:
+    """XLA_FLAGS for that many CPU devices; None: as many as the program itself asks for."""
+    wanted = {**(FAST if fast else {}),
+              **({} if devices is None else {"xla_force_host_platform_device_count": devices})}
     return " ".join(f"--{name}={value}" for name, value in wanted.items())
