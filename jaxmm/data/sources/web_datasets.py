@@ -13,13 +13,13 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from jaxmm.atomic import write_atomically
-from jaxmm.compiling import cache_folder
 from jaxmm.data.base import DataError, fingerprint
 from jaxmm.data.sources.columns import Columns
 from jaxmm.data.sources.downloads import DownloadError, NotFound, download, read_text
 from jaxmm.data.sources.shards import MOST_FILES, Shards
 from jaxmm.data.sources.tars import Tar
 from jaxmm.paths import is_address
+from jaxmm.user_cache import cache_folder
 
 NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 COUNT = "nshards.txt"
