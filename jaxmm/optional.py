@@ -6,6 +6,7 @@ EXTRAS = {
     "train": ("jinja2", "matplotlib", "sklearn", "tensorboardX"),
     "captions": ("pycocoevalcap",),
     "buckets": ("gcsfs", "s3fs"),
+    "serve": ("fastapi", "jinja2", "prometheus_client", "python_multipart", "uvicorn"),
     "parity": ("torch", "transformers"),
     "tpu": ("libtpu",),
 }

@@ -18,13 +18,18 @@ _MAX_TEXT = 180
 def write_page(path: Path, template: str, **values: Any) -> Path:
     """Write one self-contained HTML file from a template in this folder; return its path."""
     require_extra("train", "an HTML page")
+    write_atomically(path, render_page(template, **values))
+    return path
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Return the HTML of a template in this folder."""
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.PackageLoader("jaxmm", "."), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True)
     environment.filters |= {"number": number, "data_uri": data_uri, "cut": _cut, "overlay": overlay}
-    write_atomically(path, environment.get_template(template).render(**values))
-    return path
+    return environment.get_template(template).render(**values)
 
 
 def number(value: float | int, digits: int = 4) -> str:

@@ -25,6 +25,7 @@ def test_every_extra_is_declared():
     declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"]
     packages = {name: {part.split(">")[0].split("=")[0] for part in parts} for name, parts in declared.items()}
-    renamed = {"sklearn": "scikit-learn", "libtpu": "jax[tpu]"}
+    renamed = {"sklearn": "scikit-learn", "libtpu": "jax[tpu]", "prometheus_client": "prometheus-client",
+               "python_multipart": "python-multipart"}
     for extra, modules in optional.EXTRAS.items():
         assert {renamed.get(module, module) for module in modules} == packages[extra]

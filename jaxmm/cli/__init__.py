@@ -17,6 +17,7 @@ COMMANDS = {
     "complete": ("image_grids:complete", "Complete images of which a part is kept."),
     "search index": ("image_search:index", "Encode all images in a folder into an index that `search query` reads."),
     "search query": ("image_search:query", "Find the images of an index that are nearest to a text or an image."),
+    "serve": ("serve:serve", "Serve a model: a web page and JSON endpoints."),
     "data import": ("data:import_data", "Write a source as a TFDS data set that `tfds:DEST:train` reads."),
     "data check": ("data:check_data", "Report what is in a source and which records cannot be used, and why."),
     "data show": ("data:show_data", "Show the first records of a source: a table, or one HTML file with the images."),

@@ -23,6 +23,12 @@ from jaxmm.inference.search import build_index, open_index
 from jaxmm.terminal import print_json, print_table
 
 
+def model_address(model: str) -> str:
+    """Return how an index names its model: an absolute path, or a repository of the hub."""
+    local = os.path.expanduser(model)
+    return os.path.abspath(local) if os.path.exists(local) else model
+
+
 def index(folder: Annotated[Path, *positional("FOLDER")], out: Out, model: str = CLIP,
           loading: LoadingOptions = LOADING) -> None:
     """Encode all images in a folder into an index that `search query` reads.
@@ -36,17 +42,16 @@ def index(folder: Annotated[Path, *positional("FOLDER")], out: Out, model: str =
         loading: How the model is read.
     """
     paths, skipped = expand((folder,)), Skipped()
-    loaded, local = load_two_towers(model, loading), os.path.expanduser(model)
+    loaded = load_two_towers(model, loading)
     with tqdm(total=len(paths), **PROGRESS) as bar:
         kept = build_index(lambda chunk, on_error: loaded.encode_image(chunk, on_error=on_error),
-                           os.path.abspath(local) if os.path.exists(local) else model, paths, out,
-                           loading=_noted(loading),
+                           model_address(model), paths, out, loading=given_options(loading),
                            on_error=skipped, on_chunk=bar.update)
     print(f"{out}: {kept:,} images")
     skipped.report(kept)
 
 
-def _noted(loading: Loading) -> dict[str, str]:
+def given_options(loading: Loading) -> dict[str, str]:
     """Return the options of `loading` that were given, as a query from any folder reads them."""
     given = {name: value for name, value in asdict(loading).items() if value is not None}
     return {name: os.path.abspath(local) if os.path.isfile(local := os.path.expanduser(value)) else value

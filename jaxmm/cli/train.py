@@ -68,5 +68,6 @@ def next_commands(task: Task, workdir: Path) -> list[tuple[str, str]]:
                      ("classify", f'jaxmm classify IMAGES --labels "a cat,a dog" --model {workdir}')]
     if task.classifier and not task.classifier.reads_text:
         commands += [("classify", f"jaxmm classify IMAGES --model {workdir}")]
+    page = [("on a web page", f"jaxmm serve {workdir}")] if commands else []
     return [*commands, ("in Python", f'import jaxmm; model = jaxmm.load("{workdir}")'),
-            ("train on your data", "README.md, Train on your own data")]
+            ("train on your data", "README.md, Train on your own data"), *page]

@@ -53,6 +53,16 @@ def decode(data: bytes | np.ndarray | Image.Image) -> Image.Image:
     return read(data)[0]
 
 
+def header_size(data: bytes) -> tuple[int, int]:
+    """Return width and height as the header of an encoded image says. Raises `BadImage`."""
+    try:
+        return _open(data).size
+    except (MemoryError, BadImage):
+        raise
+    except Exception as error:  # as in `read`
+        raise BadImage(*_damage(error)) from None
+
+
 def read(data: bytes | np.ndarray | Image.Image) -> tuple[Image.Image, bool]:
     """Decode an image; also return True if every reader sees the same: an upright 8-bit sRGB JPEG or PNG."""
     try:

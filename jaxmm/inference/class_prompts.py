@@ -41,6 +41,14 @@ def class_means(prompts: Float[np.ndarray, "p e"], classes: int) -> Float[np.nda
     return unit(prompts.reshape(classes, -1, prompts.shape[1]).mean(axis=1))
 
 
+def likeliest_labels(logits: Float[np.ndarray, "b c"], labels: Sequence[str], top: int
+                     ) -> list[list[tuple[str, float]]]:
+    """Return the `top` likeliest (label, probability) of each row of logits, best first."""
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    return [[(labels[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]] for row in shares]
+
+
 def unit(x: np.ndarray) -> np.ndarray:
     """Return the rows of `x` scaled to length 1."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)

@@ -23,7 +23,7 @@ from jaxmm.data.transforms import eval_image
 from jaxmm.inference.answering import ANSWERS, SHORTLIST, candidate_tokens, choose_texts
 from jaxmm.inference.batching import decode_ahead, outputs, pad_to_power_of_two, predict
 from jaxmm.inference.captioning import CAPTIONS, make_attention_map_fn, word_attention_maps, write_texts
-from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts
+from jaxmm.inference.class_prompts import TEMPLATES, class_means, class_prompts, likeliest_labels
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.image_generation import Keep, complete_images, generate_images, image_decoding
 from jaxmm.inference.inputs import (
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 Batches = Iterator[dict[str, np.ndarray]]
 OnError = Callable[[ImageLike, Exception], None]
 ROUNDED = 16
-"""Tokens: texts are cut to multiples of it, so that there are few lengths."""
+"""Tokens: texts are cut or padded to multiples of it, so that there are few lengths."""
 BATCH = 64
 """Most images or texts that the device computes at once. Fewer are padded to a power of two, so that batches of any
 length need only a few compiled programs."""
@@ -86,8 +86,8 @@ class Model:
         """Number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
-    def prepare(self, image: ImageLike) -> UInt8[np.ndarray, "size size 3"]:
-        """Decode and resize one image as the model expects it."""
+    def prepare(self, image: ImageLike | bytes) -> UInt8[np.ndarray, "size size 3"]:
+        """Decode and resize one image, or the bytes of a file, as the model expects it."""
         size = self.task.image_size
         image = eval_image(decode(image_content(image)), self.preprocessing)
         return image[:size, :size]  # part of a patch at the border is not read
@@ -156,9 +156,7 @@ class Model:
                 raise ValueError(f"labels is given, but this model has a head for {self.task.classes} of its own")
             logits = self._predict("logits", self._batches(images, on_error))
             labels = self.labels or [str(i) for i in range(logits.shape[1])]
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        shares /= shares.sum(axis=1, keepdims=True)
-        return [[(labels[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:top]] for row in shares]
+        return likeliest_labels(logits, labels, top)
 
     def caption(
         self, images: Images, *, prompt: str | None = None, decoding: Decoding = CAPTIONS, top: int = 1, seed: int = 0,
@@ -188,6 +186,8 @@ class Model:
         self.tokenize([])  # raises if there is no vocabulary
         tokens, given = candidate_tokens(self.tokenizer, captions, decoder,
                                          decoder.prompt if prompt is None else prompt)
+        length = min(decoder.longest, -(-tokens.shape[1] // ROUNDED) * ROUNDED)
+        tokens = np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])), constant_values=decoder.pad_id)
         batches = (pad_to_power_of_two(batch | {"tokens": tokens[BATCH * number:][:len(batch["image"])]}, self.mesh)
                    for number, batch in enumerate(self._batches(images)))
         attend = make_attention_map_fn(self.task, self.mesh)

@@ -55,6 +55,10 @@ class Index:
 
     def search(self, query: Float[np.ndarray, " e"], top: int = 10) -> list[Found]:
         """Return the `top` images nearest to `query`, a vector of length 1, best first."""
+        return [Found(self.paths[number], score) for number, score in self.nearest(query, top)]
+
+    def nearest(self, query: Float[np.ndarray, " e"], top: int) -> list[tuple[int, float]]:
+        """Return what `search` returns, as pairs of an image's position in `paths` and its cosine."""
         best = np.empty(0, np.float32)
         where = np.empty(0, np.int64)
         for start in range(0, len(self.paths), ROWS):
@@ -62,7 +66,7 @@ class Index:
             best, where = np.append(best, scores), np.append(where, np.arange(start, start + len(scores)))
             order = np.argsort(-best, kind="stable")[:top]
             best, where = best[order], where[order]
-        return [Found(self.paths[i], float(score)) for i, score in zip(where, best, strict=True)]
+        return list(zip(where.tolist(), best.tolist(), strict=True))
 
 
 def build_index(

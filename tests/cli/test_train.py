@@ -115,7 +115,8 @@ def test_without_a_work_folder_a_new_one_is_named_after_the_recipe(command, reci
 def test_what_a_trained_model_can_do_is_said(config, commands, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jaxmm.cli.image_files.use_compilation_cache", lambda: None)
     task = bind(load_recipe(config))[0]
-    *found, python, _ = [line for _, line in next_commands(task, tmp_path)]
+    *found, python, _, page = [*(line for _, line in next_commands(task, tmp_path)), *([] if commands else [""])]
+    assert page == (f"jaxmm serve {tmp_path}" if commands else "")
     assert len(found) == len(commands) and f'jaxmm.load("{tmp_path}")' in python
     for line, command in zip(found, commands, strict=True):
         assert line.startswith(f"jaxmm {command}") and line.endswith(f"--model {tmp_path}")
