@@ -110,10 +110,11 @@ def main() -> None:
     config = recipe(False, args.captions)
     rows = [seed_results(config, shares, args, seed) for seed in range(args.seeds)]
     results = {share: {key: [row[share][key] for row in rows] for key in rows[0][share]} for share in rows[0]}
-    print_results(results, f"CLIP on scenes:web with a share of synthetic captions, {args.seeds} seeds")
+    steps = clip_recipe(1.0, config.web, args.steps, 0).steps
+    print_results(results, f"{steps:,} steps, {args.seeds} seeds")
     if args.json:
         write_atomically(args.json, json.dumps([{
-            "share": float(share), "seeds": args.seeds, "steps": args.steps, "metrics": values, "machine": machine()}
+            "share": float(share), "seeds": args.seeds, "steps": steps, "metrics": values, "machine": machine()}
             for share, values in results.items()], indent=1) + "\n")
 
 

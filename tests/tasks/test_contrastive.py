@@ -46,7 +46,7 @@ def numpy_loss(task, duplicates=True):
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_several_captions(kind):
-    """The definition, from embeddings in numpy; in blocks and on eight devices it is the same."""
+    """The definition, from embeddings in numpy; on eight devices it is the same."""
     task, batch, captions = TASKS[kind], pairs(3), 3
     p = params(task)
     image = (fp64(batch["image"]) / 255 - MEAN) / STD
@@ -61,11 +61,9 @@ def test_several_captions(kind):
     np.testing.assert_allclose(metrics["accuracy"], np.mean([same[i, row.argmax()] for i, row in enumerate(logits)]))
     with jax.set_mesh(mesh := make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         placed = place_batch(jax.tree.map(np.asarray, batch), mesh)
-        for other in (task, replace(task, tile=5)):
-            spread, (_, measured) = jax.jit(other.loss)(jax.device_put(p, shardings(p, mesh)), {}, placed,
-                                                        jax.random.key(0))
-            np.testing.assert_allclose(spread, value, rtol=1e-6)
-            assert measured["accuracy"] == metrics["accuracy"]
+        spread, (_, measured) = jax.jit(task.loss)(jax.device_put(p, shardings(p, mesh)), {}, placed, jax.random.key(0))
+    np.testing.assert_allclose(spread, value, rtol=1e-6)
+    assert measured["accuracy"] == metrics["accuracy"]
 
 
 def run(task, batch, key=0):
