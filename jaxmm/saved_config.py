@@ -86,6 +86,21 @@ def with_current_names(value: Any) -> Any:
     return _with_types(value, RENAMED)
 
 
+def with_new_fields(value: Any) -> Any:
+    """Add the fields that an older version did not have, with their defaults, to plain JSON values."""
+    if isinstance(value, list):
+        return [with_new_fields(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {key: with_new_fields(item) for key, item in value.items()}
+    with contextlib.suppress(ConfigError):  # a type of a module that is not imported stays as it is
+        for part in dataclasses.fields(_find_type(value.get("type"), "")):
+            make = part.default_factory if part.default is dataclasses.MISSING else lambda part=part: part.default
+            if part.name not in value and make is not dataclasses.MISSING:
+                value[part.name] = to_dict(make())
+    return value
+
+
 def with_first_names(value: Any) -> Any:
     """Replace types by the names that the oldest version wrote, in plain JSON values, so that digests stay the same."""
     return _with_types(value, {new: old for old, new in reversed(RENAMED.items())})

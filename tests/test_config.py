@@ -19,7 +19,15 @@ from jaxmm.config import (
     TrainConfig,
 )
 from jaxmm.models.vit import vit
-from jaxmm.saved_config import RENAMED, from_dict, save_config, to_dict, with_current_names, with_first_names
+from jaxmm.saved_config import (
+    RENAMED,
+    from_dict,
+    save_config,
+    to_dict,
+    with_current_names,
+    with_first_names,
+    with_new_fields,
+)
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.optimizer import learning_rate
 from jaxmm.validation import ConfigError, check_types, count_steps
@@ -106,6 +114,18 @@ def test_imports_nothing_because_a_file_says_so(module):
     with pytest.raises(ConfigError, match=rf"^run/config\.json: type is .* is not imported; import {module} first"):
         from_dict({"type": f"{module}.MeshConfig"}, "run/config.json")
     assert module not in sys.modules
+
+
+def test_fields_that_older_versions_did_not_have_are_the_defaults():
+    new = json.loads(json.dumps(to_dict([DataConfig(captions=3), TokenizerConfig(vocab_size=99)])))
+    old = json.loads(json.dumps(new))
+    for name in ("captions", "origins", "image"):
+        del old[0][name]
+    del old[1]["answer_length"]
+    new[0]["captions"] = 1
+    assert with_new_fields(old) == new
+    for other in ({"type": "elsewhere.Thing"}, {"a": [1, {"b": None}]}, "x"):
+        assert with_new_fields(other) == other
 
 
 def test_refuses_unknown_fields():

@@ -11,7 +11,7 @@ import numpy as np
 from jaxmm.atomic import write_atomically
 from jaxmm.capfilt.tables import digest
 from jaxmm.inference.model import Model
-from jaxmm.saved_config import differences, to_dict, with_first_names
+from jaxmm.saved_config import differences, to_dict, with_current_names, with_first_names, with_new_fields
 from jaxmm.sharding import named_leaves
 from jaxmm.validation import ConfigError
 
@@ -34,7 +34,7 @@ def record_facts(folder: Path, free: tuple[str, ...] = (), **facts: Any) -> dict
 
     Raise `ConfigError` if a fact differs from the recorded one and is not in `free`.
     """
-    known = read_manifest(folder)
+    known = with_first_names(with_new_fields(with_current_names(read_manifest(folder))))
     facts = json.loads(json.dumps(facts))
     changed = differences({name: value for name, value in known.items() if name in facts},
                           {name: value for name, value in facts.items() if name in known}, free=free)

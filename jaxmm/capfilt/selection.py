@@ -45,8 +45,8 @@ class Rule:
     """Most images that keep the same text, those where it scores highest; None: any number."""
     near_duplicates: Annotated[float | None, UP_TO_ONE] = None
     """Cosine of the embeddings of two images from which on they are near-duplicates, such as 0.96; None: none are."""
-    group: bool | None = None
-    """True: near-duplicates keep their texts and count as the same image. None: the first one does, or one with human
+    group: bool = False
+    """True: near-duplicates keep their texts and count as the same image. False: the first one does, or one with human
     captions, and the others are dropped."""
     origins: tuple[Literal["web", "synthetic"], ...] = ("web", "synthetic")
     """Origins of texts that may stay."""

@@ -186,7 +186,7 @@ def select(folder: Folder, rule: Rule) -> int:
         if places is None:
             return select_texts(texts, rule, known, frequent=frequent)
         firsts = [places[record] for record in texts.columns["record"]]
-        dropped = shard.origin == "web" or bool(rule.group)
+        dropped = shard.origin == "web" or rule.group
         near_duplicate = np.array([dropped and first is not None for first in firsts], bool)
         texts = replace(texts, columns={**texts.columns, "near_duplicate": near_duplicate})
         if not rule.group:

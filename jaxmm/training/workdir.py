@@ -15,7 +15,7 @@ from jaxmm.data.base import Source
 from jaxmm.data.tokenizers import SETTINGS, Tokenizer
 from jaxmm.folder_locks import FolderInUse, lock_folder
 from jaxmm.paths import new_folder
-from jaxmm.saved_config import differences, save_config, to_dict, with_current_names
+from jaxmm.saved_config import differences, save_config, to_dict, with_current_names, with_new_fields
 from jaxmm.task import Task
 from jaxmm.validation import ConfigError, count_steps
 
@@ -52,7 +52,7 @@ def read_run_config(config: TrainConfig, workdir: Path, source: Source) -> dict[
         return None
     try:
         notes = json.loads(path.read_text())
-        old, fingerprint, _ = with_current_names(notes["config"]), notes["fingerprint"], notes["task"]
+        old, fingerprint, _ = with_new_fields(with_current_names(notes["config"])), notes["fingerprint"], notes["task"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not what a run writes: {type(error).__name__}: {error}") from None
     new = json.loads(json.dumps(to_dict(config)))
