@@ -140,9 +140,8 @@ def write_scores(folder: Folder, filters: str | Sequence[str], embeddings: str |
     specs = [filters] if isinstance(filters, str) else list(filters)
     names = [split_name(spec)[0] for spec in specs]
     require(specs and len(set(names)) == len(names), "filter", tuple(specs), "one or more, with different names")
-    facts = record_facts(folder.path, filter=specs[0] if len(specs) == 1 else specs,
-                         **({} if embeddings is None else {"embeddings": embeddings}))
-    mesh, models = local_mesh(), []
+    facts = record_facts(folder.path, filter=specs[0] if len(specs) == 1 else specs)
+    mesh, models, known = local_mesh(), [], []
 
     def digest_of(shard: Shard, filter_digest: str) -> str:
         stored = [] if embeddings is None else [embeddings]
@@ -154,19 +153,17 @@ def write_scores(folder: Folder, filters: str | Sequence[str], embeddings: str |
         require(embeddings is None or embeddings in cosines, "embeddings", embeddings,
                 f"one of the cosines {', '.join(cosines) or '(there is none)'}")
         digests = [model_digest(one.model) for one in models]
-        filter_digest = digests[0] if len(digests) == 1 else digest(*digests)
-        record_facts(folder.path, filter_digest=filter_digest)
-        return filter_digest
+        known.append(digests[0] if len(digests) == 1 else digest(*digests))
+        record_facts(folder.path, free=("embeddings",), filter_digest=known[0],
+                     **({"embeddings": embeddings} if embeddings or facts.get("embeddings") else {}))
+        return known[0]
 
     def write(shard: Shard, done: Done) -> Texts:
         texts = read_texts(folder.table(CAPTIONS, shard))
         texts, embedded = score_shard(shard.source, texts, models, embeddings=embeddings, mesh=mesh, done=done)
         if embedded is not None:  # before the scores, which make the shard complete
-            write_texts(folder.table(EMBEDDINGS, shard), embedded, digest_of(shard, known()))
+            write_texts(folder.table(EMBEDDINGS, shard), embedded, digest_of(shard, known[0]))
         return texts
-
-    def known() -> str:
-        return folder.manifest["filter_digest"]
 
     return _run_stage(folder, SCORES, digest_of, facts.get("filter_digest"), load_models, write)
 
@@ -221,7 +218,7 @@ def find_near_duplicates(folder: Folder, rule: Rule) -> dict[str, dict[int, str 
     """
     if rule.near_duplicates is None:
         return {}
-    require("embeddings" in folder.manifest, "rule.near_duplicates", rule.near_duplicates,
+    require(folder.manifest.get("embeddings"), "rule.near_duplicates", rule.near_duplicates,
             "None, or a folder that was scored with `--embeddings NAME`, the name of a cosine")
     tables = folder.tables(EMBEDDINGS)
     groups = group_images(unpack([table.columns["embedding"] for table in tables]), rule.near_duplicates)

@@ -152,4 +152,7 @@ def test_what_cannot_be(small, tmp_path):
             write_scores(folder, filters)
     with pytest.raises(ConfigError, match="embeddings is 'clip'; expected one of the cosines itc"):
         write_scores(folder, clip, embeddings="clip")
+    assert [write_scores(folder, clip, embeddings=name) for name in ("itc", "itc", None)] == [1, 0, 1]
+    with pytest.raises(ConfigError, match=r"expected None, or a folder that was scored with `--embeddings NAME`"):
+        select(folder, Rule(score="itc", near_duplicates=0.9))
     assert split_name("C:/a=b") == (None, "C:/a=b") and split_name("big=runs/a=b") == ("big", "runs/a=b")
