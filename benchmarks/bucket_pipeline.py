@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -53,19 +55,30 @@ def speed(spec: str, count: int, workers: int) -> dict[str, float]:
     return figures
 
 
+def in_a_process(spec: str, options: argparse.Namespace) -> dict[str, float]:
+    """Return `speed` of a new process, which ends after its last request."""
+    command = [sys.executable, "-m", "benchmarks.bucket_pipeline", "--spec", spec, "--images", options.images,
+               "--workers", options.workers]
+    return json.loads(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--faults", type=float, default=0.0)
     parser.add_argument("--cache", type=float, help="limit of the cache in GiB")
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--spec", help="measure this source only, as the other processes do")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.spec is not None:
+        print(json.dumps(speed(options.spec, options.images, options.workers)))
+        return
     proxy = Proxy()
     with tempfile.TemporaryDirectory() as name, gcs_server(proxy.port) as proxy.target:
         folder = Path(name)
-        os.environ |= gcs_environment(proxy.port) | {"JAXMM_BUCKET_TIMEOUT": "5"}
+        os.environ |= gcs_environment(proxy.port) | {"JAXMM_BUCKET_TIMEOUT": "10" if options.faults else "60"}
         if options.cache is not None:
             os.environ["JAXMM_BUCKET_CACHE"] = str(options.cache)
         from jaxmm.object_cache import used
@@ -78,9 +91,9 @@ def main() -> None:
         for number in range(options.rounds):
             os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{number}")
             proxy.requests.clear()
-            near = speed(f"tars:{folder}/*.tar", options.images, options.workers)
+            near = in_a_process(f"tars:{folder}/*.tar", options)
             proxy.faults = options.faults
-            far = speed(f"tars:gs://{BUCKET}/data/*.tar", options.images, options.workers)
+            far = in_a_process(f"tars:gs://{BUCKET}/data/*.tar", options)
             proxy.faults = 0.0
             ranges = [value.removeprefix("bytes=").split("-") for _, _, value in proxy.requests if value]
             rounds.append({"local": near, "bucket": far, "requests": len(proxy.requests), "failed": dict(proxy.failed),

@@ -2,17 +2,22 @@
 
 import os
 import signal
+from contextlib import closing
 
 import pytest
 
 import jaxmm
 from jaxmm import checkpoints
-from jaxmm.checkpoints import CheckpointError, whole_steps
+from jaxmm.checkpoints import CheckpointError, Checkpoints, whole_steps
+from jaxmm.config import MeshConfig
+from jaxmm.folder_locks import lock_folder
 from jaxmm.paths import local_copy, user_path
+from jaxmm.sharding import make_mesh
 from jaxmm.training.logs import MetricLog
 from jaxmm.validation import ConfigError
 from tests.training.common import Killed, assert_same_bits, lines, restored
 from tests.training.process import EVERY, STEPS, run
+from tests.training.test_checkpoint import DATA, layout, state
 from tests.training.test_resume import Trainer, used
 
 
@@ -69,6 +74,22 @@ def test_killed_stopped_and_with_failing_requests(undisturbed, scenes, gcs, gcs_
     assert jaxmm.load(gcs).num_parameters == jaxmm.load(undisturbed).num_parameters
 
 
+def test_checkpoints_in_s3(s3):
+    """Arrays go through the local disk; old checkpoints are removed; the newest undamaged one is restored."""
+    folder = user_path(s3) / "checkpoints"
+    for step in (3, 6, 9):
+        with closing(Checkpoints(folder, keep=2)) as opened:
+            opened.save(state(step), DATA | {"step": step})
+    assert whole_steps(folder) == [6, 9] and not (folder / "3").exists()
+    (folder / "9" / "state" / "_METADATA").write_text("damaged")
+    with closing(Checkpoints(folder)) as opened:
+        like = layout(state(6), make_mesh(MeshConfig(data=1)))
+        result, data = opened.restore(like)
+    assert data["step"] == 6 and whole_steps(folder) == [6]
+    assert_same_bits(result, state(6))
+
+
+@pytest.mark.long
 def test_a_run_in_s3(undisturbed, scenes, s3, tmp_path):
     workdir = user_path(s3)
     with pytest.raises(Killed):
@@ -102,8 +123,6 @@ def test_damage_and_lost_listings(undisturbed, scenes, gcs, tmp_path, monkeypatc
 
 
 def test_two_runs_do_not_share_a_bucket(scenes, gcs, tmp_path):
-    from jaxmm.folder_locks import lock_folder
-
     with lock_folder(user_path(gcs)), pytest.raises(ConfigError, match="which another run is writing to"):
         run(user_path(gcs), scenes, ledger=tmp_path)
 
