@@ -122,8 +122,8 @@ class BucketPath(PosixGPath, Path):
 
     def matches(self) -> list["BucketPath"]:
         """Return the objects that this path matches, as a pattern."""
-        found = self.request("glob", detail=True)
-        return sorted(self._absolute(name) for name, entry in found.items() if entry["type"] == "file")
+        entries = self.request("glob", detail=True)
+        return sorted(self._absolute(name) for name, entry in entries.items() if entry["type"] == "file")
 
     def files(self) -> list["BucketPath"]:
         """Return all objects in this folder and its subfolders, sorted."""

@@ -4,11 +4,20 @@ import jax
 import pytest
 
 from jaxmm.training import loop
+from tests.training.process import run
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared(shared_programs):
     """For every test of this folder."""
+
+
+@pytest.fixture(scope="session")
+def undisturbed(scenes, tmp_path_factory):
+    """The workdir of an undisturbed run of `tests.training.process`."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    run(workdir, scenes)
+    return workdir
 
 
 @pytest.fixture(scope="session", autouse=True)

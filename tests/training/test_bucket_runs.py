@@ -21,14 +21,6 @@ from tests.training.test_checkpoint import DATA, layout, state
 from tests.training.test_resume import Trainer, used
 
 
-@pytest.fixture(scope="module")
-def undisturbed(scenes, tmp_path_factory):
-    """A local run."""
-    workdir = tmp_path_factory.mktemp("local")
-    run(workdir, scenes)
-    return workdir
-
-
 def assert_same_run(workdir, undisturbed, steps=STEPS):
     """Equal losses, every one once, and the same last state bit for bit."""
     losses = [row for row in lines(undisturbed, "train/loss") if row[0] <= steps]

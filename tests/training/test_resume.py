@@ -65,14 +65,6 @@ def unfinished(workdir):
     return [path for path in (workdir / "checkpoints").iterdir() if not (path / MANIFEST).exists()]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(scenes, tmp_path_factory):
-    """An undisturbed run."""
-    workdir = tmp_path_factory.mktemp("whole")
-    run(workdir, scenes)
-    return workdir
-
-
 def test_killed_again_and_again_a_run_ends_as_if_undisturbed(undisturbed, scenes, tmp_path, monkeypatch, capsys):
     """At random and while Orbax writes, as a process; while digests are taken and when asked to stop, in this one."""
     workdir = tmp_path / "killed"
