@@ -91,7 +91,7 @@ for axis, i in zip(axes.flat, range(8), strict=True):
     axis.set_title(f"{fill(record['texts'][0], 34)}\n({record['noise']})", fontsize=9,
                    color="tab:green" if record["clean"] else "tab:red")
     axis.axis("off")
-figure.tight_layout()
+figure.tight_layout(h_pad=2)
 plt.show()
 
 # %% [markdown]

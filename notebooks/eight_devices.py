@@ -196,12 +196,14 @@ for row, plan in enumerate(plans.values()):
         size = (getattr(plan, part) or 0) / 2**30
         axis.barh(row, size, left=left, color=color)
         left += size
+    axis.text(left, row, f" {plan.peak_bytes / 2**30:.2f} GiB in all", va="center")
 axis.axvline(plan.hbm_bytes / 2**30, color="black", linestyle="--")
 axis.set_yticks(range(len(plans)), plans)
 axis.invert_yaxis()
 axis.set_xlabel("GiB on each chip; the line is what a chip has")
 axis.set_title(f"{RECIPE} on {TOPOLOGY}, {plan.batch_size:,} images per step")
-axis.legend(handles=[Patch(color="tab:blue", label="state and batch"), Patch(color="tab:orange", label="temporary")])
+axis.legend(handles=[Patch(color="tab:blue", label="state and batch"), Patch(color="tab:orange", label="temporary")],
+            loc="lower right")
 figure.tight_layout()
 plt.show()
 

@@ -78,7 +78,7 @@ def show(images, titles, columns=7):
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
         axis.imshow(image)
         axis.set_title(title, fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(h_pad=2)
     plt.show()
 
 

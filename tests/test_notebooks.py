@@ -35,7 +35,7 @@ def test_every_notebook_is_run_and_linked():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_source_and_notebook_agree(name):
-    """`jupytext --to ipynb notebooks/*.py` writes the notebooks again."""
+    """`jupytext --update --to ipynb notebooks/*.py` writes the notebooks again."""
     source, notebook = (jupytext.read(ROOT / "notebooks" / f"{name}.{ending}") for ending in ("py", "ipynb"))
     for cell in (*source.cells, *notebook.cells):
         cell.id = ""                                            # drawn at random
