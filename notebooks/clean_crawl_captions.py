@@ -16,7 +16,7 @@
 #
 # * a **captioner** writes a synthetic caption for every web image,
 # * a **filter** scores both texts, and drops those that do not match the image,
-# * what stays is merged with the images that people captioned, and a new model is trained on it.
+# * a new model is trained on what stays, together with images that people captioned.
 #
 # Here the crawl is generated: 60 % of its captions are noise of known kinds. So we can check the filter.
 
@@ -39,15 +39,14 @@ print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device
 # ## Settings
 #
 # Published models for photos are `Salesforce/blip-image-captioning-base` and `Salesforce/blip-itm-base-coco`. The drawn
-# crawl needs models that know shapes: if `CAPTIONER` and `FILTER` are empty, one small BLIP is trained for both.
+# crawl needs models that know shapes: if `CAPTIONER` and `FILTER` are empty, a small BLIP is trained here.
 
 # %% tags=["parameters"]
 CAPTIONER, FILTER = "", ""  # models of the hub, folders or runs
-SLOW = jax.default_backend() == "cpu"
-STEPS = 300 if SLOW else 2000  # training steps of the small BLIP
-COMPARED_STEPS = 150 if SLOW else 600  # training steps of each of the two models that are compared at the end
+STEPS, FILTER_STEPS = 600, 300  # training steps of the small BLIP, and of the filter that is fine-tuned from it
+COMPARED_STEPS = 150  # training steps of each of the two models that are compared at the end
 SCENES = "scenes:"
-WEB, HUMAN = 800, 2000  # images of the crawl, and images with human captions
+WEB = 800  # images of the crawl
 LONGEST = 32  # tokens of a synthetic caption
 THRESHOLD = 0.5  # least probability, by the filter, that text and image belong together
 POOL = 100  # images that a query is searched among, when the models are compared
@@ -63,7 +62,7 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 import numpy as np
 
-from jaxmm.capfilt.merge import merge, merged_source
+from jaxmm.capfilt.merge import merge
 from jaxmm.capfilt.selection import Rule
 from jaxmm.capfilt.stages import SELECTED, begin, select, write_captions, write_scores
 from jaxmm.capfilt.synthetic_captions import CaptionOptions
@@ -76,35 +75,39 @@ print("files are written into", WORK)
 # %% [markdown]
 # ## The crawl
 #
-# With your own data, `WEB_SOURCE` is such as `tars:crawl/*.tar`, and `HUMAN_SOURCE` such as `coco:captions.json`.
+# With your own data, `WEB_SOURCE` is such as `tars:crawl/*.tar`.
 
 # %%
-WEB_SOURCE, HUMAN_SOURCE = f"{SCENES}web[:{WEB}]", f"{SCENES}train[:{HUMAN}]"
+WEB_SOURCE = f"{SCENES}web[:{WEB}]"
 web = jaxmm.open_source(WEB_SOURCE, data_dir=DATA)
 kinds = Counter(web[i]["noise"] for i in range(len(web)))
 print(f"{len(web):,} web images;", ", ".join(f"{count / len(web):.0%} {kind}" for kind, count in kinds.most_common()))
 
-figure, axes = plt.subplots(2, 4, figsize=(13, 6))
+figure, axes = plt.subplots(2, 4, figsize=(13, 7), layout="constrained")
 for axis, i in zip(axes.flat, range(8), strict=True):
     record = web[i]
     axis.imshow(decode(record["image"]))
     axis.set_title(f"{fill(record['texts'][0], 34)}\n({record['noise']})", fontsize=9,
                    color="tab:green" if record["clean"] else "tab:red")
     axis.axis("off")
-figure.tight_layout(h_pad=2)
 plt.show()
 
 # %% [markdown]
 # ## Captioner and filter
 #
-# Both learn from human captions. The paper fine-tunes them separately; to save time one BLIP does both here.
+# A BLIP is pre-trained on everything, the noisy crawl included. The filter is fine-tuned from it on 2,000 images with
+# human captions. The paper fine-tunes a captioner, too; to save time the pre-trained model writes the captions here
+# (`configs/capfilt_scenes.py` has all of it).
 
 # %%
 if not (CAPTIONER and FILTER):
-    recipe = jaxmm.load_recipe("blip_scenes")
-    data = replace(recipe.data, train=HUMAN_SOURCE, val=None, data_dir=DATA)
-    jaxmm.train(replace(recipe, data=data, steps=STEPS, evals=(), log_every=max(1, STEPS // 20)), WORK / "blip")
-captioner, judge = (name or str(WORK / "blip") for name in (CAPTIONER, FILTER))
+    recipe, human = jaxmm.load_recipe("capfilt_scenes"), f"{SCENES}train[:2000]"
+    for name, stage, source, steps in (("pretrained", recipe.pretrain, f"{SCENES}web + {human}", STEPS),
+                                       ("filter", recipe.filter, human, FILTER_STEPS)):
+        start = jaxmm.InitConfig(source=str(WORK / "pretrained") if name == "filter" else None)
+        jaxmm.train(replace(stage, data=replace(stage.data, train=source, val=None, data_dir=DATA), init=start,
+                            steps=steps, evals=()), WORK / name)
+captioner, judge = CAPTIONER or str(WORK / "pretrained"), FILTER or str(WORK / "filter")
 
 # %% [markdown]
 # ## Caption, score, select
@@ -114,15 +117,14 @@ captioner, judge = (name or str(WORK / "blip") for name in (CAPTIONER, FILTER))
 # head finds it more likely than not that it belongs to its image.
 
 # %%
-folder = begin(WORK / "better", WEB_SOURCE, HUMAN_SOURCE, data_dir=DATA)
+folder = begin(WORK / "better", WEB_SOURCE, None, size=WEB, data_dir=DATA)  # one shard of all images
 sampled = jaxmm.Decoding(sample=True, top_p=0.9, max_length=LONGEST)
 write_captions(folder, [captioner], CaptionOptions(decoding=sampled))
 write_scores(folder, judge)
 select(folder, Rule(threshold=THRESHOLD))
 
 texts = [{name: table.columns[name][row] for name in ("record", "text", "origin", "itm", "kept")}
-         for shard, table in zip(folder.shards, folder.tables(SELECTED), strict=True) if shard.origin == "web"
-         for row in range(len(table))]
+         for table in folder.tables(SELECTED) for row in range(len(table))]
 for origin in ("web", "synthetic"):
     kept = [text["kept"] for text in texts if text["origin"] == origin]
     print(f"{origin} texts: {len(kept):,}, {np.mean(kept):.0%} stay")
@@ -160,14 +162,14 @@ plt.show()
 
 # %%
 records = [of_web[row]["record"] for row in np.argsort(kept, kind="stable")[:4]]  # those that lose their text first
-figure, axes = plt.subplots(1, len(records), figsize=(3.6 * len(records), 4.2), squeeze=False)
+figure, axes = plt.subplots(1, len(records), figsize=(3.6 * len(records), 4.6), squeeze=False,
+                            layout="constrained")
 for axis, record in zip(axes.flat, records, strict=True):
     axis.imshow(decode(web[record]["image"]))
     axis.axis("off")
     lines = [f"{text['origin']}, {text['itm']:.2f}, {'stays' if text['kept'] else 'goes'}:\n{fill(text['text'], 36)}"
              for text in texts if text["record"] == record]
     axis.set_title("\n".join(lines), fontsize=9, loc="left")
-figure.tight_layout()
 plt.show()
 
 # %% [markdown]
@@ -205,8 +207,5 @@ plt.show()
 #
 # * On your own crawl: `jaxmm capfilt run --captioner Salesforce/blip-image-captioning-large --filter
 #   Salesforce/blip-itm-large-coco --web 'tars:crawl/*.tar' --human coco:captions.json --out better` runs all stages, on
-#   any number of hosts, and writes a report.
-# * `merged_source` names the source to train on, with human captions counted twice:
-
-# %%
-print(merged_source(merged, 2))
+#   any number of hosts, merges what stays with the human captions, and writes a report.
+# * `docs/capfilt.md` goes from a crawl to a trained model.

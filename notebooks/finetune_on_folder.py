@@ -72,13 +72,12 @@ def show(images, titles, columns=7):
     """Show images in a grid, each under its title."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.9 * columns, 2.2 * rows), squeeze=False)
+    axes = plt.figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained").subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, title in zip(axes.flat, images, titles, strict=False):
         axis.imshow(image)
         axis.set_title(title, fontsize=10)
-    figure.tight_layout(h_pad=2)
     plt.show()
 
 

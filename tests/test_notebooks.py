@@ -16,7 +16,7 @@ SETTINGS = {
     "search_photos": "COUNT, STEPS, SCENES = 40, 2, 'scenes:tiny/'",
     "finetune_on_folder": "STEPS, BATCH, IMAGES, START = 4, 8, (3, 4), '{models}/clip'",
     "train_blip_on_scenes": "STEPS, EVALUATIONS, POOL, CAPTIONED, SCENES = 2, 1, 20, 8, 'scenes:tiny/'",
-    "clean_crawl_captions": "COMPARED_STEPS, WEB, HUMAN, BATCH, LONGEST, POOL, THRESHOLD = 2, 20, 10, 8, 9, 20, 0\n"
+    "clean_crawl_captions": "COMPARED_STEPS, WEB, BATCH, LONGEST, POOL, THRESHOLD = 2, 20, 8, 9, 20, 0\n"
                             "CAPTIONER, FILTER, SCENES = '{models}/captioner', '{models}/matcher', 'scenes:tiny/'",
     "eight_devices": "STEPS, RECIPE, TOPOLOGY, BATCH, LARGE = 2, 'vit_folder', 'h100:4', 4, 'clip_b32'",
 }
