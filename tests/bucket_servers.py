@@ -25,7 +25,7 @@ def free_port():
 def gcs_environment(port):
     return {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": f"http://127.0.0.1:{port}",
-            "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}", "NO_PROXY": "127.0.0.1"}
+            "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}"}
 
 
 @contextlib.contextmanager
