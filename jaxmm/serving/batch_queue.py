@@ -58,11 +58,6 @@ class BatchQueue:
         """Number of requests that have a place: those that are being decoded, wait, or are being computed."""
         return self._places
 
-    @property
-    def alive(self) -> bool:
-        """True until the queue is closed."""
-        return self._thread.is_alive()
-
     @contextmanager
     def place(self) -> Iterator[None]:
         """Reserve a place for a request until it is answered. Raise `QueueFull` if all are taken."""

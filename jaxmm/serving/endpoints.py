@@ -68,7 +68,9 @@ def model_router(service: ModelService) -> APIRouter:
         with service.queue.place():
             yield
 
-    async def prepared(image: Image, _: Annotated[None, Depends(place)]) -> np.ndarray:
+    placed = Depends(place, scope="function")  # given back before the answer is sent: who does not read it keeps none
+
+    async def prepared(image: Image, _: Annotated[None, placed]) -> np.ndarray:
         return await service.read_image(image.file)
 
     pixels = Annotated[np.ndarray, Depends(prepared)]
@@ -116,7 +118,7 @@ def model_router(service: ModelService) -> APIRouter:
     if "search" in service.offers:
         @router.post("/search")
         async def search(
-            _: Annotated[None, Depends(place)],
+            _: Annotated[None, placed],
             text: Annotated[str | None, Form(description="Words to look for.")] = None,
             image: Annotated[UploadFile | None, File(description="Instead of a text.")] = None, top: Top = 12,
         ) -> list[SearchResult]:

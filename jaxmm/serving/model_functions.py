@@ -130,7 +130,6 @@ def _match(model: Model, requests: list[tuple[Pixels, Sequence[str]]]) -> list[F
     return np.split(expit(logits[:, 1] - logits[:, 0]), np.cumsum(counts)[:-1])
 
 
-
 def _attention(model: Model, prompt: str | None, requests: list[tuple[Pixels, str]]
                ) -> list[list[tuple[str, Float[np.ndarray, "g g"]]]]:
     images, texts = zip(*requests, strict=True)

@@ -170,6 +170,4 @@ class ModelService:
             raise HTTPException(422, f"{name} is empty; expected words")
         if len(text) > self.limits.characters:
             raise HTTPException(422, f"{name} has {len(text)} characters; expected at most {self.limits.characters}")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise HTTPException(422, f"{name} has half of a surrogate pair; expected Unicode text")
         return text

@@ -23,6 +23,7 @@ DISCARDED = 10
 """How often the limit of a body is read and thrown away, so that the client, which is still sending, gets the answer.
 """
 PORT = re.compile(r":\d*$")
+UTF8 = re.compile(rb'charset="?utf-8"?')
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 
@@ -69,6 +70,12 @@ class RequestGuard:
         if self._hosts is not None and host not in self._hosts:
             return problem(400, f"this server is called by another name; expected {' or '.join(sorted(self._hosts))} "
                            "(with --host 0.0.0.0 any)")
+        if self._hosts is not None and scope["path"] not in OPEN and headers.get(b"sec-fetch-site") in (
+                b"cross-site", b"same-site"):
+            return problem(403, "this request comes from another web site; expected the page of this server")
+        if any(name == b"content-type" and b"charset" in UTF8.sub(b"", value.lower())
+               for name, value in scope["headers"]):  # Python decodes some, such as punycode, in quadratic time
+            return problem(415, "the form has another charset; expected UTF-8")
         given = headers.get(b"authorization", b"")
         if self._token is not None and scope["path"] not in OPEN and not secrets.compare_digest(
                 given, f"Bearer {self._token}".encode()):

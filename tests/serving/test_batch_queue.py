@@ -54,7 +54,6 @@ def test_a_request_waits_for_others_until_its_batch_is_full():
     assert [answer.result(60) for answer in answers[:3]] == [0, 1, 2]
     queue.close()
     assert [answer.result(0) for answer in answers] == [0, 1, 2, 3, 4] and batches == [[0, 1, 2], [3, 4]]
-    assert not queue.alive
     with pytest.raises(RuntimeError, match="stopping"):
         queue.submit("a", 6)
 

@@ -170,10 +170,12 @@ def test_forms_that_are_none(client):
         "image is a text; expected an uploaded file")
     assert sentence(page.post("/classify", json={"labels": ["a"]}), 422) == "image is missing"
     sentence(page.post("/classify", content=b"--x\r\nno header\r\n\r\n", headers={"content-type": kind}), 400)
-    half = (b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + png(PICTURE)
-            + b'\r\n--x\r\nContent-Disposition: form-data; name="labels"\r\n\r\na \\ud800\r\n--x--\r\n')
-    assert "half of a surrogate pair" in sentence(page.post(
-        "/classify", content=half, headers={"content-type": f"{kind}; charset=raw_unicode_escape"}), 422)
+    for charset in ("punycode", "utf-7", '"raw_unicode_escape"', "utf-8; CHARSET*=punycode"):
+        headers = [("content-type", f"{kind}; charset={charset}"), ("content-type", kind)]
+        for order in (headers, headers[::-1]):
+            assert "expected UTF-8" in sentence(page.post("/classify", content=b"--x--", headers=order), 415)
+    assert sentence(page.post("/classify", content=b"--x--\r\n", headers={
+        "content-type": f'{kind}; Charset="UTF-8"'}), 422) == "image is missing"
     assert sentence(page.get("/classify"), 405) == "Method Not Allowed"
 
 
@@ -236,6 +238,32 @@ def test_a_web_site_cannot_call_by_its_own_name(client):
     for name in ("evil.example", "localhost.evil.example:8000", ""):
         answer = page.get("/health", headers={"Host": name})
         assert "called by another name; expected 127.0.0.1" in sentence(answer, 400)
+
+
+def test_a_web_site_cannot_send_through_the_browser(client):
+    """Only open the page, from a link."""
+    page = client(tiny.vit(), hosts=("testserver",))
+    for site in ("cross-site", "same-site"):
+        page.headers["Sec-Fetch-Site"] = site
+        assert "another web site" in sentence(post(page, "/classify"), 403)
+        assert page.get("/").status_code == 200
+    for site in ("same-origin", "none"):
+        page.headers["Sec-Fetch-Site"] = site
+        assert post(page, "/classify").status_code == 200
+
+
+def test_a_client_that_does_not_read_its_answer_keeps_no_place(client):
+    inner, taken = client(tiny.vit()).app, []
+
+    async def app(scope, receive, send):
+        async def watched(message):
+            taken.append(inner.state.service.queue.waiting)
+            await send(message)
+
+        await inner(scope, receive, watched)
+
+    assert post(TestClient(app), "/classify").status_code == 200
+    assert set(taken) == {0}
 
 
 def test_a_full_queue_says_when_to_come_back(client):
