@@ -252,9 +252,9 @@ class Checkpoints:
             if self._primary:
                 write_atomically(target / MANIFEST, _signed(notes | {"files": digests(target)}))
         if self._primary:
-            self._prune()
             if is_bucket(self.folder):
                 write_atomically(self.folder / STEPS, json.dumps(sorted({*self.steps(), notes["step"]})))
+            self._prune()
 
     def _prune(self) -> None:
         """Remove complete checkpoints that are neither among the newest nor the best."""
@@ -286,8 +286,12 @@ class Checkpoints:
                 remove_tree(target, missing_ok=True)
                 for left in target.parent.glob(f"{target.name}*tmp*"):
                     remove_tree(left)
-            steps = self.steps()
-            last = f"the last whole checkpoint is of step {steps[-1]}" if steps else "there is no whole checkpoint yet"
+            try:
+                steps = self.steps()
+                last = (f"the last whole checkpoint is of step {steps[-1]}" if steps else
+                        "there is no whole checkpoint yet")
+            except OSError:  # of a bucket that gives no access
+                last = "complete checkpoints stay"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(f"saving {target} failed: {reason}; {last}") from error
 

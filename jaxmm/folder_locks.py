@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import filelock
 
 from jaxmm.paths import is_bucket
 
+LOCK = ".lock"
+"""Name of the file, or of the folder of leases."""
 LEASE = 30.0
 """Seconds without a change after which a lease has expired."""
 RENEWAL = 5.0
@@ -39,7 +42,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
@@ -54,20 +57,23 @@ class _Lease:
     """A lease of a folder in a bucket, renewed by a thread."""
 
     def __init__(self, folder: Path):
-        self.folder = folder / ".lock"
+        self.folder, self._id = folder / LOCK, uuid.uuid4().hex
 
     def __enter__(self):
-        last = max(self._numbers(), default=0)
-        if last:
-            self._wait(self.folder / str(last))
+        before = self._numbers()
+        while before and not self._is_expired(self.folder / str(max(before))):
+            before = self._numbers()
+        last = max(before, default=0)
         self._path = self.folder / str(last + 1)
         try:
             self._path.create(self._note(0))
         except FileExistsError:
             raise FolderInUse(f"another process has locked {self.folder.parent}") from None
-        for number in self._numbers():
-            if number <= last:
-                (self.folder / str(number)).unlink(missing_ok=True)
+        if set(self._numbers()) - {*before, last + 1}:  # its owner saw other numbers
+            self._path.unlink(missing_ok=True)
+            raise FolderInUse(f"another process has locked {self.folder.parent}")
+        for number in before:
+            (self.folder / str(number)).unlink(missing_ok=True)
         self._next = self.folder / str(last + 2)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
@@ -86,26 +92,29 @@ class _Lease:
             return []
 
     def _note(self, count: int) -> bytes:
-        return json.dumps({"host": socket.gethostname(), "process": os.getpid(), "count": count}).encode()
+        return json.dumps({"machine": machine(), "process": os.getpid(), "id": self._id, "count": count}).encode()
 
-    def _wait(self, path: Path) -> None:
-        """Return when the lease at `path` has expired. Raises `FolderInUse` if it is renewed."""
+    def _is_expired(self, path: Path) -> bool:
+        """Return True when the lease at `path` has expired, False if it was given back.
+
+        Raises `FolderInUse` if it is renewed.
+        """
         first, since = None, time.monotonic()
         while True:
             try:
                 now = path.read_bytes()
             except FileNotFoundError:
-                return
+                return False
             if first is None:
                 first = now
                 if _is_gone(json.loads(now)):
-                    return
+                    return True
                 print(f"{self.folder.parent} was locked by another run; waiting {LEASE:.0f} s to see if it is still "
                       "there", file=sys.stderr)
             if now != first:
                 raise FolderInUse(f"another process has locked {self.folder.parent}")
             if time.monotonic() - since > LEASE:
-                return
+                return True
             time.sleep(min(1.0, RENEWAL))
 
     def _renew(self) -> None:
@@ -123,9 +132,17 @@ class _Lease:
                 print(f"the lock of {self.folder.parent} cannot be renewed: {error}", file=sys.stderr)
 
 
+def machine() -> str:
+    """Return what tells machines apart that have the same name, and containers that number their processes alike."""
+    names = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # only Linux says it
+        names += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return " ".join(names)
+
+
 def _is_gone(note: dict) -> bool:
     """Return whether the owner was a process of this machine that has ended."""
-    if note["host"] != socket.gethostname() or note["process"] == os.getpid():
+    if note.get("machine") != machine() or note["process"] == os.getpid():
         return False
     try:
         os.kill(note["process"], 0)

@@ -1,11 +1,12 @@
 """Keep the parts of a bucket's objects that were read on the local disk, within a limit, for all processes.
 
-An object has a folder with a sparse file, and one byte per block that says whether the block is there. A read fetches
-the missing blocks that it needs with one request, and more and more of what follows if the file is read in order. The
-folders that were not used for the longest time are removed first.
+An object has a sparse file, which begins with one byte per block that says whether the block is there. A read fetches
+the missing blocks that it needs with one request, and more and more of what follows if the file is read in order. What
+was not used for the longest time is removed first, except copies that a running process uses.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -60,7 +61,7 @@ def copy_files(path: Path) -> Path:
     """Return a copy of an object or of a folder on the local disk; only what has changed is downloaded."""
     single = path.is_file()
     target = _folder() / f"copy-{_digest(str(path))}"
-    target.mkdir(parents=True, exist_ok=True)
+    _keep(target)
     with filelock.FileLock(target / ".lock"):
         notes = target / ".versions"
         have = json.loads(notes.read_text()) if notes.exists() else {}
@@ -81,7 +82,7 @@ def copy_files(path: Path) -> Path:
         for name in set(have) - set(now):
             (target / path.name / name).unlink(missing_ok=True)
         notes.write_text(json.dumps(now))
-    _trim(keep=target)
+    _trim()
     return target / path.name
 
 
@@ -91,25 +92,23 @@ class _Object:
     def __init__(self, path: Path, version: str):
         self.path, self.version, self.size = path, version, int(version.partition(" ")[0])
         self._changed, self._pending = threading.Condition(), set()
-        folder = _folder() / f"object-{_digest(f'{self.path} {self.version} {_boot()}')}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._data = os.open(folder / "data", os.O_RDWR | os.O_CREAT, 0o600)
-        self._blocks = os.open(folder / "blocks", os.O_RDWR | os.O_CREAT, 0o600)
+        name = f"file-{_digest(f'{self.path} {self.version} {_boot()}')}"
+        self._file = os.open(_folder() / name, os.O_RDWR | os.O_CREAT, 0o600)
         count = max(1, -(-self.size // BLOCK))
-        if os.fstat(self._blocks).st_size < count:
-            os.ftruncate(self._blocks, count)
-        self._present = mmap.mmap(self._blocks, count)
-        os.utime(folder)
+        self._start = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE
+        if os.fstat(self._file).st_size < self._start + self.size:
+            os.ftruncate(self._file, self._start + self.size)
+        self._present = mmap.mmap(self._file, count, access=mmap.ACCESS_READ)
+        os.utime(self._file)
 
     def __del__(self):
-        with contextlib.suppress(AttributeError):  # if they could not be opened
-            os.close(self._data)
-            os.close(self._blocks)
+        with contextlib.suppress(AttributeError):  # if it could not be opened
+            os.close(self._file)
 
     @property
     def removed(self) -> bool:
-        """True if the files were removed to make room: the space is free when nobody reads them any more."""
-        return os.fstat(self._blocks).st_nlink == 0
+        """True if the file was removed to make room: the space is free when nobody reads it any more."""
+        return os.fstat(self._file).st_nlink == 0
 
     def read(self, start: int, stop: int, ahead: int) -> bytes:
         """Return bytes `start` to `stop`. With missing blocks, `ahead` bytes behind them are fetched too."""
@@ -118,14 +117,14 @@ class _Object:
             begin, end = part
             try:
                 data = self.path.read_range(begin * BLOCK, min(end * BLOCK, self.size))
-                os.pwrite(self._data, data, begin * BLOCK)
-                self._present[begin:end] = b"\1" * (end - begin)
+                _write(self._file, data, self._start + begin * BLOCK)
+                _write(self._file, b"\1" * (end - begin), begin)
             finally:
                 with self._changed:
                     self._pending.difference_update(range(begin, end))
                     self._changed.notify_all()
             _count(len(data))
-        return os.pread(self._data, stop - start, start)
+        return os.pread(self._file, stop - start, self._start + start)
 
     def _claim(self, first: int, last: int, furthest: int) -> tuple[int, int] | None:
         """Return the next run of blocks that this thread has to fetch; None when blocks `first` to `last` are there."""
@@ -142,6 +141,14 @@ class _Object:
                 if not missing:
                     return None
                 self._changed.wait()
+
+
+def _write(file: int, data: bytes, position: int) -> None:
+    """Write all of `data`, or raise `OSError`."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file, view, position)
+        view, position = view[count:], position + count
 
 
 class _Reader(io.RawIOBase):
@@ -215,12 +222,12 @@ def _digest(text: str) -> str:
 
 
 def _entries() -> list[Path]:
-    return [path for path in _folder().iterdir() if path.is_dir()]
+    return list(_folder().iterdir())
 
 
-def _size(folder: Path) -> int:
+def _size(entry: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
+    for path in (entry, *entry.rglob("*")):
         with contextlib.suppress(OSError):
             total += path.stat().st_blocks * 512
     return total
@@ -238,7 +245,47 @@ def _count(size: int) -> None:
         _trim()
 
 
-def _trim(keep: Path | None = None) -> None:
+_kept: dict[Path, int] = {}
+
+
+def _keep(copy: Path) -> None:
+    """Make the folder `copy`, which no process removes while this one runs."""
+    while True:
+        copy.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            file = os.open(copy, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # the file system has no locks
+                fcntl.flock(file, fcntl.LOCK_SH)
+            if os.path.samestat(os.fstat(file), copy.stat()):
+                break
+            os.close(file)
+    os.utime(copy)
+    with _opening:
+        before, _kept[copy] = _kept.get(copy), file
+    if before is not None:
+        os.close(before)
+
+
+def _remove(entry: Path) -> bool:
+    """Remove a file or a copy; return False if a process uses it."""
+    if not entry.is_dir():
+        entry.unlink(missing_ok=True)
+        return True
+    try:
+        file = os.open(entry, os.O_RDONLY)
+    except FileNotFoundError:  # another process has removed it
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(entry, ignore_errors=True)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+
+
+def _trim() -> None:
     """Remove what was not used for the longest time until the cache is within its limit."""
     most = limit()
     sizes = {path: _size(path) for path in _entries()}
@@ -253,6 +300,5 @@ def _trim(keep: Path | None = None) -> None:
     for path in sorted(sizes, key=last_used):
         if total <= most:
             return
-        if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
+        if _remove(path):
             total -= sizes[path]

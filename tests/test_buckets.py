@@ -12,6 +12,11 @@ import pytest
 
 from jaxmm import buckets, folder_locks, object_cache
 from jaxmm.atomic import atomic_file, write_atomically
+from jaxmm.cli.caption_files import caption_files, write_captions
+from jaxmm.cli.image_files import read_labels
+from jaxmm.config import TokenizerConfig
+from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
+from jaxmm.evals.benchmark import _stamp
 from jaxmm.folder_locks import FolderInUse, lock_folder
 from jaxmm.paths import local_copy, new_folder, open_data, remove_tree, user_path
 
@@ -183,7 +188,7 @@ def test_locks(folder, monkeypatch):
         pass
     monkeypatch.setattr(folder_locks, "LEASE", 0.3)
     monkeypatch.setattr(folder_locks, "RENEWAL", 0.1)
-    (folder / ".lock" / "7").write_text(json.dumps({"host": "another", "process": 1, "count": 3}))
+    (folder / ".lock" / "7").write_text(json.dumps({"machine": "another", "process": 1, "count": 3}))
     with lock_folder(folder):
         assert [path.name for path in (folder / ".lock").iterdir()] == ["8"]
         ended = threading.Event()
@@ -191,8 +196,99 @@ def test_locks(folder, monkeypatch):
         (folder / ".lock" / "9").write_text("{}")
         assert ended.wait(60)
         (folder / ".lock" / "9").unlink()
-    gone = json.dumps({"host": folder_locks.socket.gethostname(), "process": 2**22 + 1, "count": 3})
+    gone = json.dumps({"machine": folder_locks.machine(), "process": 2**22 + 1, "count": 3})
     (folder / ".lock" / "9").write_text(gone)
     monkeypatch.setattr(folder_locks, "LEASE", 1e9)
     with lock_folder(folder):
         pass
+
+
+@pytest.mark.parametrize("change", ["another container", "an owner between two listings", "the same number"])
+def test_a_lock_that_only_looks_free(gcs, monkeypatch, change):
+    """A live owner keeps its folder from one whose process has the same number, and from one with an old listing."""
+    folder = user_path(gcs)
+    monkeypatch.setattr(folder_locks, "RENEWAL", 0.05)
+    if change == "an owner between two listings":
+        plain, calls = folder_locks._Lease._numbers, []
+
+        def numbers(self):
+            calls.append(self)
+            return [5] if len(calls) == 1 else plain(self)
+
+        monkeypatch.setattr(folder_locks._Lease, "_numbers", numbers)
+        monkeypatch.setattr(folder_locks._Lease, "_is_expired", lambda self, path: True)
+        (folder / ".lock" / "1").write_text("the live owner's")
+    elif change == "the same number":
+        monkeypatch.setattr(folder_locks._Lease, "_numbers", lambda self: [])
+        (folder / ".lock" / "1").write_bytes(folder_locks._Lease(folder)._note(0))
+    else:
+        (folder / ".lock" / "1").write_text(json.dumps({
+            "machine": f"{folder_locks.machine()}1", "host": folder_locks.socket.gethostname(),
+            "process": 2**22 + 1, "count": 0}))
+        plain_read, reads = type(folder).read_bytes, []
+
+        def read(self):
+            reads.append(self)
+            return plain_read(self) + b" " * len(reads)                     # it is renewed
+
+        monkeypatch.setattr(type(folder), "read_bytes", read)
+    with pytest.raises(FolderInUse), lock_folder(folder):
+        raise AssertionError
+    assert (folder / ".lock" / "1").exists() and not (folder / ".lock" / "6").exists()
+
+
+def test_a_cache_that_was_cut_short(gcs, bucket_cache):
+    """What a process that was killed has removed of the cache is not taken for what the bucket has."""
+    path, content = user_path(gcs) / "object", data(2**17)
+    path.write_bytes(content)
+    with open_data(path) as file:
+        assert file.read() == content
+    [entry] = bucket_cache.iterdir()
+    for part in [entry] if entry.is_file() else entry.iterdir():            # any one of its files is gone
+        if part.name != "blocks":
+            part.unlink()
+    object_cache._opened.clear()                                            # another process opens it
+    with open_data(path) as file:
+        assert file.read() == content
+
+
+def test_copies_in_use_stay(gcs, bucket_cache, monkeypatch):
+    """The files that a process reads are not removed to make room for others; those of a process that ended are."""
+    monkeypatch.setenv("JAXMM_BUCKET_CACHE", str(1.5 / 2**10))
+    for name in "ab":
+        (user_path(gcs) / name / "file").write_bytes(data(2**20))
+    first = local_copy(user_path(gcs) / "a")
+    second = local_copy(user_path(gcs) / "b")
+    assert (first / "file").exists() and (second / "file").exists()
+    object_cache.os.close(object_cache._kept.pop(first.parent))             # as at the end of a process
+    object_cache._trim()
+    assert not first.exists() and (second / "file").exists()
+
+
+def test_a_model_that_is_written_again_is_evaluated_again(folder):
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "model.safetensors").write_bytes(b"one")
+    before = _stamp(str(folder / "model"))
+    assert [name for name, *_ in before] == ["config.json", "model.safetensors"]
+    (folder / "model" / "model.safetensors").write_bytes(b"three")
+    assert _stamp(str(folder / "model")) != before
+
+
+def test_arguments_in_buckets(folder, tmp_path):
+    """Files of labels are read; captions are put beside the image, or name it as it is."""
+    (folder / "labels.txt").write_text("a cat, asleep\n\na dog\n")
+    assert read_labels(f"{folder}/labels.txt") == ["a cat, asleep", "a dog"]
+    image = f"{folder}/images/1.jpg"
+    files = caption_files([image], "txt", None, False)
+    assert files == {image: folder / "images" / "1.txt"}
+    write_captions([(image, [("a cat", 1.0)])], "txt", files)
+    assert (folder / "images" / "1.txt").read_text() == "a cat\n"
+    for file, name in ((tmp_path / "all.jsonl", image), (folder / "all.jsonl", "images/1.jpg")):
+        write_captions([(image, [("a cat", 1.0)])], "jsonl", {image: file})
+        assert json.loads(file.read_text())["image"] == name
+
+
+def test_a_tokenizer_is_saved_into_a_bucket(folder, bucket_cache):
+    tokenizer = make_tokenizer(TokenizerConfig(kind="train-bpe", vocab_size=300), ["a cat", "a dog"])
+    tokenizer.save(str(folder / "tokenizer"))
+    assert Tokenizer.load(folder / "tokenizer")(["a dog"]).tolist() == tokenizer(["a dog"]).tolist()

@@ -10,6 +10,7 @@ from typing import Literal
 
 from jaxmm.atomic import write_atomically
 from jaxmm.inference.result_files import number_of
+from jaxmm.paths import is_bucket, user_path
 from jaxmm.validation import ConfigError
 
 CaptionFormat = Literal["txt", "csv", "jsonl", "coco"]
@@ -26,7 +27,8 @@ def caption_files(paths: Sequence[str], to: CaptionFormat, out: Path | None, ove
         name = "captions.json" if to == "coco" else f"captions.{to}"
         files = dict.fromkeys(paths, Path(name) if out is None else out)
     else:
-        files = {path: (Path(path) if out is None else out / Path(path).name).with_suffix(".txt") for path in paths}
+        files = {path: (user_path(path) if out is None else out / Path(path).name).with_suffix(".txt")
+                 for path in paths}
         owners: dict[Path, str] = {}
         for path, file in files.items():
             if (other := owners.setdefault(file, path)) != path:
@@ -72,7 +74,10 @@ def _coco(rows: Sequence[tuple[str, Captions]], file: Path) -> str:
 
 
 def _relative(path: str, file: Path) -> str:
-    """Return the path of an image as seen from the folder of `file`."""
+    """Return the path of an image as seen from the folder of `file`; a full path if only one of them is in a bucket."""
+    if is_bucket(path) or is_bucket(file):
+        parent = f"{user_path(file).parent}/"
+        return path.removeprefix(parent) if is_bucket(path) else os.path.abspath(path)
     return Path(os.path.relpath(path, file.parent)).as_posix()
 
 

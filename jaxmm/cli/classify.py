@@ -1,12 +1,11 @@
 """`jaxmm classify`."""
 
-import os
-
 from jaxmm.cli.image_files import (
     CLIP,
     LOADING,
     Images,
     LoadingOptions,
+    is_file,
     load_model,
     read_labels,
     read_lines,
@@ -35,8 +34,8 @@ def classify(
         loading: How the model is read.
     """
     names = None if labels is None else read_labels(labels)
-    if len(templates) == 1 and os.path.isfile(file := os.path.expanduser(templates[0])):
-        templates = tuple(read_lines(file))
+    if len(templates) == 1 and is_file(templates[0]):
+        templates = tuple(read_lines(templates[0]))
     rows, skipped = run_on_images(images, lambda paths, on_error: load_model(model, loading).classify(
         paths, names, templates=templates, top=top, on_error=on_error))
     if json:

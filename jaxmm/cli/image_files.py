@@ -16,7 +16,7 @@ from jaxmm.cli.parsing import positional
 from jaxmm.compiling import use_compilation_cache
 from jaxmm.data.base import find_images
 from jaxmm.inference import model
-from jaxmm.paths import user_path
+from jaxmm.paths import is_bucket, user_path
 from jaxmm.pretrained.io.files import Weights
 from jaxmm.validation import ConfigError
 
@@ -111,11 +111,15 @@ def run_on_images(
 
 def read_labels(labels: str) -> list[str]:
     """Return labels separated by commas, as in a line of CSV (quotes keep a comma), or the lines of a file."""
-    file = os.path.expanduser(labels)
-    parts = read_lines(file) if os.path.isfile(file) else next(csv.reader([labels], skipinitialspace=True), [])
+    parts = read_lines(labels) if is_file(labels) else next(csv.reader([labels], skipinitialspace=True), [])
     return [part.strip() for part in parts if part.strip()]
+
+
+def is_file(argument: str) -> bool:
+    """Return whether an argument that may be a file or a text is a file: there is one, or it is a path in a bucket."""
+    return is_bucket(argument) or os.path.isfile(os.path.expanduser(argument))
 
 
 def read_lines(file: str) -> list[str]:
     """Return the lines of a text file that are not blank."""
-    return [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line.strip() for line in user_path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -16,6 +16,7 @@ from jaxmm.cli.image_files import (
     Out,
     Skipped,
     expand,
+    is_file,
     load_two_towers,
 )
 from jaxmm.cli.parsing import positional
@@ -69,8 +70,7 @@ def query(out: Out, words: Annotated[str, *positional("QUERY")], top: int = 10, 
     """
     opened = open_index(out)
     loaded = load_two_towers(opened.model, Loading(**opened.loading))
-    is_image = os.path.isfile(os.path.expanduser(words))
-    embedding = loaded.encode_image([words]) if is_image else loaded.encode_text([words])
+    embedding = loaded.encode_image([words]) if is_file(words) else loaded.encode_text([words])
     nearest = opened.search(embedding[0], top)
     if json:
         for image in nearest:

@@ -127,7 +127,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` (as the `tokenizers` library does) and `tokenizer_settings.json` into `folder`."""
-        folder = Path(folder)
+        folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=False), encoding="utf-8")
         (folder / SETTINGS).write_text(json.dumps(self._settings(), indent=2) + "\n")

@@ -20,6 +20,7 @@ from jaxmm.evals.evaluation import Result, check_unused, choose, measure, model_
 from jaxmm.evals.named_prompts import named_prompts
 from jaxmm.evals.published_scores import data_set_name
 from jaxmm.inference.model import Model, load
+from jaxmm.paths import is_bucket, user_path
 from jaxmm.pretrained.io.files import Weights
 from jaxmm.pretrained.registry import open_checkpoint
 from jaxmm.saved_config import to_dict
@@ -140,13 +141,8 @@ class Benchmark:
 
     def _settings(self, model: str, evaluator: Evaluator, source: Source, context: EvalContext) -> dict[str, Any]:
         """Return all that the result depends on, as JSON."""
-        path = Path(model)
-        files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else ()
-        stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()
-                 and (file.suffix in (".json", ".safetensors", ".bin", ".pt", ".pth", ".npz") or "checkpoints" in
-                      file.parts)]
         return json.loads(json.dumps({
-            "model": model, "files": hashlib.blake2b(json.dumps(stamp).encode(), digest_size=8).hexdigest(),
+            "model": model, "files": hashlib.blake2b(json.dumps(_stamp(model)).encode(), digest_size=8).hexdigest(),
             "dtype": self.dtype, "architecture": self.architecture, "weights": self.weights,
             "source": source.name, "fingerprint": source.fingerprint,
             "train": context.train and [context.train.name, context.train.fingerprint],
@@ -167,6 +163,16 @@ class Benchmark:
                 json.dumps({"key": key, "expected": expected, "predicted": predicted}) + "\n"
                 for key, expected, predicted in result.predictions))
         write_atomically(file, json.dumps(row, indent=1) + "\n")
+
+
+def _stamp(model: str) -> list[list]:
+    """Return names, sizes and times of the files of a model; [] for one of the hub."""
+    path = user_path(model)
+    files = path.files() if is_bucket(path) else [path] if path.is_file() else sorted(path.rglob("*"))
+    weights = (file for file in files if file.suffix in (".json", ".safetensors", ".bin", ".pt", ".pth", ".npz")
+               or "checkpoints" in file.parts)
+    return [[file.name, status.st_size, status.st_mtime_ns] for file in weights if is_bucket(file) or file.is_file()
+            for status in [file.stat()]]
 
 
 def as_json(model: str, result: Result, settings: dict[str, Any]) -> dict[str, Any]:

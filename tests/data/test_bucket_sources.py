@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jaxmm import folder_locks
 from jaxmm.config import DataConfig, ImageConfig
 from jaxmm.data.base import DataError
 from jaxmm.data.pipeline import train_batches
@@ -13,6 +14,7 @@ from jaxmm.data.sources.registry import open_source
 from jaxmm.data.tools.importing import import_source
 from jaxmm.paths import user_path
 from tests.data import crawl
+from tests.data.test_web_datasets import web_dataset
 from tests.test_buckets import fetched
 
 
@@ -101,6 +103,28 @@ def test_a_data_set_larger_than_the_cache(local, gcs, s3, bucket_cache, monkeypa
         open_source(f"tfds:{s3}/imported:train")
 
 
+def test_a_web_dataset(tmp_path, gcs, s3, bucket_cache):
+    shards = [[("cls", b"2"), ("cls", b"0")], [("cls", b"1")]]
+    local = web_dataset(tmp_path / "set", shards, split="train")
+    near = open_source(f"wds:{local}:train")
+    for target in (gcs, s3):
+        upload(local, f"{target}/set")
+        far = open_source(f"wds:{target}/set:train")
+        assert [far.classes, far.templates, records(far)] == [near.classes, near.templates, records(near)]
+        with pytest.raises(DataError, match=f"no {target}/set/test/nshards.txt; expected one of the splits train"):
+            open_source(f"wds:{target}/set")
+    (user_path(gcs) / "set" / "train" / "1.tar").unlink()
+    with pytest.raises(DataError, match=r"1.tar is missing; .*nshards.txt says 2 shards"):
+        open_source(f"wds:{gcs}/set:train")
+
+
+def test_what_was_uploaded_since_is_there(local, gcs, bucket_cache):
+    with pytest.raises(DataError, match="no object matches"):
+        open_source(f"tars:{gcs}")
+    upload(local, gcs)
+    assert len(open_source(f"tars:{gcs}"))
+
+
 def test_an_import_into_a_bucket(local, gcs, tmp_path, monkeypatch):
     """It is what it is in a folder, also after it was interrupted."""
     source = open_source(f"tars:{local}/*.tar")
@@ -123,6 +147,19 @@ def test_an_import_into_a_bucket(local, gcs, tmp_path, monkeypatch):
         if path.is_file()}
     assert import_source(source, dest).complete_before
     assert not (dest.parent / "set.part").exists()
+
+
+def test_the_lock_of_an_import_stays_to_the_end(local, gcs, monkeypatch):
+    """An owner whose lock is removed ends its process."""
+    held, plain = [], folder_locks._Lease.__exit__
+
+    def leave(self, *error):
+        held.append(self._path.exists())
+        plain(self, *error)
+
+    monkeypatch.setattr(folder_locks._Lease, "__exit__", leave)
+    import_source(open_source(f"captions:{local}/list.jsonl"), f"{gcs}/set")
+    assert held == [True] and not user_path(f"{gcs}/set.part").exists()
 
 
 @pytest.mark.parametrize("spec, message", [

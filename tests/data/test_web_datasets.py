@@ -64,7 +64,7 @@ def test_splits_and_faults(tmp_path):
     assert len(open_source(f"wds:{root}:train")) == 1
     for spec, words in (
             (f"wds:{root}", "expected one of the splits train"), (f"wds:{tmp_path / 'none'}", "no folder"),
-            (f"wds:{tmp_path}", "expected CLIP_benchmark's layout"), ("wds:s3://a/b", "no data set of the hub")):
+            (f"wds:{tmp_path}", "expected CLIP_benchmark's layout"), ("wds:ftp://a/b", "no data set of the hub")):
         with pytest.raises(DataError, match=words):
             open_source(spec)
     (root / "train" / "nshards.txt").write_text("2")

@@ -81,6 +81,24 @@ def test_checkpoints_in_s3(s3):
     assert_same_bits(result, state(6))
 
 
+def test_a_save_without_access(gcs, gcs_proxy, monkeypatch):
+    """The error names the checkpoint, also if the bucket cannot be asked which ones there are."""
+    with closing(Checkpoints(user_path(gcs))) as opened:
+        monkeypatch.setattr(gcs_proxy, "always", 403)
+        with pytest.raises(CheckpointError, match=f"saving {gcs}/3 failed: no access; complete checkpoints stay"), (
+                opened._wrap_errors(user_path(gcs) / "3")):
+            raise OSError("no access")
+
+
+def test_the_first_checkpoint_that_a_listing_lacks(gcs, monkeypatch):
+    """It is recorded before old ones, and those that are not the best, are looked for."""
+    folder = user_path(gcs)
+    monkeypatch.setattr(type(folder), "iterdir", lambda self: iter(()))
+    with closing(Checkpoints(folder, best=True)) as opened:
+        opened.save(state(3), DATA | {"step": 3})
+    assert whole_steps(folder) == [3]
+
+
 @pytest.mark.long
 def test_a_run_in_s3(undisturbed, scenes, s3, tmp_path):
     workdir = user_path(s3)

@@ -167,6 +167,7 @@ def find_files(spec: str, pattern: str, suffixes: tuple[str, ...]) -> list[tuple
     several patterns, separated by `::`. Raises `DataError` if there are no files.
     """
     matches: dict[Path, None] = {}
+    _entries.cache_clear()
     for part in pattern.split("::"):
         if is_address(part) and not is_bucket(part):
             raise DataError(f"source {spec!r}: {part!r} is no local path or in a bucket (gs://, s3://); expected one: "
@@ -201,7 +202,7 @@ def _bucket_files(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 @lru_cache(maxsize=16)
 def _entries(folder: str) -> dict[str, Path]:
-    """Return what is in a folder of a bucket, by name. It is listed once, also for many names in braces."""
+    """Return what is in a folder of a bucket, by name. It is listed once for many names in braces."""
     try:
         return {path.name: path for path in user_path(folder).iterdir()}
     except FileNotFoundError:

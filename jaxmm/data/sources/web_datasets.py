@@ -1,4 +1,4 @@
-"""Read web datasets in CLIP_benchmark's layout, from a folder, from the Hugging Face hub or from a web server.
+"""Read web datasets in CLIP_benchmark's layout, from a folder, a bucket, the Hugging Face hub or a web server.
 
     DIR/test/nshards.txt, DIR/test/0.tar, ...          KEY.webp (or png, jpg) with KEY.cls, KEY.txt or KEY.npy
     DIR/classnames.txt, DIR/zeroshot_classification_templates.txt      one per line; `{c}` is the place of the name
@@ -18,7 +18,7 @@ from jaxmm.data.sources.columns import Columns
 from jaxmm.data.sources.downloads import DownloadError, NotFound, download, read_text
 from jaxmm.data.sources.shards import MOST_FILES, Shards
 from jaxmm.data.sources.tars import Tar
-from jaxmm.paths import is_address
+from jaxmm.paths import is_address, is_bucket, user_path
 from jaxmm.user_cache import cache_folder
 
 NAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
@@ -29,11 +29,13 @@ ADDRESS = re.compile(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)(?:/tre
 def open_web_dataset(spec: str, location: str, data_dir: str | None = None) -> Shards:
     """Open `DIR[:SPLIT]`; SPLIT is `test` unless it is given.
 
-    DIR may also be a data set of the hub, `OWNER/NAME` or its address, which is downloaded into the hub's cache, or any
-    other HTTP address, which is downloaded into jaxmm's. Raises `DataError`.
+    DIR may be in a bucket. It may also be a data set of the hub, `OWNER/NAME` or its address, which is downloaded into
+    the hub's cache, or any other HTTP address, which is downloaded into jaxmm's. Raises `DataError`.
     """
     root, split = _split(location)
-    if re.match("https?://", root) and not ADDRESS.fullmatch(root):
+    if is_bucket(root):
+        folder = user_path(root)
+    elif re.match("https?://", root) and not ADDRESS.fullmatch(root):
         folder = _copy_of(spec, root, split)
     elif is_address(root) or (not Path(root).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", root)):
         folder = _download(spec, root, split)
@@ -49,7 +51,8 @@ def open_web_dataset(spec: str, location: str, data_dir: str | None = None) -> S
                            "CLIP_benchmark's layout. Are they only tars? tars:'DIR/*.tar'"))
     count = _count(spec, counted, counted.read_text())
     paths = [folder / split / f"{number}.tar" for number in range(count)]
-    if missing := [path.name for path in paths if not path.is_file()]:
+    present = {path.name for path in counted.parent.iterdir()}
+    if missing := [path.name for path in paths if path.name not in present]:
         raise DataError(f"source {spec!r}: {missing[0]} is missing; {counted} says {count} shards")
     kind = " ".join(_lines(folder / TYPE)).lower() or "classification"
     if kind not in ("classification", "multilabel", "retrieval"):

@@ -18,6 +18,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from jaxmm.data.base import DataError
 from jaxmm.data.sources.tfds import WRITTEN_BY_US
+from jaxmm.folder_locks import LOCK
 from jaxmm.paths import is_bucket, move_file, new_folder, remove_tree, staging_folder
 
 WORK = "work"
@@ -116,7 +117,9 @@ def finish(folder: Path, dest: Path, features: Features, splits: Mapping[str, Se
             for path in folder.iterdir():
                 if path.is_file():
                     path.download(part / path.name)
-        remove_tree(folder)
+        for path in folder.files():
+            if path.parent.name != LOCK:  # which its owner removes
+                path.unlink(missing_ok=True)
         return
     info.write_to_directory(folder)
     for old in folder.glob("*.array_record-*"):  # of an interrupted call
