@@ -2,10 +2,10 @@
 
     python run_train.py --config igpt_scenes
 
-We have not run it to its end. A smaller one (width 64, 280 steps) reached 0.686 nats per pixel on held-out images, when
-tables counted over the training images cost 0.627 (given the pixels on the left and above), 0.884 (the previous pixel)
-and 2.505 (unigram). Its completions of a half-covered largest object had the right colour in 17 % and the right shape
-in 15 % of cases, which is chance; the images themselves, read through the palette, are graded right in 96 % and 81 %.
+About 20 minutes on one core (AMD EPYC). Held-out images cost 0.351 nats per pixel; by tables counted over the training
+images 0.627 (given the pixels on the left and above), 0.884 (the previous pixel) and 2.505 (unigram). Its completions
+of a half-covered largest object have the right colour in 87 % of cases, and the right shape in 19 %, near chance; the
+images themselves, read through the palette, are graded right in 96 % and 81 %.
 """
 
 from jaxmm.config import DataConfig, ImageConfig, OptimizerConfig, TrainConfig
