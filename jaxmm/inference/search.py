@@ -81,7 +81,7 @@ def build_index(
     loaded with. Raises `SearchError` if the folder exists.
     """
     folder = user_path(folder, "folder")
-    if folder.exists():
+    if folder.exists() and not _is_cut_short(folder):
         raise SearchError(f"{folder} exists; expected a new folder for the index")
     if not paths:
         raise SearchError("there are no images to put into an index")
@@ -113,6 +113,11 @@ def build_index(
         raise SearchError(f"none of the {len(paths)} images can be read")
     move_folder(part, folder, last=SETTINGS)
     return kept
+
+
+def _is_cut_short(folder: Path) -> bool:
+    """Return whether the upload of an index into a bucket was interrupted: its settings are the last file."""
+    return is_bucket(folder) and {path.name for path in folder.iterdir()} <= {VECTORS, PICTURES}
 
 
 def _resume(part: Path, wanted: dict[str, Any]) -> tuple[int, int, int | None]:

@@ -4,10 +4,34 @@ import numpy as np
 import pytest
 
 import jaxmm
-from jaxmm.inference.search import build_index, open_index
+from jaxmm.inference.search import SETTINGS, SearchError, build_index, open_index
 from jaxmm.paths import user_path
 from jaxmm.pretrained.io.files import FileError
 from tests.pretrained import tiny
+
+
+def test_an_index_whose_upload_was_interrupted(gcs, bucket_cache, monkeypatch):
+    """The same call goes on; a folder with anything else stays as it is."""
+    folder, plain = user_path(gcs) / "index", type(user_path(gcs)).upload
+
+    def upload(self, file):
+        if self.name == SETTINGS:
+            raise OSError("interrupted")
+        plain(self, file)
+
+    def build():
+        return build_index(lambda chunk, on_error: np.eye(len(chunk), 3, dtype=np.float32), "model", ["a", "b"], folder,
+                           on_error=lambda path, error: None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder), "upload", upload)
+        with pytest.raises(OSError, match="interrupted"):
+            build()
+    with pytest.raises(SearchError):
+        open_index(folder)
+    assert build() == 2 and len(open_index(folder).paths) == 2
+    with pytest.raises(SearchError, match="exists; expected a new folder"):
+        build()
 
 
 @pytest.mark.parametrize("scheme", ["gcs", "s3"])
