@@ -47,7 +47,7 @@ def serve(
         prompt: Beginning of every caption. Default: that of the model's training.
         decoding: Beam search of the captions.
         templates: Sentences with {} in the place of a typed label.
-        warm_up: Compile all programs before the first request; otherwise the first ones wait for it.
+        warm_up: Compile the programs for short texts before the first request; otherwise the first ones wait for it.
         limits: Limits of requests.
         loading: How the model is read.
     """

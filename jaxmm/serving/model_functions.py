@@ -18,7 +18,7 @@ from jaxmm.inference.captioning import check_length
 from jaxmm.inference.class_prompts import class_means, class_prompts
 from jaxmm.inference.generate import Decoding
 from jaxmm.inference.matching import make_image_encoder, match_pairs
-from jaxmm.inference.model import Model
+from jaxmm.inference.model import BATCH, Model
 from jaxmm.serving.batch_queue import Compute
 from jaxmm.validation import require
 
@@ -35,6 +35,8 @@ class ModelFunction:
     compute: Compute
     example: Any
     """A request to compile the programs with."""
+    largest: int = 1
+    """Size of the largest batch that one request can need."""
 
 
 def model_functions(model: Model, *, prompt: str | None, decoding: Decoding, templates: Sequence[str]
@@ -75,16 +77,17 @@ def model_functions(model: Model, *, prompt: str | None, decoding: Decoding, tem
         functions["classes"] = ModelFunction(partial(model.classify, top=2**31), blank)
     if task.embedder is not None and task.embedder.text is not None:
         functions["image"] = ModelFunction(model.encode_image, blank)
-        functions["text"] = ModelFunction(model.encode_text, "a")
+        functions["text"] = ModelFunction(model.encode_text, "a", BATCH)  # a request's labels share its programs
         if task.classifier is None:
             functions["labels"] = ModelFunction(LabelEmbeddings(model, templates), ["a"])
     return functions
 
 
 def warm_up(functions: Iterable[ModelFunction], batch: int) -> None:
-    """Compile the programs for batches of 1, 2, 4 requests and so on, up to `batch`."""
+    """Compile the programs for batches of 1, 2, 4 requests and so on, up to `batch`, with short texts."""
     for function in functions:
-        for size in sorted({min(2**i, batch) for i in range(batch.bit_length() + 1)}):
+        most = max(batch, function.largest)
+        for size in sorted({min(2**i, most) for i in range(most.bit_length() + 1)}):
             function.compute([function.example] * size)
 
 

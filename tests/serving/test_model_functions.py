@@ -97,13 +97,15 @@ def test_attention_is_of_the_words_behind_the_prompt(captioner):
 
 
 def test_after_the_warm_up_nothing_is_compiled(captioner):
-    """Any number of requests, up to the largest batch."""
-    offered = [*functions(captioner).values(), *functions(tiny.vit()).values()]
+    """Any number of requests, up to the largest batch, and any number of labels."""
+    clip = functions(tiny.clip())
+    offered = [*functions(captioner).values(), *functions(tiny.vit()).values(), clip["text"], clip["labels"]]
     warm_up(offered, 3)
     jax.config.update("jax_no_tracing", True)
     try:
         for function in offered:
             for count in range(1, 4):
                 assert len(function.compute([function.example] * count)) == count
+        assert clip["labels"].compute([["star", "heart", "square"], ["circle"]])[0].shape == (3, 20)
     finally:
         jax.config.update("jax_no_tracing", False)
