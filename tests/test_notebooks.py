@@ -12,13 +12,14 @@ from tests.pretrained import tiny
 from tests.xla import flags
 
 ROOT = Path(__file__).parents[1]
+SMALL = "from tests.small_recipes import small_recipe\njaxmm.load_recipe = small_recipe\n"
 SETTINGS = {
-    "search_photos": "COUNT, STEPS, SCENES = 40, 2, 'scenes:tiny/'",
+    "search_photos": f"{SMALL}COUNT, STEPS, SCENES = 40, 2, 'scenes:tiny/'",
     "finetune_on_folder": "STEPS, BATCH, IMAGES, START = 4, 8, (3, 4), '{models}/clip'",
-    "train_blip_on_scenes": "STEPS, EVALUATIONS, POOL, CAPTIONED, SCENES = 2, 1, 20, 8, 'scenes:tiny/'",
-    "clean_crawl_captions": "COMPARED_STEPS, WEB, BATCH, LONGEST, POOL, THRESHOLD = 2, 20, 8, 9, 20, 0\n"
+    "train_blip_on_scenes": f"{SMALL}STEPS, EVALUATIONS, POOL, CAPTIONED, SCENES = 2, 1, 20, 8, 'scenes:tiny/'",
+    "clean_crawl_captions": f"{SMALL}COMPARED_STEPS, WEB, BATCH, LONGEST, POOL, THRESHOLD = 2, 20, 8, 9, 20, 0\n"
                             "CAPTIONER, FILTER, SCENES = '{models}/captioner', '{models}/matcher', 'scenes:tiny/'",
-    "eight_devices": "STEPS, RECIPE, TOPOLOGY, BATCH, LARGE = 2, 'vit_folder', 'h100:4', 4, 'clip_b32'",
+    "eight_devices": f"{SMALL}STEPS, RECIPE, TOPOLOGY, BATCH, LARGE = 2, 'vit_folder', 'h100:4', 4, 'clip_b32'",
 }
 """Lines behind the parameters of each notebook, for a run of seconds."""
 FIGURES = {"search_photos": 8, "finetune_on_folder": 6, "train_blip_on_scenes": 8, "clean_crawl_captions": 4,
