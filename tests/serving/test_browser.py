@@ -37,7 +37,8 @@ def open_page(browser):
 
     def run(model, *, width=1100, **options):
         listening = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(make_app(service(model, **options)), log_level="error", ws="none"))
+        server = uvicorn.Server(uvicorn.Config(make_app(service(model, **options), hosts={"127.0.0.1"}),
+                                               log_level="error", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         page = browser.new_page(viewport={"width": width, "height": 900})
