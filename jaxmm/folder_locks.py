@@ -22,8 +22,8 @@ from jaxmm.paths import is_bucket
 
 LOCK = ".lock"
 """Name of the file, or of the folder of leases."""
-LEASE = 30.0
-"""Seconds without a change after which a lease has expired."""
+LEASE = 90.0
+"""Seconds without a change after which a lease has expired: more than a renewal may wait for an answer."""
 RENEWAL = 5.0
 """Seconds between the renewals of a lease."""
 REPLACED = 75

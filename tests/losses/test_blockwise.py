@@ -162,4 +162,4 @@ def test_what_does_not_divide():
     image, text = embeddings(12, 12)
     with (jax.set_mesh(mesh((8, 1, 1))),
           pytest.raises(ValueError, match="12 rows cannot be divided among 8 devices")):
-        blockwise_contrastive(Softmax, image, text, (None,), jnp.float32(SCALE), jnp.float32(BIAS), tile=8)
+        blockwise_contrastive(Softmax, image, text, (None, None), jnp.float32(SCALE), jnp.float32(BIAS), tile=8)
