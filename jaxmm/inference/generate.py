@@ -114,7 +114,7 @@ def search(
     first = jnp.full((b, k, total), pad_id, prompt.dtype).at[:, :, 0].set(prompt[:, :1])
     score = jnp.full((b, k), NEVER).at[:, 0].set(0.0)
     state = State(
-        at=jnp.zeros((), jnp.int32), tokens=first, score=score, cache=cache(cache_lengths(total)[0]), done=first,
+        at=jnp.zeros((), jnp.int32), tokens=first, score=score, cache=None, done=first,
         done_score=jnp.full((b, k), NEVER) if total > 1 else score, ended=jnp.zeros(b, bool))
 
     def unfinished(length: int, state: State) -> Bool[Array, ""]:
@@ -138,7 +138,8 @@ def search(
         return _beams(state, new, scores, in_prompt, forced, count, decoding, end_id)
 
     for length in cache_lengths(total):
-        state = state._replace(cache=jax.tree.map(_grow, state.cache, cache(length)))
+        room = cache(length)
+        state = state._replace(cache=room if state.cache is None else jax.tree.map(_grow, state.cache, room))
         state = jax.lax.while_loop(partial(unfinished, length), partial(body, length), state)
     return Generated(state.done, state.done_score)
 

@@ -2,13 +2,10 @@
 
 import importlib.util
 
+from benchmarks.measure import import_torch
+
 collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["test_*.py"]
 
-if not collect_ignore_glob and importlib.util.find_spec("torchvision"):
-    # timm and open_clip import torchvision, which beside a CPU build of torch lacks its compiled operators. Nothing
-    # here calls them; declared, they let it import.
-    import torch
-
-    OPERATORS = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+if not collect_ignore_glob:
+    # timm and open_clip import torchvision, which beside a CPU build of torch lacks its compiled operators.
+    import_torch()
