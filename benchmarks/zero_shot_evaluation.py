@@ -1,13 +1,13 @@
 """Zero-shot classification of a web dataset: `jaxmm.evaluate` against clip_benchmark, CLIP ViT-B/32, the same weights.
 
     python -m benchmarks.zero_shot_evaluation [--images 5000] [--classes 100] [--workers 2] [--rounds 3] [--json FILE]
-        [--force]
+        [--arm tuned] [--force]
 
 JPEG files of 480 x 360 pixels in shards, seven templates, random weights, fp32 (clip_benchmark's `--no_amp`), batches
 of 64. Both sides read the tars, decode, preprocess, encode images and prompts, and compute the metrics; clip_benchmark
-has `--workers` processes that read. The arms are those of `benchmarks.train_step`; quote `tuned`. Accuracies must agree
-before anything is timed. Needs clip-benchmark, webdataset, braceexpand, open_clip_torch and torchvision, installed with
-`pip install --no-deps`.
+has `--workers` processes that read. The arms are those of `benchmarks.train_step`; quote `tuned`. Accuracies of 500
+images must agree before anything is timed. Needs clip-benchmark, webdataset, braceexpand, open_clip_torch and
+torchvision, installed with `pip install --no-deps`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import sys
 import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from benchmarks.measure import (
     tuned_arms,
 )
 
-BATCH, SHARD, DIFFERENT = 64, 500, 200
+BATCH, SHARD, DIFFERENT, CHECKED = 64, 500, 200, 500
 TEMPLATES = ("itap of a {c}.", "a bad photo of the {c}.", "a origami {c}.", "a photo of the large {c}.",
              "a {c} in a video game.", "art of the {c}.", "a photo of the small {c}.")
 
@@ -49,8 +50,8 @@ def ours(folder: Path, workers: int):
     keep_memory()  # as the command does
     model = load(folder / "model", tokenizer=_vocabulary())
 
-    def run():
-        [result] = evaluate(model, f"wds:{folder / 'data'}", batch_size=BATCH)
+    def run(data):
+        [result] = evaluate(model, f"wds:{folder / data}", batch_size=BATCH)
         return result.metrics["zero_shot_top1"], result.metrics["zero_shot_top5"]
 
     return run
@@ -75,8 +76,8 @@ def theirs(folder: Path, workers: int):
     transform = open_clip.image_transform(shown["size"], is_train=False, mean=shown["mean"], std=shown["std"])
     tokenizer = open_clip.SimpleTokenizer()
 
-    def run():
-        data = build_wds_dataset("own", transform, split="test", data_dir=str(folder / "data"))
+    def run(data):
+        data = build_wds_dataset("own", transform, split="test", data_dir=str(folder / data))
         loader = torch.utils.data.DataLoader(data.batched(BATCH), batch_size=None, num_workers=workers)
         loader.dataset.classes = data.classes
         metrics = zeroshot_classification.evaluate(model, loader, tokenizer, data.classes, data.templates, "cpu",
@@ -94,8 +95,8 @@ def _vocabulary() -> Path:
     return Path(find_spec("open_clip").submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
 
 
-def prepare(folder: Path, images: int, classes: int) -> None:
-    """Write random weights in open_clip's format, and the web dataset."""
+def write_weights(folder: Path) -> None:
+    """Write random weights in open_clip's format."""
     import jax
 
     from jaxmm.config import ImageConfig
@@ -104,8 +105,12 @@ def prepare(folder: Path, images: int, classes: int) -> None:
     from jaxmm.tasks.contrastive_learning import ContrastiveLearning
     task = ContrastiveLearning(model=clip("ViT-B-32"))
     Model(task=task, params=jax.jit(task.init)(jax.random.key(0)), preprocessing=ImageConfig(size=224)).save(
-        folder / "model", format="open_clip")
-    data = folder / "data" / "test"
+        folder, format="open_clip")
+
+
+def write_data(folder: Path, images: int, classes: int) -> None:
+    """Write a web dataset."""
+    data = folder / "test"
     data.mkdir(parents=True)
     rng, encoded = np.random.default_rng(0), []
     for _ in range(min(DIFFERENT, images)):
@@ -132,7 +137,7 @@ def prepare(folder: Path, images: int, classes: int) -> None:
 def worker(what: str, folder: Path, workers: int) -> None:
     """Serve one of `SIDES`."""
     run = SIDES[what](folder, workers)
-    serve({"check": list(run())}, {"run": lambda: {"s": seconds(run)}, "pace": product_pace()})
+    serve({"check": list(run("check"))}, {"run": lambda: {"s": seconds(partial(run, "data"))}, "pace": product_pace()})
 
 
 def main():
@@ -141,6 +146,7 @@ def main():
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2, help="processes in which clip_benchmark reads; 0: none")
+    parser.add_argument("--arm", help="measure this one only")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--worker", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -151,12 +157,16 @@ def main():
     about, rows = machine(), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        prepare(folder, args.images, args.classes)
+        write_weights(folder / "model")
+        for name, images in (("data", args.images), ("check", CHECKED)):
+            write_data(folder / name, images, args.classes)
         for arm, env in tuned_arms(folder).items():
+            if args.arm not in (None, arm):
+                continue
             workers = {what: Worker([sys.executable, "-m", "benchmarks.zero_shot_evaluation", "--worker", what,
                                      str(folder), "--workers", str(args.workers)], env) for what in SIDES}
             checks = {what: side.about["check"] for what, side in workers.items()}
-            differ = max(abs(a - b) for a, b in zip(*checks.values(), strict=True)) * args.images
+            differ = max(abs(a - b) for a, b in zip(*checks.values(), strict=True)) * CHECKED
             if differ > 2:
                 sys.exit(f"accuracies differ by {differ:.0f} images: {checks}; nothing was timed")
             rounds = Rounds(workers, workers["jaxmm"], 0.15)
