@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, causal_mask
+from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, add_to_cache, causal_mask
 from jaxmm.nn.embeddings import TokenEmbedding
 from jaxmm.nn.precision import wide, widened
 from jaxmm.nn.transformer import REMAT_POLICIES, Mlp, TransformerConfig, initializers, unstack
@@ -108,8 +108,8 @@ class IGPTLayer(nn.Module):
         Return the token, and the cache with its keys and values.
         """
         y = self.attention_norm(x)
-        attended, cache = self.attention.decode_step(y, cache, position, mask)
-        x = x + attended
+        cache = add_to_cache(cache, self.attention.keys_values(y), position)
+        x = x + self.attention.attend_cached(y, cache, mask)
         return x + self.mlp(self.mlp_norm(x), train=False), cache
 
 

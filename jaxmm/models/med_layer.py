@@ -7,7 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmm.models.med_config import MedConfig
-from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, to_bhtd
+from jaxmm.nn.attention import Attention, CachedKeysValues, Mask, add_to_cache, to_bhtd
 from jaxmm.nn.transformer import Linear, Mlp, initializers, layer_norm
 
 ContextMask = Bool[Array, "#r 1 1 #n"]
@@ -118,8 +118,8 @@ class MedLayer(nn.Module):
         """
         name = self._decoder_part("attention")
         attention = getattr(self, name)
-        attended, cache = attention.decode_step(x, cache, position, mask)
-        x = self._add(name, x, attended, False)
+        cache = add_to_cache(cache, attention.keys_values(x), position)
+        x = self._add(name, x, attention.attend_cached(x, cache, mask), False)
         return self._decode_context(x, context, context_mask), cache
 
     def decode_cached(

@@ -175,17 +175,12 @@ class Linear(nn.Module):
         summed = self.dtype if backend == "gpu" else kernel.dtype
         kernel = all_gather_params(kernel.astype(self.dtype), "/".join((*self.path, "kernel"))).reshape(shape)
         x = x.astype(self.dtype).reshape(*(batch if backend == "tpu" else (-1,)), shape[0])
-        product = _few_rows if _are_few(batch) else jnp.matmul
+        product = _few_rows if backend == "cpu" and batch[1:] == (1,) and 1 < batch[0] <= 16 else jnp.matmul
         y = product(x, kernel, preferred_element_type=summed)
         if self.bias:
             bias = self.param("bias", self.bias_init, self.features).reshape(-1)
             y = y + jnp.expand_dims(bias, range(y.ndim - 1))
         return y.astype(self.dtype).reshape(*batch, *self.features)
-
-
-def _are_few(batch):
-    """Return whether `batch`, all axes but the last, is that of the newest token of a few sequences on CPU."""
-    return platform() == "cpu" and batch[1:] == (1,) and 1 < batch[0] <= 16
 
 
 def _few_rows(x, kernel, **kind):
@@ -248,27 +243,6 @@ class Attention(nn.Module):
         else:
             y, probabilities = fused_attend(query, key, value, mask), None
         return self.out(y), probabilities if weights else None
-
-    def decode_step(
-        self, x: Float[Array, "b 1 d"], cache: CachedKeysValues, position: Int[Array, ""], mask: Mask | None = None,
-    ) -> tuple[Float[Array, "b 1 d"], CachedKeysValues]:
-        """Return the self-attention output of the token at `position`, and the cache with its key and value."""
-        query, key, value = self._projections(x)
-        cache = add_to_cache(cache, (key, value), position)
-        return self.out(_attention(query, *cache, mask)[0]), cache
-
-    def _projections(self, x):
-        """Return query, key and value of the same tokens; one product of a few rows is faster than three."""
-        linears = self.query, self.key, self.value
-        if not _are_few(x.shape[:-1]):
-            return [linear(x) for linear in linears]
-        params = [linear.variables["params"] for linear in linears]
-        kernel = jnp.concatenate([part["kernel"].reshape(x.shape[-1], -1) for part in params], axis=1)
-        y = _few_rows(x.astype(self.dtype).reshape(len(x), -1), kernel.astype(self.dtype),
-                      preferred_element_type=kernel.dtype)
-        if self.bias:
-            y = y + jnp.concatenate([part["bias"].reshape(-1) for part in params])[None]
-        return jnp.moveaxis(y.astype(self.dtype).reshape(len(x), 1, 3, self.heads, -1), 2, 0)
 
     def attend_cached(
         self, x: Float[Array, "b t d"], cache: CachedKeysValues, mask: Mask | None = None
