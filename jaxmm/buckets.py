@@ -1,44 +1,25 @@
-"""Paths in buckets (`gs://`, `s3://`): objects are read, listed, written and removed, and every request is repeated
-until it succeeds or cannot.
+"""Paths in buckets (`gs://`, `s3://`): objects are read, listed, written and removed.
 
-Errors that may pass (429, 500 to 504, a reset, no answer for `timeout()` seconds) are logged with the object's name and
-tried again, each time after a longer wait. What cannot pass is an `OSError` with the object's name. There is no rename
-in a bucket: an object appears when all of it is there.
+There is no rename in a bucket: an object appears when all of it is there. A request that seemed lost may arrive late;
+so what writes an object names the version that it replaces.
 """
 
-import asyncio
-import functools
 import glob
 import io
-import logging
 import os
-import random
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from etils.epath.gpath import PosixGPath
 
+from jaxmm.bucket_requests import TRIES, replace_object, request
 from jaxmm.object_cache import copy_files, known_version, open_object
 from jaxmm.optional import require_extra
 
-log = logging.getLogger(__name__)
-
-TRIES = 6
-SLOWEST = 2**20
-"""Bytes per second that the slowest transfer is expected to reach."""
-LOGIN = {"gs": "gcloud auth application-default login", "s3": "aws configure, or the variables AWS_ACCESS_KEY_ID and "
-         "AWS_SECRET_ACCESS_KEY"}
-NO_CREDENTIALS = ("RefreshError", "DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError",
-                  "TokenRetrievalError", "UnauthorizedSSOTokenError")
-"""Names of the errors of google-auth and botocore about credentials that are missing or have expired."""
-
-
-def timeout() -> float:
-    """Return the number of seconds without an answer after which a request is repeated."""
-    return float(os.environ.get("JAXMM_BUCKET_TIMEOUT", "60"))
+PART = 2**26
+"""Bytes that are compared at a time; larger objects are replaced without a condition."""
 
 
 class BucketPath(PosixGPath, Path):
@@ -149,7 +130,7 @@ class BucketPath(PosixGPath, Path):
 
     def write_bytes(self, data: bytes) -> int:
         """Write the object."""
-        self.request("pipe_file", data, size=len(data))
+        self._store(io.BytesIO(data), "pipe_file", str(self), data)
         return len(data)
 
     def write_text(self, data: str, encoding: str | None = None, errors: str | None = None,
@@ -162,12 +143,50 @@ class BucketPath(PosixGPath, Path):
         try:
             self.request("pipe_file", data, mode="create")
         except FileExistsError:
-            if self.read_bytes() != data:  # else an answer was lost, and the repeated request met its own object
+            if not self._has(io.BytesIO(data)):
                 raise
 
     def upload(self, file: str | os.PathLike) -> None:
         """Write the object from a local file."""
-        request(self, "put_file", os.fspath(file), str(self), size=os.path.getsize(file))
+        with open(file, "rb") as content:
+            self._store(content, "put_file", os.fspath(file), str(self))
+
+    def _store(self, content: io.BufferedIOBase, operation: str, *args: Any) -> None:
+        """Write `content`, which `operation` of the file system does with a new object."""
+        size = content.seek(0, io.SEEK_END)
+        for _ in range(TRIES):
+            before = self._object()
+            try:
+                if before is None:
+                    request(self, operation, *args, mode="create", size=size)
+                elif size > PART:
+                    request(self, operation, *args, size=size)
+                else:
+                    content.seek(0)
+                    replace_object(self, content.read(), before)
+                return
+            except FileNotFoundError:  # others have removed it
+                if before is None:
+                    raise
+            except FileExistsError:  # written by others, or by a request whose answer was lost
+                if self._has(content):
+                    return
+        raise OSError(f"{self}: others have written it {TRIES} times meanwhile")
+
+    def _object(self) -> dict[str, Any] | None:
+        """Return what the bucket says about this object; None if there is none."""
+        try:
+            info = self.info()
+        except FileNotFoundError:
+            return None
+        return info if info["type"] == "file" else None
+
+    def _has(self, content: io.BufferedIOBase) -> bool:
+        """Return whether the object consists of `content`."""
+        size, known = content.seek(0, io.SEEK_END), self._object()
+        content.seek(0)
+        return known is not None and known["size"] == size and all(
+            content.read(PART) == self.read_range(start, min(start + PART, size)) for start in range(0, size, PART))
 
     def download(self, file: str | os.PathLike) -> None:
         """Write the object to a local file."""
@@ -185,9 +204,9 @@ class BucketPath(PosixGPath, Path):
         """Open the object to read; this process looks only once which version it has."""
         return open_object(self, known_version(self, os.getpid()))
 
-    def local_copy(self) -> Path:
-        """Return a copy of this object or folder on the local disk; only what has changed is downloaded."""
-        return copy_files(self)
+    def local_copy(self, wanted: Callable[[str], bool] = lambda name: True) -> Path:
+        """Return a copy of this object, or of this folder's `wanted` files, on the local disk; see `copy_files`."""
+        return copy_files(self, wanted)
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: a folder is there with the first object in it."""
@@ -239,91 +258,3 @@ class BucketPath(PosixGPath, Path):
     def samefile(self, other: Any) -> bool:
         """Return whether `other` is the same path."""
         return str(self) == str(other)
-
-
-@functools.cache
-def _file_system(scheme: str, process: int) -> Any:
-    import fsspec
-
-    options = fsspec.config.conf.setdefault({"gs": "gcs"}.get(scheme, scheme), {})  # that of Orbax and TFDS, too
-    options.setdefault("use_listings_cache", False)  # other hosts write, too
-    if scheme == "gs":
-        import aiohttp
-
-        trace = aiohttp.TraceConfig()
-        trace.on_request_end.append(_log_answer)
-        trace.on_request_exception.append(_log_failure)
-        options.setdefault("session_kwargs", {"trace_configs": [trace]})
-        options.setdefault("requests_timeout", aiohttp.ClientTimeout(total=None, sock_connect=timeout(),
-                                                                     sock_read=timeout()))
-        return fsspec.filesystem("gcs", finalize_on_close=True)
-    options.setdefault("config_kwargs", {"retries": {"max_attempts": 1}, "read_timeout": timeout(),
-                                         "connect_timeout": timeout()})
-    fs = fsspec.filesystem("s3")
-    fs.retries = 1  # `request` repeats, and says so
-    return fs
-
-
-def file_system(scheme: str) -> Any:
-    """Return this process's fsspec file system of `gs` or `s3`."""
-    return _file_system(scheme, os.getpid())
-
-
-async def _log_answer(session: Any, context: Any, params: Any) -> None:
-    if params.response.status in (408, 429) or params.response.status >= 500:
-        log.warning("%s %s: status %d; trying again", params.method, params.url, params.response.status)
-
-
-async def _log_failure(session: Any, context: Any, params: Any) -> None:
-    if not isinstance(params.exception, asyncio.CancelledError):  # of two requests whose first answer is enough
-        log.warning("%s %s: %s; trying again", params.method, params.url, _text(params.exception))
-
-
-def request(path: BucketPath, operation: str, *args: Any, size: int = 0, **options: Any) -> Any:
-    """Call a method of the file system until it succeeds or cannot; it moves `size` bytes. Messages name `path`."""
-    wait = timeout() + size / SLOWEST
-    for number in range(TRIES):
-        try:
-            return getattr(file_system(path.scheme), operation)(*args, timeout=wait, **options)
-        except Exception as error:
-            if (lasting := _lasting_error(path, error)) is not None:
-                raise lasting from error
-            if number == TRIES - 1:
-                raise OSError(f"{path}: {operation} failed {TRIES} times: {_text(error)}") from error
-            delay = min(2.0**number, 30.0) * (0.5 + random.random())
-            log.warning("%s: %s: %s; trying again in %.1f s", path, operation, _text(error), delay)
-            time.sleep(delay)
-    raise AssertionError
-
-
-def _lasting_error(path: BucketPath, error: Exception) -> Exception | None:
-    """Return what to raise for an error that will not pass, with the object's name; None if it may pass."""
-    chain: list[BaseException] = [error]
-    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
-        chain.append(before)
-    status = next((code for code in map(_status, chain) if code is not None), None)
-    if isinstance(error, FileNotFoundError) or status == 404:
-        return FileNotFoundError(f"{path}: there is no such object or bucket")
-    if isinstance(error, FileExistsError) or status == 412:
-        return FileExistsError(f"{path}: it exists already")
-    if (isinstance(error, PermissionError) or status in (401, 403) or str(error).startswith("Forbidden")
-            or any(type(one).__name__ in NO_CREDENTIALS for one in chain)):
-        return PermissionError(f"{path}: access denied: {_text(error)}; expected credentials that may use this bucket "
-                               f"({LOGIN[path.scheme]})")
-    if status is not None and status not in (408, 429) and status < 500:
-        return OSError(f"{path}: {_text(error)}")
-    return error if isinstance(error, (TypeError, ValueError, AttributeError, NotImplementedError)) else None
-
-
-def _status(error: BaseException) -> int | None:
-    """Return the HTTP status of an error of gcsfs, botocore or aiohttp."""
-    response = getattr(error, "response", None)
-    code = (response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else
-            getattr(error, "code", None) or getattr(error, "status", None))
-    return int(code) if str(code).isdecimal() else None
-
-
-def _text(error: BaseException) -> str:
-    """Return one line about an error."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

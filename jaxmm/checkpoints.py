@@ -84,10 +84,15 @@ def _bucket_names(folder: Path) -> set[str]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return a description of the damage to the checkpoint in `folder`, or None."""
+    """Return a description of the damage to the checkpoint in `folder`, or None.
+
+    Raises `OSError` if a bucket gives no access.
+    """
     try:
         expected = _read_manifest(folder)["files"]
     except (OSError, ValueError) as error:
+        if is_bucket(folder) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         return f"{MANIFEST} cannot be read: {error}"
     actual = {} if is_bucket(folder) else digests(folder)
     for name, digest in expected.items():
@@ -157,9 +162,9 @@ class Checkpoints:
         self.wait()
         step = int(jax.device_get(state.step))
         target = self.folder / str(step)
-        if step in self.steps():
-            return
         with self._wrap_errors(target):
+            if step in self.steps():
+                return
             if self._primary and target.exists():
                 remove_tree(target)
             if self._staged is not None or not is_bucket(target):
@@ -173,12 +178,16 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, target, notes)
 
     def record_metric(self, step: int, metric: float) -> None:
-        """Record how good the checkpoint of `step` is (more is better), and remove those it outdoes."""
+        """Record how good the checkpoint of `step` is (more is better), and remove those it outdoes.
+
+        Raises `CheckpointError` if the manifest cannot be written, or the save before failed.
+        """
         self.wait()
         path = self.folder / str(step) / MANIFEST
-        if self._primary and path.exists():
-            write_atomically(path, _signed(_read_manifest(path.parent) | {"metric": metric}))
-            self._prune()
+        with self._wrap_errors(path.parent):
+            if self._primary and path.exists():
+                write_atomically(path, _signed(_read_manifest(path.parent) | {"metric": metric}))
+                self._prune()
 
     def wait(self) -> None:
         """Return when the last save is complete. Raises `CheckpointError` if it failed."""
@@ -251,10 +260,9 @@ class Checkpoints:
                 move_folder(self._staged / "state", target / "state")
             if self._primary:
                 write_atomically(target / MANIFEST, _signed(notes | {"files": digests(target)}))
-        if self._primary:
-            if is_bucket(self.folder):
-                write_atomically(self.folder / STEPS, json.dumps(sorted({*self.steps(), notes["step"]})))
-            self._prune()
+                if is_bucket(self.folder):
+                    write_atomically(self.folder / STEPS, json.dumps(sorted({*self.steps(), notes["step"]})))
+                self._prune()
 
     def _prune(self) -> None:
         """Remove complete checkpoints that are neither among the newest nor the best."""
@@ -278,12 +286,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _wrap_errors(self, target: Path) -> Iterator[None]:
-        """Turn an error of a save into one `CheckpointError`, and remove the half-written folder."""
+        """Turn an error of a save into one `CheckpointError`, and remove a folder without a manifest."""
         try:
             yield
         except Exception as error:
-            with contextlib.suppress(OSError):  # what is left has no manifest, and the next run removes it
-                remove_tree(target, missing_ok=True)
+            with contextlib.suppress(OSError):  # what is left, the next run removes
+                if not (target / MANIFEST).exists():
+                    remove_tree(target, missing_ok=True)
                 for left in target.parent.glob(f"{target.name}*tmp*"):
                     remove_tree(left)
             try:

@@ -15,6 +15,7 @@ import mmap
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,20 +30,27 @@ AHEAD = 2**24
 OPEN = 256
 """Number of objects that stay open in a process."""
 CHECK = 2**26
-"""Bytes after which a process looks whether the cache is within its limit."""
+"""Bytes that a process adds to the total of the cache before it fetches them."""
+ROOM = 0.9
+"""Share of the limit that stays when the cache has reached it."""
 STREAMS = 16
 """Number of files that are copied at the same time."""
 
 
 def limit() -> int:
     """Return the largest size of the cache in bytes: JAXMM_BUCKET_CACHE in GiB, at most half of the free disk."""
+    return _limit(_grow(0))
+
+
+def _limit(size: int) -> int:
+    """Return the limit of a cache that has `size` bytes."""
     asked = float(os.environ.get("JAXMM_BUCKET_CACHE", "32")) * 2**30
     free = shutil.disk_usage(_folder()).free
-    return int(min(asked, used() + free) if "JAXMM_BUCKET_CACHE" in os.environ else min(asked, used() + free / 2))
+    return int(min(asked, size + free) if "JAXMM_BUCKET_CACHE" in os.environ else min(asked, size + free / 2))
 
 
 def used() -> int:
-    """Return the number of bytes on the disk."""
+    """Count the bytes on the disk; return their number."""
     return sum(_size(entry) for entry in _entries())
 
 
@@ -57,8 +65,11 @@ def known_version(path: Path, process: int) -> str:
     return path.version()
 
 
-def copy_files(path: Path) -> Path:
-    """Return a copy of an object or of a folder on the local disk; only what has changed is downloaded."""
+def copy_files(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Path:
+    """Return a copy of an object, or of those files of a folder whose relative paths are `wanted`, on the local disk.
+
+    Only what has changed is downloaded. Files that were copied before stay as long as the bucket has them.
+    """
     single = path.is_file()
     target = _folder() / f"copy-{_digest(str(path))}"
     _keep(target)
@@ -78,11 +89,11 @@ def copy_files(path: Path) -> Path:
             return name, now
 
         with ThreadPoolExecutor(STREAMS) as pool:
-            now = dict(pool.map(fetch, files.items()))
-        for name in set(have) - set(now):
+            now = dict(pool.map(fetch, (item for item in files.items() if wanted(item[0]))))
+        for name in set(have) - set(files):
             (target / path.name / name).unlink(missing_ok=True)
-        notes.write_text(json.dumps(now))
-    _trim()
+        notes.write_text(json.dumps({name: version for name, version in (have | now).items() if name in files}))
+    _grow(sum(int(version.partition(" ")[0]) for name, version in now.items() if have.get(name) != version))
     return target / path.name
 
 
@@ -241,8 +252,27 @@ def _count(size: int) -> None:
     global _fetched
     with _counting:
         before, _fetched = _fetched, _fetched + size
-    if before // CHECK != (before + size) // CHECK:
-        _trim()
+        started = -(-_fetched // CHECK) - -(-before // CHECK)
+    if started:
+        _grow(started * CHECK)
+
+
+def _grow(size: int) -> int:
+    """Add `size` to the number of bytes in the cache and return it; make room if it is beyond the limit.
+
+    All processes keep one total. The files are counted only if it is not known, or beyond the limit.
+    """
+    with _folder().with_name("buckets.size").open("a+") as file:
+        with contextlib.suppress(OSError):  # the file system has no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        known = file.read()
+        total = int(known) + size if known.isdecimal() else used()
+        if total > _limit(total):
+            total = _make_room()
+        file.truncate(0)
+        file.write(str(total))
+    return total
 
 
 _kept: dict[Path, int] = {}
@@ -285,11 +315,11 @@ def _remove(entry: Path) -> bool:
         os.close(file)
 
 
-def _trim() -> None:
-    """Remove what was not used for the longest time until the cache is within its limit."""
-    most = limit()
+def _make_room() -> int:
+    """Remove what was not used for the longest time until the cache is well within its limit; return its size."""
     sizes = {path: _size(path) for path in _entries()}
     total = sum(sizes.values())
+    most = ROOM * _limit(total)
 
     def last_used(path: Path) -> float:
         try:
@@ -299,6 +329,7 @@ def _trim() -> None:
 
     for path in sorted(sizes, key=last_used):
         if total <= most:
-            return
+            break
         if _remove(path):
             total -= sizes[path]
+    return total

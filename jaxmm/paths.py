@@ -6,10 +6,12 @@ whose module is imported with the first one.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from jaxmm.user_cache import cache_folder
 from jaxmm.validation import require
 
 BUCKETS = ("gs://", "s3://")
+UNFINISHED = ".unfinished"
+"""Name of the object in a folder that lists the files of an upload until all of them are there."""
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` turns `//` into `/`; one letter is a drive of Windows
 
 
@@ -55,9 +59,17 @@ def exists(path: str | os.PathLike) -> bool:
     return user_path(path).exists() if is_bucket(path) else os.path.exists(path)
 
 
-def local_copy(path: Path) -> Path:
-    """Return `path`, or a copy of a file or folder of a bucket in the local cache, which is downloaded if it is new."""
-    return path.local_copy() if is_bucket(path) else path
+def is_taken(folder: Path) -> bool:
+    """Return whether something is at `folder`, other than the files of an upload that was interrupted."""
+    return folder.exists() and not (is_bucket(folder) and (folder / UNFINISHED).exists())
+
+
+def local_copy(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Path:
+    """Return `path`, or a copy of a file or folder of a bucket in the local cache, which is downloaded if it is new.
+
+    Of a folder in a bucket only files whose relative paths are `wanted` are downloaded.
+    """
+    return path.local_copy(wanted) if is_bucket(path) else path
 
 
 def cache_limit() -> int:
@@ -88,15 +100,22 @@ def new_folder(folder: Path, last: str | None = None) -> Iterator[Path]:
 
     In a bucket, which has no rename, its file `last` is the one that is uploaded last.
     """
-    part = staging_folder(folder)
-    shutil.rmtree(part, ignore_errors=True)  # of a call that was interrupted
-    part.mkdir(parents=True)
-    yield part
-    move_folder(part, folder, last)
+    with contextlib.ExitStack() as removed:
+        if is_bucket(folder):
+            part = Path(removed.enter_context(tempfile.TemporaryDirectory(prefix="jaxmm-")), folder.name)
+        else:
+            part = staging_folder(folder)
+            shutil.rmtree(part, ignore_errors=True)  # of a call that was interrupted
+        part.mkdir(parents=True)
+        yield part
+        move_folder(part, folder, last)
 
 
 def staging_folder(folder: Path) -> Path:
-    """Return the local folder or file in which `folder` is made: beside it, or in the user's cache for a bucket's."""
+    """Return the local folder or file in which `folder` is made: beside it, or in the user's cache for a bucket's.
+
+    Two processes that make the same `folder` get the same one: in a bucket, its parent is to be locked.
+    """
     if not is_bucket(folder):
         return folder.with_name(folder.name + ".part")
     digest = hashlib.blake2b(str(folder).encode(), digest_size=16).hexdigest()
@@ -113,11 +132,20 @@ def move_file(part: Path, path: Path) -> None:
 
 
 def move_folder(part: Path, folder: Path, last: str | None = None) -> None:
-    """Give a complete local folder its place. In a bucket its file `last` is uploaded last."""
+    """Give a complete local folder its place. In a bucket its file `last` is uploaded last.
+
+    The files of an upload to `folder` that was interrupted are removed.
+    """
     if not is_bucket(folder):
         part.rename(folder)
         return
-    files = sorted(path for path in part.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: path.name == last):
-        (folder / path.relative_to(part).as_posix()).upload(path)
+    files = {path.relative_to(part).as_posix(): path for path in sorted(part.rglob("*")) if path.is_file()}
+    note = folder / UNFINISHED
+    if note.exists():
+        for name in json.loads(note.read_text()):
+            (folder / name).unlink(missing_ok=True)
+    note.write_text(json.dumps(list(files)))
+    for name in sorted(files, key=lambda name: Path(name).name == last):
+        (folder / name).upload(files[name])
+    note.unlink()
     shutil.rmtree(part)

@@ -58,7 +58,7 @@ def make_bucket(port, name=BUCKET):
 
 @contextlib.contextmanager
 def s3_server():
-    """A moto server with an empty bucket; yields its address."""
+    """A moto server with an empty bucket; yields its port."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -66,18 +66,23 @@ def s3_server():
     host, port = server.get_host_and_port()
     try:
         urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/{BUCKET}", method="PUT")).close()
-        yield f"http://{host}:{port}"
+        yield port
     finally:
         server.stop()
 
 
 class Proxy:
-    """Forwards to a server and counts requests; of every hundred, `faults` fail: status 503, a reset, or no answer."""
+    """Forwards to a server and counts requests; of every hundred, `faults` fail: status 503, a reset, or no answer.
+
+    `plan` says how the next requests fail (None: not), `writes` what becomes of the next that write: `late` ones reach
+    the server with `deliver`, the answer to `lost` ones does not come back.
+    """
 
     def __init__(self, target=None, faults=0.0, seed=0):
         self.target, self.faults = target, faults
         self.requests, self.failed = [], Counter()
         self.plan, self.always = [], None
+        self.writes, self._late = [], []
         rng, lock, stopped = random.Random(seed), threading.Lock(), threading.Event()
         self._stopped = stopped
         proxy = self
@@ -91,9 +96,13 @@ class Proxy:
                     body = self._chunks()
                 with lock:
                     proxy.requests.append((self.command, self.path, self.headers.get("Range")))
-                    kind = (proxy.plan.pop(0) if proxy.plan else rng.choice(("status", "reset", "stall"))
-                            if rng.random() < proxy.faults else None)
+                    if proxy.writes and self.command in ("POST", "PUT"):
+                        kind = proxy.writes.pop(0)
+                    else:
+                        kind = (proxy.plan.pop(0) if proxy.plan else rng.choice(("status", "reset", "stall"))
+                                if rng.random() < proxy.faults else None)
                     proxy.failed[kind] += kind is not None
+                sent = self.command, self.path, dict(self.headers.items()), body
                 if kind == "status" or proxy.always:
                     self.send_response(proxy.always or 503)
                     self.send_header("Content-Length", "0")
@@ -102,14 +111,14 @@ class Proxy:
                 if kind is not None:
                     if kind == "stall":
                         stopped.wait(3)
+                    elif kind == "late":
+                        proxy._late.append(sent)
+                    elif kind == "lost":
+                        proxy._send(*sent)
                     self.close_connection = True
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
-                upstream = http.client.HTTPConnection("127.0.0.1", proxy.target)
-                headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
-                upstream.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
-                answer = upstream.getresponse()
-                data = answer.read()
+                answer, data = proxy._send(*sent)
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("transfer-encoding", "content-length", "connection"):
@@ -118,7 +127,6 @@ class Proxy:
                                  answer.getheader("Content-Length", "0"))
                 self.end_headers()
                 self.wfile.write(data)
-                upstream.close()
 
             def _chunks(self):
                 data = b""
@@ -142,6 +150,20 @@ class Proxy:
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
+
+    def _send(self, command, path, headers, body):
+        upstream = http.client.HTTPConnection("127.0.0.1", self.target)
+        headers = {name: value for name, value in headers.items() if name.lower() != "transfer-encoding"}
+        upstream.request(command, path, body, headers | {"Content-Length": str(len(body))})
+        answer = upstream.getresponse()
+        data = answer.read()
+        upstream.close()
+        return answer, data
+
+    def deliver(self):
+        """Send the writes that are late; the statuses of their answers."""
+        late, self._late = self._late, []
+        return [self._send(*sent)[0].status for sent in late]
 
     def close(self):
         self._stopped.set()

@@ -129,18 +129,20 @@ def gcs(gcs_proxy, request):
 
 
 @pytest.fixture(scope="session")
-def s3_address():
-    """A server of `s3://`, which the environment names for the rest of the session."""
-    from tests.bucket_servers import S3_KEYS, s3_server
+def s3_proxy():
+    """A proxy in front of a server of `s3://`, which the environment names for the rest of the session."""
+    from tests.bucket_servers import S3_KEYS, Proxy, s3_server
 
-    with s3_server() as address, pytest.MonkeyPatch.context() as patch:
-        for name, value in {"AWS_ENDPOINT_URL": address, **S3_KEYS}.items():
+    proxy = Proxy()
+    with s3_server() as proxy.target, pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", **S3_KEYS}.items():
             patch.setenv(name, value)
-        yield address
+        yield proxy
+        proxy.close()
 
 
 @pytest.fixture
-def s3(s3_address, request):
+def s3(s3_proxy, request):
     """A new folder `s3://...` on a real server."""
     from tests.bucket_servers import BUCKET
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxmm import buckets, folder_locks, object_cache
+from jaxmm import bucket_requests, folder_locks, object_cache
 from jaxmm.atomic import atomic_file, write_atomically
 from jaxmm.cli.caption_files import caption_files, write_captions
 from jaxmm.cli.image_files import read_labels
@@ -29,7 +29,7 @@ def folder(request):
 @pytest.fixture
 def quick(monkeypatch):
     """No waiting between tries."""
-    monkeypatch.setattr(buckets.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(bucket_requests.time, "sleep", lambda seconds: None)
 
 
 def data(size, seed=0):
@@ -94,6 +94,17 @@ def test_a_new_folder_and_its_local_copy(folder, bucket_cache, tmp_path):
     assert local_copy(tmp_path) == tmp_path
 
 
+def test_two_calls_that_make_the_same_folder(folder):
+    """No call uses the local files of another."""
+    with new_folder(folder / "model", last="weights") as one:
+        (one / "weights").write_text("first")
+        with new_folder(folder / "model", last="weights") as other:
+            assert list(other.iterdir()) == []
+            (other / "weights").write_text("second")
+        assert (folder / "model" / "weights").read_text() == "second" and not other.exists()
+    assert (folder / "model" / "weights").read_text() == "first" and not one.exists()
+
+
 def test_reads_through_the_cache(gcs, gcs_proxy, bucket_cache):
     """Any reads, from many threads: the bytes are right, and none is fetched twice."""
     path, content = user_path(gcs) / "big", data(3_000_001)
@@ -149,6 +160,24 @@ def test_the_cache_keeps_to_its_limit(gcs, bucket_cache, monkeypatch):
         assert object_cache.used() < 2**20 * 2.5 + 2**19
 
 
+def test_the_files_of_the_cache_are_counted_once(gcs, bucket_cache, monkeypatch):
+    """All processes add to one total, which tells how large the cache is without a look at its files."""
+    counts, plain = [], object_cache._entries
+    monkeypatch.setattr(object_cache, "_entries", lambda: counts.append(1) or plain())
+    monkeypatch.setattr(object_cache, "CHECK", 2**18)
+    for n in range(3):
+        path = user_path(gcs) / str(n)
+        path.write_bytes(data(2**20, n))
+        with open_data(path) as file:
+            file.read()
+    copied = local_copy(user_path(gcs) / "2")
+    assert len(counts) == 1 and copied.stat().st_size == 2**20
+    total = int(bucket_cache.with_name("buckets.size").read_text())
+    assert abs(total - 4 * 2**20) <= 2 * 2**18 and abs(object_cache.used() - total) <= 2 * 2**18
+    monkeypatch.setenv("JAXMM_BUCKET_CACHE", str(2 / 2**10))
+    assert object_cache.limit() == 2 * 2**20 and object_cache.used() <= 0.9 * 2 * 2**20
+
+
 @pytest.mark.parametrize("kind, count", [("status", 2), ("reset", 4), ("stall", 1)])
 def test_what_may_pass_is_tried_again_and_named(gcs, gcs_proxy, bucket_cache, kind, count, caplog, monkeypatch):
     """The HTTP client itself repeats the first request on a connection that was reset, and says nothing."""
@@ -161,10 +190,42 @@ def test_what_may_pass_is_tried_again_and_named(gcs, gcs_proxy, bucket_cache, ki
     assert count == 1 or ("object" in caplog.text and "trying again" in caplog.text)
 
 
+@pytest.mark.parametrize("scheme", ["gcs", "s3"])
+def test_late_writes_replace_nothing_newer(scheme, request, quick, tmp_path):
+    """A request that seemed lost comes when the object has been written again: of a new object, and of an old one."""
+    folder, proxy = user_path(request.getfixturevalue(scheme)), request.getfixturevalue(f"{scheme}_proxy")
+    (folder / "old").write_bytes(b"zero")
+    (tmp_path / "first").write_bytes(b"first")
+    proxy.writes += ["late"]
+    (folder / "new").upload(tmp_path / "first")
+    proxy.writes += ["late"]
+    (folder / "old").write_bytes(b"first")
+    for name in ("new", "old"):
+        assert (folder / name).read_bytes() == b"first"
+        (folder / name).write_bytes(b"second")
+    assert proxy.deliver() == [412, 412]
+    assert (folder / "new").read_bytes() == (folder / "old").read_bytes() == b"second"
+
+
+@pytest.mark.parametrize("scheme", ["gcs", "s3"])
+def test_writes_whose_answer_is_lost(scheme, request, quick, monkeypatch):
+    """The repeated request is refused, because the first one was done. What another process has written is replaced."""
+    path, proxy = user_path(request.getfixturevalue(scheme)) / "object", request.getfixturevalue(f"{scheme}_proxy")
+    for write, content in ((path.create, b"first"), (path.write_bytes, b"second")):
+        proxy.writes += ["lost"]
+        write(content)
+        assert path.read_bytes() == content and not proxy.writes
+    before, plain = [path._object()], type(path)._object
+    path.write_bytes(b"another's")
+    monkeypatch.setattr(type(path), "_object", lambda self: before.pop() if before else plain(self))
+    path.write_bytes(b"third")
+    assert path.read_bytes() == b"third" and not before
+
+
 def test_what_does_not_pass_ends_with_the_name(gcs, gcs_proxy, quick, monkeypatch):
     path = user_path(gcs) / "object"
     path.write_bytes(b"x")
-    monkeypatch.setattr(buckets, "TRIES", 2)
+    monkeypatch.setattr(bucket_requests, "TRIES", 2)
     for status, message in ((401, "access denied"), (403, "access denied"), (400, "")):
         monkeypatch.setattr(gcs_proxy, "always", status)
         with pytest.raises(OSError, match=f"{path}.*{message}"):
@@ -261,7 +322,7 @@ def test_copies_in_use_stay(gcs, bucket_cache, monkeypatch):
     second = local_copy(user_path(gcs) / "b")
     assert (first / "file").exists() and (second / "file").exists()
     object_cache.os.close(object_cache._kept.pop(first.parent))             # as at the end of a process
-    object_cache._trim()
+    object_cache._make_room()
     assert not first.exists() and (second / "file").exists()
 
 

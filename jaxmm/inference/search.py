@@ -5,6 +5,7 @@ An index is a folder: `index.json` (the model, the row length), `embeddings.f32`
 it is searched.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,8 @@ from jaxtyping import Float
 
 from jaxmm.atomic import write_atomically
 from jaxmm.data.base import fingerprint
-from jaxmm.paths import is_bucket, local_copy, move_folder, staging_folder, user_path
+from jaxmm.folder_locks import FolderInUse, lock_folder
+from jaxmm.paths import is_bucket, is_taken, local_copy, move_folder, staging_folder, user_path
 
 CHUNK = 2048
 """Number of images after which an interrupted index can continue."""
@@ -81,14 +83,26 @@ def build_index(
     loaded with. Raises `SearchError` if the folder exists.
     """
     folder = user_path(folder, "folder")
-    if folder.exists() and not _is_cut_short(folder):
-        raise SearchError(f"{folder} exists; expected a new folder for the index")
     if not paths:
         raise SearchError("there are no images to put into an index")
     part = staging_folder(folder)
-    part.mkdir(parents=True, exist_ok=True)
-    wanted = {"model": model, "loading": dict(loading or {}), "pictures": fingerprint(paths)}
-    done, kept, size = _resume(part, wanted)
+    settings = {"model": model, "loading": dict(loading or {}), "pictures": fingerprint(paths)}
+    try:
+        with lock_folder(part.parent) if is_bucket(folder) else contextlib.nullcontext():
+            if is_taken(folder):
+                raise SearchError(f"{folder} exists; expected a new folder for the index")
+            part.mkdir(parents=True, exist_ok=True)
+            kept = _encode_all(encode, settings, paths, part, on_error, on_chunk)
+            move_folder(part, folder, last=SETTINGS)
+            return kept
+    except FolderInUse:
+        raise SearchError(f"another process is building {folder}; expected to be the only one") from None
+
+
+def _encode_all(encode: Encode, expected: dict[str, Any], paths: Sequence[str], part: Path,
+                on_error: Callable[[str, Exception], None], on_chunk: Callable[[int], None]) -> int:
+    """Write the index with the settings `expected` into `part`, from where it was left; return the number of images."""
+    done, kept, size = _resume(part, expected)
     on_chunk(done)
     with (part / VECTORS).open("ab") as vectors, (part / PICTURES).open("a", encoding="utf-8") as lines:
         for start in range(done, len(paths), CHUNK):
@@ -101,7 +115,7 @@ def build_index(
             rows = encode(chunk, refuse)
             if size is None and len(rows):
                 size = rows.shape[1]
-                write_atomically(part / SETTINGS, json.dumps(wanted | {"size": size}))
+                write_atomically(part / SETTINGS, json.dumps(expected | {"size": size}))
             vectors.write(np.ascontiguousarray(rows, np.float32).tobytes())
             _flush(vectors)  # before the lines: these say what is done
             lines.writelines(json.dumps({"path": path if is_bucket(path) else os.path.abspath(path)} | (
@@ -111,13 +125,7 @@ def build_index(
             on_chunk(len(chunk))
     if not kept:
         raise SearchError(f"none of the {len(paths)} images can be read")
-    move_folder(part, folder, last=SETTINGS)
     return kept
-
-
-def _is_cut_short(folder: Path) -> bool:
-    """Return whether the upload of an index into a bucket was interrupted: its settings are the last file."""
-    return is_bucket(folder) and {path.name for path in folder.iterdir()} <= {VECTORS, PICTURES}
 
 
 def _resume(part: Path, wanted: dict[str, Any]) -> tuple[int, int, int | None]:

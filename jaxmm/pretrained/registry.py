@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmm.config import ImageConfig
 from jaxmm.data.tokenizers import Tokenizer
-from jaxmm.paths import expand, is_bucket, local_copy, new_folder, user_path
+from jaxmm.paths import expand, is_bucket, is_taken, local_copy, new_folder, user_path
 from jaxmm.pretrained.families import (
     native,
     npz,
@@ -78,10 +78,11 @@ def save_checkpoint(
 ) -> None:
     """Write a new `folder` with configuration, preprocessing, vocabulary and weights in `format`.
 
-    The folder appears complete or not at all. Raises `FileError` if it exists, or if the format cannot hold the model.
+    The folder appears complete or not at all; in a bucket it replaces an export whose upload was interrupted. Raises
+    `FileError` if it exists, or if the format cannot hold the model.
     """
     folder = user_path(folder, "folder")
-    if folder.exists():
+    if is_taken(folder):
         raise FileError(f"{folder} exists; expected a new folder")
     kind = type(getattr(task, "model", task))  # a task of another module may have no model
     families = {family.name: family for family in FAMILIES

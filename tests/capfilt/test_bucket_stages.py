@@ -1,10 +1,22 @@
 """CapFilt with its crawl, its models and its folder in a bucket: killed again and again, it writes the same bytes."""
 
 import hashlib
+import signal
+
+import pytest
 
 from jaxmm.paths import user_path
 from tests.capfilt.conftest import contents, run
+from tests.capfilt.test_stages import process
 from tests.data.test_bucket_sources import upload
+
+
+def assert_same_bytes(out, finished):
+    """The manifest names what it is made from, which is in a bucket."""
+    near = contents(finished)
+    far = {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in out.files()}
+    assert set(far) == set(near)
+    assert [name for name in near if near[name] != far[name]] == ["manifest.json"]
 
 
 class Stopped(BaseException):
@@ -32,7 +44,18 @@ def test_stopped_at_uploads_it_goes_on_to_the_same_bytes(finished, data, models,
         except Stopped:
             stops += 1
     assert stops == 4
-    near = contents(finished[0].path)
-    far = {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in out.files()}
-    assert set(far) == set(near)
-    assert [name for name in near if near[name] != far[name]] == ["manifest.json"]      # names what it is made from
+    assert_same_bytes(out, finished[0].path)
+
+
+@pytest.mark.long
+def test_killed_it_goes_on_to_the_same_bytes(finished, data, models, gcs, bucket_cache):
+    """Processes are killed after their third, ninth and fourteenth upload."""
+    upload(data, f"{gcs}/crawl")
+    upload(models, f"{gcs}/models")
+    folders = f"{gcs}/out", f"{gcs}/crawl", f"{gcs}/models"
+    for count in (3, 9, 14):
+        killed = process(*folders, KILLED_AT=count)
+        output = killed.communicate()[1]
+        assert killed.returncode == -signal.SIGKILL, output
+    run(*map(user_path, folders))
+    assert_same_bytes(user_path(folders[0]), finished[0].path)

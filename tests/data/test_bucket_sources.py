@@ -35,6 +35,21 @@ def local(tmp_path_factory):
         json.dumps({"image": f"classes/{'ab'[i % 2]}/{i}.jpg", "caption": f"picture {i}"}) + "\n" for i in range(6)))
     (folder / "coco.json").write_text(json.dumps([
         {"image": f"classes/{'ab'[i % 2]}/{i}.jpg", "caption": f"picture {i}"} for i in range(6)]))
+    questions = [{"question_id": i, "image_id": i, "question": f"what is {i}?"} for i in range(6)]
+    (folder / "OpenEnded_questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / "annotations.json").write_text(json.dumps({"annotations": [
+        {"question_id": i, "answers": [{"answer": f"a {i}"}]} for i in range(5)]}))
+    two = [f"{'ab'[i % 2]}/{i}.jpg" for i in range(6)]
+    (folder / "nlvr.json").write_text(json.dumps([
+        {"sentence": f"{i} is left", "label": str(i < 3), "images": [two[i], two[5 - i]]} for i in range(6)]))
+    (folder / "crepe.json").write_text(json.dumps({str(i): {
+        "filename": two[i], "caption": f"picture {i}", "negative_caption": f"picture {i + 1}"} for i in range(6)}))
+    (folder / "examples.jsonl").write_text("".join(json.dumps({
+        "image_0": two[i], "image_1": two[i + 1], "caption_0": f"a {i}", "caption_1": f"b {i}"}) + "\n"
+        for i in range(5)))
+    for i in range(6):
+        (folder / "numbers").mkdir(exist_ok=True)
+        (folder / "numbers" / f"{i:012d}.jpg").write_bytes(crawl.jpeg(80 + i))
     import_source(open_source(f"captions:{folder}/list.jsonl"), folder / "imported", shard_records=4)
     return folder
 
@@ -48,7 +63,9 @@ def upload(local, target):
 
 SOURCES = ["tars:{}/*.tar", "tars:{}/{{00000..00001}}.tar", "tars:{}", "parquet:{}/some.parquet", "folder:{}/classes",
            "captions:{}/list.jsonl", "coco:{}/coco.json", "tfds:{}/imported:train",
-           "captions:{}/list.jsonl@{}", "2*captions:{}/list.jsonl + tfds:{}/imported:train"]
+           "captions:{}/list.jsonl@{}", "vqa:{}/OpenEnded_questions.json@{}/numbers", "nlvr:{}/nlvr.json@{}/classes",
+           "sugarcrepe:{}/crepe.json@{}/classes", "winoground:{}/examples.jsonl@classes",
+           "tfds:{}/imported:train[1:3]+train[:50%]", "2*captions:{}/list.jsonl + tfds:{}/imported:train"]
 
 
 def records(source):
@@ -91,6 +108,22 @@ def test_batches_are_the_same_and_bytes_are_read_once(local, gcs, gcs_proxy, buc
         ranges = fetched(gcs_proxy, name)
         assert sum(stop - start for start, stop in ranges) <= (local / name).stat().st_size
     assert sum("00000.tar" in path for _, path, _ in gcs_proxy.requests) < 6
+
+
+def test_only_shards_of_the_split_are_copied(local, gcs, gcs_proxy, bucket_cache):
+    """What was copied before stays, and is not copied again."""
+    upload(local / "imported", f"{gcs}/imported")
+
+    def copied():
+        return [number for number in (0, 1) if any(
+            f"{number:05d}-of-00002" in path and "alt=media" in path for _, path, _ in gcs_proxy.requests)]
+
+    for split, first, count, numbers in (("train[:4]", 0, 4, [0]), ("train[4:]", 4, 2, [1]), ("train", 0, 6, [])):
+        gcs_proxy.requests.clear()
+        source = open_source(f"tfds:{gcs}/imported:{split}")
+        assert len(source) == count and source[0]["texts"] == (f"picture {first}",) and copied() == numbers
+    with pytest.raises(DataError, match="cannot open split 'test'"):
+        open_source(f"tfds:{gcs}/imported:test")
 
 
 def test_a_data_set_larger_than_the_cache(local, gcs, s3, bucket_cache, monkeypatch):
@@ -164,7 +197,7 @@ def test_the_lock_of_an_import_stays_to_the_end(local, gcs, monkeypatch):
 
 @pytest.mark.parametrize("spec, message", [
     ("tars:{}/none-*.tar", "no object matches"), ("folder:{}/none", "no folder"),
-    ("captions:{}/none.jsonl", "there is no such object"), ("vqa:{}/x.json", "is no local path"),
+    ("captions:{}/none.jsonl", "there is no such object"), ("vqa:{}/x.json", "there is no such object"),
     ("tars:https://host/a.tar", r"no local path or in a bucket \(gs://, s3://\)")])
 def test_what_is_not_there(spec, message, gcs):
     with pytest.raises(DataError, match=message):

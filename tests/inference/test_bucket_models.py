@@ -34,6 +34,43 @@ def test_an_index_whose_upload_was_interrupted(gcs, bucket_cache, monkeypatch):
         build()
 
 
+def test_two_processes_do_not_build_the_same_index(gcs, bucket_cache):
+    def build(encode):
+        return build_index(encode, "model", ["a", "b"], f"{gcs}/index", on_error=lambda path, error: None)
+
+    def encode(chunk, on_error):
+        with pytest.raises(SearchError, match=f"another process is building {gcs}/index"):
+            build(lambda *_: np.zeros((2, 3), np.float32))
+        return np.eye(len(chunk), 3, dtype=np.float32)
+
+    assert build(encode) == 2
+    np.testing.assert_array_equal(open_index(f"{gcs}/index").embeddings, np.eye(2, 3))
+
+
+def test_an_export_whose_upload_was_interrupted(gcs, bucket_cache, monkeypatch, tmp_path):
+    """It is replaced, with files that only the other format has."""
+    model, folder = tiny.clip(), user_path(gcs) / "model"
+    plain = type(folder).upload
+
+    def upload(self, file):
+        if self.suffix == ".safetensors":
+            raise OSError("interrupted")
+        plain(self, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(folder), "upload", upload)
+        with pytest.raises(OSError, match="interrupted"):
+            model.save(folder, format="open_clip")
+    assert (folder / "open_clip_config.json").exists()
+    model.save(folder)
+    model.save(tmp_path / "model")
+    assert {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.files()} == {
+        path.relative_to(tmp_path / "model").as_posix(): path.read_bytes() for path in (tmp_path / "model").rglob("*")
+        if path.is_file()}
+    with pytest.raises(FileError, match=f"{folder} exists"):
+        model.save(folder)
+
+
 @pytest.mark.parametrize("scheme", ["gcs", "s3"])
 def test_models_images_and_an_index(scheme, request, tmp_path, bucket_cache):
     folder = request.getfixturevalue(scheme)

@@ -1,7 +1,5 @@
 """Runs whose workdir is in a bucket: killed, stopped and with requests that fail, they end as local ones do."""
 
-import os
-import signal
 from contextlib import closing
 
 import pytest
@@ -13,12 +11,11 @@ from jaxmm.config import MeshConfig
 from jaxmm.folder_locks import lock_folder
 from jaxmm.paths import local_copy, user_path
 from jaxmm.sharding import make_mesh
-from jaxmm.training.logs import MetricLog
 from jaxmm.validation import ConfigError
 from tests.training.common import Killed, assert_same_bits, lines, restored
 from tests.training.process import EVERY, STEPS, run
 from tests.training.test_checkpoint import DATA, layout, state
-from tests.training.test_resume import Trainer, used
+from tests.training.test_resume import Trainer, run_killed_in_a_save, run_until_asked_to_stop, used
 
 
 def assert_same_run(workdir, undisturbed, steps=STEPS):
@@ -28,42 +25,38 @@ def assert_same_run(workdir, undisturbed, steps=STEPS):
     assert_same_bits(restored(local_copy(workdir), steps), restored(undisturbed, steps))
 
 
+def test_killed_in_a_save_with_failing_requests(undisturbed, scenes, gcs, gcs_proxy, tmp_path, monkeypatch):
+    """The run that goes on meets each kind of failure."""
+    workdir = user_path(gcs)
+    run_killed_in_a_save(workdir, scenes, monkeypatch, ledger=tmp_path)
+    assert not whole_steps(workdir / "checkpoints")
+    monkeypatch.setattr(gcs_proxy, "plan", [kind for fault in ("status", "reset", "stall")
+                                            for kind in [*[None] * 19, fault]])
+    run(workdir, scenes, ledger=tmp_path)
+    assert gcs_proxy.plan == []
+    assert_same_run(workdir, undisturbed)
+    names = {path.relative_to(workdir).parts[0] for path in workdir.files()}
+    assert names >= {"config.json", "metrics.jsonl", "tokenizer", "tensorboard", "report.html", "checkpoints"}
+    assert jaxmm.load(gcs).num_parameters == jaxmm.load(undisturbed).num_parameters
+
+
+@pytest.mark.long
 def test_killed_stopped_and_with_failing_requests(undisturbed, scenes, gcs, gcs_proxy, tmp_path, monkeypatch, capsys):
-    """Killed at random as a process; while checksums are taken and when asked to stop in this one; with 5 % faults."""
+    """Killed at random as a process; in a save and when asked to stop in this one; then with 5 % faults."""
     workdir = user_path(gcs)
     trainer = Trainer(workdir, scenes, "--pause", 9, "--ledger", tmp_path, output=tmp_path)
     trainer.wait_for(lambda: len(used(tmp_path)) >= 6)
     assert "from the start" in trainer.kill()
     start = max(whole_steps(workdir / "checkpoints"), default=0)
-
-    def end(*_):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoints, "digests", end)
-        run(workdir, scenes, ledger=tmp_path)
+    run_killed_in_a_save(workdir, scenes, monkeypatch, ledger=tmp_path)
     assert max(whole_steps(workdir / "checkpoints"), default=0) == start
-
-    stopped, plain = start + 6, MetricLog.write
-
-    def write(self, step, metrics):
-        plain(self, step, metrics)
-        if step == stopped:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricLog, "write", write)
-        assert run(workdir, scenes, ledger=tmp_path) == {}
-    assert "as asked, everything is saved" in capsys.readouterr().err
+    run_until_asked_to_stop(workdir, scenes, start + 6, monkeypatch, capsys, ledger=tmp_path)
     monkeypatch.setattr(gcs_proxy, "faults", 0.05)
     before = gcs_proxy.failed.total()
     run(workdir, scenes, ledger=tmp_path)
     monkeypatch.setattr(gcs_proxy, "faults", 0.0)
     assert gcs_proxy.failed.total() > before
     assert_same_run(workdir, undisturbed)
-    names = {path.relative_to(workdir).parts[0] for path in workdir.files()}
-    assert names >= {"config.json", "metrics.jsonl", "tokenizer", "tensorboard", "report.html", "checkpoints"}
-    assert jaxmm.load(gcs).num_parameters == jaxmm.load(undisturbed).num_parameters
 
 
 def test_checkpoints_in_s3(s3):
@@ -88,6 +81,29 @@ def test_a_save_without_access(gcs, gcs_proxy, monkeypatch):
         with pytest.raises(CheckpointError, match=f"saving {gcs}/3 failed: no access; complete checkpoints stay"), (
                 opened._wrap_errors(user_path(gcs) / "3")):
             raise OSError("no access")
+
+
+def test_a_bucket_that_gives_no_access_any_more(gcs, gcs_proxy, monkeypatch):
+    """A save names the checkpoint. A checkpoint that is complete stays, and is not taken for damaged."""
+    folder = user_path(gcs)
+    with closing(Checkpoints(folder)) as opened:
+        opened.save(state(3), DATA)
+        opened.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(gcs_proxy, "always", 403)
+            for step in (3, 6):
+                with pytest.raises(CheckpointError, match=f"saving {gcs}/{step} failed: .*access denied"):
+                    opened.save(state(step), DATA)
+            with pytest.raises(CheckpointError, match=f"saving {gcs}/3 failed: .*access denied"):
+                opened.record_metric(3, 0.5)
+            with pytest.raises(OSError, match="access denied"):
+                checkpoints.find_damage(folder / "3")
+        with monkeypatch.context() as patch:
+            patch.setattr(opened, "_prune", lambda: (folder / "none").read_bytes())
+            opened.save(state(6), DATA)
+            with pytest.raises(CheckpointError, match=f"saving {gcs}/6 failed: {gcs}/none: there is no such object"):
+                opened.wait()
+    assert whole_steps(folder) == [3, 6] and checkpoints.find_damage(folder / "6") is None
 
 
 def test_the_first_checkpoint_that_a_listing_lacks(gcs, monkeypatch):

@@ -49,6 +49,31 @@ class Trainer:
         return self.output.read_text()
 
 
+def run_killed_in_a_save(workdir, data_dir, monkeypatch, **options):
+    """Train until the first checkpoint is complete but for its manifest, and end there."""
+    def end(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoints, "digests", end)
+        run(workdir, data_dir, **options)
+
+
+def run_until_asked_to_stop(workdir, data_dir, step, monkeypatch, capsys, **options):
+    """Train until SIGTERM comes while the metrics of `step` are written."""
+    plain = MetricLog.write
+
+    def write(self, at, metrics):
+        plain(self, at, metrics)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricLog, "write", write)
+        assert run(workdir, data_dir, **options) == {}
+    assert "as asked, everything is saved" in capsys.readouterr().err
+
+
 def used(workdir):
     """(step, records) of every batch that was used, again and again if it was."""
     path = workdir / "ledger.jsonl"
@@ -79,26 +104,10 @@ def test_killed_again_and_again_a_run_ends_as_if_undisturbed(undisturbed, scenes
     assert (f"going on after step {start}" if start else "from the start") in trainer.kill()
     assert unfinished(workdir) and last(workdir) == start                  # it was killed in the middle of a save
 
-    def end(*_):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoints, "digests", end)
-        run(workdir, scenes)
+    run_killed_in_a_save(workdir, scenes, monkeypatch)
     assert unfinished(workdir) and last(workdir) == start
-
-    stopped, plain = start + 6, MetricLog.write
-
-    def write(self, step, metrics):
-        plain(self, step, metrics)
-        if step == stopped:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricLog, "write", write)
-        assert run(workdir, scenes) == {}
-    assert "as asked, everything is saved" in capsys.readouterr().err
-    assert stopped <= last(workdir) < STEPS
+    run_until_asked_to_stop(workdir, scenes, start + 6, monkeypatch, capsys)
+    assert start + 6 <= last(workdir) < STEPS
     run(workdir, scenes)
     assert "report: " in capsys.readouterr().err
 

@@ -1,7 +1,6 @@
 """Read tests with foils: captions that are nearly right. SugarCrepe (arXiv:2306.14610) and Winoground
 (arXiv:2204.03162)."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from jaxmm.data.sources.annotations import Row, read_json, read_rows
 from jaxmm.data.sources.columns import read_location
 from jaxmm.data.sources.files import read_image
 from jaxmm.data.sources.image_roots import find_root
-from jaxmm.paths import user_path
+from jaxmm.paths import exists, user_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +52,8 @@ class FoilCaptions(Source):
 
 def open_sugar_crepe(spec: str, location: str, data_dir: str | None = None) -> FoilCaptions:
     """Open a file of SugarCrepe: entries with `filename`, `caption` and `negative_caption`. Raises `DataError`."""
-    place = read_location(spec, location, exists=os.path.exists)
-    content = read_json(spec, user_path(place.path)).content
+    place = read_location(spec, location, exists=exists)
+    content = read_json(spec, place.path).content
     entries = content.items() if isinstance(content, dict) else enumerate(content if isinstance(content, list) else ())
     rows = [Row(f" entry {name}", value if isinstance(value, dict) else None, "is no object")
             for name, value in entries]
@@ -63,7 +62,7 @@ def open_sugar_crepe(spec: str, location: str, data_dir: str | None = None) -> F
 
 def open_winoground(spec: str, location: str, data_dir: str | None = None) -> FoilCaptions:
     """Open Winoground's `examples.jsonl`, with its images in `images/` beside it, or in DIR. Raises `DataError`."""
-    place = read_location(spec, location, exists=os.path.exists)
+    place = read_location(spec, location, exists=exists)
     read = read_rows(spec, place.path, place.columns, ("image_0", "caption_0"))
     rows = read.rows or ((Row(":1", read.content),) if isinstance(read.content, dict) else ())
     return _foils(spec, place.path, place.root, rows, ("image_0", "image_1"), ("caption_0", "caption_1"))
@@ -85,7 +84,7 @@ def _foils(spec: str, path: str, root: Path | None, rows: Sequence[Row], images:
         raise DataError(f"source {spec!r}: {path}{rows[0].place if rows else ''}: {expected}")
     first = ["" if number in faults else files[0] for number, files in enumerate(names)]
     forms = [first, *([name and f"{name}{ending}" for name in first] for ending in (".png", ".jpg"))]
-    place = find_root(spec, Path(path), forms, root=root)
+    place = find_root(spec, user_path(path), forms, root=root)
     ending = ("", ".png", ".jpg")[place.form]                   # Winoground's names have none
     return FoilCaptions(
         name=spec, root=place.path, files=[tuple(f"{file}{ending}" for file in files) for files in names],

@@ -16,6 +16,7 @@ from jaxmm.data.sources.annotations import Row, read_rows
 from jaxmm.data.sources.columns import read_location
 from jaxmm.data.sources.files import read_image
 from jaxmm.data.sources.image_roots import find_root
+from jaxmm.paths import exists, user_path
 
 CLASSES = ("False", "True")
 WORDS = 40
@@ -75,7 +76,7 @@ def open_nlvr(spec: str, location: str, data_dir: str | None = None) -> Pairs:
     See `image_roots` for the folder of the images; NLVR2's may be in folders named after the split or after their
     `directory`. A row that cannot be read is one bad record. Raises `DataError`.
     """
-    place = read_location(spec, location, exists=os.path.exists)
+    place = read_location(spec, location, exists=exists)
     read = read_rows(spec, place.path, place.columns, ("images", "sentence"))
     rows = read.rows or ((Row(":1", read.content),) if read.content is not None else ())
     names, sentences, labels, faults = [], [], [], {}
@@ -96,7 +97,7 @@ def open_nlvr(spec: str, location: str, data_dir: str | None = None) -> Pairs:
     most = max((len(forms) for forms in names), default=0)
     first = [["" if number in faults else forms[min(form, len(forms) - 1)][0] for number, forms in enumerate(names)]
              for form in range(most)]
-    root = find_root(spec, Path(place.path), first, root=place.root)
+    root = find_root(spec, user_path(place.path), first, root=place.root)
     notes = [*read.notes, *root.notes]
     notes += [f"{len(faults)} of {len(rows)} rows cannot be read"] if faults else []
     return Pairs(name=spec, root=root.path, files=[forms[min(root.form, len(forms) - 1)] for forms in names],

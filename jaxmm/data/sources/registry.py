@@ -38,16 +38,18 @@ KINDS: dict[str, Kind] = {
     "coco": Kind("jaxmm.data.sources.coco", "open_coco", "FILE.json[:SPLIT][@DIR]", buckets=True),
     "digits": Kind("jaxmm.data.sources.files", "open_digits", "SPLIT"),
     "folder": Kind("jaxmm.data.sources.files", "open_folder", "DIR", buckets=True),
-    "nlvr": Kind("jaxmm.data.sources.nlvr", "open_nlvr", "FILE.json[@DIR]"),
+    "nlvr": Kind("jaxmm.data.sources.nlvr", "open_nlvr", "FILE.json[@DIR]", buckets=True),
     "parquet": Kind("jaxmm.data.sources.parquet", "open_parquet", "GLOB", buckets=True),
     "scenes": Kind("jaxmm.data.scenes", "open_spec", "SPLIT"),
     "shapes": Kind("jaxmm.data.scenes.one_shape", "open_shapes", "SPLIT"),
     "tars": Kind("jaxmm.data.sources.tars", "open_tars", "GLOB", buckets=True),
     "tfds": Kind("jaxmm.data.sources.tfds", "open_tfds", "NAME:SPLIT", buckets=True),
-    "sugarcrepe": Kind("jaxmm.data.sources.foil_captions", "open_sugar_crepe", "FILE.json[@DIR]"),
-    "vqa": Kind("jaxmm.data.sources.vqa", "open_questions", "FILE[@DIR]"),
+    "sugarcrepe": Kind("jaxmm.data.sources.foil_captions", "open_sugar_crepe", "FILE.json[@DIR]",
+                       buckets=True),
+    "vqa": Kind("jaxmm.data.sources.vqa", "open_questions", "FILE[@DIR]", buckets=True),
     "wds": Kind("jaxmm.data.sources.web_datasets", "open_web_dataset", "DIR|REPOSITORY[:SPLIT]", addresses=True),
-    "winoground": Kind("jaxmm.data.sources.foil_captions", "open_winoground", "FILE.jsonl[@DIR]"),
+    "winoground": Kind("jaxmm.data.sources.foil_captions", "open_winoground", "FILE.jsonl[@DIR]",
+                       buckets=True),
 }
 REGISTERED: dict[str, tuple[Opener, str]] = {}
 """Openers that `register_source` added, each with the form of its location."""

@@ -80,7 +80,7 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSour
         raise DataError(f"source {spec!r}: expected tfds:NAME:SPLIT")
     name, split = parts.groups()
     try:
-        folder = _readable_folder(user_path(name)) if is_bucket(name) else Path(name)
+        folder = _readable_folder(user_path(name), split) if is_bucket(name) else Path(name)
         if (folder / "dataset_info.json").is_file():
             builder = tfds.builder_from_directory(folder)
         else:
@@ -91,18 +91,24 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSour
     return _from_builder(builder, split, spec, f"tfds:{name}", place.columns)
 
 
-def _readable_folder(folder: Path) -> Path:
-    """Return the folder that ArrayRecord's reader reads: a local copy of one in a bucket.
+def _readable_folder(folder: Path, split: str) -> Path:
+    """Return a folder where ArrayRecord's reader finds `split`: a local copy of its shards in a bucket, and no others.
 
-    The reader itself reads `gs://`, without a cache: a data set that is larger than the cache stays there.
+    The reader itself reads `gs://`, without a cache: a split that is larger than the cache stays there.
     """
-    size = folder.request("du")
+    copy = local_copy(folder, lambda name: "/" not in name and "-of-" not in name)
+    try:
+        shards = set(tfds.builder_from_directory(copy).info.splits[split].filenames)
+    except (KeyError, ValueError):  # no such split, which is said when it is opened
+        return copy
+    sizes = folder.request("du", total=False)
+    size = sum(count for name, count in sizes.items() if name.rpartition("/")[2] in shards)
     if size <= cache_limit():
-        return local_copy(folder)
+        return local_copy(folder, lambda name: name in shards)
     if str(folder).startswith("gs://"):
         return folder
-    raise OSError(f"it has {size / 2**30:.1f} GiB, more than the local cache; expected JAXMM_BUCKET_CACHE or a disk "
-                  "that is large enough")
+    raise OSError(f"the split has {size / 2**30:.1f} GiB, more than the local cache; expected JAXMM_BUCKET_CACHE or a "
+                  "disk that is large enough")
 
 
 def _from_builder(builder: tfds.core.DatasetBuilder, split: str, spec: str, scope: str, columns: Columns) -> TfdsSource:

@@ -1,6 +1,5 @@
 """Read questions about images with their answers, in the layouts of VQAv2, easy-VQA and BLIP."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from jaxmm.data.sources.columns import NAMES, Columns, Location, read_location
 from jaxmm.data.sources.files import Files
 from jaxmm.data.sources.image_roots import find_root
 from jaxmm.data.tokenizers import Tokenizer
+from jaxmm.paths import exists, user_path
 
 REMOVED = str.maketrans("", "", '.!"()*#:;~')
 """Characters that BLIP removes from questions."""
@@ -121,8 +121,8 @@ def open_questions(spec: str, location: str, data_dir: str | None = None) -> Que
     A list is JSON, JSON lines, CSV or TSV, with names as in `columns`. A row that cannot be read is one bad record.
     Raises `DataError`.
     """
-    place = read_location(spec, location, ("image", "image_id", "question", "answer"), exists=os.path.exists)
-    path = Path(place.path)
+    place = read_location(spec, location, ("image", "image_id", "question", "answer"), exists=exists)
+    path = user_path(place.path)
     if path.is_dir():
         path = path / "questions.json"
         if not path.is_file():
