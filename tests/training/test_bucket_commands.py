@@ -1,6 +1,7 @@
 """The commands with everything in a bucket: killed at random, as one process and as two, they end as local ones do."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -20,13 +21,14 @@ SCENES = ("--steps", "40", "--checkpoint.every", "10", "--log-every", "1")
 
 
 def start(workdir, options, hosts, output):
-    """Start the command on `hosts` hosts."""
+    """Start the command on `hosts` hosts of one device."""
     address, started = f"localhost:{free_port()}", []
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     for index in range(hosts):
         several = ("--hosts.address", address, "--hosts.count", hosts, "--hosts.index", index) if hosts > 1 else ()
         with (output / f"output-{index}.txt").open("a") as file:
             started.append(subprocess.Popen([sys.executable, "run_train.py", "--workdir", workdir, *options,
-                                             *map(str, several)], cwd=ROOT, stdout=file, stderr=file))
+                                             *map(str, several)], cwd=ROOT, env=environment, stdout=file, stderr=file))
     return started
 
 
