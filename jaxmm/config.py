@@ -299,7 +299,7 @@ class TrainConfig:
     """The model and its objective."""
     steps: Annotated[int, POSITIVE] = 1000
     """Optimizer steps of the run."""
-    seed: int = 0
+    seed: Annotated[int, Limit("0 to 2^32 - 1", lambda value: 0 <= value < 2**32)] = 0
     """Seed of everything random: parameters, order of the data, augmentation, dropout."""
     microbatches: Annotated[int, POSITIVE] = 1
     """Number of sequential parts of each batch: less memory, the same gradient."""

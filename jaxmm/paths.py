@@ -21,6 +21,7 @@ from jaxmm.validation import require
 BUCKETS = ("gs://", "s3://")
 UNFINISHED = ".unfinished"
 """Name of the object in a folder that lists the files of an upload until all of them are there."""
+_NO_PATH = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # the others of these halves stand for bytes that are not UTF-8
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` turns `//` into `/`; one letter is a drive of Windows
 
 
@@ -35,8 +36,11 @@ def is_bucket(path: str | os.PathLike) -> bool:
 
 
 def expand(path: str | os.PathLike, name: str = "path") -> str:
-    """Return `path` with the home folder for `~`. Raises `ConfigError` with `name` if it is an address of no bucket."""
+    """Return `path` with the home folder for `~`. Raises `ConfigError` with `name` if it is an address of no bucket, or
+    has characters that no path has.
+    """
     text = os.fspath(path)
+    require(_NO_PATH.search(text) is None, name, text, "a path without NUL and halves of characters")
     if is_bucket(text):
         require(bool(text[5:].strip("/")), name, text, "the name of a bucket behind it")
         return text

@@ -1,6 +1,7 @@
 """Config validation: errors name the field, the value and what is allowed."""
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -55,6 +56,7 @@ def check_types(config: Any, name: str = "") -> None:
             hint, *limits = typing.get_args(hint)
         field = f"{name}.{part.name}".lstrip(".")
         require(_allows(hint, value), field, value, _expected(hint))
+        require(_is_finite(value), field, value, "finite numbers")
         for limit in limits:
             if isinstance(limit, Limit) and value is not None:
                 require(limit.holds(value), field, value,
@@ -80,6 +82,13 @@ def _allows(hint: Any, value: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
+def _is_finite(value: Any) -> bool:
+    """Return whether a number, or every number in a tuple, is neither infinite nor NaN; others count as finite."""
+    if isinstance(value, tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
@@ -91,5 +100,5 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"{name} holds {pattern!r}; expected a regular expression: {error}") from None

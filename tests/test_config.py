@@ -2,10 +2,13 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from jaxmm.capfilt.bootstrap import CapFiltConfig
 from jaxmm.config import (
@@ -13,6 +16,7 @@ from jaxmm.config import (
     DataConfig,
     Evaluator,
     ImageConfig,
+    InitConfig,
     MeshConfig,
     OptimizerConfig,
     TokenizerConfig,
@@ -31,6 +35,7 @@ from jaxmm.saved_config import (
 from jaxmm.tasks.image_classification import Classification
 from jaxmm.training.optimizer import learning_rate
 from jaxmm.validation import ConfigError, check_types, count_steps
+from tests.properties import EXAMPLES, NUMBERS, SCALARS
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"), key=lambda path: path.stem)
 TASK = Classification(model=vit("mu/4", image_size=8))
@@ -223,3 +228,43 @@ def test_old_and_new_names_of_types_are_one_to_one():
     new = with_current_names(old)
     assert [value["type"] for value in new] == list(RENAMED.values())
     assert with_first_names(new) == old and with_current_names(new) == new
+
+
+CONFIGS = (ImageConfig(), TokenizerConfig(), DataConfig(), InitConfig(), OptimizerConfig(), MeshConfig(),
+           CheckpointConfig(), Evaluator(), TrainConfig(task=TASK), TASK, TASK.model, TASK.model.transformer)
+FIELDS = [(config, field.name) for config in CONFIGS for field in dataclasses.fields(config)]
+LITERALS = st.sampled_from(["adamw", "cosine", "center", "bicubic", "clip", "params", "skip", "gap",
+                            "a{9999999999999}"])
+PARTS = SCALARS | LITERALS
+
+
+@EXAMPLES
+@given(st.sampled_from(FIELDS), PARTS | st.lists(PARTS | st.tuples(PARTS, NUMBERS), max_size=3).map(tuple))
+@example((OptimizerConfig(), "decay"), "a{9999999999999}")
+@example((OptimizerConfig(), "final"), math.nan)
+@example((ImageConfig(), "ratio"), (0.5, math.inf))
+@example((TrainConfig(task=TASK), "seed"), -1)
+def test_any_value_is_refused_or_survives_json(place, value):
+    """The message says which value; nothing that is accepted is changed by being saved."""
+    config, name = place
+    changed = copy.copy(config)
+    object.__setattr__(changed, name, value)
+    try:
+        changed.__post_init__()
+    except ConfigError as error:
+        assert " is " in str(error) or " holds " in str(error)
+        return
+    assert from_dict(json.loads(json.dumps(to_dict(changed), allow_nan=False))) == changed
+
+
+@pytest.mark.parametrize("config, field, value, message", [
+    (OptimizerConfig(), "final", math.nan, "optimizer.final is nan; expected finite numbers"),
+    (OptimizerConfig(), "learning_rate", math.inf, "optimizer.learning_rate is inf; expected finite numbers"),
+    (ImageConfig(), "ratio", (0.5, math.inf), "data.image.ratio is (0.5, inf); expected finite numbers"),
+    (TrainConfig(task=TASK), "seed", -1, "seed is -1; expected 0 to 2^32 - 1"),
+    (TrainConfig(task=TASK), "seed", 2**32, "seed is 4294967296; expected 0 to 2^32 - 1"),
+    (OptimizerConfig(), "decay", "a{9999999999999}", "optimizer.decay holds 'a{9999999999999}'; expected a regular")])
+def test_numbers_that_no_run_can_use(config, field, value, message):
+    with pytest.raises(ConfigError) as error:
+        dataclasses.replace(config, **{field: value})
+    assert message in str(error.value)

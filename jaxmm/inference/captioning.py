@@ -29,8 +29,8 @@ def make_caption_fn(task: Task, decoding: Decoding, seed: int, mesh: Mesh | None
 
     The batch has `prompt` [r p], `row` [r], and what the decoder's context is made of: `image` [b ...], and `tokens`
     (questions) if the decoder reads text. r is b, or a multiple of it for several texts per image. What is sampled for
-    a row depends on `seed` and the number in `row` only. Raise `ConfigError` if the model has fewer positions than
-    `decoding.max_length`.
+    a row depends on `seed` and the number in `row` only. A text whose score is NaN, because the model's logits were, is
+    empty. Raise `ConfigError` if the model has fewer positions than `decoding.max_length`.
     """
     decoder = task.decoder
     check_length(decoding, decoder)
@@ -41,7 +41,8 @@ def make_caption_fn(task: Task, decoding: Decoding, seed: int, mesh: Mesh | None
         lengths = (jnp.full(len(prompt), prompt.shape[1]) if decoder.pad_id is None
                    else (prompt != decoder.pad_id).sum(axis=1))
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(batch["row"])
-        return generate(decoder, params, context, prompt, lengths, keys, decoding, mask)._asdict()
+        tokens, score = generate(decoder, params, context, prompt, lengths, keys, decoding, mask)
+        return {"tokens": jnp.where(jnp.isnan(score)[..., None], decoder.pad_id or 0, tokens), "score": score}
 
     compiled = compile_prediction(run, mesh, small_matmuls=True)
     encode = decoder.context and compile_prediction(decoder.context, mesh, replicate_outputs=False)

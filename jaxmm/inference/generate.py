@@ -191,12 +191,12 @@ def _narrowed(logits: Float[Array, "b v"], decoding: Decoding) -> Float[Array, "
     logits = logits / decoding.temperature
     if decoding.top_k:
         least = jax.lax.top_k(logits, min(decoding.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, NEVER, logits)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     if decoding.top_p < 1:
         ordered = -jnp.sort(-logits, axis=-1)
         before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
         least = jnp.where(before < decoding.top_p, ordered, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, NEVER, logits)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
 
 

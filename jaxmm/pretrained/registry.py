@@ -28,6 +28,7 @@ from jaxmm.pretrained.refusals import check_usable
 from jaxmm.pretrained.table import read_params, write_tensors
 from jaxmm.pretrained.tokenizer import read_tokenizer
 from jaxmm.task import Task
+from jaxmm.validation import ConfigError
 
 FAMILIES: tuple[Family, ...] = (
     native.FAMILY, open_clip.FAMILY, transformers_blip.FAMILY, transformers_igpt.FAMILY, transformers.FAMILY,
@@ -62,7 +63,13 @@ def open_checkpoint(
             f"{files.name} has no configuration that says what model it is; expected a config.json with model_type "
             "(transformers) or architecture (timm), an open_clip_config.json, or the weights of OpenAI or Salesforce; "
             f"its tensors are {', '.join(list(tensors)[:5])}, ...")
-    checkpoint = family.read(files, tensors)
+    try:
+        checkpoint = family.read(files, tensors)
+    except (FileError, ConfigError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # JSON may hold anything
+        raise FileError(f"{files.name} has a configuration that cannot be read: {type(error).__name__}: {error}"
+                        ) from None
     vocabulary = checkpoint.vocabulary
     given = None if tokenizer is None else local_copy(user_path(tokenizer, "tokenizer"))
     return Opened(

@@ -72,6 +72,23 @@ def test_a_report(tmp_path):
     assert [fault["shard"] for fault in report["faults"]] == [f"tars:{tmp_path / '2.tar'}"]
 
 
+def test_every_reason_is_reported(crawl, tmp_path):
+    """A record of each, in four sources; a damaged table of codes is `corrupt`."""
+    data = bytearray(jpeg(1))
+    data[data.index(b"\xff\xc4") + 5] = 255
+    labels = [("a.jpg", jpeg(1)), ("a.cls", b"0"), ("b.jpg", jpeg(2)), ("c.jpg", bytes(data)), ("c.cls", b"0")]
+    rows = [{"image": "1.png", "question": "what?", "answer": " "}, {"image": "2.png", "question": "why?",
+                                                                    "answer": "so"}]
+    write(tmp_path / "1.png", png(1))
+    captions = write(tmp_path / "a.jsonl", '{"image": "1.png", "caption": "x"}\n' * 2 + '{"image"')
+    sources = [crawl, *map(open_source, (
+        f"tars:{write_tar(tmp_path / 'a.tar', labels)}", f"vqa:{write(tmp_path / 'q.json', json.dumps(rows))}",
+        f"captions:{captions}"))]
+    broken = [check(source)["broken"] for source in sources]
+    assert broken[1:] == [{"corrupt": 1, "no label": 1}, {"unreadable": 1, "no answer": 1}, {"malformed": 1}]
+    assert {reason for reasons in broken for reason in reasons} == set(REASONS)
+
+
 def test_sources_with_classes_need_labels_and_no_texts():
     report = check(open_source("digits:test"), shard_records=100)
     assert report["usable"] == report["records"] == len(open_source("digits:test")) and report["texts"] == 0

@@ -2,22 +2,26 @@
 
 import json
 import os
+import unicodedata
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxmm.capfilt.image_batches import read_images
 from jaxmm.config import DataConfig, ImageConfig, TokenizerConfig
 from jaxmm.data import Source, open_source
 from jaxmm.data.base import record_key, record_texts
-from jaxmm.data.cleaning import clean, texts_of, usable_texts
+from jaxmm.data.cleaning import clean, printable, texts_of, usable_texts
 from jaxmm.data.pipeline import train_batches
 from jaxmm.data.tokenizers import make_tokenizer
 from jaxmm.data.tools import showing
 from jaxmm.data.tools.checking import check
 from jaxmm.data.tools.importing import import_source
 from tests.data.test_sources import png, write
+from tests.properties import EXAMPLES
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -106,3 +110,12 @@ def test_null_is_no_word_in_any_layout(tmp_path, kind, name, content):
     source = open_source(f"{kind}:{write(tmp_path / name, content)}")
     report = check(source)
     assert report["broken"] == {"no text": 1} and record_texts(source, 0) == ("x ?",) and record_texts(source, 1) == ()
+
+
+@EXAMPLES
+@given(st.text(st.characters(), max_size=20) | st.binary(max_size=20))
+def test_any_text_can_be_written_when_it_is_clean(text):
+    cleaned = clean(text)
+    assert cleaned.encode().decode() == cleaned == clean(cleaned)
+    assert all(c in "\t\n" or unicodedata.category(c) not in ("Cc", "Cs") for c in cleaned)
+    assert all(unicodedata.category(c) not in ("Cc", "Cs") for c in printable(cleaned))

@@ -125,12 +125,26 @@ def test_augmentation_changes_from_epoch_to_epoch(folder):
     assert (first != second).any((1, 2, 3)).all()
 
 
-def test_workers_and_restarts_do_not_change_the_batches(folder):
-    expected = take(train_batches(folder, CONFIG, seed=5), 7)
-    iterator = train_batches(folder, replace(CONFIG, workers=2), seed=5)
-    iterator.set_state({"step": 3})
-    for batch, theirs in zip(take(iterator, 4), expected[3:], strict=True):
-        assert_same(batch, theirs)
+def test_workers_hosts_and_restarts_do_not_change_the_batches(folder, tmp_path):
+    """Bad records are replaced by the same others whatever loads them, and change nothing in the rows beside them."""
+    config = replace(CONFIG, max_bad=1.0)
+    unspoilt = take(train_batches(folder, config, seed=5), 4)
+    bad = spoil(folder, tmp_path)
+    expected = take(train_batches(folder, config, seed=5), 7)
+    assert {int(drawn) for batch in expected[:4] for drawn in batch["drawn"][batch["fault"] > 0]} == set(bad)
+    for batch, before in zip(expected, unspoilt, strict=False):
+        good = batch["fault"] == 0
+        assert_same({name: value[good] for name, value in batch.items()},
+                    {name: value[good] for name, value in before.items()})
+
+    for shares in (((0, 0), (1, 0)), ((0, 1), (1, 3))):             # hosts and their workers
+        hosts = [train_batches(folder, replace(config, workers=workers), seed=5, shard=(host, 2))
+                 for host, workers in shares]
+        for host in hosts:
+            host.set_state({"step": 3})
+        for theirs, *parts in zip(expected[3:], *(take(host, 4) for host in hosts), strict=True):
+            assert any(batch["fault"].any() for batch in expected[3:])
+            assert_same({name: np.concatenate([part[name] for part in parts]) for name in theirs}, theirs)
 
 
 def test_hosts_share_a_batch(captions):

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import regex
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxmm.config import TokenizerConfig
 from jaxmm.data.tokenizers import Tokenizer, make_tokenizer
 from jaxmm.validation import ConfigError
+from tests.properties import EXAMPLES
 
 MERGES = [("t", "h"), ("th", "e</w>"), ("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>"), ("'", "s</w>"),
           ("i", "n"), ("in", "g</w>"), ("!", "!</w>"), ("ð", "Ł"), ("ca", "t")]
@@ -245,3 +248,18 @@ def test_unusable_input_is_refused(clip, tmp_path):
         make_tokenizer(TokenizerConfig(kind="train-bpe", vocab_size=100), CORPUS)
     with pytest.raises(ValueError, match="no tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+SPECIAL = ("<|startoftext|>", "<|endoftext|>", "[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "</s>")
+
+
+@EXAMPLES
+@given(st.lists(st.sampled_from([*SPECIAL, "&lt;|endoftext|&gt;", "[\u200dSEP]", "\ufeff", "[", "]", "<|", "|>"])
+                | st.text(st.characters(), max_size=9), max_size=6))
+def test_any_text_is_one_row_with_one_end(every, pieces):
+    """Whatever special tokens it spells, in part, escaped, or between others."""
+    row = every(["".join(pieces)])[0].tolist()
+    end = row.index(every.eos_id)
+    assert len(row) == every.context_length and row[0] == every.bos_id and 0 <= min(row) <= max(row) < every.vocab_size
+    assert not {every.bos_id, every.eos_id} & set(row[1:end]) and set(row[end + 1:]) <= {every.pad_id}
+    every.decode(row).encode()

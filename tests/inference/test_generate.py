@@ -239,6 +239,21 @@ def test_a_decoder_without_end_padding_and_context(options):
     assert (tokens[:, 3:] == END).any()
 
 
+@pytest.mark.parametrize("options", [{}, {"sample": True, "top_p": 0.9, "top_k": 4}, {"beams": 3}], ids=str)
+def test_logits_that_allow_no_token(options, monkeypatch):
+    """NaN, -inf for all, and for all but the end, which comes too early: the search ends, and no other row changes."""
+    decoding = Decoding(max_length=8, min_length=5, **options)
+    prompts, keys = [[2], [3, 4], [2, 5, 3, 4, 2], [4, 2]], jax.random.split(jax.random.key(3), 4)
+    want, scores = written(range(4), prompts, decoding, keys)
+    table = TABLE.copy()
+    table[1], table[2:], table[3, ..., END] = np.nan, -np.inf, 0.0
+    monkeypatch.setitem(globals(), "TABLE", table)
+    tokens, score = written(range(4), prompts, decoding, keys)
+    assert (tokens[0] == want[0]).all() and (score[0] == scores[0]).all() and np.isfinite(score[0]).all()
+    assert np.isnan(score[1]).all() and not (score[2] > -1e8).any() and ((tokens >= 0) & (tokens < VOCABULARY)).all()
+    assert tokens[3, 0, :2].tolist() == [4, 2] and set(tokens[3, 0, 2:].tolist()) <= {END, PAD}
+
+
 def test_values_that_make_no_sense():
     for options, message in (({"beams": 0}, "decoding.beams is 0"), ({"top_p": 0.0}, "decoding.top_p is 0.0"),
                              ({"sample": True, "beams": 2}, "decoding.sample"), ({"top_k": 3}, "decoding.sample"),

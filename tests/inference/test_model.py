@@ -257,6 +257,13 @@ def test_captions_are_what_the_decoder_writes_whatever_the_batch():
         tiny.vit().caption(pictures)
 
 
+def test_a_model_whose_logits_are_nan_writes_nothing():
+    model, decoding = tiny.captioner(), Decoding(beams=2, max_length=9)
+    broken = replace(model, params=jax.tree.map(lambda leaf: leaf * jnp.nan, model.params))
+    for row in broken.caption(tiny.pictures(5), decoding=decoding, top=2):
+        assert [text for text, _ in row] == ["", ""] and all(np.isnan(score) for _, score in row)
+
+
 def test_answers_are_what_the_decoder_writes_or_finds_likeliest():
     model, decoding = tiny.answerer(), Decoding(beams=2, max_length=6)
     pictures, questions = tiny.pictures(3), ["A (red) circle?", "two stars", "above a large green heart"]

@@ -1,7 +1,10 @@
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxmm.losses.contrastive import (
@@ -11,6 +14,7 @@ from jaxmm.losses.contrastive import (
     sigmoid_contrastive,
     softmax_contrastive,
 )
+from jaxmm.training.optimizer import clamp_params
 from tests.reference import arrays, fp64
 
 B, E = 5, 3
@@ -145,3 +149,29 @@ def test_large_logits_are_finite(kind):
     grad, = jax.jit(jax.grad(lambda x: LOSSES[kind][0](x, positive_mask(IMAGE_IDS, TEXT_IDS, B)), (0,)))(
         embeddings()[0] @ embeddings()[1].T * 1e4)
     assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_scale_at_its_limit_is_finite_in_half_precision(kind, dtype):
+    """Embeddings that are all equal, all opposite, and zero; a scale that nothing clamps is infinite or NaN."""
+    unit = jnp.full((B, E), E**-0.5, dtype)
+    mask = positive_mask(IMAGE_IDS, TEXT_IDS, B)
+    tx = clamp_params(((r"^logit_scale$", 0.0, math.log(100)),))
+
+    @jax.jit
+    def value_and_grad(image, text, log_scale):
+        def loss(image, text, log_scale):
+            return LOSSES[kind][0](contrastive_logits(image, text, jnp.exp(log_scale), jnp.zeros((), dtype)), mask)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(image, text, log_scale)
+
+    for start in (1e4, -1e4):
+        params = {"logit_scale": jnp.asarray(0.0, dtype)}
+        updates, _ = tx.update({"logit_scale": jnp.asarray(start, dtype)}, tx.init(params), params)
+        clamped = optax.apply_updates(params, updates)["logit_scale"]
+        assert clamped.dtype == dtype and 0 <= float(clamped) <= math.log(100) * 1.01
+        for image, text in ((unit, unit), (unit, -unit), (jnp.zeros_like(unit), unit)):
+            numbers = jax.tree.leaves(value_and_grad(image, text, clamped))
+            assert all(bool(jnp.isfinite(number).all()) for number in numbers), (start, numbers)
+    unclamped = jax.tree.leaves(value_and_grad(unit, -unit, jnp.asarray(1e4, dtype)))
+    assert not all(bool(jnp.isfinite(number).all()) for number in unclamped)

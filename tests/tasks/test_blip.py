@@ -1,7 +1,7 @@
 """BLIP's pre-training against plain numpy, over several steps: teacher, queues, ramp and negatives in their order."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import chex
@@ -10,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmm.config import MeshConfig
+from jaxmm.config import MeshConfig, OptimizerConfig
 from jaxmm.losses.image_text_matching import hard_negatives
 from jaxmm.models.blip import BLIP
 from jaxmm.sharding import batch_sharding, make_mesh, place_batch, shardings, with_shardings
 from jaxmm.tasks import blip_pretraining as tasks
 from jaxmm.tasks.blip_pretraining import EMPTY_ID, MOMENTUM_PARTS, BLIPPretraining
+from jaxmm.training.optimizer import make_optimizer
+from jaxmm.training.state import State
+from jaxmm.training.step import train_step
 from jaxmm.validation import ConfigError
 from tests import reference
 from tests.models.test_blip import MODEL, parameters
 from tests.reference import fp64, log_softmax
+from tests.training.common import assert_same_bits
 
 B, T, QUEUE = 4, 6, 10
 TASK = BLIPPretraining(model=MODEL, queue=QUEUE, momentum=0.9, alpha=0.4, ramp=3, smoothing=0.1)
@@ -343,12 +347,12 @@ def test_one_device_and_eight_compute_the_same(mesh):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def writes_not(params, extra):
+def writes_not(params, extra, task=TASK):
     """The fine-tuning for retrieval: the task, its parameters and its state."""
     model = replace(MODEL, text=replace(MODEL.text, decoder=False))
     kept = {name: value for name, value in params["text"].items() if name != "head"}
     kept["blocks"] = {name: value for name, value in kept["blocks"].items() if not name.startswith("causal")}
-    return replace(TASK, model=model), params | {"text": kept}, extra | {
+    return replace(task, model=model), params | {"text": kept}, extra | {
         "teacher": extra["teacher"] | {"text": kept}}
 
 
@@ -361,6 +365,38 @@ def test_all_of_one_picture():
     logits = module.apply({"params": params}, task.pixels(data["image"]), data["tokens"], train=False).match_logits
     np.testing.assert_allclose(metrics["matching"], -jax.nn.log_softmax(logits)[:, 1].mean(), rtol=1e-5)
     assert np.isfinite(float(total)) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisoned(BLIPPretraining):
+    """Its loss is NaN if the first image is number -1."""
+
+    def loss(self, params, extra, batch, rng):
+        value, rest = super().loss(params, extra, batch, rng)
+        return jnp.where(batch["image_id"][0, 0] == -1, jnp.nan, value), rest
+
+
+@pytest.mark.long
+@pytest.mark.standard_promotion
+def test_a_skipped_step_leaves_queues_and_teacher():
+    task = Poisoned(**{field.name: getattr(TASK, field.name) for field in fields(TASK)})
+    task, params, extra = writes_not(*start(), task)
+    optimizer = make_optimizer(OptimizerConfig(warmup=0.0), params, 10, task.clamps)
+    state = State(step=jnp.int32(0), params=params, opt=optimizer.tx.init(params), extra=extra, average=None,
+                  skips=jnp.int32(0))
+    step = jax.jit(lambda state, batch: train_step(task, optimizer, state, batch, jax.random.key(0),
+                                                   skip_nonfinite=True))
+    good, _ = step(state, batch(0))
+    skipped, metrics = step(good, batch(1) | {"image_id": batch(1)["image_id"].at[0, 0].set(-1)})
+    assert not bool(metrics["finite"]) and int(skipped.skips) == 1
+    assert_same_bits(skipped.replace(step=good.step, skips=good.skips), good)
+    assert int(good.extra["place"]) == B and int(good.extra["step"]) == 1
+    after, _ = step(skipped, batch(1))                              # all of it moves in a good one
+    assert int(after.extra["place"]) == 2 * B and int(after.extra["step"]) == 2
+    for name in ("image_queue", "text_queue", "image_ids", "text_ids"):
+        assert not np.array_equal(after.extra[name], good.extra[name]), name
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), after.extra["teacher"], good.extra["teacher"])
+    assert all(jax.tree.leaves(moved["vision"]))
 
 
 def test_texts_without_words_and_texts_with_holes(trained):

@@ -20,7 +20,17 @@ from jaxmm.saved_config import to_dict
 from jaxmm.training import loop
 from jaxmm.training.loop import TrainError, train
 from jaxmm.validation import ConfigError
-from tests.training.common import LINEAR, Linear, Plain, assert_same_bits, clip_run, lines, poison, restored
+from tests.training.common import (
+    LINEAR,
+    Linear,
+    Plain,
+    Steep,
+    assert_same_bits,
+    clip_run,
+    lines,
+    poison,
+    restored,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +148,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         train(replace(poison(LINEAR, 8), log_every=100), tmp_path / "saving")
     with pytest.raises(TrainError, match=r"^step 2: .*there is no checkpoint yet"):
         train(poison(LINEAR, 2), tmp_path / "early")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too(tmp_path):
+    with pytest.raises(TrainError, match=r"^step 6: loss \d\.\d+, gradient norm (nan|inf); the last good checkpoint is "
+                                         r"of step 4\."):
+        train(poison(replace(LINEAR, task=Steep()), 6), tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4]
 
 
 def test_skipping_goes_on_and_gives_up_after_too_many_in_a_row(tmp_path, capsys):

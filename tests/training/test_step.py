@@ -1,5 +1,6 @@
 import functools
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tests.training.common import (
     ATTENTIONS,
     CLASSES,
     Linear,
+    Steep,
     assert_same_bits,
     batch,
     leaves,
@@ -215,6 +217,21 @@ def test_a_skipped_step_leaves_everything_as_it_was():
     assert int(state.skips) == int(metrics["skips"]) == 0 and int(state.extra["seen"]) == 32
     assert not np.array_equal(state.params["head"]["bias"], good.params["head"]["bias"])
     assert not np.array_equal(state.average["head"]["bias"], good.average["head"]["bias"])
+
+
+def test_a_gradient_that_is_not_finite_counts_though_the_loss_is():
+    """Without skipping, it spoils every parameter."""
+    task, optimizer = Steep(poison=((8, 9),)), linear(0.7)[1]
+    state = init_state(task, optimizer, jax.random.key(0))
+    step, skipping = (jax.jit(partial(train_step, task, optimizer, rng=jax.random.key(1), skip_nonfinite=skip))
+                      for skip in (False, True))
+    spoilt, _ = step(state, digits(1, bad=(8, 9)))
+    kept, metrics = skipping(state, digits(1, bad=(8, 9)))
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and not bool(metrics["finite"])
+    assert not any(np.isfinite(leaf).any() for leaf in leaves(spoilt.params) + leaves(spoilt.average))
+    assert_same_bits(kept.replace(step=state.step, skips=state.skips), state)
+    good, metrics = skipping(state, digits(1))
+    assert bool(metrics["finite"]) and not np.array_equal(good.params["head"]["bias"], state.params["head"]["bias"])
 
 
 def test_without_skipping_the_loss_is_reported_all_the_same():

@@ -1,6 +1,7 @@
 """Read images in files: one folder per class, files of a list, or arrays in memory."""
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from jaxmm.data.sources.image_roots import locate
 from jaxmm.optional import require_extra
 from jaxmm.paths import is_address, is_bucket, open_data, user_path
 
+LARGEST_FILE = 2**30
+"""Bytes of an image file. More pixels than are decoded do not take more, in any format."""
 SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 """Names of folders that are not classes if no others are beside them."""
 
@@ -74,7 +77,15 @@ def read_image(root: str, file: str) -> bytes:
     if not file or is_address(file):
         raise BadRecord("no image", f"its image is {file!r}, an address" if file else "it names no image")
     path = locate(root, file)
-    with open_data(user_path(path)) if is_bucket(path) else open(path, "rb") as stream:
+    if is_bucket(path):
+        with open_data(user_path(path)) as stream:
+            return stream.read()
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+        raise BadRecord("unreadable", f"{file!r} is no ordinary file")
+    if status.st_size > LARGEST_FILE:
+        raise BadRecord("too large", f"{file!r} has {status.st_size:,} bytes; at most {LARGEST_FILE:,} are read")
+    with open(path, "rb") as stream:
         return stream.read()
 
 

@@ -1,6 +1,10 @@
 """Read TFDS data sets that are prepared as ArrayRecord, without TensorFlow."""
 
+import json
+import os
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,10 @@ CAPTIONS = ("captions", "caption", "texts", "text")
 WRITTEN_BY_US = "Written by jaxmm."
 """The description of the data sets that `tools.writing` writes: their `image_id` is a digest of the pixels."""
 
+CLASS_NAMES = ("pythonClassName", "python_class_name", "type")
+"""Keys of a `features.json` under which TFDS finds the class of a feature, whose module it imports."""
+
+_NAMESPACE = re.compile(r"[\w-]{2,}:(?![\d*])")
 _NAME_SPLIT = re.compile(r"(.+):([^:\[\]+]+(?:\[[^\]]*\])?(?:\+[^:\[\]+]+(?:\[[^\]]*\])?)*)")
 
 
@@ -79,16 +87,47 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSour
     if not parts:
         raise DataError(f"source {spec!r}: expected tfds:NAME:SPLIT")
     name, split = parts.groups()
+    if _NAMESPACE.match(name) and not is_bucket(name):
+        raise DataError(f"source {spec!r}: {name!r} is in a namespace, from which TFDS would download and run code; "
+                        "expected the name of a data set of TFDS itself, or the folder of a prepared one")
     try:
         folder = _readable_folder(user_path(name), split) if is_bucket(name) else Path(name)
         if (folder / "dataset_info.json").is_file():
+            _check_features(folder)
             builder = tfds.builder_from_directory(folder)
         else:
+            for features in _prepared(name, data_dir):
+                _check_features(features.parent)
             builder = tfds.builder(name, data_dir=data_dir)
     except Exception as error:  # TFDS raises many types, and some messages list every known data set
         raise DataError(f"source {spec!r}: TFDS has no data set {name!r} in {data_dir or 'its data folder'}: "
                         f"{str(error).splitlines()[0]}") from None
     return _from_builder(builder, split, spec, f"tfds:{name}", place.columns)
+
+
+def _prepared(name: str, data_dir: str | None) -> Iterator[Path]:
+    """Yield the `features.json` of every prepared version of the data set `name`."""
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    base = re.split("[/:]", name)[0].replace("_", "").lower()  # it may be written as the name of a class
+    for folder in root.glob("*"):
+        if folder.name.replace("_", "") == base:
+            yield from folder.rglob("features.json")
+
+
+def _check_features(folder: Path) -> None:
+    """Raise `ValueError` if a feature of the data set in `folder` has a class whose module would be imported for it."""
+    for name in _feature_classes(json.loads((folder / "features.json").read_text())):
+        module = name.rpartition(".")[0]
+        if not module.startswith("tensorflow_datasets.") and module not in sys.modules:
+            raise ValueError(f"features.json names the class {name}; expected one of TFDS, or import {module} first")
+
+
+def _feature_classes(value: Any) -> Iterator[str]:
+    """Yield the names of classes in the contents of a `features.json`."""
+    if isinstance(value, dict):
+        yield from (name for key, name in value.items() if key in CLASS_NAMES and isinstance(name, str) and "." in name)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _feature_classes(inner)
 
 
 def _readable_folder(folder: Path, split: str) -> Path:
@@ -97,6 +136,7 @@ def _readable_folder(folder: Path, split: str) -> Path:
     The reader itself reads `gs://`, without a cache: a split that is larger than the cache stays there.
     """
     copy = local_copy(folder, lambda name: "/" not in name and "-of-" not in name)
+    _check_features(copy)
     try:
         shards = set(tfds.builder_from_directory(copy).info.splits[split].filenames)
     except (KeyError, ValueError):  # no such split, which is said when it is opened

@@ -1,0 +1,1 @@
+"""What released versions saved, which every later one must open."""
