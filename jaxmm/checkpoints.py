@@ -154,6 +154,14 @@ class Checkpoints:
         """Return the steps of the complete checkpoints, oldest first."""
         return whole_steps(self.folder)
 
+    def describe_last(self) -> str:
+        """Return a clause that names the newest complete checkpoint."""
+        try:
+            steps = self.steps()
+        except OSError:  # of a bucket that gives no access
+            return "complete checkpoints stay"
+        return f"the last whole checkpoint is of step {steps[-1]}" if steps else "there is no whole checkpoint yet"
+
     def save(self, state: State, data: Any) -> None:
         """Start saving `state` and the data iterator's state `data` (JSON); return when the arrays are copied.
 
@@ -295,14 +303,8 @@ class Checkpoints:
                     remove_tree(target, missing_ok=True)
                 for left in target.parent.glob(f"{target.name}*tmp*"):
                     remove_tree(left)
-            try:
-                steps = self.steps()
-                last = (f"the last whole checkpoint is of step {steps[-1]}" if steps else
-                        "there is no whole checkpoint yet")
-            except OSError:  # of a bucket that gives no access
-                last = "complete checkpoints stay"
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"saving {target} failed: {reason}; {last}") from error
+            raise CheckpointError(f"saving {target} failed: {reason}; {self.describe_last()}") from error
 
 
 def _is_staged(folder: Path) -> bool:

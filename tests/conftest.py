@@ -15,7 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 STRICT_DTYPES = ("losses", "models", "nn", "tasks")
 """Folders whose tests refuse implicit promotion of dtypes: what these import computes nothing with it."""
-PROCESSES = ("test_hosts", "test_resume", "test_stages", "test_processes")
+PROCESSES = ("test_hosts", "test_resume", "test_stages", "test_processes", "test_worker_faults")
 """Files whose tests start processes."""
 
 

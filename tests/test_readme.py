@@ -80,3 +80,13 @@ def test_every_file_of_results_is_explained():
     results = ROOT / "benchmarks" / "results"
     text = (results / "README.md").read_text()
     assert all(path.name in text for path in results.iterdir() if path.name != "README.md")
+
+
+def test_tests_of_faults_exist():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    numbers = re.findall(r"^\| (e?\d+) \|", text, re.M)
+    assert len(numbers) == len(set(numbers)) == 50
+    names = set(re.findall(r"`([\w/]+\.py)::(\w+)`", text))
+    assert len(names) > 50
+    missing = [name for file, name in names if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
+    assert not missing

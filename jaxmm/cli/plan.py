@@ -97,7 +97,7 @@ def _search(options: PlanOptions, config: TrainConfig, topology: Topology) -> in
 
 
 def _suggest(options: PlanOptions, config: TrainConfig, topology: Topology) -> None:
-    changes = pareto.suggestions(config, topology)
+    changes = pareto.suggestions(config, len(topology.devices))
     if not options.json:
         print(f"looking for changes that fit, of {len(changes)}", file=sys.stderr)
     fitting = pareto.first_fitting(_compiled(options, config, changes, topology))

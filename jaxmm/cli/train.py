@@ -42,11 +42,23 @@ def train(options: TrainOptions, config: TrainConfig) -> None:
     with hosts.distributed(options.hosts, options.workdir):
         use_compilation_cache(options.cache)
         workdir = options.workdir or new_workdir(options.config)
-        if loop.train(config, workdir) and jax.process_index() == 0:
+        try:
+            metrics = loop.train(config, workdir)
+        except loop.OutOfMemory as error:
+            raise loop.OutOfMemory(f"{error}\n{memory_advice(options.config, config)}") from error
+        if metrics and jax.process_index() == 0:
             print("what to do next:")
             task = from_dict(json.loads((workdir / "config.json").read_text())["task"])  # with classes and vocabulary
             for purpose, line in next_commands(task, workdir):
                 print(f"  {purpose + ':':24}{line}")
+
+
+def memory_advice(recipe: Path, config: TrainConfig) -> str:
+    """Return the first changes of a recipe that need less memory, and the command that says which of them fit."""
+    from jaxmm.planning.pareto import flags, suggestions  # not needed by a run that ends well
+    changes = [f"  {flags(config, change)}" for change in suggestions(config, jax.device_count())[:8]]
+    return "\n".join(["these need less memory, from the cheapest:", *changes,
+                      f"jaxmm plan --config {recipe} --topology KIND:SHAPE compiles them and says which fit"])
 
 
 def new_workdir(recipe: Path) -> Path:

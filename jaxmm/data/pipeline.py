@@ -7,9 +7,14 @@ element is paid once per batch, and any step is reached at once.
 """
 
 import functools
+import logging
 import math
+import multiprocessing
 import os
+import queue
+import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +32,14 @@ from jaxmm.data.processes import start_worker
 from jaxmm.data.rows import Shard, host_rows, image_shape, load_row, load_rows, stack_rows, transform_images
 from jaxmm.data.sources.vqa import answer_arrays, answer_shares
 
+log = logging.getLogger(__name__)
+
 TRIES = 50
 """The number of bad records in a row that ends the run."""
 PREFETCH_BYTES = 2**31
 """The approximate size of the decoded batches that wait in memory."""
+PATIENCE = 600.0
+"""Seconds after which worker processes without a batch count as hanging."""
 
 
 def step_records(length: int, batch_size: int, seed: int, step: int) -> Int[np.ndarray, "b"]:
@@ -88,22 +97,44 @@ class TrainIterator(grain.DatasetIterator):
         self._load = load
         self._step = 0
         self._running: list[grain.DatasetIterator] = []  # one from the first batch on
+        self._others: set[multiprocessing.Process] = set()  # processes that are not its workers
         weakref.finalize(self, _close, self._running)  # also at exit, before what workers need is torn down
 
     def __next__(self) -> Batch:
-        load, config = self._load, self._load.config
-        if not self._running:
-            batches = grain.MapDataset.range(self._step, 2**62).map(load)
-            shape = image_shape(load.source, config.image)
-            self._running.append(prefetched(batches, len(load.rows), shape, config.workers))
         try:
-            batch = next(self._running[0])
+            batch = self._read_from_workers() if self._load.config.workers else self._read()
         except DataError as error:  # as one message, without Grain's notes on workers and threads
             raise DataError(str(error)) from None
         self._step += 1
-        if config.workers:  # their arrays are in shared memory, which must not outlive the workers
-            batch = {name: np.array(value) for name, value in batch.items()}
         return batch
+
+    def _read(self) -> Batch:
+        """Return the next batch of Grain, which is started by the first call."""
+        if not self._running:
+            load, self._others = self._load, set(multiprocessing.active_children())
+            batches = grain.MapDataset.range(self._step, 2**62).map(load)
+            shape = image_shape(load.source, load.config.image)
+            self._running.append(prefetched(batches, len(load.rows), shape, load.config.workers))
+        return next(self._running[0])
+
+    def _read_from_workers(self) -> Batch:
+        """Return the next batch of the workers; start them again, once, if one of them ends or hangs.
+
+        Grain would wait without end for a worker that hangs.
+        """
+        for again in (False, True):
+            try:
+                batch = _within(self._read, PATIENCE)
+                # copied out of shared memory, which must not outlive the workers
+                return {name: np.array(value) for name, value in batch.items()}
+            except (RuntimeError, TimeoutError) as error:
+                for worker in set(multiprocessing.active_children()) - self._others:
+                    worker.kill()
+                self.close()
+                if again:
+                    raise DataError(f"source {self._load.source.name!r}: worker processes failed twice at batch "
+                                    f"{self._step}: {error} For want of memory, use fewer data.workers") from error
+                log.warning("worker processes are started again at batch %d: %s", self._step, error)
 
     def get_state(self) -> dict[str, Any]:
         """Return the number of the next batch and a description of the data, for `set_state`."""
@@ -140,7 +171,13 @@ class TrainBatch:
     answer_tokenizer: Any = None
 
     def __call__(self, step: int) -> Batch:
-        """Load batch `step`."""
+        """Load batch `step`. Raises `DataError` if the source ends its process, which would be a silent end."""
+        try:
+            return self._load(step)
+        except SystemExit as error:
+            raise DataError(f"source {self.source.name!r} called sys.exit({error.code})") from None
+
+    def _load(self, step: int) -> Batch:
         size = self.config.batch_size
         drawn = step_records(len(self.source), size, self.seed, step)
         rows = load_rows(self.source, lambda row: self._row(step * size + row, int(drawn[row])), self.rows)
@@ -199,6 +236,26 @@ def prefetched(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer), start_worker))
     threads = min(16, os.cpu_count() or 1, most)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)))
+
+
+def _within(read: Callable[[], Batch], seconds: float) -> Batch:
+    """Return `read()`, called in a thread that a process does not wait for. Raises `TimeoutError` after `seconds`."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def answer():
+        try:
+            answers.put((read(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=answer, name="batch", daemon=True).start()
+    try:
+        batch, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no batch within {seconds:.0f} s.") from None
+    if error is not None:
+        raise error
+    return batch
 
 
 def _close(running: list[grain.DatasetIterator]) -> None:

@@ -10,9 +10,10 @@ from jaxmm.hosts.startup import (
     exit_status,
     heartbeat,
     join,
+    of_first,
     wait_for_path,
     waiting,
 )
 
 __all__ = ["HostsConfig", "assert_same_on_all_hosts", "barrier", "count_hosts", "detect_process_count", "distributed",
-           "exit_status", "heartbeat", "join", "wait_for_path", "waiting"]
+           "exit_status", "heartbeat", "join", "of_first", "wait_for_path", "waiting"]

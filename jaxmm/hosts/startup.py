@@ -230,6 +230,11 @@ def barrier(what: str) -> None:
     _exchange(what)
 
 
+def of_first(what: str, value: Any) -> Any:
+    """Wait for all hosts and return the JSON value of the first one."""
+    return _exchange(what, value)
+
+
 def wait_for_path(name: str, path: Path) -> None:
     """Return once this host sees `path`, which the first host wrote.
 

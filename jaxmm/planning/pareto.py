@@ -66,17 +66,17 @@ def remat_of(config: TrainConfig) -> str | None:
     return next(policies(config.task), None)
 
 
-def _meshes(config: TrainConfig, topology: Topology) -> list[MeshConfig]:
+def _meshes(config: TrainConfig, chips: int) -> list[MeshConfig]:
     """Return meshes with an increasing number of FSDP shards."""
-    chips, tensor = len(topology.devices), config.mesh.tensor
+    tensor = config.mesh.tensor
     sizes = sorted({size for size in (1, 4, 16, 64, chips) if size <= chips and chips % (size * tensor) == 0})
     return [MeshConfig(fsdp=size, tensor=tensor) for size in sizes]
 
 
-def suggestions(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
+def suggestions(config: TrainConfig, chips: int) -> list[TrainConfig]:
     """Return changes that need less memory, from the cheapest: more FSDP shards, a blockwise loss, remat, microbatches;
     then all of these at once; last a smaller batch, which is another recipe."""
-    meshes = [mesh for mesh in _meshes(config, topology) if mesh.fsdp > config.mesh.fsdp]
+    meshes = [mesh for mesh in _meshes(config, chips) if mesh.fsdp > config.mesh.fsdp]
     changes = [replace(config, mesh=mesh) for mesh in meshes]
     tiled = config
     if (task := config.task.with_blockwise_loss(TILE)) is not None:
@@ -85,12 +85,12 @@ def suggestions(config: TrainConfig, topology: Topology) -> list[TrainConfig]:
     policy = remat_of(config)
     changes += [with_remat(config, stronger) for stronger in (REMATS[REMATS.index(policy) + 1:] if policy else ())]
     parts = [config.microbatches * n for n in (2, 4, 8, 16)] if config.task.splits else []
-    parts = [n for n in parts if config.data.batch_size % (n * len(topology.devices)) == 0]
+    parts = [n for n in parts if config.data.batch_size % (n * chips) == 0]
     changes += [replace(config, microbatches=n) for n in parts]
     smallest = with_remat(replace(tiled, mesh=meshes[-1] if meshes else config.mesh), "full")
     changes += [smallest, *(replace(smallest, microbatches=n) for n in parts)]
     sizes = [config.data.batch_size // n for n in (2, 4, 8, 16, 32, 64)]
-    changes += [with_batch_size(base, size) for size in sizes if size > 0 and size % len(topology.devices) == 0
+    changes += [with_batch_size(base, size) for size in sizes if size > 0 and size % chips == 0
                 for base in (config, smallest)]
     return list(dict.fromkeys(change for change in changes if change != config))
 
@@ -101,17 +101,18 @@ def candidates(
 ) -> list[TrainConfig]:
     """Return all combinations of the options. Defaults: the recipe's batch, 1 to all FSDP shards, three remat policies,
     and 1 or 4 microbatches."""
-    meshes = [MeshConfig(fsdp=size, tensor=config.mesh.tensor) for size in fsdp] or _meshes(config, topology)
+    chips = len(topology.devices)
+    meshes = [MeshConfig(fsdp=size, tensor=config.mesh.tensor) for size in fsdp] or _meshes(config, chips)
     parts = (tuple(microbatches) or (1, 4)) if config.task.splits else (1,)
     sizes = tuple(batch_sizes) or (config.data.batch_size,)
     configs = []
     for size, mesh, policy, n in itertools.product(sizes, meshes, tuple(remats) or ("none", "cheap", "full"), parts):
-        if size % (n * len(topology.devices)) == 0:
+        if size % (n * chips) == 0:
             changed = replace(config, microbatches=1, mesh=mesh, data=replace(config.data, batch_size=size))
             configs.append(with_remat(replace(changed, microbatches=n), policy))
     if not configs:
-        raise ConfigError(f"search has nothing to try: no batch of {sizes} divides into {len(topology.devices)} chips "
-                          f"and {parts} microbatches")
+        raise ConfigError(f"search has nothing to try: no batch of {sizes} divides into {chips} chips and "
+                          f"{parts} microbatches")
     return list(dict.fromkeys(configs))
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from jaxmm.paths import user_path
 from jaxmm.pretrained.warm_start import start_weights
 from jaxmm.sharding import host_share, place_batch, unsharded_dims
 from jaxmm.training.logs import MetricLog, Progress, duration
-from jaxmm.training.report import write_report
-from jaxmm.training.runtime import Termination
+from jaxmm.training.report import read_metrics, write_report
+from jaxmm.training.runtime import Interrupted, Termination
 from jaxmm.training.setup import Setup, prepare
 from jaxmm.training.shared_bad_records import SharedFaults
 from jaxmm.training.state import State, sharded_state
@@ -37,22 +37,38 @@ class TrainError(RuntimeError):
     """A run cannot continue. The message names the step and the last good checkpoint."""
 
 
+class OutOfMemory(TrainError):
+    """The devices have too little memory for a run."""
+
+
 def train(config: TrainConfig, workdir: Path | str, *, observe: Observer | None = None) -> dict[str, float]:
     """Run `config` in `workdir`, from where it was left, and return the last evaluation's metrics.
 
     `observe(step, batch)` gets this host's batches as they are used, with `index` and `fault` of each record. On
     SIGTERM or Ctrl-C the state is saved and {} is returned. Raises `ConfigError`, `DataError`, `CheckpointError` and
-    `TrainError`.
+    `TrainError`; if memory is short, its kind `OutOfMemory`.
     """
     require_extra("train", "training")
     workdir = user_path(workdir, "workdir")
     with lock_workdir(workdir):
         hosts.heartbeat("starting", 0)
         setup = prepare(config, workdir)
-        with jax.set_mesh(setup.mesh), Termination() as termination, contextlib.ExitStack() as closing:
+        with (jax.set_mesh(setup.mesh), _named_memory_errors(), Termination() as termination,
+              contextlib.ExitStack() as closing):
             metrics = Run(setup, termination, observe, closing).run()
         hosts.barrier("end of the run")  # what the first host has written is there
         return metrics
+
+
+@contextlib.contextmanager
+def _named_memory_errors() -> Iterator[None]:
+    """Turn the errors of compilers and allocators for want of memory into `OutOfMemory`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(f"the run does not fit into memory: {str(error).strip().splitlines()[0]}") from error
 
 
 class Run:
@@ -78,6 +94,7 @@ class Run:
         self.progress = closing.enter_context(contextlib.closing(
             Progress(config.steps, config.data.batch_size, self.start, quiet=not primary)))
         self.unchecked: tuple[int, dict] | None = None  # a step whose metrics nobody has looked at yet
+        self.position = self._position()
         self._introduce(reinitialised)
 
     def _restore(self) -> tuple[State, list[str]]:
@@ -107,14 +124,21 @@ class Run:
 
     def run(self) -> dict[str, float]:
         """Train to the end, evaluate and write the report; return the metrics, or {} if asked to stop before."""
-        stopped = self.train_steps()
-        hosts.heartbeat("saving")
-        self.checkpoints.wait()
+        metrics, examples = {}, []
+        try:
+            stopped = self.train_steps()
+            hosts.heartbeat("saving")
+            self.checkpoints.wait()
+            if not stopped:
+                metrics, examples = self.evaluate()
+        except Interrupted:  # in an evaluation, which the run does when it goes on
+            stopped = True
+            self.checkpoints.save(self.state, self.position)
+            self.checkpoints.wait()
         if stopped:
             self.progress.print(f"stopped after step {int(self.state.step)} as asked, everything is saved; "
                                 "the same command goes on from there")
             return {}
-        metrics, examples = self.evaluate()
         if self.faults.counter.bad:
             self.progress.print(self.faults.counter.summary())
         if self.log is not None:
@@ -128,8 +152,13 @@ class Run:
         config, every = self.config, self.config.checkpoint.every
         step_fn = compile_step(self.setup.task, self.setup.optimizer, self.setup.mesh, self.state,
                                microbatches=config.microbatches, skip_nonfinite=config.nonfinite == "skip")
+        if self._evaluation_is_missing():
+            self.evaluate()
         loss = None
-        upcoming = self._fetch() if self.start < config.steps else None
+        try:
+            upcoming = self._fetch() if self.start < config.steps else None
+        except Interrupted:
+            return True
         for step in range(self.start + 1, config.steps + 1):
             last = step == config.steps
             evaluating = bool(config.eval_every) and step % config.eval_every == 0 and not last
@@ -137,14 +166,17 @@ class Run:
             if logging or evaluating or step % every == 0:
                 self.faults.share()
             (host_batch, batch), bad_records = upcoming, self.faults.counter.bad
-            position = {"iterator": self.batches.get_state(), "faults": self.faults.counter.get_state()}
+            self.position = self._position()
             hosts.heartbeat("compiling" if step == self.start + 1 else "training", step,
                             blocking=step > self.start + 1)
             self.state, metrics = step_fn(self.state, batch, self.rng)
             hosts.heartbeat("training")
             if self.observe is not None:
                 self.observe(step, host_batch)
-            upcoming = None if last else self._fetch()
+            try:
+                upcoming = None if last else self._fetch()
+            except Interrupted:  # this step is the last one
+                upcoming = None
             self._check()  # of the step before, so that the device never waits for the host
             self.unchecked = step, metrics
             stopping = self.termination.agreed()  # read once: the signal may come at any line
@@ -154,21 +186,38 @@ class Run:
             self.progress.step(step, loss)
             if logging:
                 loss = self._log(step, metrics, bad_records)
+            if stopping:  # whoever ends the process during the save leaves the one before it
+                self.progress.print(f"saving step {step}, as asked to stop; {self.checkpoints.describe_last()}")
             if saving:
                 hosts.heartbeat("saving")
                 if self.log is not None:
                     self.log.flush()  # a run that goes on from this checkpoint has all metrics before it
-                self.checkpoints.save(self.state, position)
+                self.checkpoints.save(self.state, self.position)
             if stopping:
                 return True
             if evaluating:
                 self.evaluate()
         return False
 
+    def _position(self) -> dict[str, Any]:
+        """Return where the data is, for a checkpoint of the step whose batch is not trained on yet."""
+        return {"iterator": self.batches.get_state(), "faults": self.faults.counter.get_state()}
+
+    def _evaluation_is_missing(self) -> bool:
+        """Return whether the run was ended after its checkpoint and before the evaluation of that step was logged."""
+        every = self.config.eval_every
+        if not every or not self.setup.evals or self.start % every or not 0 < self.start < self.config.steps:
+            return False
+        history = read_metrics(self.setup.workdir / "metrics.jsonl")
+        logged = any(points[-1][0] == self.start for name, points in history.items()
+                     if not name.startswith(("train/", "data/")))
+        return not hosts.of_first("evaluation", logged)
+
     def _fetch(self) -> tuple[dict[str, np.ndarray], dict[str, jax.Array]]:
         """Return the next batch, as it was read and on the devices."""
         hosts.heartbeat("reading data")
-        batch = next(self.batches)
+        with self.termination.interruptible():
+            batch = next(self.batches)
         self.faults.update(batch)
         hosts.heartbeat("training")
         return batch, place_batch({name: batch[name] for name in INPUTS if name in batch}, self.setup.mesh)
@@ -204,7 +253,8 @@ class Run:
         """Run the evaluators and log what they yield; return that, and examples for the report."""
         since, step, context = time.monotonic(), int(jax.device_get(self.state.step)), self.setup.context(self.state)
         hosts.heartbeat("evaluating", step)
-        metrics = {name: value for evaluator in self.setup.evals for name, value in evaluator.run(context)}
+        with self.termination.interruptible():
+            metrics = {name: value for evaluator in self.setup.evals for name, value in evaluator.run(context)}
         if self.log is not None and metrics:
             self.log.write(step, metrics)
             self.log.flush()

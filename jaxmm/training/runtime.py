@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -37,6 +38,10 @@ _calls = itertools.count()
 """Steps of all runs of this process: a number that is the same on all hosts and never falls."""
 
 
+class Interrupted(BaseException):
+    """A request to stop ended what was `Termination.interruptible`; no handler of errors sees it."""
+
+
 class Termination:
     """Notice SIGTERM and Ctrl-C; a second one ends the process at once.
 
@@ -46,6 +51,7 @@ class Termination:
     def __init__(self):
         self.asked = False
         self._before = {}
+        self._interruptible = False
 
     def __enter__(self):
         handlers = {signal.SIGTERM: self._ask, signal.SIGINT: self._ask}
@@ -65,8 +71,24 @@ class Termination:
         number = next(_calls)
         return self.asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(number)
 
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Raise `Interrupted` in what is done inside when asked to stop: it may take longer than the time to stop.
+
+        On several hosts nothing is interrupted, since all of them have to stop after the same step.
+        """
+        self._interruptible = True
+        try:
+            if self.asked:
+                raise Interrupted
+            yield
+        finally:
+            self._interruptible = False
+
     def _ask(self, number, frame):
         if self.asked:
             os._exit(128 + number)
         self.asked = True
         print("stopping after this step, which is saved; once more to stop at once", file=sys.stderr)
+        if self._interruptible:
+            raise Interrupted

@@ -271,3 +271,31 @@ def test_a_disk_that_fills_up_is_one_message(command, recipe, tmp_path, monkeypa
     monkeypatch.setattr(loop.MetricLog, "write", fail)
     status, text = command("--config", recipe, "--workdir", tmp_path / "run", "--mesh.data", 1)
     assert status == 1 and "No space left on device" in text and "Traceback" not in text
+
+
+HUNGRY = """
+from dataclasses import dataclass, replace
+import jax.numpy as jnp
+from jax import lax
+from tests.training.common import LINEAR, Plain
+
+@dataclass(frozen=True, kw_only=True)
+class Hungry(Plain):
+    def objective(self, params, outputs, batch):
+        loss, metrics = super().objective(params, outputs, batch)
+        many = jnp.arange(2**22, dtype=jnp.float32) * lax.stop_gradient(loss)
+        return loss + jnp.sort(many[:, None] - many[None], axis=1)[3, 5], metrics
+
+def get_config():
+    return replace(LINEAR, task=Hungry())
+"""
+
+
+def test_too_little_memory_ends_with_changes_that_need_less(command, recipe):
+    """A step that sorts 64 TiB."""
+    recipe.write_text(HUNGRY)
+    status, text = command("--config", recipe, "--workdir", "run", "--mesh.data", 1)
+    _, error, advice, first, *_, last = text.splitlines()
+    assert status == 1 and error.startswith("error: the run does not fit into memory: RESOURCE_EXHAUSTED: Out of mem")
+    assert advice == "these need less memory, from the cheapest:" and first.endswith(" --mesh.fsdp 4")
+    assert "\n  --microbatches 2\n" in text and last.startswith(f"jaxmm plan --config {recipe} --topology ")

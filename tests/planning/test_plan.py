@@ -95,7 +95,7 @@ def test_a_recipe_that_does_not_fit_and_a_change_that_does(tmp_path):
     topology = replace(large, chip=chip)
     made = make_plan(config, topology, tmp_path)
     assert not made.fits and made.missing_bytes == made.peak_bytes - chip.hbm_bytes > 0
-    trials = search.compile_variants(config, search.suggestions(config, topology), topology,
+    trials = search.compile_variants(config, search.suggestions(config, 4), topology,
                                      lambda *recipe: make_plan(*recipe, tmp_path))
     [fitting] = search.first_fitting(trials, 1)
     assert fitting.plan.fits and fitting.flags.split()[0] in ("--task.tile", "--task.model.vision.transformer.remat")
@@ -111,7 +111,7 @@ def test_suggestions_are_compiled_up_to_the_first_that_fits(eight):
         return tried[-1]
 
     config = recipe(64)
-    trials = search.compile_variants(config, search.suggestions(config, eight), eight, plan)
+    trials = search.compile_variants(config, search.suggestions(config, 8), eight, plan)
     [fitting] = search.first_fitting(trials, 1)
     assert fitting.plan is tried[-1] and fitting.plan.fits and not any(plan.fits for plan in tried[:-1])
     assert "remat full" in fitting.flags and len(tried) > 1
@@ -178,7 +178,7 @@ def test_the_pareto_front():
 
 def test_suggestions_begin_with_the_cheapest_and_end_with_another_batch(eight):
     config = recipe(64)
-    flags = [search.flags(config, change) for change in search.suggestions(config, eight)]
+    flags = [search.flags(config, change) for change in search.suggestions(config, 8)]
     assert flags[0] == "--mesh.fsdp 4" and "--task.tile 1024" in flags and "--microbatches 2" in flags
     assert "--task.model.vision.transformer.remat full --task.model.text.transformer.remat full" in flags
     assert "--data.batch_size" in flags[-1] and "--data.batch_size" not in flags[0]
@@ -187,7 +187,7 @@ def test_suggestions_begin_with_the_cheapest_and_end_with_another_batch(eight):
 
 def test_suggestions_for_a_task_without_a_stack_of_layers(eight):
     assert search.remat_of(LINEAR) is None
-    changes = [search.flags(LINEAR, change) for change in search.suggestions(LINEAR, eight)]
+    changes = [search.flags(LINEAR, change) for change in search.suggestions(LINEAR, 8)]
     assert changes and not any("remat" in flags for flags in changes)
 
 

@@ -1,5 +1,6 @@
 """Runs small enough to compile in seconds: three real models, and a linear one for what needs no model."""
 
+import contextlib
 import functools
 import json
 import math
@@ -12,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxmm.checkpoints import Checkpoints
 from jaxmm.config import (
     CheckpointConfig,
     DataConfig,
+    Evaluator,
     ImageConfig,
     MeshConfig,
     OptimizerConfig,
     TokenizerConfig,
     TrainConfig,
 )
-from jaxmm.data.pipeline import step_records
+from jaxmm.data.pipeline import step_records, train_batches
 from jaxmm.data.rows import image_id
 from jaxmm.data.sources.registry import open_source
 from jaxmm.models.attention_conv import AttentionConvConfig
@@ -30,11 +33,14 @@ from jaxmm.models.igpt import IGPTConfig
 from jaxmm.models.vit import ViTConfig
 from jaxmm.nn.palette import Palette
 from jaxmm.nn.transformer import TransformerConfig
+from jaxmm.sharding import named_leaves, place_batch
 from jaxmm.task import Task
 from jaxmm.tasks.contrastive_learning import ContrastiveLearning
 from jaxmm.tasks.generative_classification import GenerativeClassification
 from jaxmm.tasks.image_classification import Classification
+from jaxmm.training import loop
 from jaxmm.training.optimizer import Optimizer, make_optimizer
+from jaxmm.training.setup import prepare
 
 ATTENTIONS = ("quadratic", "generalised_quadratic", "learned", "learned_content")
 SIDE, CLASSES, VOCABULARY, LENGTH = 12, 10, 64, 7
@@ -141,6 +147,20 @@ class Plain(Linear):
     loss = Task.loss
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadBias(Evaluator):
+    """Measures the bias of `Linear`, which every step changes."""
+
+    def check(self, context):
+        pass
+
+    def metrics(self, context):
+        return ("val/bias",)
+
+    def run(self, context):
+        yield "val/bias", float(np.abs(np.asarray(context.params["head"]["bias"])).sum())
+
+
 LINEAR = TrainConfig(
     task=Linear(), steps=12, seed=3, log_every=1,
     data=DataConfig(train="digits:train", val=None, batch_size=16,
@@ -182,6 +202,44 @@ def lines(workdir: Path, name: str | None = None) -> list:
     """The lines of `metrics.jsonl`, or the (step, value) pairs of one metric."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return rows if name is None else [(row["step"], row[name]) for row in rows if name in row]
+
+
+def assert_same_run(workdir: Path, undisturbed: Path) -> None:
+    """Equal lines of metrics but for the speed, and last states that are equal bit for bit."""
+    one, other = ([{name: value for name, value in row.items() if name != "train/pictures_per_second"}
+                   for row in lines(folder)] for folder in (workdir, undisturbed))
+    assert one == other
+    assert_same_bits(restored(workdir, one[-1]["step"]), restored(undisturbed, one[-1]["step"]))
+
+
+def assert_every_array_matters(config: TrainConfig, workdir: Path) -> int:
+    """Alter every array of the newest checkpoint in turn: what the next step returns is not the same.
+
+    All are others than those of a new run, so that one that is not restored is noticed, too. Return their number,
+    without the number of skipped steps, which a good step forgets.
+    """
+    setup = prepare(config, workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    with jax.set_mesh(setup.mesh), contextlib.closing(checkpoints):
+        saved, _ = checkpoints.restore(setup.like)
+        first = dict(named_leaves(loop.sharded_state(setup.task, setup.optimizer, config.seed, setup.like)))
+        step = loop.compile_step(setup.task, setup.optimizer, setup.mesh, setup.like, microbatches=config.microbatches,
+                                 skip_nonfinite=config.nonfinite == "skip")
+        batch = next(train_batches(setup.train, config.data, setup.tokenizer, seed=config.seed,
+                                   labels="label" in setup.task.reads))
+        batch = place_batch({name: batch[name] for name in loop.INPUTS if name in batch}, setup.mesh)
+
+        def after(state):
+            return leaves(step(jax.tree.map(jnp.copy, state), batch, jax.random.key(0)))
+
+        expected, (old, structure) = after(saved), jax.tree.flatten(saved)
+        for i, (name, leaf) in enumerate(named_leaves(saved)):
+            if name == "skips":
+                continue
+            assert not np.array_equal(leaf, first[name]), name
+            altered = after(structure.unflatten([*old[:i], leaf + 1, *old[i + 1:]]))
+            assert any(a.tobytes() != b.tobytes() for a, b in zip(altered, expected, strict=True)), name
+    return len(old) - 1
 
 
 def restored(workdir: Path, step: int) -> Any:
