@@ -103,6 +103,7 @@ print(compute(jnp.arange(12.0).reshape(3, 4) / 7).tobytes().hex())
 """
 
 
+@pytest.mark.long
 def test_two_processes_share_a_cache(program_cache):
     """They begin at once with an empty one, get the same numbers, and this process reads what they wrote."""
     environment = os.environ | {
