@@ -155,7 +155,8 @@ def open_index(folder: Path | str) -> Index:
     try:
         folder = local_copy(folder)
         settings = json.loads((folder / SETTINGS).read_text())
-        rows = [json.loads(line) for line in (folder / PICTURES).open(encoding="utf-8")]
+        with (folder / PICTURES).open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines]
         paths = [row["path"] for row in rows if "error" not in row]
         embeddings = np.memmap(folder / VECTORS, np.float32, "r").reshape(len(paths), settings["size"])
         return Index(settings["model"], embeddings, paths, settings.get("loading", {}))

@@ -1,6 +1,7 @@
 """The index against brute force; interrupted, damaged and larger than what is compared at a time."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def test_search_is_brute_force(tmp_path, top):
     np.testing.assert_allclose([picture.score for picture in found], [score for _, score in want], atol=1e-6)
     lines = [json.loads(line) for line in (tmp_path / "index" / "pictures.jsonl").open()]
     assert sum("error" in line for line in lines) == len(bad) and "is broken" in lines[3]["error"]
+
+
+def test_opening_leaves_no_list_open(tmp_path):
+    build_index(encode, "m", names(9), tmp_path / "index", on_error=lambda *_: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        open_index(tmp_path / "index")
+    assert not [warning for warning in caught if str(tmp_path) in str(warning.message)]
 
 
 @pytest.mark.parametrize("after", [1, 4])
