@@ -120,7 +120,7 @@ class TrainIterator(grain.DatasetIterator):
     def _read_from_workers(self) -> Batch:
         """Return the next batch of the workers; start them again, once, if one of them ends or hangs.
 
-        Grain would wait without end for a worker that hangs.
+        Grain by itself goes on waiting for a worker that hangs.
         """
         for again in (False, True):
             try:

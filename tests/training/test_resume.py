@@ -127,6 +127,37 @@ def test_killed_again_and_again_a_run_ends_as_if_undisturbed(undisturbed, scenes
         assert sorted(order[epoch * 160:(epoch + 1) * 160]) == list(range(160))
 
 
+def shared_memory():
+    """The blocks of shared memory of this machine."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+
+
+def workers(process):
+    """The process numbers of the data workers of `process`, none of which ends."""
+    children = " ".join(path.read_text() for path in Path(f"/proc/{process.pid}/task").glob("*/children")).split()
+    return [int(number) for number in children if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()]
+
+
+@pytest.mark.long
+def test_a_killed_worker_and_a_killed_run_leave_nothing(undisturbed, scenes, tmp_path):
+    """A killed worker is replaced once what it has read is used up. With the run end its workers and their memory."""
+    workdir, before, pause = tmp_path / "workers", shared_memory(), STEPS - 2
+    workdir.mkdir()
+    trainer = Trainer(workdir, scenes, "--workers", 2, "--kill-worker", 2, "--pause", pause)
+    trainer.wait_for(lambda: len(used(workdir)) >= pause)
+    last_ones = workers(trainer.process)
+    text = trainer.kill()
+    assert text.count("worker processes are started again") == 1 and len(last_ones) == 2, text
+    left, deadline = shared_memory() - before, time.monotonic() + PATIENCE
+    while any(Path(f"/proc/{number}").exists() for number in last_ones) or (left := left & shared_memory()):
+        assert time.monotonic() < deadline, (last_ones, left)
+        time.sleep(0.02)
+    run(workdir, scenes, workers=2)
+    assert lines(workdir, "train/loss") == lines(undisturbed, "train/loss")
+    assert_same_bits(restored(workdir, STEPS), restored(undisturbed, STEPS))
+    assert dict(used(workdir)) == dict(used(undisturbed))
+
+
 def test_one_device_and_eight_go_on_with_what_the_other_wrote(undisturbed, scenes, tmp_path, capsys):
     up, down = tmp_path / "up", tmp_path / "down"
     shutil.copytree(undisturbed, up)
