@@ -37,7 +37,7 @@ from benchmarks.measure import (
     tuned_arms,
 )
 
-BATCH, SHARD, DIFFERENT, CHECKED = 64, 500, 200, 500
+BATCH, SHARD, DIFFERENT, CHECKED = 64, 250, 200, 500
 TEMPLATES = ("itap of a {c}.", "a bad photo of the {c}.", "a origami {c}.", "a photo of the large {c}.",
              "a {c} in a video game.", "art of the {c}.", "a photo of the small {c}.")
 
