@@ -93,8 +93,7 @@ def open_tfds(spec: str, location: str, data_dir: str | None = None) -> TfdsSour
     try:
         folder = _readable_folder(user_path(name), split) if is_bucket(name) else Path(name)
         if (folder / "dataset_info.json").is_file():
-            _check_features(folder)
-            builder = tfds.builder_from_directory(folder)
+            builder = _open_folder(folder)
         else:
             for features in _prepared(name, data_dir):
                 _check_features(features.parent)
@@ -112,6 +111,12 @@ def _prepared(name: str, data_dir: str | None) -> Iterator[Path]:
     for folder in root.glob("*"):
         if folder.name.replace("_", "") == base:
             yield from folder.rglob("features.json")
+
+
+def _open_folder(folder: Path) -> tfds.core.DatasetBuilder:
+    """Return the builder of the data set in `folder`, whose features are checked before TFDS reads them."""
+    _check_features(folder)
+    return tfds.builder_from_directory(folder)
 
 
 def _check_features(folder: Path) -> None:
@@ -136,9 +141,9 @@ def _readable_folder(folder: Path, split: str) -> Path:
     The reader itself reads `gs://`, without a cache: a split that is larger than the cache stays there.
     """
     copy = local_copy(folder, lambda name: "/" not in name and "-of-" not in name)
-    _check_features(copy)
+    splits = _open_folder(copy).info.splits
     try:
-        shards = set(tfds.builder_from_directory(copy).info.splits[split].filenames)
+        shards = set(splits[split].filenames)
     except (KeyError, ValueError):  # no such split, which is said when it is opened
         return copy
     sizes = folder.request("du", total=False)
